@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Installs into .venv, then runs every check and the tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh "[dev]"
+
+ruff check
+ruff format --check
+mypy
+pydoclint src
+codespell
+pytest -m "not slow" "$@"

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-token prediction for pretrained language models. Version and public names; importing it loads nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtp_lightning.data import MTPDataModule
+    from mtp_lightning.model import MTPModel
+    from mtp_lightning.module import MTPModule
+
+__version__ = "0.1.0"
+__all__ = ["MTPDataModule", "MTPModel", "MTPModule", "__version__"]
+
+_HOMES = {"MTPDataModule": "data", "MTPModel": "model", "MTPModule": "module"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public class ``name``, imported at first use: Lightning and transformers take seconds to load."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

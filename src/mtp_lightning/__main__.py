@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m mtp_lightning``: the same program as ``mtp``. Nothing else belongs here."""
+
+import sys
+
+from mtp_lightning.cli import main
+
+if __name__ == "__main__":
+    sys.argv[0] = "mtp"  # usage and errors then read the same from both doors
+    sys.exit(main())

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading the base model and its tokenizer, and reading from them what the rest needs: context, unembedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from mtp_lightning.attention import check_layers, text_config
+from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.paths import resolve
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """A torch dtype from its name; ``auto`` stays ``auto``, the dtype that the base was saved in.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}. Set model.dtype.")
+    return DTYPES[dtype]
+
+
+def load_base(
+    base_model: str,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    attention: str | None = None,
+    quantization: str | None = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Args:
+        base_model: a folder, a hub id, or ``package://...`` for a folder shipped with this package.
+        revision: hub revision.
+        dtype: name of a torch dtype, or ``auto``.
+        attention: ``sdpa``, ``eager``, ``flex_attention``, or None for the architecture's own choice.
+        quantization: ``4bit``, ``8bit`` (bitsandbytes), or None.
+        device: where to put it. None: the CPU.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        RunError: the model is not there or can't be read.
+        UsageError: a wrong option, or an architecture whose layers can't take mask tokens.
+    """
+    options: dict[str, Any] = {}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if quantization is not None:
+        options["quantization_config"] = _quantization(quantization)
+    try:
+        config = AutoConfig.from_pretrained(resolve(base_model), revision=revision)
+        base = AutoModelForCausalLM.from_pretrained(
+            resolve(base_model), config=config, revision=revision, dtype=parse_dtype(dtype), device_map=device, **options
+        )
+    except UsageError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise RunError(
+            f"base model {base_model!r} could not be loaded: {_first_line(error)}"
+            " Set model.base_model to a folder with config.json and weights, or to a hub id that this machine can reach."
+        ) from error
+    check_layers(base)
+    return base
+
+
+def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
+    """The base model's tokenizer; a tokenizer without a pad token is fine.
+
+    Raises:
+        RunError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve(base_model), revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise RunError(
+            f"no tokenizer could be loaded from {base_model!r}: {_first_line(error)} Put the base's tokenizer beside it."
+        ) from error
+
+
+def _quantization(name: str) -> BitsAndBytesConfig:
+    if name == "4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    raise UsageError(f"quantization must be 4bit or 8bit, got {name!r}. Set model.quantization.")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith(".") else text + "."
+
+
+def context_length(base: PreTrainedModel) -> int:
+    """How many positions the model was made for."""
+    return int(text_config(base).max_position_embeddings)
+
+
+class FrozenUnembedding:
+    """The base's unembedding, with the soft-capping or scaling that its architecture applies to logits.
+
+    Attributes:
+        vocab_size: V, the number of logits.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        config = text_config(base)
+        self.head = base.get_output_embeddings()
+        self.vocab_size = int(config.vocab_size)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        self.scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        logits = self.head(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits

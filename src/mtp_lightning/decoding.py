@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-speculative decoding: draft, verify, accept. Lossless: the text is the base model's own, token for token.
+
+Source: Samragh et al. 2025, §2.4. Quadratic decoding places a block after the verified token too, so that every step has a
+full draft; the paper leaves it out of its count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mtp_lightning.attention import text_config
+from mtp_lightning.errors import UsageError
+from mtp_lightning.step_masks import StepMasks, StepShape
+
+if TYPE_CHECKING:
+    from mtp_lightning.model import MTPModel
+
+Decoding = Literal["quadratic", "linear", "autoregressive"]
+
+
+@dataclass
+class DecodingOptions:
+    """How to decode.
+
+    Args:
+        decoding: ``quadratic`` (a block after the verified token and after every draft token), ``linear`` (one block after
+            the draft) or ``autoregressive`` (no masks).
+        num_masks: masks in a block, m_1..m_J with J at most the trained k; ``auto`` means k.
+        sampler_head: draft with the sampler head; False: from the base head at the MTP positions.
+        max_new_tokens: at most so many tokens are generated.
+        max_steps: at most so many steps (forward passes of the base), the prompt's included; None: no limit.
+        eos_token_id: token or tokens that end the text; None: the base's own.
+    """
+
+    decoding: Decoding = "quadratic"
+    num_masks: int | Literal["auto"] = "auto"
+    sampler_head: bool = True
+    max_new_tokens: int = 256
+    max_steps: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+
+
+class StepInput(NamedTuple):
+    """What one decoding step feeds.
+
+    Attributes:
+        tokens: the prompt, or the last verified token and the draft, [T] int64.
+        num_drafts: how many of the last tokens are drafts.
+        shape: tokens, blocks and masks fed.
+        position_ids: [1, Q] int64.
+        attention_mask: the decoder's mask argument.
+        cache: keys and values of the verified tokens before ``tokens``.
+        sampler_head: whether to draft with the sampler head.
+    """
+
+    tokens: Tensor
+    num_drafts: int
+    shape: StepShape
+    position_ids: Tensor
+    attention_mask: Any
+    cache: DynamicCache
+    sampler_head: bool
+
+
+class StepOutput(NamedTuple):
+    """What one decoding step gives. All on the device: nothing here waits for it.
+
+    Attributes:
+        own: the base model's own token after each verified position, [num_drafts + 1] int64.
+        num_accepted: draft tokens kept, a, scalar int64; ``own[: a + 1]`` are the tokens gained.
+        draft: the draft for the next step, [J] int64. Linear decoding: valid only if the whole draft was kept.
+    """
+
+    own: Tensor
+    num_accepted: Tensor
+    draft: Tensor
+
+
+def num_accepted(draft: Tensor, own: Tensor) -> Tensor:
+    """How many draft tokens are kept: the run of equal tokens from the front.
+
+    ``draft [5, 6, 7], own [5, 6, 9, 2] -> 2``
+
+    Args:
+        draft: [c] int64.
+        own: the base model's tokens, [c + 1] int64.
+
+    Returns:
+        Scalar int64.
+    """
+    return (draft == own[: len(draft)]).long().cumprod(0).sum()
+
+
+def draft_block(model: MTPModel, hidden: Tensor, verified: Tensor, sampler_head: bool) -> Tensor:
+    """Draft the tokens of one block, one after another; greedy.
+
+    Args:
+        model: the model.
+        hidden: hidden states of m_1..m_J, [J, D].
+        verified: the token that stands at m_1's position, drawn by the base head, [1] int64.
+        sampler_head: whether to use the sampler head.
+
+    Returns:
+        Draft tokens, [J] int64.
+    """
+    unembed, head = model.unembed, model.sampler_head
+    if not sampler_head or head is None:
+        return unembed(hidden).argmax(-1)
+    wide = next(head.parameters()).dtype
+    drawn, state, previous = [], None, verified
+    for j in range(hidden.shape[0]):
+        output, state = head.step(hidden[j : j + 1].to(wide), model.embed(previous).to(wide), state)
+        previous = unembed(output.to(hidden.dtype)).argmax(-1)
+        drawn.append(previous)
+    return torch.cat(drawn)
+
+
+def decode_step(model: MTPModel, step: StepInput) -> StepOutput:
+    """One forward pass of the base: verify the draft, and draft again from the block after the last kept token.
+
+    Args:
+        model: the model.
+        step: what to feed.
+
+    Returns:
+        Tokens, count and the next draft.
+    """
+    shape, T = step.shape, step.shape.num_tokens
+    inputs = model.embed(step.tokens)[None]
+    if shape.num_mtp:
+        masks = model.mask_embeddings[: shape.num_masks].to(inputs.dtype).repeat(shape.num_blocks, 1)
+        inputs = torch.cat([inputs, masks[None]], dim=1)
+    with model.gate.open(shape.num_mtp if model.lora.gated else shape.size):
+        hidden = model.base.get_decoder()(
+            inputs_embeds=inputs,
+            attention_mask=step.attention_mask,
+            position_ids=step.position_ids,
+            past_key_values=step.cache,
+            use_cache=True,
+        ).last_hidden_state[0]
+    own = model.unembed(hidden[T - 1 - step.num_drafts : T]).argmax(-1)
+    kept = num_accepted(step.tokens[T - step.num_drafts :], own)
+    if not shape.num_mtp:
+        return StepOutput(own, kept, own[:0])
+    blocks = hidden[T:].view(shape.num_blocks, shape.num_masks, -1)
+    # With one block (linear, and the prompt) it stands after the last token: its draft holds if everything was kept.
+    block = kept if shape.num_blocks > 1 else torch.zeros_like(kept)
+    draft = draft_block(model, blocks[block], own[kept][None], step.sampler_head)
+    return StepOutput(own, kept, draft)
+
+
+@torch.inference_mode()
+def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions) -> Iterator[list[int]]:
+    """Decode one prompt and yield the tokens of each step as they are verified.
+
+    Args:
+        model: the model.
+        prompt: token ids, [n] int64, n at least 1.
+        options: how to decode.
+
+    Yields:
+        The tokens gained by a step, at least one; cut after an end token and at ``max_new_tokens``.
+
+    Raises:
+        UsageError: an empty prompt, one that does not fit the context, or a wrong option.
+    """
+    n, context = len(prompt), model.context
+    J = trained_masks(model, options)
+    if n == 0:
+        raise UsageError("the prompt is empty: it needs at least one token.")
+    if n >= context:
+        raise UsageError(f"the prompt has {n} tokens and the model's context is {context}: shorten it to {context - 1} or less.")
+    if options.max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens must be 1 or more, got {options.max_new_tokens}.")
+    if options.max_steps is not None and options.max_steps < 1:
+        raise UsageError(f"max_steps must be 1 or more, got {options.max_steps}.")
+    stop = end_tokens(model, options)
+    limit = min(n + options.max_new_tokens, context)
+    step_masks = StepMasks(model.base, limit)
+    # Without the configuration no layer drops keys behind its window: the mask does the windowing, and a crop is exact.
+    cache = DynamicCache()
+    tokens, drafts, length, steps = prompt.to(model.base.device), 0, n, 0
+    with evaluating(model):
+        while True:
+            # Masks past the last token that may still be generated would be for nothing.
+            masks = max(0, min(J, limit - length - 2, context - length - drafts))
+            blocks = drafts + 1 if options.decoding == "quadratic" else 1
+            shape = StepShape(len(tokens), blocks if masks else 0, masks)
+            positions, mask = step_masks.get(shape, cache.get_seq_length())
+            out: StepOutput = model(StepInput(tokens, drafts, shape, positions, mask, cache, options.sampler_head))
+            # The one place in a step that waits for the device.
+            kept, *own = torch.cat([out.num_accepted[None], out.own]).tolist()
+            rejected = shape.num_mtp + drafts - kept
+            if rejected:
+                cache.crop(-rejected)
+            gained = own[: kept + 1]
+            for index, token in enumerate(gained):
+                if token in stop:
+                    gained = gained[: index + 1]
+                    break
+            length += len(gained)
+            steps += 1
+            yield gained
+            if gained[-1] in stop or length >= limit or steps == options.max_steps:
+                return
+            whole = kept == drafts or options.decoding == "quadratic"
+            draft = out.draft[: limit - length - 1] if whole else out.draft[:0]
+            tokens, drafts = torch.cat([out.own[kept : kept + 1], draft]), len(draft)
+
+
+def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
+    """The number of masks J in a block that the options mean.
+
+    Raises:
+        UsageError: an unknown decoding, or J outside 1..k.
+    """
+    if options.decoding not in ("quadratic", "linear", "autoregressive"):
+        raise UsageError(f"decoding must be quadratic, linear or autoregressive, got {options.decoding!r}.")
+    if options.decoding == "autoregressive":
+        return 0
+    if options.num_masks == "auto":
+        return model.num_masks
+    if not isinstance(options.num_masks, int) or not 1 <= options.num_masks <= model.num_masks:
+        raise UsageError(
+            f"num_masks must be auto or from 1 to {model.num_masks}, the number this model was trained with,"
+            f" got {options.num_masks}."
+        )
+    return options.num_masks
+
+
+def end_tokens(model: MTPModel, options: DecodingOptions) -> set[int]:
+    """The tokens that end a text."""
+    chosen: Any = options.eos_token_id
+    if chosen is None:
+        generation = getattr(model.base, "generation_config", None)
+        chosen = getattr(generation, "eos_token_id", None)
+        if chosen is None:
+            chosen = text_config(model.base).eos_token_id
+    if chosen is None:
+        return set()
+    return {chosen} if isinstance(chosen, int) else set(chosen)
+
+
+@contextlib.contextmanager
+def evaluating(model: MTPModel) -> Iterator[None]:
+    """Evaluation mode and a cache-friendly attention kernel; every module's own mode is put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    kernel = model.base.config._attn_implementation
+    model.eval()
+    if kernel == "flex_attention":  # a step's few queries gain nothing from it, and every cache length would be a compile
+        capped = getattr(text_config(model.base), "attn_logit_softcapping", None) is not None
+        model.base.set_attn_implementation("eager" if capped else "sdpa")
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if kernel == "flex_attention":
+            model.base.set_attn_implementation(kernel)
+
+
+@dataclass
+class Generation:
+    """What ``generate`` gives.
+
+    Attributes:
+        sequences: prompt and generated tokens, right-padded, [B, L] int64.
+        num_steps: forward passes of the base for each row, [B] int64.
+        acceptance_length: tokens generated over steps for each row, [B] float64.
+        accepted_per_step: draft tokens kept in each step, one list a row. A row generated their sum plus its steps.
+        finish_reasons: ``stop`` at an end token, else ``length``, one a row.
+    """
+
+    sequences: Tensor
+    num_steps: Tensor
+    acceptance_length: Tensor
+    accepted_per_step: list[list[int]]
+    finish_reasons: list[str]
+
+
+def generate(model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
+    """Generate for each row of a batch, one row after another.
+
+    Args:
+        model: the model.
+        input_ids: prompts, padded on either side, [B, L] int64.
+        attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
+        options: see ``DecodingOptions``.
+
+    Returns:
+        Sequences, steps and acceptance lengths.
+
+    Raises:
+        UsageError: a wrong option or a prompt that does not fit.
+    """
+    settings = DecodingOptions(**options)
+    stop = end_tokens(model, settings)
+    rows, accepted, reasons = [], [], []
+    for r in range(input_ids.shape[0]):
+        prompt = input_ids[r] if attention_mask is None else input_ids[r][attention_mask[r].bool()]
+        gained = list(decode(model, prompt, settings))
+        new = [token for tokens in gained for token in tokens]
+        rows.append(torch.cat([prompt.cpu(), torch.tensor(new)]))
+        accepted.append([len(tokens) - 1 for tokens in gained])
+        reasons.append("stop" if new[-1] in stop else "length")
+    steps = torch.tensor([len(row) for row in accepted])
+    totals = torch.tensor([sum(row) + len(row) for row in accepted])
+    padding = next(iter(stop), 0)
+    return Generation(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(input_ids.device),
+        steps,
+        totals.double() / steps,
+        accepted,
+        reasons,
+    )

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loss term is: a class that turns hidden states into sums over positions, with the count each is divided by.
+
+To write your own, subclass ``TokenLoss`` (a loss per position from logits) or ``LossTerm`` (anything else) and name the
+class in ``model.losses`` of the YAML.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mtp_lightning.errors import UsageError
+from mtp_lightning.losses.chunked import chunked_sum
+from mtp_lightning.masking import gather_anchors
+from mtp_lightning.types import IGNORE_INDEX, MTP, NTP, HiddenStates, LossSum, MaskedInput
+
+
+class Unembedding(Protocol):
+    """The frozen unembedding: hidden states [..., D] to logits [..., V], soft-capped or scaled as the base does it."""
+
+    vocab_size: int
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states."""
+        ...
+
+
+class LossTerm(nn.Module, ABC):
+    """One summand of the loss.
+
+    Args:
+        weight: factor of the term in the loss.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    @abstractmethod
+    def forward(self, states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Sequence[LossSum]:
+        """Sums of per-position losses over the batch.
+
+        Args:
+            states: hidden states of the batch.
+            batch: the masked input.
+            unembed: the base model's unembedding.
+
+        Returns:
+            One or more sums. The term's value is the sum of ``total / count`` over them.
+        """
+
+
+def term_value(sums: Sequence[LossSum], counts: Tensor) -> Tensor:
+    """The value of a loss term: each sum over its count; 0 where there is nothing to count.
+
+    Args:
+        sums: what ``LossTerm.forward`` gave.
+        counts: ``MaskedInput.counts`` of everything that the sums are part of, [3].
+
+    Returns:
+        Scalar.
+    """
+    parts = []
+    for total, count in sums:
+        indices = (count,) if isinstance(count, int) else count
+        divisor = counts[list(indices)].sum().clamp_min(1).to(total.dtype)
+        parts.append(total / divisor)
+    return torch.stack(parts).sum()
+
+
+class TokenTargets(NamedTuple):
+    """What belongs to the positions of one chunk.
+
+    Attributes:
+        labels: token ids, [n] int64.
+        offsets: how far ahead each position predicts, 1 at NTP positions and j + 1 at m_j, [n] int64.
+        anchor_logits: the base model's own logits for the same label, [n, V], detached; None unless ``uses_anchors``.
+    """
+
+    labels: Tensor
+    offsets: Tensor
+    anchor_logits: Tensor | None
+
+
+class TokenLoss(LossTerm):
+    """A loss per position from the logits there. Subclasses write ``per_position``.
+
+    Args:
+        weight: factor of the term in the loss.
+        head: whose output the logits come from: ``base`` (the decoder's hidden state) or ``sampler`` (the sampler head).
+        positions: ``mtp``, ``ntp`` or ``all``. With a frozen gated base the loss of the base head at NTP positions is a
+            constant; a sampler head without an output at NTP positions has no loss there.
+        joint_mean: divide NTP and MTP positions together by their joint count, as the paper does; else each by its own,
+            which keeps the expected loss the same when blocks are sampled.
+    """
+
+    uses_anchors = False
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        head: Literal["base", "sampler"] = "base",
+        positions: Literal["mtp", "ntp", "all"] = "mtp",
+        joint_mean: bool = False,
+    ) -> None:
+        super().__init__(weight)
+        self.head = head
+        self.positions = positions
+        self.joint_mean = joint_mean
+
+    @abstractmethod
+    def per_position(self, logits: Tensor, targets: TokenTargets) -> Tensor:
+        """The loss of each position of a chunk.
+
+        Args:
+            logits: [n, V], float32 or float64.
+            targets: labels and offsets of the same positions.
+
+        Returns:
+            Loss in nats, [n].
+        """
+
+    def forward(self, states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Sequence[LossSum]:
+        """The sums over NTP and MTP positions that this term counts."""
+        if self.head == "sampler" and states.sampler is None:
+            raise UsageError(
+                f"loss term {type(self).__name__} needs a sampler head, and model.sampler_head is false."
+                " Remove the term from model.losses or name a sampler head."
+            )
+        ntp = states.ntp if self.head == "base" else states.sampler_ntp
+        mtp = states.mtp if self.head == "base" else states.sampler
+        assert mtp is not None
+        sums = []
+        if self.positions != "ntp":
+            K = mtp.shape[2]
+            offsets = torch.arange(2, K + 2, device=mtp.device).expand(batch.mtp_labels.shape)
+            weights = batch.block_weights[:, :, None].expand(batch.mtp_labels.shape)
+            anchors = gather_anchors(states.ntp.detach(), batch.starts, K) if self.uses_anchors else None
+            sums.append(LossSum(self._sum(mtp, batch.mtp_labels, weights, offsets, anchors, unembed), MTP))
+        if self.positions != "mtp" and ntp is not None:
+            ones = torch.ones_like(batch.ntp_labels)
+            anchors = states.ntp.detach() if self.uses_anchors else None
+            sums.append(LossSum(self._sum(ntp, batch.ntp_labels, ones, ones, anchors, unembed), NTP))
+        if not sums:
+            raise UsageError(
+                f"loss term {type(self).__name__} counts NTP positions alone, and this sampler head has no output there."
+                " Set its positions to mtp."
+            )
+        if self.joint_mean and len(sums) == 2:
+            sums = [LossSum(sums[0].total + sums[1].total, (NTP, MTP))]
+        return sums
+
+    def _sum(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        offsets: Tensor,
+        anchors: Tensor | None,
+        unembed: Unembedding,
+    ) -> Tensor:
+        counted = labels != IGNORE_INDEX
+        flat_labels, flat_offsets = labels[counted], offsets[counted]
+        flat_anchors = None if anchors is None else anchors[counted]
+
+        def losses(chunk: Tensor, part: slice) -> Tensor:
+            logits = unembed(chunk)
+            wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            anchor_logits = None
+            if flat_anchors is not None:
+                with torch.no_grad():
+                    anchor_logits = unembed(flat_anchors[part]).to(wide)
+            targets = TokenTargets(flat_labels[part], flat_offsets[part], anchor_logits)
+            return self.per_position(logits.to(wide), targets)
+
+        return chunked_sum(hidden[counted], weights[counted], losses, unembed.vocab_size, tuple(self.parameters()))

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MTPModel: a frozen base with gated LoRA, mask embeddings and a sampler head. Plain PyTorch, no Lightning.
+
+Everything that touches base parameters (embedding, decoder, unembedding in losses, drafting) runs inside ``forward``:
+sharded strategies gather parameters there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mtp_lightning.attention import attention_mask
+from mtp_lightning.base import FrozenUnembedding, context_length
+from mtp_lightning.decoding import Generation, StepInput, StepOutput, decode_step, generate
+from mtp_lightning.errors import UsageError
+from mtp_lightning.gated_lora import Gate, LoRA, add_gated_lora
+from mtp_lightning.losses.base import LossTerm
+from mtp_lightning.masking import attention_pattern, gather_anchors
+from mtp_lightning.measurement import Measurement, measure
+from mtp_lightning.sampler_heads import SamplerHead
+from mtp_lightning.types import HiddenStates, LossSum, MaskedInput
+
+
+class ForwardOutput(NamedTuple):
+    """What a forward pass over a masked input gives.
+
+    Attributes:
+        sums: the sums of each loss term, by name.
+        measurement: teacher-forced figures, or None where not asked for.
+        states: hidden states.
+    """
+
+    sums: dict[str, Sequence[LossSum]]
+    measurement: Measurement | None
+    states: HiddenStates
+
+
+class MTPModel(nn.Module):
+    """An existing causal language model that also predicts tokens further ahead.
+
+    Args:
+        base: the base model; it is frozen and gets LoRA layers in place.
+        num_masks: number of mask tokens k, 1 or more.
+        lora: settings of the gated LoRA.
+        sampler_head: a head that is not built yet, or None to draft from the base head.
+        tokenizer: the base's tokenizer, kept for saving and text in and out.
+
+    Attributes:
+        context: how many positions the base was made for.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        num_masks: int = 8,
+        lora: LoRA | None = None,
+        sampler_head: SamplerHead | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        if num_masks < 1:
+            raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
+        self.num_masks = num_masks
+        self.lora = lora or LoRA()
+        self.gate = Gate()
+        self.base = base
+        self.adapter_config = add_gated_lora(base, self.lora, self.gate)
+        self.context = context_length(base)
+        self.tokenizer = tokenizer
+        wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+        # As the decoder sees it: Gemma's embedding layer scales, so a few rows are passed through it.
+        ids = torch.arange(min(1000, int(base.get_input_embeddings().weight.shape[0])), device=base.device)
+        with torch.no_grad():
+            seen = base.get_input_embeddings()(ids).to(wide)
+        self.mask_embeddings = nn.Parameter(torch.randn(num_masks, seen.shape[1], dtype=wide, device=base.device) * seen.std())
+        self.sampler_head = sampler_head
+        if sampler_head is not None:
+            sampler_head.build(seen.shape[1])
+            sampler_head.to(device=base.device, dtype=wide)
+
+    @property
+    def unembed(self) -> FrozenUnembedding:
+        """The base's unembedding."""
+        return FrozenUnembedding(self.base)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings of token ids as the decoder sees them, [..., D]."""
+        return self.base.get_input_embeddings()(tokens)
+
+    def trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Names and tensors of what is trained: LoRA, mask embeddings, sampler head."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute decoder layers in the backward pass, non-reentrant, each with the gate of its forward pass."""
+        self.base.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self.gate.checkpoint_context}
+        )
+
+    def _refuse_reentrant(self) -> None:
+        for module in self.base.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+                if options.get("use_reentrant", True) or "context_fn" not in options:
+                    raise UsageError(
+                        "gradient checkpointing of the base is reentrant or unaware of the gate, which loses the LoRA's"
+                        " gradient. Use MTPModel.enable_gradient_checkpointing() or model.gradient_checkpointing: true."
+                    )
+
+    def hidden_states(self, batch: MaskedInput) -> HiddenStates:
+        """Embed, run the decoder once and apply the sampler head.
+
+        Args:
+            batch: the masked input.
+
+        Returns:
+            Hidden states. NTP states are detached when the LoRA is gated: they are the frozen base's.
+        """
+        B, L = batch.input_ids.shape
+        P, K = batch.starts.shape[1], self.num_masks
+        if batch.mtp_labels.shape[2] != K:
+            raise UsageError(f"the batch has {batch.mtp_labels.shape[2]} masks in a block, and the model has {K}.")
+        if self.training:
+            self._refuse_reentrant()
+        tokens = self.embed(batch.input_ids)
+        masks = self.mask_embeddings.to(tokens.dtype).expand(B, P, K, -1).flatten(1, 2)
+        pattern = attention_pattern(batch, K)
+        with self.gate.open(P * K if self.lora.gated else L + P * K):
+            hidden = self.base.get_decoder()(
+                inputs_embeds=torch.cat([tokens, masks], 1),
+                attention_mask=attention_mask(self.base, pattern, L),
+                position_ids=pattern.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        ntp, mtp = hidden[:, :L], hidden[:, L:].unflatten(1, (P, K))
+        if self.lora.gated:
+            ntp = ntp.detach()
+        sampler = sampler_ntp = None
+        if self.sampler_head is not None:
+            wide = self.mask_embeddings.dtype
+            previous = gather_anchors(tokens, batch.starts, K).to(wide)
+            sampler = self.sampler_head(mtp.to(wide).flatten(0, 1), previous.flatten(0, 1)).view(B, P, K, -1).to(mtp.dtype)
+            if self.sampler_head.at_ntp:
+                sampler_ntp = self.sampler_head(ntp.to(wide), tokens.to(wide)).to(mtp.dtype)
+        return HiddenStates(ntp, mtp, sampler, sampler_ntp)
+
+    def forward(
+        self, batch: MaskedInput | StepInput, losses: dict[str, LossTerm] | None = None, with_measurement: bool = False
+    ) -> ForwardOutput | StepOutput:
+        """One forward pass of the base: over a masked input with its losses, or one decoding step.
+
+        Args:
+            batch: a masked input, or what one decoding step feeds.
+            losses: loss terms to compute on a masked input, by name.
+            with_measurement: also compute the teacher-forced figures of a masked input.
+
+        Returns:
+            ``ForwardOutput`` of a masked input, ``StepOutput`` of a decoding step.
+        """
+        if isinstance(batch, StepInput):
+            return decode_step(self, batch)
+        states = self.hidden_states(batch)
+        unembed = self.unembed
+        sums = {name: term(states, batch, unembed) for name, term in (losses or {}).items()}
+        measurement = None
+        if with_measurement:
+            with torch.no_grad():
+                measurement = measure(states, batch, unembed)
+        return ForwardOutput(sums, measurement, states)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
+        """Generate with speculative decoding; see ``mtp_lightning.decoding.generate`` for the options.
+
+        Args:
+            input_ids: prompts, [B, L] int64.
+            attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
+            options: ``max_new_tokens``, ``decoding``, ``num_masks`` and others.
+
+        Returns:
+            Sequences, steps and acceptance lengths.
+        """
+        return generate(self, input_ids, attention_mask, **options)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampler heads: from a hidden state and the tokens drafted so far to the state that the unembedding is applied to.
+
+A head is made without knowing the model's width (YAML names it before the base is loaded) and built later by ``build``.
+To write your own, subclass ``SamplerHead`` and name it in ``model.sampler_head.class_path``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtp_lightning.errors import UsageError
+
+
+class SamplerHead(nn.Module, ABC):
+    """Draws the draft tokens of a block one after another, each conditioned on the tokens before it.
+
+    Attributes:
+        at_ntp: whether the head also has an output (and so a loss) at NTP positions.
+    """
+
+    at_ntp = False
+
+    @abstractmethod
+    def build(self, width: int) -> None:
+        """Make the layers.
+
+        Args:
+            width: the base model's hidden size D.
+        """
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """All positions of many blocks at once, with the true previous tokens (training).
+
+        Args:
+            hidden: hidden states of m_1..m_K after the final norm, [N, K, D].
+            previous: embeddings of the tokens x_{i+1}..x_{i+K}, as the decoder sees them, [N, K, D].
+
+        Returns:
+            What the unembedding is applied to, [N, K, D]. Entry j sees previous tokens 1..j only.
+        """
+
+    @abstractmethod
+    def step(self, hidden: Tensor, previous: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One position of each block, with the token drawn before it (decoding).
+
+        Args:
+            hidden: hidden state of m_j, [N, D].
+            previous: embedding of the verified token (j = 1) or of draft j - 1, [N, D].
+            state: what the last step returned, None at j = 1.
+
+        Returns:
+            What the unembedding is applied to, [N, D], and the state for the next step.
+        """
+
+
+class MLPSamplerHead(SamplerHead):
+    """The paper's head: two blocks of Linear, SiLU, LayerNorm on [E(y_prev); z]. No residual, no memory.
+
+    Source: Samragh et al. 2025, §2.3.
+    """
+
+    at_ntp = True
+
+    def build(self, width: int) -> None:
+        """Make the layers."""
+        self.layers = nn.Sequential(
+            nn.Linear(2 * width, width),
+            nn.SiLU(),
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.LayerNorm(width),
+        )
+
+    def forward(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """MLP([E(y_prev); z]) at each position by itself; any leading shape."""
+        return self.layers(torch.cat([previous, hidden], dim=-1))
+
+    def step(self, hidden: Tensor, previous: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The same for one position."""
+        return self(hidden, previous), None
+
+
+class GRUSamplerHead(SamplerHead):
+    """A GRU over the tokens drafted so far whose output is added to z through a projection that starts at zero.
+
+    s_0 = 0; s_j = GRU(e_j, s_{j-1}) with e_j = E(x_{i+j}), or [E(x_{i+j}); z_j] with ``read_hidden``;
+    u = LayerNorm(SiLU(Linear([s_j; z_j]))); u = u + LayerNorm(SiLU(Linear(u))); output z_j + O u. It starts as the base
+    head and learns the correction.
+
+    Args:
+        hidden_size: width w of the state and of u. None: the base model's hidden size. A small base gains from more,
+            a large one does with half its width or less.
+        read_hidden: the GRU also reads the hidden state.
+    """
+
+    def __init__(self, hidden_size: int | None = None, read_hidden: bool = False) -> None:
+        super().__init__()
+        if hidden_size is not None and hidden_size < 1:
+            raise UsageError(f"hidden_size must be 1 or more, got {hidden_size}. Set model.sampler_head.init_args.hidden_size.")
+        self.hidden_size = hidden_size
+        self.read_hidden = read_hidden
+
+    def build(self, width: int) -> None:
+        """Make the layers."""
+        w = self.hidden_size or width
+        self.gru = nn.GRU(width * (2 if self.read_hidden else 1), w, batch_first=True)
+        self.first = nn.Linear(w + width, w)
+        self.first_norm = nn.LayerNorm(w)
+        self.second = nn.Linear(w, w)
+        self.second_norm = nn.LayerNorm(w)
+        self.output = nn.Linear(w, width)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def _correct(self, hidden: Tensor, state: Tensor) -> Tensor:
+        u = self.first_norm(F.silu(self.first(torch.cat([state, hidden], dim=-1))))
+        u = u + self.second_norm(F.silu(self.second(u)))
+        return hidden + self.output(u)
+
+    def forward(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """All K positions of N blocks, [N, K, D]."""
+        states, _ = self.gru(torch.cat([previous, hidden], dim=-1) if self.read_hidden else previous)
+        return self._correct(hidden, states)
+
+    def step(self, hidden: Tensor, previous: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One position of N blocks; the state is the GRU's, [1, N, w]."""
+        read = torch.cat([previous, hidden], dim=-1) if self.read_hidden else previous
+        states, state = self.gru(read[:, None], state)
+        return self._correct(hidden, states[:, 0]), state

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The named tuples that pass between files: rows of tokens, masked inputs, hidden states. No logic here.
+
+Letters in shapes, the same in all files: ``B`` rows, ``L`` tokens in a row, ``P`` blocks in a row, ``K`` masks in a
+block, ``S = L + P * K`` positions after expansion, ``D`` hidden size, ``V`` vocabulary, ``N`` positions picked out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""A label that counts in no loss (Hugging Face's meaning)."""
+
+
+class TokenRow(NamedTuple):
+    """One row of tokens, of one document or of several packed ones, before blocks are placed.
+
+    Attributes:
+        input_ids: token ids, [L] int64.
+        labels: ``input_ids`` where the token carries loss, ``IGNORE_INDEX`` elsewhere, [L] int64.
+        document_ids: number of the document that each token belongs to, 0, 1, .. in order, [L] int64.
+        row_id: number of the row in its data set; it seeds the row's block starts.
+        domain: the row's domain, or an empty string.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    document_ids: Tensor
+    row_id: int
+    domain: str = ""
+
+
+class MaskedInput(NamedTuple):
+    """A batch of token rows with mask blocks (METHOD.md §2), compact: no embedding, no attention mask.
+
+    Attributes:
+        input_ids: token ids, padded, [B, L] int64.
+        position_ids: position of each token in its own document, [B, L] int64.
+        document_ids: document of each token, -1 at padding, [B, L] int64.
+        ntp_labels: the next token of each NTP position, ``IGNORE_INDEX`` where it carries no loss, is past the end or in
+            another document, [B, L] int64.
+        starts: index of each block's start in its row, -1 where the row has fewer blocks than P, [B, P] int64.
+        mtp_labels: label of each MTP position, x_{i+j+1} or ``IGNORE_INDEX``, [B, P, K] int64.
+        anchor_weights: 1 over the number of MTP positions that share this MTP position's anchor under full coverage, 0
+            where the label is ignored, [B, P, K] float32 (the mean over S(t) of METHOD.md §5).
+        block_weights: eligible starts of the row over starts that were given a block, [B, P] float32: what makes a
+            sum over sampled blocks an unbiased estimate of the sum over all.
+        counts: what the loss terms divide by under full coverage: NTP labels, MTP labels, anchors; [3] float64. It
+            sums over rows, and over the batches and ranks that make one optimizer step.
+        row_ids: number of each row in its data set, [B] int64.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    ntp_labels: Tensor
+    starts: Tensor
+    mtp_labels: Tensor
+    anchor_weights: Tensor
+    block_weights: Tensor
+    counts: Tensor
+    row_ids: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskedInput:
+        """The same batch on ``device``."""
+        return MaskedInput(*(field.to(device, non_blocking=non_blocking) for field in self))
+
+
+class HiddenStates(NamedTuple):
+    """What the decoder gave for a masked input, before any unembedding.
+
+    Attributes:
+        ntp: hidden state of each NTP position after the final norm, [B, L, D].
+        mtp: hidden state of each MTP position after the final norm, [B, P, K, D].
+        sampler: the sampler head's output at each MTP position, [B, P, K, D], or None without a sampler head.
+        sampler_ntp: the sampler head's output at each NTP position, [B, L, D], or None if the head has none there.
+    """
+
+    ntp: Tensor
+    mtp: Tensor
+    sampler: Tensor | None
+    sampler_ntp: Tensor | None
+
+
+class LossSum(NamedTuple):
+    """A loss term over one batch: its sum, and what the sum is to be divided by.
+
+    Attributes:
+        total: sum of the per-position losses, scalar, differentiable.
+        count: index into ``MaskedInput.counts`` of the denominator, or a tuple of indices whose counts are added up.
+    """
+
+    total: Tensor
+    count: int | tuple[int, ...]
+
+
+NTP, MTP, ANCHOR = 0, 1, 2
+"""Indices into ``MaskedInput.counts``."""
