@@ -13,6 +13,12 @@ wanted=$(pwd; cat pyproject.toml constraints/cpu.txt)
 installed="$venv/installed$extras.txt"
 if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
   python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt -e ".$extras"
+  if [ "$extras" = "[dev]" ] && [ ! -x "$venv/bin/pydoclint" ]; then
+    # Apart, because it replaces the docstring_parser that jsonargparse uses by a fork of the same module name.
+    python -m venv "$venv/pydoclint"
+    "$venv/pydoclint/bin/pip" install --quiet --disable-pip-version-check "pydoclint>=0.12,<0.13"
+    ln -s ../pydoclint/bin/pydoclint "$venv/bin/pydoclint"
+  fi
   printf '%s\n' "$wanted" >"$installed"
 fi
 

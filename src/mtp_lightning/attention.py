@@ -80,26 +80,33 @@ def kernel_mask(base: PreTrainedModel, allowed: Tensor) -> Tensor:
     return torch.zeros(allowed.shape, dtype=base.dtype, device=allowed.device).masked_fill_(~allowed, lowest)
 
 
-def attention_mask(base: PreTrainedModel, pattern: AttentionPattern, num_ntp: int) -> Any:
-    """The mask argument of the base's decoder for a masked input.
+def attention_mask(
+    base: PreTrainedModel, pattern: AttentionPattern, num_ntp: int, begin: int = 0, end: int | None = None
+) -> Any:
+    """The mask argument of the base's decoder for positions ``begin`` to ``end`` of a masked input, those before cached.
 
-    The dense S x S mask is made for SDPA and eager attention only; FlexAttention gets a block mask.
+    The dense mask is made for SDPA and eager attention only; FlexAttention gets a block mask.
 
     Args:
         base: the base model.
         pattern: who sees whom.
         num_ntp: L.
+        begin: first position that is fed.
+        end: one past the last position that is fed; None: S.
 
     Returns:
         A tensor, a FlexAttention block mask, or a dict of them by layer type.
     """
     if base.config._attn_implementation != "flex_attention":
-        return per_layer_type(base, lambda window: kernel_mask(base, dense_mask(pattern, num_ntp, window)))
+        return per_layer_type(base, lambda window: kernel_mask(base, dense_mask(pattern, num_ntp, window, begin, end)))
     from torch.nn.attention.flex_attention import create_block_mask
 
     B, S = pattern.documents.shape
-    device = pattern.documents.device
-    return per_layer_type(
-        base,
-        lambda window: create_block_mask(pattern_function(pattern, num_ntp, window), B, None, S, S, device=str(device)),
-    )
+    device = str(pattern.documents.device)
+    end = S if end is None else end
+
+    def make(window: int | None) -> Any:
+        sees = pattern_function(pattern, num_ntp, window)
+        return create_block_mask(lambda b, h, q, k: sees(b, h, q + begin, k), B, None, end - begin, end, device=device)
+
+    return per_layer_type(base, make)

@@ -14,3 +14,17 @@ class UsageError(MTPError, ValueError):
 
 class RunError(MTPError, RuntimeError):
     """All else that a user can mend: a missing or broken file, data that can't be used (exit code 1)."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of somebody else's error on one line, shortened, to quote it in one of ours.
+
+    Args:
+        error: the error.
+        limit: how many characters to keep.
+
+    Returns:
+        The message, or the error's class name where it has none.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

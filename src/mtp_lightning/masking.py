@@ -320,20 +320,25 @@ def pattern_function(
     return sees
 
 
-def dense_mask(pattern: AttentionPattern, num_ntp: int, window: int | None = None) -> Tensor:
-    """The S x S mask, for attention kernels that need one.
+def dense_mask(
+    pattern: AttentionPattern, num_ntp: int, window: int | None = None, begin: int = 0, end: int | None = None
+) -> Tensor:
+    """The S x S mask, or a run of its rows, for attention kernels that need one.
 
     Args:
         pattern: who sees whom.
         num_ntp: L.
         window: sliding window in positions, or None.
+        begin: first query.
+        end: one past the last query and key; None: S.
 
     Returns:
-        True where the query sees the key, [B, 1, S, S] bool.
+        True where the query sees the key, [B, 1, end - begin, end] bool.
     """
     B, S = pattern.documents.shape
+    end = S if end is None else end
     device = pattern.documents.device
     row = torch.arange(B, device=device)[:, None, None]
-    index = torch.arange(S, device=device)
-    sees = pattern_function(pattern, num_ntp, window)
-    return sees(row, torch.zeros_like(row), index[None, :, None], index[None, None, :])[:, None]
+    queries = torch.arange(begin, end, device=device)[None, :, None]
+    keys = torch.arange(end, device=device)[None, None, :]
+    return pattern_function(pattern, num_ntp, window)(row, torch.zeros_like(row), queries, keys)[:, None]

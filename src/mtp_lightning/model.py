@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from mtp_lightning.attention import attention_mask
 from mtp_lightning.base import FrozenUnembedding, context_length
@@ -20,7 +20,7 @@ from mtp_lightning.decoding import Generation, StepInput, StepOutput, decode_ste
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import Gate, LoRA, add_gated_lora
 from mtp_lightning.losses.base import LossTerm
-from mtp_lightning.masking import attention_pattern, gather_anchors
+from mtp_lightning.masking import AttentionPattern, attention_pattern, gather_anchors
 from mtp_lightning.measurement import Measurement, measure
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.types import HiddenStates, LossSum, MaskedInput
@@ -83,6 +83,24 @@ class MTPModel(nn.Module):
             sampler_head.build(seen.shape[1])
             sampler_head.to(device=base.device, dtype=wide)
 
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> MTPModel:
+        """Load a trained model, in evaluation mode.
+
+        Args:
+            name: a ``.ckpt`` file that ``mtp fit`` wrote.
+            options: ``base_model`` (where the base lies now, if it moved), ``revision``, ``dtype``, ``device``.
+
+        Returns:
+            The model.
+
+        Raises:
+            RunError: the file can't be used, or the base is another one.
+        """
+        from mtp_lightning.checkpoint import load_model  # it imports this file
+
+        return load_model(name, **options)
+
     @property
     def unembed(self) -> FrozenUnembedding:
         """The base's unembedding."""
@@ -130,16 +148,12 @@ class MTPModel(nn.Module):
         tokens = self.embed(batch.input_ids)
         masks = self.mask_embeddings.to(tokens.dtype).expand(B, P, K, -1).flatten(1, 2)
         pattern = attention_pattern(batch, K)
-        with self.gate.open(P * K if self.lora.gated else L + P * K):
-            hidden = self.base.get_decoder()(
-                inputs_embeds=torch.cat([tokens, masks], 1),
-                attention_mask=attention_mask(self.base, pattern, L),
-                position_ids=pattern.position_ids,
-                use_cache=False,
-            ).last_hidden_state
-        ntp, mtp = hidden[:, :L], hidden[:, L:].unflatten(1, (P, K))
-        if self.lora.gated:
-            ntp = ntp.detach()
+        # Transformers drops the cache under gradient checkpointing, and an open gate leaves nothing to cache.
+        if self.lora.gated and not (self.training and getattr(self.base, "is_gradient_checkpointing", False)):
+            ntp, mtp = self._two_passes(tokens, masks, pattern)
+        else:
+            ntp, mtp = self._one_pass(tokens, masks, pattern)
+        mtp = mtp.unflatten(1, (P, K))
         sampler = sampler_ntp = None
         if self.sampler_head is not None:
             wide = self.mask_embeddings.dtype
@@ -148,6 +162,43 @@ class MTPModel(nn.Module):
             if self.sampler_head.at_ntp:
                 sampler_ntp = self.sampler_head(ntp.to(wide), tokens.to(wide)).to(mtp.dtype)
         return HiddenStates(ntp, mtp, sampler, sampler_ntp)
+
+    def _two_passes(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
+        """NTP positions first and without gradient, then MTP positions over their cached keys and values.
+
+        The NTP positions are the frozen base's and see no mask, so no activation of theirs is kept and no gradient is
+        computed for them.
+        """
+        L, decoder, cache = tokens.shape[1], self.base.get_decoder(), DynamicCache()
+        with torch.no_grad(), self.gate.open(0):
+            ntp = decoder(
+                inputs_embeds=tokens,
+                attention_mask=attention_mask(self.base, pattern, L, 0, L),
+                position_ids=pattern.position_ids[:, :L],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        with self.gate.open(masks.shape[1]):
+            mtp = decoder(
+                inputs_embeds=masks,
+                attention_mask=attention_mask(self.base, pattern, L, L),
+                position_ids=pattern.position_ids[:, L:],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return ntp, mtp
+
+    def _one_pass(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
+        """All positions at once, under gradient checkpointing or with a gate that is always open."""
+        L, gated = tokens.shape[1], self.lora.gated
+        with self.gate.open(masks.shape[1] if gated else L + masks.shape[1]):
+            hidden = self.base.get_decoder()(
+                inputs_embeds=torch.cat([tokens, masks], 1),
+                attention_mask=attention_mask(self.base, pattern, L),
+                position_ids=pattern.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        return hidden[:, :L].detach() if gated else hidden[:, :L], hidden[:, L:]
 
     def forward(
         self, batch: MaskedInput | StepInput, losses: dict[str, LossTerm] | None = None, with_measurement: bool = False

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: trained weights only, and the settings they belong to. Plain types, read with ``weights_only``."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.base import load_base, load_tokenizer
+from mtp_lightning.errors import RunError
+from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.model import MTPModel
+from mtp_lightning.sampler_heads import SamplerHead
+
+if TYPE_CHECKING:
+    from mtp_lightning.module import MTPModule
+
+SETTINGS = "mtp_settings"
+
+
+def trained_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The entries of an ``MTPModule``'s state dict that are not the frozen base.
+
+    Args:
+        state: the state dict.
+
+    Returns:
+        A smaller state dict: LoRA, mask embeddings, sampler head, and what loss terms own.
+    """
+    return {name: value for name, value in state.items() if not name.startswith("model.base.") or ".lora_" in name}
+
+
+def checkpoint_settings(module: MTPModule) -> dict[str, Any]:
+    """What the trained weights belong to: base, its shape, masks, LoRA and sampler head; plain types."""
+    head = module.sampler_head
+    config = module.model.base.config.get_text_config(decoder=True)
+    return {
+        "base_model": module.base_model,
+        "revision": module.revision,
+        "base": {
+            "model_type": config.model_type,
+            "hidden_size": int(config.hidden_size),
+            "num_hidden_layers": int(config.num_hidden_layers),
+            "vocab_size": int(config.vocab_size),
+        },
+        "num_masks": module.num_masks,
+        "lora": asdict(module.lora),
+        "sampler_head": None if head is None else {"class_path": class_path(head), "init_args": init_args(head)},
+    }
+
+
+def class_path(head: SamplerHead) -> str:
+    """Import path of a sampler head's class."""
+    return f"{type(head).__module__}.{type(head).__qualname__}"
+
+
+def init_args(head: SamplerHead) -> dict[str, Any]:
+    """The arguments that a head was made with: each is kept as an attribute of the same name."""
+    names = [name for name in inspect.signature(type(head).__init__).parameters if name not in ("self", "args", "kwargs")]
+    return {name: getattr(head, name) for name in names}
+
+
+def check_settings(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose weights do not fit the model that is to take them.
+
+    Args:
+        checkpoint: a loaded checkpoint.
+        expected: ``checkpoint_settings`` of the model.
+
+    Raises:
+        RunError: not one of ours, or of another base, number of masks, rank or head.
+    """
+    found = checkpoint.get(SETTINGS)
+    if found is None:
+        raise RunError("the checkpoint was not written by mtp fit: it has no entry 'mtp_settings'. Give another --ckpt_path.")
+    pairs = [
+        ("base model", found["base"], expected["base"], "model.base_model"),
+        ("num_masks", found["num_masks"], expected["num_masks"], "model.num_masks"),
+        ("LoRA rank", found["lora"]["rank"], expected["lora"]["rank"], "model.lora.rank"),
+        ("sampler head", found["sampler_head"], expected["sampler_head"], "model.sampler_head"),
+    ]
+    for name, there, here, key in pairs:
+        if there != here:
+            raise RunError(f"the checkpoint's {name} is {there}, the configuration's is {here}. Change {key} or --ckpt_path.")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file without unpickling code.
+
+    Raises:
+        RunError: missing, truncated, or not written by ``mtp fit``.
+    """
+    if not Path(path).is_file():
+        raise RunError(f"checkpoint {str(path)!r} does not exist. Give the path of a .ckpt file that mtp fit wrote.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        raise RunError(f"checkpoint {str(path)!r} can't be read; it may be cut short or no checkpoint. Use another one.") from error
+    if not isinstance(checkpoint, dict) or SETTINGS not in checkpoint:
+        raise RunError(f"checkpoint {str(path)!r} was not written by mtp fit: it has no entry 'mtp_settings'.")
+    return checkpoint
+
+
+def load_model(
+    path: str | Path,
+    base_model: str | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> MTPModel:
+    """Build a model from a checkpoint file, for use without Lightning.
+
+    Args:
+        path: a ``.ckpt`` file.
+        base_model: where the base lies now, if it moved.
+        revision: hub revision of the base; None: the one of the checkpoint.
+        dtype: dtype of the base; trained weights follow it (decoding needs no float32 copies).
+        device: where to put the model.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        RunError: the file can't be used, or the base is another one.
+    """
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint[SETTINGS]
+    name = base_model or settings["base_model"]
+    base = load_base(name, revision or settings["revision"], dtype, device=device)
+    config = base.config.get_text_config(decoder=True)
+    for key, value in settings["base"].items():
+        if getattr(config, key) != value:
+            raise RunError(
+                f"the checkpoint belongs to a base with {key} {value}, and {name!r} has {getattr(config, key)}."
+                " Give the base it was trained on with --base_model."
+            )
+    model = MTPModel(
+        base,
+        settings["num_masks"],
+        LoRA(**settings["lora"]),
+        build_head(settings["sampler_head"]),
+        load_tokenizer(name, revision or settings["revision"]),
+    )
+    prefix = "model."
+    weights: dict[str, Tensor] = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    lost = {name for name, _ in model.trained_parameters()} & set(missing)
+    if lost or unexpected:
+        raise RunError(f"checkpoint {str(path)!r} does not fit its own settings: {sorted(lost) or unexpected}. It is damaged.")
+    for _, parameter in model.trained_parameters():
+        parameter.data = parameter.data.to(base.dtype)
+    return model.eval()
+
+
+def build_head(settings: dict[str, Any] | None) -> SamplerHead | None:
+    """A sampler head from its class path and arguments."""
+    if settings is None:
+        return None
+    module, _, name = settings["class_path"].rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RunError(f"the checkpoint's sampler head {settings['class_path']} can't be imported: {error}.") from error
+    if not (isinstance(kind, type) and issubclass(kind, SamplerHead)):
+        raise RunError(f"the checkpoint's sampler head {settings['class_path']} is no SamplerHead.")
+    return kind(**settings["init_args"])

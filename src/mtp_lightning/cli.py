@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program ``mtp``: one function that the console script, ``python -m mtp_lightning`` and the tests call."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+from mtp_lightning.errors import MTPError, RunError, UsageError
+
+COMMANDS = {
+    "fit": "train",
+    "validate": "losses, NTP figure and acceptance on the validation set",
+    "test": "the same on the test set",
+    "predict": "speculative generation over the test prompts, one JSON line a prompt",
+    "generate": "generate text with a trained model",
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        args: command line without the program's name; None: ``sys.argv``.
+
+    Raises:
+        SystemExit: with 2 where the command or the configuration is wrong, 1 at any other error; one line on standard
+            error says what to change. ``--debug`` or ``MTP_DEBUG=1`` shows the traceback.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words or os.environ.get("MTP_DEBUG", "") not in ("", "0")
+    words = [word for word in words if word != "--debug"]
+    # A user's own losses and heads lie in the current folder; appended, so that they can't hide an installed package.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        _run(words)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"mtp: error: {_one_line(error)}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(_cause(error), UsageError) else 1) from None
+
+
+def _run(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: mtp COMMAND [options]\n\ncommands:")
+        for name, text in COMMANDS.items():
+            print(f"  {name:10} {text}")
+        print("\nmtp COMMAND --help shows a command's options. --debug shows the traceback of an error.")
+        return
+    if words[0] == "--version":
+        from mtp_lightning import __version__
+
+        print(f"mtp {__version__}")
+        return
+    if words[0] not in COMMANDS:
+        raise UsageError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}.")
+    _missing_files(words)
+    # Not ours to mend, and said on every start: Lightning's advice on workers for data that is already in memory.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    if words[0] in ("fit", "validate", "test"):
+        from mtp_lightning.lightning_cli import run_trainer
+
+        run_trainer(words)
+    elif words[0] == "predict":
+        from mtp_lightning.lightning_cli import run_predict
+
+        run_predict(words[1:])
+    else:
+        from mtp_lightning.commands import run_generate
+
+        run_generate(words[1:])
+
+
+def _missing_files(words: list[str]) -> None:
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        name, _, given = word.partition("=")
+        path = given or value
+        if name in ("--config", "-c") and not os.path.isfile(path):
+            raise RunError(f"configuration file {path!r} does not exist. Give the path of a YAML file with --config.")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of ours that another library wrapped, or the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MTPError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
+def _one_line(error: BaseException) -> str:
+    found = _cause(error)
+    text: Any = str(found) if isinstance(found, MTPError) else f"{type(found).__name__}: {found}"
+    return " ".join(text.split()) + ("" if isinstance(found, MTPError) else " (--debug shows where)")

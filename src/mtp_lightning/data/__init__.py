@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data layer, in the order in which data flows.
+
+``reading`` sources -> rows of fields; ``chat`` and ``encoding`` a row -> token ids and loss; ``documents`` the same for
+whole sources, cut to length and cached; ``packing`` documents -> rows; ``rows`` the data set that a loader draws from;
+``preparing`` all of it up to there; ``loader`` which rows when, on which rank; ``collator`` rows -> masked input;
+``module`` the LightningDataModule, the only file here that imports Lightning.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtp_lightning.data.module import MTPDataModule
+
+__all__ = ["MTPDataModule"]
+
+
+def __getattr__(name: str) -> Any:
+    """``MTPDataModule``, imported at first use, so that the other files here work without Lightning."""
+    if name != "MTPDataModule":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mtp_lightning.data.module import MTPDataModule
+
+    return MTPDataModule

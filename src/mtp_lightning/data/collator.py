@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The collator: drawn rows -> masked input, through the pure functions of ``masking``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mtp_lightning.data.rows import DrawnRow
+from mtp_lightning.masking import build_masked_input
+from mtp_lightning.types import MaskedInput
+
+
+@dataclass(frozen=True)
+class MaskedInputCollator:
+    """Makes a batch of drawn rows. It holds plain values only, so that it travels to worker processes.
+
+    The starts depend on the seed, the rows and the epoch they were drawn in, so the same draws give the same batch in any
+    process.
+
+    Args:
+        num_masks: K.
+        block_fraction: share of the eligible starts that get a block.
+        max_blocks_per_row: upper bound of blocks in a row, or None.
+        seed: seed of the starts.
+        context: the base's context, or None.
+    """
+
+    num_masks: int
+    block_fraction: float = 1.0
+    max_blocks_per_row: int | None = None
+    seed: int = 0
+    context: int | None = None
+
+    def __call__(self, drawn: Sequence[DrawnRow]) -> MaskedInput:
+        """The batch.
+
+        Args:
+            drawn: rows of one epoch.
+
+        Returns:
+            The masked input.
+        """
+        (epoch,) = {item.epoch for item in drawn}
+        return build_masked_input(
+            [item.row for item in drawn],
+            self.num_masks,
+            block_fraction=self.block_fraction,
+            max_blocks_per_row=self.max_blocks_per_row,
+            seed=self.seed,
+            epoch=epoch,
+            context=self.context,
+        )

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading: which rows form which batch, on which rank and when; exact resume; one denominator for an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from mtp_lightning.data.collator import MaskedInputCollator
+from mtp_lightning.data.packing import padding_share
+from mtp_lightning.data.rows import Draw, DrawnRow, TokenRows
+from mtp_lightning.types import MaskedInput
+
+BUCKET = 50
+"""Batches whose rows are sorted by length together."""
+
+
+class RowSampler(Sampler[list[Draw]]):
+    """Batches of draws for one rank: every row once an epoch, in an order that depends on (seed, epoch) alone.
+
+    Rows are shuffled and cut into *global* batches of ``batch_size * world`` rows, which the ranks share, so all ranks
+    have the same number of batches. No row is dropped and none is drawn twice: the last global batch may be smaller, and
+    a rank for which it holds no row gets a blank copy of one (no loss, nothing counted).
+
+    Args:
+        lengths: tokens of each row, [n] int.
+        batch_size: rows a rank draws at once.
+        seed: seed of the order.
+        rank: number of this rank.
+        world: number of ranks.
+        bucketed: form batches of rows of similar length, within windows of ``BUCKET`` shuffled batches.
+
+    Attributes:
+        epoch: the epoch that the next iterator walks through.
+        begin: the batch that it begins with.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, batch_size: int, seed: int = 0, rank: int = 0, world: int = 1, bucketed: bool = True
+    ) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.bucketed = bucketed
+        self.epoch = 0
+        self.begin = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // (self.batch_size * self.world))
+
+    def global_batches(self, epoch: int) -> list[np.ndarray]:
+        """Numbers of the rows of each global batch, the same on all ranks.
+
+        Args:
+            epoch: the epoch.
+
+        Returns:
+            Arrays of at most ``batch_size * world`` numbers.
+        """
+        size = self.batch_size * self.world
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(len(self.lengths))
+        if not self.bucketed:
+            return [order[begin : begin + size] for begin in range(0, len(order), size)]
+        batches = []
+        for window in range(0, len(order), BUCKET * size):
+            rows = order[window : window + BUCKET * size]
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            batches += [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        return [batches[number] for number in generator.permutation(len(batches))]
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        # Epoch and begin are read now, not when the first batch is asked for: by then they may be another iterator's.
+        return self._draws(self.global_batches(self.epoch)[self.begin :], self.epoch)
+
+    def _draws(self, batches: list[np.ndarray], epoch: int) -> Iterator[list[Draw]]:
+        for batch in batches:
+            mine = batch[self.rank :: self.world]
+            if len(mine):
+                yield [Draw(int(index), epoch) for index in mine]
+            else:
+                yield [Draw(int(batch[0]), epoch, blank=True)]
+
+    def padding_share(self, batches: int = 1000) -> float:
+        """The share of positions that are padding in this rank's first batches of epoch 0.
+
+        Args:
+            batches: how many to look at.
+
+        Returns:
+            A number from 0 to below 1.
+        """
+        mine = [rows[self.rank :: self.world] for rows in self.global_batches(0)[:batches]]
+        return padding_share([self.lengths[rows] for rows in mine if len(rows)])
+
+
+class WindowedLoader:
+    """Batches for Lightning, with the counts of a whole optimizer step in each, and exact resume within an epoch.
+
+    Each window of ``accumulate`` consecutive batches forms one optimizer step; every batch of it gets the window's summed
+    counts, so that its losses divide by one denominator however the rows fall into batches.
+
+    An epoch begins at the start of ``__iter__``: Lightning never exhausts an iterator of known length. The state is the
+    epoch and the number of batches delivered, the same on all ranks. Batches delivered before are skipped by the sampler,
+    not read; only the open window is read again, for its counts.
+
+    Args:
+        loader: loads batches; its batch sampler is a ``RowSampler``.
+        accumulate: batches in an optimizer step, or a function that says so at the start of each epoch.
+        limit: batches used of an epoch, or None for all. The length stays that of the whole epoch.
+        constant: every epoch is epoch 0, from its beginning: for validation.
+        epoch: the epoch to begin with.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        accumulate: int | Callable[[], int] = 1,
+        limit: int | None = None,
+        constant: bool = False,
+        epoch: int = 0,
+    ) -> None:
+        self.loader = loader
+        self.accumulate = accumulate
+        self.used = len(loader) if limit is None else min(limit, len(loader))
+        self.constant = constant
+        self.epoch = epoch
+        self.delivered = 0
+        self._moved = False  # whether a batch was delivered since the position was last set
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def sampler(self) -> RowSampler:
+        """The loader's batch sampler."""
+        sampler = self.loader.batch_sampler
+        assert isinstance(sampler, RowSampler)
+        return sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make ``epoch`` the next one, from its beginning; a position just loaded within this epoch stays.
+
+        Args:
+            epoch: the epoch.
+        """
+        if epoch != self.epoch or self._moved:
+            self.epoch, self.delivered, self._moved = epoch, 0, False
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of batches delivered."""
+        return {"epoch": self.epoch, "delivered": self.delivered}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where the state was taken.
+
+        Args:
+            state: what ``state_dict`` gave, on any rank.
+        """
+        self.epoch, self.delivered, self._moved = state["epoch"], state["delivered"], False
+
+    def __iter__(self) -> Iterator[MaskedInput]:
+        if self._moved or self.delivered >= self.used:
+            self.epoch, self.delivered = self.epoch + 1, 0
+        if self.constant:
+            self.epoch, self.delivered = 0, 0
+        self._moved = False
+        return self._deliver()
+
+    def _deliver(self) -> Iterator[MaskedInput]:
+        accumulate = self.accumulate if isinstance(self.accumulate, int) else self.accumulate()
+        begin = self.delivered - self.delivered % accumulate
+        skip = self.delivered - begin
+        sampler = self.sampler()
+        sampler.epoch, sampler.begin = self.epoch, begin
+        batches = islice(self.loader, self.used - begin)
+        while window := list(islice(batches, accumulate)):
+            counts = torch.stack([batch.counts for batch in window]).sum(0)
+            for batch in window[skip:]:
+                self.delivered, self._moved = self.delivered + 1, True
+                yield batch._replace(counts=counts.clone())
+            skip = 0
+
+
+def load_rows(
+    rows: TokenRows,
+    collator: MaskedInputCollator,
+    batch_size: int,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    bucketed: bool = True,
+    num_workers: int = 0,
+) -> DataLoader[DrawnRow]:
+    """A loader of the rows of one rank, for ``WindowedLoader``.
+
+    Args:
+        rows: the rows.
+        collator: makes a batch of them.
+        batch_size: rows a rank draws at once.
+        seed: seed of the order.
+        rank: number of this rank.
+        world: number of ranks.
+        bucketed: form batches of rows of similar length.
+        num_workers: processes that make batches ahead; 0: this one makes them. The batches are the same.
+
+    Returns:
+        The loader.
+    """
+    return DataLoader(
+        rows,
+        batch_sampler=RowSampler(rows.lengths, batch_size, seed, rank, world, bucketed),
+        collate_fn=collator,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # Its own generator: an iterator draws a seed when it is made, and must not take it from the training's stream.
+        generator=torch.Generator().manual_seed(seed),
+    )

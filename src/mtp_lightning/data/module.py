@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MTPDataModule: the LightningDataModule around the data layer. It asks the module for what the model owns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, Trainer
+
+from mtp_lightning.data.collator import MaskedInputCollator
+from mtp_lightning.data.loader import WindowedLoader, load_rows
+from mtp_lightning.data.preparing import Prepared, Sources, prepare
+from mtp_lightning.data.rows import TokenRows
+from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.paths import resolve
+
+_SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
+_EVALUATION_SEED = 0  # constant, as its epoch: validation places the same blocks in every run
+
+
+class MTPDataModule(LightningDataModule):
+    """Rows of tokens with mask blocks, for training and evaluation.
+
+    A source is a file (.jsonl, .json, .parquet, .txt), a glob, a folder, ``package://demo/train.parquet`` for a file
+    shipped with mtp-lightning, or a hub id: ``owner/name``, ``owner/name/config``, each with ``:split`` (default
+    train). Rows are recognised by their fields: messages | prompt + completion (or completion_ids) | text | input_ids
+    (+ labels); an optional field domain names their domain.
+
+    Args:
+        train: a source, a list of sources, or a weighted mix: source -> share of the rows of an epoch, repeated where a
+            source has too few.
+        validation: the same, for validation. None: see validation_fraction.
+        test: the same, for testing.
+        validation_fraction: without a validation source, hold out this share of the training rows for it: the same rows in
+            every run.
+        max_length: most tokens in a row; at most the base's context. Longer texts are cut into rows one after another, of
+            longer prompts and chats the end is dropped.
+        batch_size: rows in a batch, for each device.
+        eval_batch_size: the same for validation and testing. None: batch_size.
+        block_fraction: share of the eligible starts that get a block in training; 1.0 is the paper's full coverage.
+        max_blocks_per_row: at most so many blocks in a row in training, or None.
+        eval_max_blocks_per_row: at most so many blocks in a row in validation and testing, or None; always the same ones.
+        packing: put several documents in a row of up to max_length tokens. They do not see each other.
+        num_workers: processes that make batches ahead; 0 makes them in the training process. The batches are the same.
+        seed: seed of the order of the rows, of the mix and of the block starts.
+        max_rows: read at most so many training rows, evenly spaced over the sources. For quick runs.
+        eval_max_rows: the same for validation and testing.
+        chat_template: a jinja file for rows with messages, best with {% generation %} markers. None: the base's own.
+
+    Attributes:
+        rows: split -> its token rows, after ``setup``.
+        report: split -> what became of what was read, after ``setup``: plain numbers, see ``preparing.Report``.
+    """
+
+    def __init__(
+        self,
+        train: Sources | None = None,
+        validation: Sources | None = None,
+        test: Sources | None = None,
+        validation_fraction: float = 0.0,
+        max_length: int = 2048,
+        batch_size: int = 1,
+        eval_batch_size: int | None = None,
+        block_fraction: float = 1.0,
+        max_blocks_per_row: int | None = None,
+        eval_max_blocks_per_row: int | None = 16,
+        packing: bool = False,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_rows: int | None = None,
+        eval_max_rows: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.validation = validation
+        self.test = test
+        self.validation_fraction = validation_fraction
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.block_fraction = block_fraction
+        self.max_blocks_per_row = max_blocks_per_row
+        self.eval_max_blocks_per_row = eval_max_blocks_per_row
+        self.packing = packing
+        self.num_workers = num_workers
+        self.seed = seed
+        self.max_rows = max_rows
+        self.eval_max_rows = eval_max_rows
+        self.chat_template = chat_template
+        self.rows: dict[str, TokenRows] = {}
+        self.report: dict[str, dict[str, Any]] = {}
+        self._ready: set[str] = set()
+        self._check()
+
+    def _check(self) -> None:
+        at_least = {"max_length": 2, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
+        at_least |= dict.fromkeys(("max_blocks_per_row", "eval_max_blocks_per_row", "max_rows", "eval_max_rows"), 1)
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be {least} or more, got {value}. Set data.{name}.")
+        if not 0 < self.block_fraction <= 1:
+            raise UsageError(
+                f"block_fraction must be above 0 and at most 1, got {self.block_fraction}. Set data.block_fraction."
+            )
+        if not 0 <= self.validation_fraction < 1:
+            raise UsageError(
+                f"validation_fraction must be from 0 to below 1, got {self.validation_fraction}."
+                " Set data.validation_fraction."
+            )
+        if self.validation is not None and self.validation_fraction:
+            raise UsageError("data.validation and data.validation_fraction are both set: leave one of them out.")
+
+    def prepare_data(self) -> None:
+        """Read and encode everything once, on one process of each machine; ``setup`` then finds it in the cache."""
+        trainer, _ = self._attached()
+        if trainer.world_size > 1 and trainer.state.fn is not None:  # alone, setup does it
+            self._prepare(trainer.state.fn.value)
+
+    def setup(self, stage: str) -> None:
+        """Make the token rows of a stage.
+
+        Args:
+            stage: fit, validate, test or predict.
+        """
+        if stage in self._ready:
+            return
+        trainer, _ = self._attached()
+        for split, (rows, report) in self._prepare(stage).items():
+            self.rows[split] = rows
+            report.padding_share = self._loader(split).sampler().padding_share()
+            self.report[split] = report.as_dict()
+            if trainer.is_global_zero:
+                print(f"data.{split}: {report}", file=sys.stderr)
+        self._ready.add(stage)
+
+    def _prepare(self, stage: str) -> dict[str, Prepared]:
+        wanted = _SPLITS.get(stage, ())
+        hold_out = self.validation_fraction > 0 and "validation" in wanted
+        prepared = {}
+        if "train" in wanted or hold_out:
+            held_out = self.validation_fraction if hold_out else 0.0
+            prepared["train"], apart = self._rows_of("train", self.max_rows, held_out)
+            if apart is not None:
+                prepared["validation"] = apart
+        for split in wanted:
+            # Training without validation is fine; nothing else is without its source.
+            if split not in prepared and (getattr(self, split) is not None or stage != "fit"):
+                prepared[split], _ = self._rows_of(split, self.eval_max_rows)
+        return {split: prepared[split] for split in wanted if split in prepared}
+
+    def _rows_of(self, split: str, max_rows: int | None, held_out: float = 0.0) -> tuple[Prepared, Prepared | None]:
+        sources = getattr(self, split)
+        if sources is None:
+            raise UsageError(f"data.{split} must name a source for this command, got nothing. Set data.{split}.")
+        _, module = self._attached()
+        if module.context is not None and self.max_length > module.context:
+            raise UsageError(
+                f"max_length must be at most the base's context, {module.context}, got {self.max_length}."
+                " Set data.max_length."
+            )
+        return prepare(
+            sources,
+            module.tokenizer,
+            max_length=self.max_length,
+            name=f"data.{split}",
+            chat_template=self._template_text(),
+            packing=self.packing,
+            max_rows=max_rows,
+            seed=self.seed,
+            held_out=held_out,
+            max_held_out=self.eval_max_rows,
+            workers=self.num_workers,
+        )
+
+    def _attached(self) -> tuple[Trainer, Any]:
+        """The trainer and its module, which owns tokenizer, num_masks and context: none of them is an argument here."""
+        if self.trainer is None:
+            raise UsageError("MTPDataModule takes the tokenizer from the module: attach both to a Trainer before setup.")
+        return self.trainer, self.trainer.lightning_module
+
+    def _template_text(self) -> str | None:
+        if self.chat_template is None:
+            return None
+        try:
+            return Path(resolve(self.chat_template)).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise RunError(
+                f"chat_template must be a jinja file, {self.chat_template} cannot be read: {one_line(error)}."
+                " Check data.chat_template."
+            ) from error
+
+    def _loader(self, split: str) -> WindowedLoader:
+        trainer, module = self._attached()
+        training = split == "train"
+        # The strategy knows better than rank and world size where several devices share the work on one batch.
+        ranks = trainer.distributed_sampler_kwargs or {"rank": trainer.global_rank, "num_replicas": trainer.world_size}
+        collator = MaskedInputCollator(
+            num_masks=module.num_masks,
+            block_fraction=self.block_fraction if training else 1.0,
+            max_blocks_per_row=self.max_blocks_per_row if training else self.eval_max_blocks_per_row,
+            seed=self.seed if training else _EVALUATION_SEED,
+            context=module.context,
+        )
+        loader = load_rows(
+            self.rows[split],
+            collator,
+            self.batch_size if training else self.eval_batch_size,
+            seed=self.seed if training else _EVALUATION_SEED,
+            rank=ranks["rank"],
+            world=ranks["num_replicas"],
+            bucketed=not self.packing,
+            num_workers=self.num_workers,
+        )
+        if not training:
+            return WindowedLoader(loader, constant=True)
+        limit = trainer.limit_train_batches
+        return WindowedLoader(
+            loader,
+            accumulate=lambda: trainer.accumulate_grad_batches,
+            limit=limit if isinstance(limit, int) else int(len(loader) * limit),
+            constant=getattr(trainer, "overfit_batches", 0) > 0,
+            epoch=trainer.current_epoch,
+        )
+
+    def train_dataloader(self) -> WindowedLoader:
+        """Training batches, a new order and new block starts every epoch."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> WindowedLoader | list[Any]:
+        """Validation batches, the same every time; none where there is no validation source."""
+        return self._loader("validation") if "validation" in self.rows else []
+
+    def test_dataloader(self) -> WindowedLoader:
+        """Test batches, the same every time."""
+        return self._loader("test")

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading: a source (file, glob, folder, shipped file or hub id) -> data sets of rows. Knows nothing of tokens.
+
+A source is one string:
+
+* a file that ends in ``.jsonl``, ``.json``, ``.parquet`` or ``.txt``; a glob (``data/*.jsonl``); a folder, searched with
+  its subfolders for such files. Whatever exists on this machine, ends in a file suffix or starts with ``.``, ``/`` or
+  ``~`` is taken for a path.
+* ``package://demo/train.parquet``: a file shipped inside the installed package.
+* anything else is a data set on the Hugging Face hub: ``owner/name``, ``owner/name/config``, and either with ``:split``
+  (``openai/gsm8k/main:train``). Without a split it is ``train``; slices work too (``owner/name:train[:1000]``).
+
+A ``.txt`` file holds documents separated by ``<|endoftext|>``; without that mark the whole file is one document.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.paths import PACKAGE, resolve
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+"""Files that can be read."""
+
+DOCUMENT_MARK = "<|endoftext|>"
+"""What separates documents in a text file."""
+
+FIELDS = ("messages", "prompt", "completion", "completion_ids", "text", "input_ids", "labels", "domain")
+"""The fields of a row that are read; all others are left out."""
+
+ROW_KINDS = "messages | prompt + completion (or completion_ids) | text | input_ids (+ labels)"
+"""What a row may be, for error messages."""
+
+_READABLE = ", ".join(SUFFIXES)
+# A hub id may hold a dot, so only suffixes that files really have make a path out of a name that does not exist.
+_OTHER_SUFFIXES = {
+    ".csv",
+    ".tsv",
+    ".gz",
+    ".xz",
+    ".bz2",
+    ".zst",
+    ".zip",
+    ".tar",
+    ".arrow",
+    ".ndjson",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".npy",
+}
+
+
+def read_source(source: str) -> list[Dataset]:
+    """The rows of one source, with the fields of ``FIELDS`` that it has; no data set is empty.
+
+    Args:
+        source: file, glob, folder, ``package://`` file or hub id, as the module docstring says.
+
+    Returns:
+        Data sets in the order of the files' names: one a file, one for all text files together, or one hub split.
+
+    Raises:
+        UsageError: the source is no name of anything, or a file of a kind that is not read.
+        RunError: it does not exist, cannot be read, is empty, or its rows have none of the fields needed.
+    """
+    files = _local_files(source)
+    if files is None:
+        return [_with_fields(_read_hub(source), source)]
+    texts = [file for file in files if file.suffix == ".txt"]
+    tables = [_with_fields(_read_table(file), str(file)) for file in files if file.suffix != ".txt"]
+    return tables + ([_read_texts(texts)] if texts else [])
+
+
+def row_kind(fields: set[str]) -> str | None:
+    """Which kind of row has these fields; where several fit, the first of the list in ``ROW_KINDS``.
+
+    Args:
+        fields: names of the fields that are not empty.
+
+    Returns:
+        ``messages``, ``prompt``, ``text``, ``input_ids``, or None where none fits.
+    """
+    if "messages" in fields:
+        return "messages"
+    if "prompt" in fields and fields & {"completion", "completion_ids"}:
+        return "prompt"
+    return next((name for name in ("text", "input_ids") if name in fields), None)
+
+
+def _local_files(source: str) -> list[Path] | None:
+    """The files that a source names, or None if it is a hub id."""
+    if not source.strip():
+        raise UsageError("a data source must be a file, folder, glob or hub id, got an empty string.")
+    path = Path(resolve(source)).expanduser()
+    if path.is_file():
+        return [_readable(path)]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not found:
+            raise RunError(f"{source}: expected a folder with {_READABLE} files, found none in it. Check the path.")
+        return found
+    if "*" in source or "?" in source or ("[" in source and ":" not in source):
+        found = [_readable(Path(name)) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+        if not found:
+            raise RunError(
+                f"{source}: expected a glob that matches files, it matches none in {Path.cwd()}. Check the pattern."
+            )
+        return found
+    named_like_a_file = path.suffix in SUFFIXES or path.suffix in _OTHER_SUFFIXES
+    if source.startswith((PACKAGE, ".", "/", "~")) or source.endswith("/") or named_like_a_file or source.count("/") > 2:
+        raise RunError(f"{source}: expected a file or folder, nothing is there (looked in {Path.cwd()}). Check the path.")
+    return None
+
+
+def _readable(path: Path) -> Path:
+    if path.suffix not in SUFFIXES:
+        raise UsageError(
+            f"{path}: expected a file that ends in one of {_READABLE}, got {path.suffix or 'no suffix'!r}. Convert it."
+        )
+    return path
+
+
+def _read_hub(source: str) -> Dataset:
+    from datasets import load_dataset
+
+    name, _, split = source.partition(":")
+    parts = name.split("/")
+    if not all(parts):
+        raise UsageError(f"{source}: expected a path, or a hub id like owner/name, owner/name/config or owner/name:split.")
+    try:
+        rows = load_dataset("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split or "train")
+    except Exception as error:  # the hub's client raises many kinds, none of them in common
+        raise RunError(
+            f"{source}: no such file here, and as a data set on the Hugging Face hub it could not be loaded: "
+            f"{one_line(error)} -- Check the name, config and split (owner/name/config:split), the network, or"
+            " give a local path."
+        ) from error
+    return _not_empty(rows, source)
+
+
+def _read_table(file: Path) -> Dataset:
+    from datasets import load_dataset
+
+    if SUFFIXES[file.suffix] == "json":
+        _check_text(file)
+    try:
+        rows = load_dataset(SUFFIXES[file.suffix], data_files=str(file), split="train")
+    except Exception as error:  # Arrow, pandas and datasets raise many kinds
+        if SUFFIXES[file.suffix] == "json":
+            _explain_json(file, error)
+        raise RunError(
+            f"{file}: expected a {file.suffix} file, it cannot be read: {one_line(error.__cause__ or error)}"
+        ) from error
+    return _not_empty(rows, str(file))
+
+
+def _not_empty(rows: Dataset, name: str) -> Dataset:
+    if len(rows) == 0:
+        raise RunError(f"{name}: expected at least one row, it is empty.")
+    return rows
+
+
+def _check_text(file: Path) -> None:
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        if not any(line.strip() for line in lines):
+            raise RunError(f"{file}: expected at least one row, it is empty.")
+
+
+def _explain_json(file: Path, error: Exception) -> None:
+    """Find the line that is not JSON: Arrow's own message names a block, not a line."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".json" and text.lstrip().startswith("["):
+        pieces = [(0, text)]
+    else:
+        pieces = [(number, line) for number, line in enumerate(text.splitlines()) if line.strip()]
+    for before, piece in pieces:
+        try:
+            value = json.loads(piece)
+        except json.JSONDecodeError as bad:
+            raise RunError(
+                f"{file}, line {before + bad.lineno}: expected JSON, got {bad.msg} at column {bad.colno}."
+                " Correct or delete the line."
+            ) from error
+        for row in value if isinstance(value, list) else [value]:
+            if not isinstance(row, dict):
+                raise RunError(
+                    f"{file}, line {before + 1}: expected an object with fields ({ROW_KINDS}), got {type(row).__name__}."
+                ) from error
+
+
+def _read_texts(files: list[Path]) -> Dataset:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    documents, digest = [], hashlib.sha256()
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RunError(f"{file}: expected UTF-8 text, it cannot be decoded: {one_line(error)}") from error
+        pieces = text.split(DOCUMENT_MARK) if DOCUMENT_MARK in text else [text]
+        kept = [piece.strip("\n") for piece in pieces if piece.strip()]
+        if not kept:
+            raise RunError(f"{file}: expected at least one document, it is empty.")
+        documents += kept
+        digest.update(text.encode())
+        digest.update(b"\0")
+    # The fingerprint is the content, so that what is made of these rows can be found again in the cache.
+    return Dataset(pa.table({"text": pa.array(documents, pa.large_string())}), fingerprint=digest.hexdigest()[:32])
+
+
+def _with_fields(rows: Dataset, name: str) -> Dataset:
+    names = [field for field in FIELDS if field in rows.column_names]
+    if row_kind(set(names)) is None:
+        got = ", ".join(rows.column_names)
+        raise RunError(f"{name}: expected rows with {ROW_KINDS}, got the fields {got}. Rename or add a field.")
+    return rows.select_columns(names)

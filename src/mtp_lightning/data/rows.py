@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows: the data set that a loader draws from, each row one document or several packed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset as TorchDataset
+
+from mtp_lightning.types import IGNORE_INDEX, TokenRow
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Draw(NamedTuple):
+    """What a sampler asks for. It carries the epoch, because worker processes have no other way to learn it.
+
+    Attributes:
+        number: number of the row.
+        epoch: the epoch it is drawn in.
+        blank: a copy of the row without any loss, to give a rank a batch when the rows do not go round.
+    """
+
+    number: int
+    epoch: int = 0
+    blank: bool = False
+
+
+class DrawnRow(NamedTuple):
+    """A row and the epoch it was drawn in."""
+
+    row: TokenRow
+    epoch: int
+
+
+class TokenRows(TorchDataset[DrawnRow]):
+    """Rows of tokens.
+
+    Args:
+        documents: what ``documents.encode_rows`` gave, of one or of several sources.
+        order: documents of all rows, one row after another, [n] int64.
+        offsets: where each row begins in ``order`` and the last one ends, [rows + 1] int64; None: one document a row.
+
+    Attributes:
+        lengths: tokens of each row, [rows] int64.
+    """
+
+    def __init__(self, documents: Dataset, order: np.ndarray, offsets: np.ndarray | None = None) -> None:
+        self.documents = documents.with_format("numpy", columns=["input_ids", "loss", "domain"])
+        self.order = order
+        self.offsets = offsets
+        lengths = column(documents, "length")[order]
+        self.lengths = lengths if offsets is None else np.add.reduceat(lengths, offsets[:-1])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def documents_of(self, index: int) -> np.ndarray:
+        """Numbers of the documents in a row.
+
+        Args:
+            index: number of the row.
+
+        Returns:
+            Numbers, [d] int64.
+        """
+        if self.offsets is None:
+            return self.order[index : index + 1]
+        return self.order[self.offsets[index] : self.offsets[index + 1]]
+
+    def row(self, index: int) -> TokenRow:
+        """A row. Packed documents of different domains give a row without domain.
+
+        Args:
+            index: number of the row, which is its ``row_id`` too.
+
+        Returns:
+            Tokens, labels and documents.
+        """
+        parts = [self.documents[int(number)] for number in self.documents_of(index)]
+        ids = np.concatenate([part["input_ids"] for part in parts]).astype(np.int64)
+        loss = np.concatenate([part["loss"] for part in parts]).astype(bool)
+        lengths = [len(part["input_ids"]) for part in parts]
+        domains = {str(part["domain"]) for part in parts}
+        return TokenRow(
+            input_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(np.where(loss, ids, IGNORE_INDEX)),
+            document_ids=torch.from_numpy(np.repeat(np.arange(len(parts)), lengths)),
+            row_id=index,
+            domain=domains.pop() if len(domains) == 1 else "",
+        )
+
+    def __getitem__(self, draw: Draw) -> DrawnRow:
+        row = self.row(draw.number)
+        if draw.blank:
+            row = row._replace(labels=torch.full_like(row.labels, IGNORE_INDEX))
+        return DrawnRow(row, draw.epoch)
+
+
+def column(documents: Dataset, name: str) -> np.ndarray:
+    """A column of numbers of a data set of documents, all rows.
+
+    Args:
+        documents: what ``documents.encode_rows`` gave, or several of them concatenated.
+        name: the column.
+
+    Returns:
+        Numbers, [n].
+    """
+    return np.asarray(documents.select_columns([name]).with_format("arrow")[:][name])
+
+
+def mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
+    """Numbers of the documents of a weighted mix, so many of each source as its share asks for.
+
+    The mix is as long as it takes until every document is in it once; sources with fewer documents than their share are
+    repeated, whole copies first and then a seeded draw.
+
+    ``sizes [2, 3], weights [1, 1] -> [0, 1, x, 2, 3, 4]`` with x one of 0 and 1.
+
+    Args:
+        sizes: documents of each source; the documents are numbered through, source after source.
+        weights: share of each source, above 0, of any sum.
+        seed: seed of the draws.
+
+    Returns:
+        Numbers, [n] int64, source after source.
+    """
+    shares = np.asarray(weights, float) / sum(weights)
+    total = float((np.asarray(sizes) / shares).max())
+    counts = np.round(shares * total).astype(np.int64)
+    begins = np.cumsum(sizes) - sizes
+    drawn = []
+    for number, (begin, size, count) in enumerate(zip(begins, sizes, counts, strict=True)):
+        generator = np.random.default_rng([seed, number])
+        rest = np.sort(generator.permutation(size)[: count % size])
+        drawn.append(begin + np.concatenate([np.tile(np.arange(size), count // size), rest]))
+    return np.concatenate(drawn).astype(np.int64)

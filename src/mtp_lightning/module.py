@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MTPModule: the LightningModule around MTPModel. One shared step, optimizer and logging; no tensor arithmetic."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection, SumMetric
+from transformers import AutoConfig
+
+from mtp_lightning.base import load_base, load_tokenizer
+from mtp_lightning.checkpoint import check_settings, checkpoint_settings, trained_state
+from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, LossTerm, SamplerCrossEntropy, term_value
+from mtp_lightning.metrics import ForcedAcceptance, TermMean
+from mtp_lightning.metrics.functional import share_of_reference
+from mtp_lightning.model import ForwardOutput, MTPModel
+from mtp_lightning.paths import resolve
+from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
+from mtp_lightning.schedules import WarmupConstant
+from mtp_lightning.types import NTP, MaskedInput
+
+
+class MTPModule(LightningModule):
+    """Teaches a base model to predict several tokens a step.
+
+    Args:
+        base_model: folder or hub id of a causal language model, or ``package://demo/base``.
+        revision: hub revision of the base model.
+        dtype: dtype of the frozen base: float32, bfloat16, float16, float64, or auto (as saved). Trained weights are float32.
+        attention: sdpa, eager or flex_attention. None: the architecture's own choice. FlexAttention avoids the dense mask
+            and needs a GPU to train.
+        quantization: 4bit or 8bit base weights through bitsandbytes, or None.
+        gradient_checkpointing: recompute decoder layers in the backward pass to save memory.
+        num_masks: number of mask tokens k; at most so many tokens are drafted a step. The paper: 8.
+        lora: settings of the gated LoRA.
+        sampler_head: a class of ``mtp_lightning.sampler_heads`` or your own; false: draft from the base head. Not given: the
+            paper's ``MLPSamplerHead``.
+        losses: name -> loss term. Not given: the paper's three.
+        optimizer: how to make the optimizer from the trained parameters.
+        lr_scheduler: how to make the learning-rate schedule, stepped every optimizer step.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        revision: str | None = None,
+        dtype: str = "auto",
+        attention: str | None = None,
+        quantization: str | None = None,
+        gradient_checkpointing: bool = False,
+        num_masks: int = 8,
+        lora: LoRA = LoRA(),  # noqa: B008 - never changed in place
+        sampler_head: SamplerHead | Literal[False] | None = None,
+        losses: dict[str, LossTerm] | None = None,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4),
+        lr_scheduler: LRSchedulerCallable = lambda o: WarmupConstant(o, 100),
+    ) -> None:
+        super().__init__()
+        if num_masks < 1:
+            raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
+        self.base_model = base_model
+        self.revision = revision
+        self.dtype_name = dtype
+        self.attention = attention
+        self.quantization = quantization
+        self.gradient_checkpointing = gradient_checkpointing
+        self.num_masks = num_masks
+        self.lora = lora
+        self.sampler_head = MLPSamplerHead() if sampler_head is None else (sampler_head or None)
+        chosen = losses if losses is not None else self.paper_losses()
+        if not chosen:
+            raise UsageError("model.losses is empty: name at least one loss term.")
+        self.losses = nn.ModuleDict(chosen)
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.model: MTPModel = None  # type: ignore[assignment] # built in configure_model, where sharding wants it
+        self.strict_loading = False  # checkpoints hold trained weights only
+        self.val_terms = nn.ModuleDict({name: TermMean() for name in chosen})
+        self.val_ntp = MetricCollection({"total": SumMetric(), "count": SumMetric()}).set_dtype(torch.float64)
+        self.val_forced = ForcedAcceptance(num_masks)
+        self.val_reference = ForcedAcceptance(num_masks)
+
+    def paper_losses(self) -> dict[str, LossTerm]:
+        """The paper's three terms, without the constant NTP part."""
+        terms: dict[str, LossTerm] = {"base": BaseCrossEntropy(), "lcm": LatentConsistency()}
+        if self.sampler_head is not None:
+            terms["sampler"] = SamplerCrossEntropy()
+        return terms
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, loaded once; the data module uses it before the weights are there."""
+        return load_tokenizer(self.base_model, self.revision)
+
+    @cached_property
+    def context(self) -> int:
+        """How many positions the base was made for, read from its configuration alone."""
+        try:
+            config = AutoConfig.from_pretrained(resolve(self.base_model), revision=self.revision)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise RunError(
+                f"base model {self.base_model!r} could not be loaded: {first}"
+                " Set model.base_model to a folder with config.json and weights, or to a hub id that this machine can reach."
+            ) from error
+        return int(config.get_text_config(decoder=True).max_position_embeddings)
+
+    def configure_model(self) -> None:
+        """Load the base and put the trained parts on it; once, on the strategy's terms."""
+        if self.model is not None:
+            return
+        base = load_base(self.base_model, self.revision, self.dtype_name, self.attention, self.quantization, self.device)
+        self.model = MTPModel(base, self.num_masks, self.lora, self.sampler_head, self.tokenizer)
+        if self.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.model.train()  # from_pretrained gives evaluation mode, where dropout and checkpointing are silently off
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the trained parameters and its schedule."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        scheduler = self.lr_scheduler(optimizer)
+        if getattr(scheduler, "total_steps", 0) is None:
+            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def transfer_batch_to_device(self, batch: MaskedInput, device: torch.device, dataloader_idx: int) -> MaskedInput:
+        """Move a batch; Lightning would rebuild the named tuple field by field otherwise."""
+        return batch.to(device, non_blocking=True)
+
+    def training_step(self, batch: MaskedInput, batch_idx: int) -> Tensor:
+        """The weighted loss of a batch, scaled so that accumulated batches and ranks add up to one sum over counts."""
+        # Ranks and accumulated batches are averaged by Lightning; each term divides by the count over all of them.
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        counts = self.trainer.strategy.reduce(batch.counts.clone(), reduce_op="sum")
+        output: ForwardOutput = self.model(batch, dict(self.losses.items()))
+        values = {name: term_value(sums, counts) * parts for name, sums in output.sums.items()}
+        loss = self.weighted(values)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log_dict({f"train/loss/{name}": value.detach() for name, value in values.items()})
+        return loss
+
+    def weighted(self, values: dict[str, Tensor]) -> Tensor:
+        """The sum of the terms' values times their weights."""
+        return torch.stack([self.losses[name].weight * value for name, value in values.items()]).sum()
+
+    def evaluation_step(self, batch: MaskedInput) -> None:
+        """Count one batch of given text into the metrics."""
+        output: ForwardOutput = self.model(batch, dict(self.losses.items()), with_measurement=True)
+        for name, sums in output.sums.items():
+            self.val_terms[name].update(sums, batch.counts)
+        measured = output.measurement
+        assert measured is not None
+        self.val_ntp["total"].update(measured.ntp_loss)
+        self.val_ntp["count"].update(batch.counts[NTP])
+        self.val_forced.update(measured.hits, measured.valid)
+        self.val_reference.update(measured.reference, measured.valid)
+
+    def log_evaluation(self, prefix: str) -> None:
+        """Log what ``evaluation_step`` counted, over all ranks, and start anew."""
+        values = {name: metric.compute() for name, metric in self.val_terms.items()}
+        figures = {f"{prefix}/loss/{name}": value for name, value in values.items()}
+        figures[f"{prefix}/loss"] = self.weighted(values)
+        figures[f"{prefix}/ntp_loss"] = self.val_ntp["total"].compute() / self.val_ntp["count"].compute()
+        forced, reference = self.val_forced.compute(), self.val_reference.compute()
+        figures[f"{prefix}/forced_acceptance_length"] = forced
+        figures[f"{prefix}/forced_reference"] = reference
+        figures[f"{prefix}/share_of_reference"] = torch.tensor(share_of_reference(forced.item(), reference.item()))
+        for j, accuracy in enumerate(self.val_forced.accuracy()):
+            figures[f"{prefix}/accuracy/offset_{j + 2}"] = accuracy
+        self.log_dict({name: value.float() if value.device.type == "mps" else value for name, value in figures.items()})
+        for metric in (*self.val_terms.values(), self.val_ntp, self.val_forced, self.val_reference):
+            metric.reset()
+
+    def validation_step(self, batch: MaskedInput, batch_idx: int) -> None:
+        """Measure a validation batch."""
+        self.evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures."""
+        self.log_evaluation("val")
+
+    def test_step(self, batch: MaskedInput, batch_idx: int) -> None:
+        """Measure a test batch."""
+        self.evaluation_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test figures."""
+        self.log_evaluation("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trained weights only, and say what they belong to."""
+        checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
+        checkpoint["mtp_settings"] = checkpoint_settings(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base, number of masks or head."""
+        check_settings(checkpoint, checkpoint_settings(self))

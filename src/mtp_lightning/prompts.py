@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts: a file or standard input -> token ids to decode from.
+
+* ``.txt``: one prompt a line; empty lines are left out.
+* ``.jsonl``: one object a line with ``prompt`` (text, or a list of messages) or ``messages`` (rendered with the
+  tokenizer's chat template; an assistant's answer at the end is left out), and optionally ``domain``.
+* ``-``: standard input, one of the two: JSON where the first line begins with ``{``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.paths import resolve
+
+
+class Prompt(NamedTuple):
+    """What a text is generated from.
+
+    Attributes:
+        text: the prompt as text, a chat rendered.
+        input_ids: its token ids, at least one.
+        domain: its domain, or an empty string.
+    """
+
+    text: str
+    input_ids: list[int]
+    domain: str
+
+
+class _Row(NamedTuple):
+    place: str
+    content: str | list[Any]
+    domain: str
+
+
+def read_prompts(source: str, tokenizer: Any, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a source, tokenised as the tokenizer does it, less an end token that it may append.
+
+    Args:
+        source: a ``.txt`` or ``.jsonl`` file, ``package://...`` for one shipped with this package, or ``-``.
+        tokenizer: the base's tokenizer.
+        limit: at most so many prompts, evenly from the domains. None: all, in the order of the file.
+
+    Returns:
+        At least one prompt.
+
+    Raises:
+        UsageError: a file of another kind, or a limit below 1.
+        RunError: the file is missing or empty, a line can't be used, or there are messages and no chat template.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"the number of prompts must be 1 or more, got {limit}.")
+    name, lines, as_json = _lines(source)
+    rows = [
+        _row(f"{name}, line {number}", line, as_json)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]  # fmt: skip
+    if not rows:
+        raise RunError(f"{name}: expected at least one prompt, it is empty.")
+    chosen = range(len(rows)) if limit is None else round_robin([row.domain for row in rows])[:limit]
+    return [_prompt(rows[i], tokenizer) for i in chosen]
+
+
+def round_robin(domains: Sequence[str]) -> list[int]:
+    """Indices in an order that takes one of each domain in turn, domains in the order of their first appearance.
+
+    ``[a, a, a, b, b] -> [0, 3, 1, 4, 2]``
+
+    Args:
+        domains: domain of each item.
+
+    Returns:
+        A permutation of the indices.
+    """
+    members: dict[str, list[int]] = {}
+    for index, domain in enumerate(domains):
+        members.setdefault(domain, []).append(index)
+    longest = max(map(len, members.values()), default=0)
+    return [indices[turn] for turn in range(longest) for indices in members.values() if turn < len(indices)]
+
+
+def _lines(source: str) -> tuple[str, list[str], bool]:
+    """Name for messages, lines, and whether they are JSON."""
+    if source == "-":
+        text = sys.stdin.read()
+        # Not splitlines(): it also splits at characters that stand inside JSON strings.
+        return "standard input", text.split("\n"), text.lstrip().startswith("{")
+    path = Path(resolve(source)).expanduser()
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UsageError(f"{source}: expected prompts in a .txt or .jsonl file, or - for standard input. Convert or rename it.")
+    if not path.is_file():
+        raise RunError(f"{source}: expected a file of prompts, nothing is there (looked in {Path.cwd()}). Check the path.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{source}: expected UTF-8 text, it cannot be read: {one_line(error)}") from error
+    return source, text.split("\n"), path.suffix == ".jsonl"
+
+
+def _row(place: str, line: str, as_json: bool) -> _Row:
+    if not as_json:
+        return _Row(place, line.rstrip("\r"), "")
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise RunError(
+            f"{place}: expected JSON, got {error.msg} at column {error.colno}. Correct or delete the line."
+        ) from error
+    if not isinstance(value, dict):
+        raise RunError(f"{place}: expected an object with prompt or messages, got {type(value).__name__}.")
+    content = value.get("messages") if value.get("messages") is not None else value.get("prompt")
+    if content is None:
+        got = ", ".join(value) or "none"
+        raise RunError(f"{place}: expected prompt or messages, got the fields: {got}. Rename or add a field.")
+    if not isinstance(content, str | list) or (isinstance(content, str) and value.get("messages") is not None):
+        raise RunError(f"{place}: expected prompt as text or messages as a list, got {type(content).__name__}.")
+    domain = value.get("domain")
+    if domain is not None and not isinstance(domain, str):
+        raise RunError(f"{place}: expected domain as text, got {type(domain).__name__}.")
+    return _Row(place, content, domain or "")
+
+
+def _prompt(row: _Row, tokenizer: Any) -> Prompt:
+    if isinstance(row.content, str):
+        text, ids = row.content, list(tokenizer(row.content)["input_ids"])
+        plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        appended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != ids[-1])
+        ids = ids[:-1] if appended else ids
+    else:
+        text = _render(row, tokenizer)
+        # The template writes the special tokens that the base wants: adding them again would double the first.
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise RunError(f"{row.place}: expected at least one token, the prompt has none. Delete the line or add text.")
+    return Prompt(text, ids, row.domain)
+
+
+def _render(row: _Row, tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise RunError(
+            f"{row.place}: there are messages, and the base's tokenizer has no chat template."
+            " Write the text to a prompt field, or take a base model made for chat."
+        )
+    messages = list(row.content)
+    if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    if not messages or not all(isinstance(message, dict) for message in messages):
+        raise RunError(f"{row.place}: expected messages as a list of objects with role and content, one of them to be answered.")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise whatever their author and Jinja raise
+        raise RunError(f"{row.place}: the chat template does not take these messages: {one_line(error)}") from error

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that every test runs under. Tiny models are made by ``tiny.py``."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may need the network
+
+import torch  # noqa: E402
+
+# Tiny tensors: a second thread costs more than it brings, and one makes the order of sums repeatable.
+torch.set_num_threads(1)
