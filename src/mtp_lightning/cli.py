@@ -61,8 +61,7 @@ def _run(words: list[str]) -> None:
     if words[0] not in COMMANDS:
         raise UsageError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}.")
     _missing_files(words)
-    # Not ours to mend, and said on every start: Lightning's advice on workers for data that is already in memory.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    _quiet()
     if words[0] in ("fit", "validate", "test"):
         from mtp_lightning.lightning_cli import run_trainer
 
@@ -75,6 +74,17 @@ def _run(words: list[str]) -> None:
         from mtp_lightning.commands import run_generate
 
         run_generate(words[1:])
+
+
+def _quiet() -> None:
+    """Silence what other libraries say on every start and no user can act on."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory already
+    warnings.filterwarnings("ignore", message=".*intended to run from within Python.*")  # main() passes the arguments on
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _missing_files(words: list[str]) -> None:

@@ -152,8 +152,10 @@ def decode_step(model: MTPModel, step: StepInput) -> StepOutput:
         return StepOutput(own, kept, own[:0])
     blocks = hidden[T:].view(shape.num_blocks, shape.num_masks, -1)
     # With one block (linear, and the prompt) it stands after the last token: its draft holds if everything was kept.
-    block = kept if shape.num_blocks > 1 else torch.zeros_like(kept)
-    draft = draft_block(model, blocks[block], own[kept][None], step.sampler_head)
+    at = kept[None]
+    block = at if shape.num_blocks > 1 else torch.zeros_like(at)
+    # index_select: indexing with a tensor that holds one number reads the number, and so waits for the device.
+    draft = draft_block(model, blocks.index_select(0, block)[0], own.index_select(0, at), step.sampler_head)
     return StepOutput(own, kept, draft)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import mtp_lightning.callbacks
@@ -41,8 +42,10 @@ class MTPCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """The parser with one-line errors."""
-        return OneLineParser(**kwargs)
+        """Lightning's parser, with one-line errors."""
+        parser = OneLineParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file; give several to add to the first")
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -70,7 +73,10 @@ def run_trainer(args: list[str]) -> None:
 
 
 class PredictCLI(MTPCLI):
-    """The same configuration files, with the options of decoding."""
+    """The same configuration files, read for their settings alone, with the options of decoding."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing: no trainer and no data module take part in decoding."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of predict beside the configuration."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from mtp_lightning.attention import attention_mask
+from mtp_lightning.attention import attention_mask, check_layers
 from mtp_lightning.base import FrozenUnembedding, context_length
 from mtp_lightning.decoding import Generation, StepInput, StepOutput, decode_step, generate
 from mtp_lightning.errors import UsageError
@@ -65,6 +65,7 @@ class MTPModel(nn.Module):
         super().__init__()
         if num_masks < 1:
             raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
+        check_layers(base)
         self.num_masks = num_masks
         self.lora = lora or LoRA()
         self.gate = Gate()
@@ -120,15 +121,17 @@ class MTPModel(nn.Module):
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self.gate.checkpoint_context}
         )
 
-    def _refuse_reentrant(self) -> None:
-        for module in self.base.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-                if options.get("use_reentrant", True) or "context_fn" not in options:
-                    raise UsageError(
-                        "gradient checkpointing of the base is reentrant or unaware of the gate, which loses the LoRA's"
-                        " gradient. Use MTPModel.enable_gradient_checkpointing() or model.gradient_checkpointing: true."
-                    )
+    def _recomputes(self) -> bool:
+        """Whether this forward pass runs under gradient checkpointing; refuses the kind that loses the gate."""
+        layers = [m for m in self.base.modules() if getattr(m, "gradient_checkpointing", False)] if self.training else []
+        for module in layers:
+            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if options.get("use_reentrant", True) or "context_fn" not in options:
+                raise UsageError(
+                    "gradient checkpointing of the base is reentrant or unaware of the gate, which loses the LoRA's"
+                    " gradient. Use MTPModel.enable_gradient_checkpointing() or model.gradient_checkpointing: true."
+                )
+        return bool(layers)
 
     def hidden_states(self, batch: MaskedInput) -> HiddenStates:
         """Embed, run the decoder once and apply the sampler head.
@@ -143,13 +146,11 @@ class MTPModel(nn.Module):
         P, K = batch.starts.shape[1], self.num_masks
         if batch.mtp_labels.shape[2] != K:
             raise UsageError(f"the batch has {batch.mtp_labels.shape[2]} masks in a block, and the model has {K}.")
-        if self.training:
-            self._refuse_reentrant()
         tokens = self.embed(batch.input_ids)
         masks = self.mask_embeddings.to(tokens.dtype).expand(B, P, K, -1).flatten(1, 2)
         pattern = attention_pattern(batch, K)
         # Transformers drops the cache under gradient checkpointing, and an open gate leaves nothing to cache.
-        if self.lora.gated and not (self.training and getattr(self.base, "is_gradient_checkpointing", False)):
+        if self.lora.gated and not self._recomputes():
             ntp, mtp = self._two_passes(tokens, masks, pattern)
         else:
             ntp, mtp = self._one_pass(tokens, masks, pattern)

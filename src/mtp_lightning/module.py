@@ -42,7 +42,7 @@ class MTPModule(LightningModule):
         lora: settings of the gated LoRA.
         sampler_head: a class of ``mtp_lightning.sampler_heads`` or your own; false: draft from the base head. Not given: the
             paper's ``MLPSamplerHead``.
-        losses: name -> loss term. Not given: the paper's three.
+        losses: name -> loss term. Empty: the paper's three.
         optimizer: how to make the optimizer from the trained parameters.
         lr_scheduler: how to make the learning-rate schedule, stepped every optimizer step.
     """
@@ -58,9 +58,9 @@ class MTPModule(LightningModule):
         num_masks: int = 8,
         lora: LoRA = LoRA(),  # noqa: B008 - never changed in place
         sampler_head: SamplerHead | Literal[False] | None = None,
-        losses: dict[str, LossTerm] | None = None,
+        losses: dict[str, LossTerm] = {},  # noqa: B006 - never changed in place
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4),
-        lr_scheduler: LRSchedulerCallable = lambda o: WarmupConstant(o, 100),
+        lr_scheduler: LRSchedulerCallable = lambda o: WarmupConstant(o, warmup_steps=100),
     ) -> None:
         super().__init__()
         if num_masks < 1:
@@ -73,10 +73,9 @@ class MTPModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.num_masks = num_masks
         self.lora = lora
-        self.sampler_head = MLPSamplerHead() if sampler_head is None else (sampler_head or None)
-        chosen = losses if losses is not None else self.paper_losses()
-        if not chosen:
-            raise UsageError("model.losses is empty: name at least one loss term.")
+        # In a tuple, so that the head is registered once: as a part of the model.
+        self._head = (MLPSamplerHead() if sampler_head is None else (sampler_head or None),)
+        chosen = losses or self.paper_losses()
         self.losses = nn.ModuleDict(chosen)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -86,6 +85,11 @@ class MTPModule(LightningModule):
         self.val_ntp = MetricCollection({"total": SumMetric(), "count": SumMetric()}).set_dtype(torch.float64)
         self.val_forced = ForcedAcceptance(num_masks)
         self.val_reference = ForcedAcceptance(num_masks)
+
+    @property
+    def sampler_head(self) -> SamplerHead | None:
+        """The sampler head, built or not."""
+        return self._head[0]
 
     def paper_losses(self) -> dict[str, LossTerm]:
         """The paper's three terms, without the constant NTP part."""
@@ -129,10 +133,6 @@ class MTPModule(LightningModule):
         if getattr(scheduler, "total_steps", 0) is None:
             scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def transfer_batch_to_device(self, batch: MaskedInput, device: torch.device, dataloader_idx: int) -> MaskedInput:
-        """Move a batch; Lightning would rebuild the named tuple field by field otherwise."""
-        return batch.to(device, non_blocking=True)
 
     def training_step(self, batch: MaskedInput, batch_idx: int) -> Tensor:
         """The weighted loss of a batch, scaled so that accumulated batches and ranks add up to one sum over counts."""

@@ -57,11 +57,7 @@ def read_prompts(source: str, tokenizer: Any, limit: int | None = None) -> list[
     if limit is not None and limit < 1:
         raise UsageError(f"the number of prompts must be 1 or more, got {limit}.")
     name, lines, as_json = _lines(source)
-    rows = [
-        _row(f"{name}, line {number}", line, as_json)
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]  # fmt: skip
+    rows = [_row(f"{name}, line {number}", line, as_json) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise RunError(f"{name}: expected at least one prompt, it is empty.")
     chosen = range(len(rows)) if limit is None else round_robin([row.domain for row in rows])[:limit]
@@ -94,7 +90,9 @@ def _lines(source: str) -> tuple[str, list[str], bool]:
         return "standard input", text.split("\n"), text.lstrip().startswith("{")
     path = Path(resolve(source)).expanduser()
     if path.suffix not in (".txt", ".jsonl"):
-        raise UsageError(f"{source}: expected prompts in a .txt or .jsonl file, or - for standard input. Convert or rename it.")
+        raise UsageError(
+            f"{source}: expected prompts in a .txt or .jsonl file, or - for standard input. Convert or rename it."
+        )
     if not path.is_file():
         raise RunError(f"{source}: expected a file of prompts, nothing is there (looked in {Path.cwd()}). Check the path.")
     try:
@@ -152,7 +150,9 @@ def _render(row: _Row, tokenizer: Any) -> str:
     if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     if not messages or not all(isinstance(message, dict) for message in messages):
-        raise RunError(f"{row.place}: expected messages as a list of objects with role and content, one of them to be answered.")
+        raise RunError(
+            f"{row.place}: expected messages as a list of objects with role and content, one of them to be answered."
+        )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise whatever their author and Jinja raise

@@ -17,7 +17,7 @@ from mtp_lightning.data.rows import Draw, DrawnRow, TokenRows
 from mtp_lightning.types import MaskedInput
 
 BUCKET = 50
-"""Batches whose rows are sorted by length together."""
+"""Most batches whose rows are sorted by length together."""
 
 
 class RowSampler(Sampler[list[Draw]]):
@@ -33,7 +33,7 @@ class RowSampler(Sampler[list[Draw]]):
         seed: seed of the order.
         rank: number of this rank.
         world: number of ranks.
-        bucketed: form batches of rows of similar length, within windows of ``BUCKET`` shuffled batches.
+        bucketed: form batches of rows of similar length, within windows of at most ``BUCKET`` shuffled batches.
 
     Attributes:
         epoch: the epoch that the next iterator walks through.
@@ -69,9 +69,11 @@ class RowSampler(Sampler[list[Draw]]):
         order = generator.permutation(len(self.lengths))
         if not self.bucketed:
             return [order[begin : begin + size] for begin in range(0, len(order), size)]
+        # At least four windows: one alone would put the same rows together in every epoch.
+        window = max(1, min(BUCKET, len(self) // 4)) * size
         batches = []
-        for window in range(0, len(order), BUCKET * size):
-            rows = order[window : window + BUCKET * size]
+        for first in range(0, len(order), window):
+            rows = order[first : first + window]
             rows = rows[np.argsort(self.lengths[rows], kind="stable")]
             batches += [rows[begin : begin + size] for begin in range(0, len(rows), size)]
         return [batches[number] for number in generator.permutation(len(batches))]
@@ -138,8 +140,8 @@ class WindowedLoader:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def sampler(self) -> RowSampler:
-        """The loader's batch sampler."""
+    def row_sampler(self) -> RowSampler:
+        """The loader's batch sampler; not named ``sampler``, or Lightning would take this for a DataLoader."""
         sampler = self.loader.batch_sampler
         assert isinstance(sampler, RowSampler)
         return sampler
@@ -177,7 +179,7 @@ class WindowedLoader:
         accumulate = self.accumulate if isinstance(self.accumulate, int) else self.accumulate()
         begin = self.delivered - self.delivered % accumulate
         skip = self.delivered - begin
-        sampler = self.sampler()
+        sampler = self.row_sampler()
         sampler.epoch, sampler.begin = self.epoch, begin
         batches = islice(self.loader, self.used - begin)
         while window := list(islice(batches, accumulate)):

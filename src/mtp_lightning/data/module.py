@@ -29,8 +29,8 @@ class MTPDataModule(LightningDataModule):
     (+ labels); an optional field domain names their domain.
 
     Args:
-        train: a source, a list of sources, or a weighted mix: source -> share of the rows of an epoch, repeated where a
-            source has too few.
+        train: a source, a list of sources, or a weighted mix: source -> share of the rows drawn in an epoch, before long
+            rows are cut; a source with too few is repeated.
         validation: the same, for validation. None: see validation_fraction.
         test: the same, for testing.
         validation_fraction: without a validation source, hold out this share of the training rows for it: the same rows in
@@ -131,7 +131,7 @@ class MTPDataModule(LightningDataModule):
         trainer, _ = self._attached()
         for split, (rows, report) in self._prepare(stage).items():
             self.rows[split] = rows
-            report.padding_share = self._loader(split).sampler().padding_share()
+            report.padding_share = self._loader(split).row_sampler().padding_share()
             self.report[split] = report.as_dict()
             if trainer.is_global_zero:
                 print(f"data.{split}: {report}", file=sys.stderr)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sources = str | list[str] | dict[str, float]
-"""One source, several one after another, or a mix: source -> share of the rows of an epoch."""
+"""One source, several one after another, or a mix: source -> share of the rows drawn in an epoch, before cutting."""
 
 _REASONS = {SHORT: "shorter than two tokens", NO_LOSS: "no token with loss after the first"}
 _HOLD_OUT_SEED = 20250716  # of its own: another data.seed must not move rows between training and validation
@@ -141,7 +141,7 @@ def prepare(
         token_rows = _rows(documents, order, packing, max_length)
         return Prepared(token_rows, _report(documents, outcomes, side, rows_read, order, len(token_rows)))
 
-    order = _mixed(usable & ~apart, owners, weights, seed, name) if mixed else np.flatnonzero(usable & ~apart)
+    order = _mixed(usable & ~apart, owners, rows, weights, seed, name) if mixed else np.flatnonzero(usable & ~apart)
     for_use = prepared(order, ~apart, read - number_apart)
     if not held_out:
         return for_use, None
@@ -223,14 +223,21 @@ def _report(
     )
 
 
-def _mixed(usable: np.ndarray, owners: np.ndarray, weights: dict[str, float], seed: int, name: str) -> np.ndarray:
-    of_source = [np.flatnonzero(usable & (owners == number)) for number in range(len(weights))]
-    for source, documents in zip(weights, of_source, strict=True):
-        if not len(documents):
+def _mixed(
+    usable: np.ndarray, owners: np.ndarray, rows: np.ndarray, weights: dict[str, float], seed: int, name: str
+) -> np.ndarray:
+    """The documents of a mix: rows are drawn by the sources' shares, and a row brings all its documents."""
+    documents = np.flatnonzero(usable)
+    _, begins, sizes = np.unique(rows[documents], return_index=True, return_counts=True)
+    of_source = np.bincount(owners[documents[begins]], minlength=len(weights))
+    for source, number in zip(weights, of_source, strict=True):
+        if not number:
             raise RunError(
                 f"{name}: none of the rows of {source} can be used. Leave the source out of the mix, or check its rows."
             )
-    return np.concatenate(of_source)[mix([len(documents) for documents in of_source], list(weights.values()), seed)]
+    drawn = mix(of_source.tolist(), list(weights.values()), seed)
+    sizes, begins = sizes[drawn], begins[drawn]
+    return documents[np.arange(sizes.sum()) + np.repeat(begins - (np.cumsum(sizes) - sizes), sizes)]
 
 
 def _rows(documents: Dataset, order: np.ndarray, packing: bool, max_length: int) -> TokenRows:

@@ -18,8 +18,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.paths import PACKAGE, resolve
@@ -109,10 +110,12 @@ def _local_files(source: str) -> list[Path] | None:
             raise RunError(f"{source}: expected a folder with {_READABLE} files, found none in it. Check the path.")
         return found
     if "*" in source or "?" in source or ("[" in source and ":" not in source):
-        found = [_readable(Path(name)) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+        matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+        found = [match for match in matches if match.suffix in SUFFIXES and match.is_file()]
         if not found:
             raise RunError(
-                f"{source}: expected a glob that matches files, it matches none in {Path.cwd()}. Check the pattern."
+                f"{source}: expected a glob that matches {_READABLE} files, it matches none in {Path.cwd()}."
+                " Check the pattern."
             )
         return found
     named_like_a_file = path.suffix in SUFFIXES or path.suffix in _OTHER_SUFFIXES
@@ -141,18 +144,26 @@ def _read_hub(source: str) -> Dataset:
     except Exception as error:  # the hub's client raises many kinds, none of them in common
         raise RunError(
             f"{source}: no such file here, and as a data set on the Hugging Face hub it could not be loaded: "
-            f"{one_line(error)} -- Check the name, config and split (owner/name/config:split), the network, or"
+            f"{one_line(error)}. Check the name, config and split (owner/name/config:split), the network, or"
             " give a local path."
         ) from error
     return _not_empty(rows, source)
 
 
 def _read_table(file: Path) -> Dataset:
+    import pyarrow.parquet as pq
     from datasets import load_dataset
 
     if SUFFIXES[file.suffix] == "json":
-        _check_text(file)
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            if not any(line.strip() for line in lines):  # Arrow's message would speak of something else
+                raise RunError(f"{file}: expected at least one row, it is empty.")
+    log = logging.getLogger("datasets")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it logs what it then raises; one line is enough
     try:
+        if file.suffix == ".parquet" and pq.read_metadata(file).num_rows == 0:
+            raise ValueError("it has no rows")
         rows = load_dataset(SUFFIXES[file.suffix], data_files=str(file), split="train")
     except Exception as error:  # Arrow, pandas and datasets raise many kinds
         if SUFFIXES[file.suffix] == "json":
@@ -160,6 +171,8 @@ def _read_table(file: Path) -> Dataset:
         raise RunError(
             f"{file}: expected a {file.suffix} file, it cannot be read: {one_line(error.__cause__ or error)}"
         ) from error
+    finally:
+        log.setLevel(level)
     return _not_empty(rows, str(file))
 
 
@@ -169,32 +182,33 @@ def _not_empty(rows: Dataset, name: str) -> Dataset:
     return rows
 
 
-def _check_text(file: Path) -> None:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        if not any(line.strip() for line in lines):
-            raise RunError(f"{file}: expected at least one row, it is empty.")
-
-
 def _explain_json(file: Path, error: Exception) -> None:
     """Find the line that is not JSON: Arrow's own message names a block, not a line."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if file.suffix == ".json" and text.lstrip().startswith("["):
-        pieces = [(0, text)]
-    else:
-        pieces = [(number, line) for number, line in enumerate(text.splitlines()) if line.strip()]
-    for before, piece in pieces:
-        try:
-            value = json.loads(piece)
-        except json.JSONDecodeError as bad:
-            raise RunError(
-                f"{file}, line {before + bad.lineno}: expected JSON, got {bad.msg} at column {bad.colno}."
-                " Correct or delete the line."
-            ) from error
-        for row in value if isinstance(value, list) else [value]:
-            if not isinstance(row, dict):
-                raise RunError(
-                    f"{file}, line {before + 1}: expected an object with fields ({ROW_KINDS}), got {type(row).__name__}."
-                ) from error
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        if file.suffix == ".json" and lines.read(100).lstrip().startswith("["):
+            lines.seek(0)
+            for number, row in enumerate(_parse(file, 0, lines.read(), error), 1):
+                _check_row(f"{file}, row {number}", row, error)
+            return
+        lines.seek(0)
+        for number, line in enumerate(lines):
+            if line.strip():
+                _check_row(f"{file}, line {number + 1}", _parse(file, number, line.rstrip("\r\n"), error), error)
+
+
+def _parse(file: Path, lines_before: int, text: str, error: Exception) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as bad:
+        raise RunError(
+            f"{file}, line {lines_before + bad.lineno}: expected JSON, got {bad.msg} at column {bad.colno}."
+            " Correct or delete the line."
+        ) from error
+
+
+def _check_row(place: str, row: object, error: Exception) -> None:
+    if not isinstance(row, dict):
+        raise RunError(f"{place}: expected an object with fields ({ROW_KINDS}), got {type(row).__name__}.") from error
 
 
 def _read_texts(files: list[Path]) -> Dataset:

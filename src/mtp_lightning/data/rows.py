@@ -115,15 +115,15 @@ def column(documents: Dataset, name: str) -> np.ndarray:
 
 
 def mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
-    """Numbers of the documents of a weighted mix, so many of each source as its share asks for.
+    """Numbers of the items of a weighted mix, so many of each source as its share asks for.
 
-    The mix is as long as it takes until every document is in it once; sources with fewer documents than their share are
-    repeated, whole copies first and then a seeded draw.
+    The mix is as long as it takes until every item is in it once; sources with fewer items than their share are repeated,
+    whole copies first and then a seeded draw.
 
     ``sizes [2, 3], weights [1, 1] -> [0, 1, x, 2, 3, 4]`` with x one of 0 and 1.
 
     Args:
-        sizes: documents of each source; the documents are numbered through, source after source.
+        sizes: items of each source; they are numbered through, source after source.
         weights: share of each source, above 0, of any sum.
         seed: seed of the draws.
 
@@ -131,12 +131,10 @@ def mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray
         Numbers, [n] int64, source after source.
     """
     shares = np.asarray(weights, float) / sum(weights)
-    total = float((np.asarray(sizes) / shares).max())
-    counts = np.round(shares * total).astype(np.int64)
+    counts = np.round(shares * (np.asarray(sizes) / shares).max()).astype(np.int64)
     begins = np.cumsum(sizes) - sizes
     drawn = []
     for number, (begin, size, count) in enumerate(zip(begins, sizes, counts, strict=True)):
-        generator = np.random.default_rng([seed, number])
-        rest = np.sort(generator.permutation(size)[: count % size])
+        rest = np.sort(np.random.default_rng([seed, number]).permutation(size)[: count % size])
         drawn.append(begin + np.concatenate([np.tile(np.arange(size), count // size), rest]))
     return np.concatenate(drawn).astype(np.int64)

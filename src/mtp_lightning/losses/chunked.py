@@ -76,6 +76,8 @@ def chunked_sum(
         The sum, scalar float32 (float64 for float64 states); 0 for N = 0. Once differentiable.
     """
     if hidden.shape[0] == 0:
-        return hidden.sum().to(torch.float32)  # 0, and still part of the graph
+        # 0, and still part of the graph of all that is trained.
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return sum((p.flatten()[:0].sum() for p in parameters), hidden.sum()).to(wide)
     size = max(16, LOGITS_PER_CHUNK // vocab_size)
     return _ChunkedSum.apply(hidden, weights, losses, size, *parameters)

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AcceptanceEvaluation: decodes held-out prompts while training and at validation, and says how many tokens a step gains."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed
+from lightning import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from mtp_lightning.acceptance import Progress, PromptResult, evaluate_prompts, summarise
+from mtp_lightning.acceptance_report import print_table, save_json, save_plot
+from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
+from mtp_lightning.decoding import Decoding
+from mtp_lightning.errors import UsageError
+from mtp_lightning.losslessness import is_sharded
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class AcceptanceEvaluation(DecodingCallback):
+    """Decodes held-out prompts with the real decoder, checks the text, prints a table and writes a plot.
+
+    Logs ``val/acceptance_length``, ``val/acceptance_length/<domain>`` and, with ``num_speed_pairs``, ``val/speed_up``
+    (``test/...`` under ``mtp test``). Writes ``acceptance.json`` and ``acceptance.png`` to the run's folder. Processes
+    share the prompts; where parameters are sharded they decode all of them together.
+
+    Args:
+        prompts: ``.txt`` (one prompt a line) or ``.jsonl`` file (``prompt`` or ``messages``, optional ``domain``) that
+            training has not seen, or ``package://...`` for one shipped with this package.
+        num_prompts: decode at most so many prompts, evenly from the domains; None: all.
+        max_new_tokens: at most so many tokens a prompt.
+        max_steps: at most so many steps a prompt (the paper: 100); None: no limit.
+        decoding: ``quadratic``, ``linear`` or ``autoregressive``.
+        num_masks: masks in a block, at most as many as are trained; ``auto``: all.
+        sampler_head: draft with the sampler head; false: from the base head.
+        every_n_steps: also evaluate every so many optimizer steps of training; None: not.
+        at_validation: evaluate at every validation (not in Lightning's sanity check).
+        num_lossless: compare the text of so many prompts of each domain with autoregressive decoding.
+        num_speed_pairs: time so many prompts against autoregressive decoding, in interleaved pairs.
+    """
+
+    def __init__(
+        self,
+        prompts: str,
+        num_prompts: int | None = 32,
+        max_new_tokens: int = 128,
+        max_steps: int | None = None,
+        decoding: Decoding = "quadratic",
+        num_masks: int | Literal["auto"] = "auto",
+        sampler_head: bool = True,
+        every_n_steps: int | None = None,
+        at_validation: bool = True,
+        num_lossless: int = 2,
+        num_speed_pairs: int = 0,
+    ) -> None:
+        super().__init__(prompts, num_prompts, max_new_tokens, max_steps, decoding, num_masks, sampler_head)
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UsageError(f"every_n_steps of AcceptanceEvaluation must be 1 or more, got {every_n_steps}.")
+        for name, value in (("num_lossless", num_lossless), ("num_speed_pairs", num_speed_pairs)):
+            if value < 0:
+                raise UsageError(f"{name} of AcceptanceEvaluation must be 0 or more, got {value}.")
+        self.every_n_steps = every_n_steps
+        self.at_validation = at_validation
+        self.num_lossless = num_lossless
+        self.num_speed_pairs = num_speed_pairs
+        self.history: list[dict[str, Any]] = []
+        self.results: list[PromptResult] = []
+        self._evaluated_at: int | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Two of these with different settings may run beside each other."""
+        return self._generate_state_key(prompts=self.prompts, options=str(self.options))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, so that a resumed run continues it."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a run's history."""
+        self.history = list(state_dict["history"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what an earlier fit measured."""
+        self._evaluated_at = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate every ``every_n_steps`` optimizer steps."""
+        step = trainer.global_step
+        if not self.every_n_steps or step == 0 or step % self.every_n_steps or step == self._evaluated_at:
+            return
+        self._evaluate(trainer, pl_module)
+        values = self._logged("val")
+        # Lightning passes what is logged here on to loggers every log_every_n_steps alone, so they are told directly.
+        pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step - 1)  # where Lightning puts this step's other figures
+        self._report(trainer, "val", None)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate, unless this step was evaluated already, and log."""
+        if trainer.sanity_checking or not self.at_validation:
+            return
+        if trainer.state.fn != TrainerFn.FITTING or self._evaluated_at != trainer.global_step:
+            self._evaluate(trainer, pl_module)
+        pl_module.log_dict(self._logged("val"), sync_dist=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report; the module's forced figures are known only now."""
+        if not trainer.sanity_checking and self.at_validation:
+            self._report(trainer, "val", forced_figures(trainer, "val"))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate and log."""
+        self._evaluate(trainer, pl_module)
+        pl_module.log_dict(self._logged("test"), sync_dist=True)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report."""
+        self._report(trainer, "test", forced_figures(trainer, "test"))
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model: Any = pl_module.model
+        together = is_sharded(model)
+        mine = evaluate_prompts(
+            model,
+            self.loaded,
+            self.options,
+            self._progress(trainer),
+            check=self.num_lossless,
+            timed=self.num_speed_pairs,
+            rank=0 if together else trainer.global_rank,
+            world=1 if together else trainer.world_size,
+        )
+        self.results = mine if together else gather_results(mine)
+        self._evaluated_at = trainer.global_step
+
+    def _progress(self, trainer: Trainer) -> Progress | None:
+        if not trainer.is_global_zero:
+            return None
+        console, last = progress_console(trainer), time.monotonic()
+
+        def progress(done: int, count: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                console.print(f"acceptance: {done} of {count} prompts decoded", highlight=False)
+
+        return progress
+
+    def _logged(self, prefix: str) -> dict[str, float]:
+        summary = summarise(self.results)
+        values = {f"{prefix}/acceptance_length": summary["overall"]["acceptance_length"]}
+        values |= {
+            f"{prefix}/acceptance_length/{name}": each["acceptance_length"] for name, each in summary["domains"].items()
+        }
+        if summary["overall"]["speed_up"] is not None:
+            values[f"{prefix}/speed_up"] = summary["overall"]["speed_up"]["median"]
+        return values
+
+    def _report(self, trainer: Trainer, prefix: str, forced: dict[str, float] | None) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
+        summary, step = summarise(self.results, forced), trainer.global_step
+        entry = history_entry(summary, prefix, step)
+        # A validation right after an evaluation in training replaces it: the same weights, and more is known.
+        self.history = [old for old in self.history if (old["stage"], old["step"]) != (prefix, step)] + [entry]
+        if not trainer.is_global_zero:
+            return
+        print_table(summary, progress_console(trainer), f"Acceptance by real decoding, greedy, step {step}")
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        latest = {"stage": prefix, "step": step, "options": vars(self.options), "prompts": self.prompts, **summary}
+        save_json({"latest": latest, "history": self.history}, folder / "acceptance.json")
+        count = summary["overall"]["num_prompts"]
+        title = f"Tokens gained per step: {count} held-out prompts, greedy, after {step} training steps"
+        save_plot(summary, folder / "acceptance.png", title)
+
+
+def gather_results(mine: list[PromptResult]) -> list[PromptResult]:
+    """The results of all processes, in each of them.
+
+    Args:
+        mine: this process's results.
+
+    Returns:
+        All results.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mine
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, mine)
+    return [result for results in shares for result in results]
+
+
+def forced_figures(trainer: Trainer, prefix: str) -> dict[str, float] | None:
+    """The module's teacher-forced figures of the loop that has just ended, or None where it logged none.
+
+    Args:
+        trainer: the trainer.
+        prefix: ``val`` or ``test``.
+
+    Returns:
+        ``acceptance_length`` and ``reference``.
+    """
+    logged = trainer.callback_metrics
+    names = {"acceptance_length": f"{prefix}/forced_acceptance_length", "reference": f"{prefix}/forced_reference"}
+    if not all(name in logged for name in names.values()):
+        return None
+    return {key: logged[name].item() for key, name in names.items()}
+
+
+def history_entry(summary: dict[str, Any], stage: str, step: int) -> dict[str, Any]:
+    """One line of a run's history.
+
+    Args:
+        summary: what ``acceptance.summarise`` gives.
+        stage: ``val`` or ``test``.
+        step: optimizer steps so far.
+
+    Returns:
+        The main figures.
+    """
+    overall = summary["overall"]
+    return {
+        "stage": stage,
+        "step": step,
+        "acceptance_length": overall["acceptance_length"],
+        "non_repeating_acceptance_length": overall["non_repeating"]["acceptance_length"],
+        "repeated_8grams": overall["repeated_8grams"],
+        "domains": {name: figures["acceptance_length"] for name, figures in summary["domains"].items()},
+        "speed_up": overall["speed_up"] and overall["speed_up"]["median"],
+        "forced": summary["forced"],
+    }

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SampleText: shows what the model writes at validation, and which of it was drafted and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning import LightningModule, Trainer
+from rich.text import Text
+
+from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
+from mtp_lightning.decoding import Decoding, decode
+
+OPEN, CLOSE = "\u27e6", "\u27e7"
+"""Around kept drafts where there is no colour."""
+
+
+class Span(NamedTuple):
+    """A piece of generated text.
+
+    Attributes:
+        text: the text.
+        drafted: whether it comes from draft tokens that were kept; else from the base head.
+    """
+
+    text: str
+    drafted: bool
+
+
+class SampleText(DecodingCallback):
+    """Prints a few texts at every validation, the drafts that were kept marked, and writes them to loggers that take text.
+
+    In colour the kept drafts are green; elsewhere they stand between double brackets. Everything else is the token that each
+    step gives for free.
+
+    Args:
+        prompts: ``.txt`` (one prompt a line) or ``.jsonl`` file (``prompt`` or ``messages``, optional ``domain``), or
+            ``package://...`` for one shipped with this package.
+        num_samples: at most so many texts, evenly from the domains.
+        max_new_tokens: at most so many tokens a text.
+        decoding: ``quadratic``, ``linear`` or ``autoregressive``.
+        num_masks: masks in a block, at most as many as are trained; ``auto``: all.
+        sampler_head: draft with the sampler head; false: from the base head.
+    """
+
+    def __init__(
+        self,
+        prompts: str,
+        num_samples: int = 3,
+        max_new_tokens: int = 64,
+        decoding: Decoding = "quadratic",
+        num_masks: int | Literal["auto"] = "auto",
+        sampler_head: bool = True,
+    ) -> None:
+        super().__init__(prompts, num_samples, max_new_tokens, None, decoding, num_masks, sampler_head)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decode and show."""
+        if trainer.sanity_checking:
+            return
+        module: Any = pl_module
+        for number, prompt in enumerate(self.loaded):
+            # All processes decode, with sharded parameters they have to; one shows.
+            steps = list(decode(module.model, torch.tensor(prompt.input_ids), self.options))
+            if not trainer.is_global_zero:
+                continue
+            spans = mark_drafts(steps, module.tokenizer)
+            length = sum(map(len, steps)) / len(steps)
+            heading = f"sample {number}{prompt.domain and f' ({prompt.domain})'}, {length:.2f} tokens a step"
+            console = progress_console(trainer)
+            console.print(heading, style="bold", highlight=False)
+            console.print(
+                colour(prompt.text, spans) if console.is_terminal else prompt.text + plain(spans),
+                highlight=False,
+                markup=False,
+            )
+            text = f"{heading}\n\n````\n{prompt.text}{plain(spans)}\n````"
+            for logger in trainer.loggers:
+                experiment = getattr(logger, "experiment", None)
+                if hasattr(experiment, "add_text"):
+                    # Where Lightning puts this step's other figures.
+                    experiment.add_text(f"val/sample_{number}", text, max(0, trainer.global_step - 1))
+
+
+def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:
+    """The text of the tokens of each step, drafted and free tokens apart.
+
+    Args:
+        steps: what ``decoding.decode`` yields: kept drafts and then one token of the base.
+        tokenizer: the base's tokenizer.
+
+    Returns:
+        Spans whose texts make the whole text. A character whose bytes are spread over tokens goes to the last of them.
+    """
+    spans: list[Span] = []
+    tokens: list[int] = []
+    written = 0
+    for step in steps:
+        for piece, drafted in ((step[:-1], True), (step[-1:], False)):
+            tokens += piece
+            text = tokenizer.decode(tokens).rstrip("\ufffd")
+            if len(text) > written:
+                spans.append(Span(text[written:], drafted))
+                written = len(text)
+    return spans
+
+
+def plain(spans: Iterable[Span]) -> str:
+    """The text with kept drafts in double brackets."""
+    return "".join(f"{OPEN}{span.text}{CLOSE}" if span.drafted else span.text for span in spans)
+
+
+def colour(prompt: str, spans: Iterable[Span]) -> Text:
+    """The prompt dimmed, and the text with kept drafts in green."""
+    return Text.assemble((prompt, "dim"), *((span.text, "green" if span.drafted else "") for span in spans))

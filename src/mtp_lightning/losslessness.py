@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a text is what the same model writes autoregressively, and where it first is not. Works without Lightning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from mtp_lightning.decoding import DecodingOptions, decode, evaluating
+from mtp_lightning.model import MTPModel
+from mtp_lightning.prompts import Prompt
+
+
+class Difference(NamedTuple):
+    """Where a text first differs from autoregressive decoding.
+
+    Attributes:
+        position: index of the generated token.
+        expected: autoregressive decoding's token there, or None where it had ended.
+        got: the text's token there, or None where it had ended.
+        gap: difference of the base's two largest logits there; in low precision one near 0 flips. None: a sharded model.
+    """
+
+    position: int
+    expected: int | None
+    got: int | None
+    gap: float | None
+
+
+def autoregressive(options: DecodingOptions, num_tokens: int | None = None) -> DecodingOptions:
+    """The same limits for autoregressive decoding, or at most ``num_tokens`` tokens."""
+    limit = options.max_new_tokens if num_tokens is None else num_tokens
+    return replace(options, decoding="autoregressive", num_masks="auto", max_new_tokens=limit, max_steps=None)
+
+
+def find_difference(model: MTPModel, prompt: Prompt, options: DecodingOptions, tokens: list[int]) -> Difference | None:
+    """Compare a text with autoregressive decoding by the same model.
+
+    Args:
+        model: the model.
+        prompt: the prompt.
+        options: how the text was decoded. With ``max_steps`` a text may stop anywhere: then as many tokens are compared.
+        tokens: the text.
+
+    Returns:
+        The first difference, or None.
+    """
+    same_length = autoregressive(options, None if options.max_steps is None else len(tokens))
+    expected = [token for step in decode(model, torch.tensor(prompt.input_ids), same_length) for token in step]
+    if expected == tokens:
+        return None
+    shorter = min(len(expected), len(tokens))
+    position = next((i for i in range(shorter) if expected[i] != tokens[i]), shorter)
+    return Difference(
+        position,
+        expected[position] if position < len(expected) else None,
+        tokens[position] if position < len(tokens) else None,
+        None if is_sharded(model) else top_two_gap(model, prompt.input_ids + tokens[:position]),
+    )
+
+
+@torch.inference_mode()
+def top_two_gap(model: MTPModel, tokens: list[int]) -> float:
+    """Difference of the two largest next-token logits after ``tokens``, as the model verifies."""
+    with evaluating(model), model.gate.open(0 if model.lora.gated else len(tokens)):
+        ids = torch.tensor([tokens], device=model.base.device)
+        hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    first, second = model.unembed(hidden[0, -1]).double().topk(2).values.tolist()
+    return first - second
+
+
+def is_sharded(model: MTPModel) -> bool:
+    """Whether parameters are spread over processes, which must then run every forward pass together."""
+    return any(hasattr(parameter, "placements") for parameter in model.parameters())  # a DTensor

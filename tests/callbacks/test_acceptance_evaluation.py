@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AcceptanceEvaluation in real, tiny runs: when it evaluates, what it logs, prints and writes, and how ranks share."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from mtp_lightning import decoding
+from mtp_lightning.acceptance import PromptResult, summarise
+from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
+from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.module import MTPModule
+
+Fit = Callable[..., Trainer]
+DOMAINS = ["code", "maths"]
+
+
+@pytest.fixture(autouse=True)
+def _drafts_that_are_often_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "draft_block", lambda model, hidden, verified, head: verified.repeat(len(hidden)))
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of prompts at each evaluation."""
+    calls: list[int] = []
+    original = acceptance_evaluation.evaluate_prompts
+
+    def count(model: Any, prompts: Any, *arguments: Any, **options: Any) -> list[PromptResult]:
+        calls.append(len(prompts))
+        return original(model, prompts, *arguments, **options)
+
+    monkeypatch.setattr(acceptance_evaluation, "evaluate_prompts", count)
+    return calls
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "acceptance.json").read_text())
+
+
+def logged(folder: Path, name: str) -> dict[int, float]:
+    with (folder / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def test_a_run_logs_prints_and_writes(
+    fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, evaluated: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = AcceptanceEvaluation(prompts, num_prompts=4, max_new_tokens=12, num_lossless=1, num_speed_pairs=2)
+    trainer = fit(module, callback)
+    assert evaluated == [4, 4]  # two validations, and not the sanity check
+    written = read(tmp_path)
+    latest = written["latest"]
+    overall = latest["overall"]
+    assert (latest["stage"], latest["step"]) == ("val", 4)
+    assert [(entry["stage"], entry["step"]) for entry in written["history"]] == [("val", 2), ("val", 4)]
+    assert overall["lossless"] == {"equal": 2, "checked": 2, "differences": []}
+    assert overall["num_tokens"] == 48 and overall["acceptance_length"] > 1
+    assert list(latest["domains"]) == DOMAINS and [latest["domains"][d]["num_prompts"] for d in DOMAINS] == [2, 2]
+    metrics = trainer.callback_metrics
+    # What is logged is float32.
+    assert metrics["val/acceptance_length"].item() == pytest.approx(overall["acceptance_length"], rel=1e-6)
+    assert metrics["val/speed_up"].item() == pytest.approx(overall["speed_up"]["median"], rel=1e-6)
+    for domain in DOMAINS:
+        assert f"val/acceptance_length/{domain}" in metrics
+    forced = latest["forced"]
+    assert forced["acceptance_length"] == metrics["val/forced_acceptance_length"].item()
+    assert forced["reference"] == metrics["val/forced_reference"].item()
+    assert set(logged(tmp_path, "val/acceptance_length")) == {1, 3}  # Lightning's axis begins at 0
+    assert (tmp_path / "acceptance.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert out.count("Acceptance by real decoding") == 2 and "Forced, on given text" in out
+
+
+def test_evaluation_leaves_training_as_it_is(fit: Fit, new_module: Callable[[], MTPModule], prompts: str) -> None:
+    with_callback, without = new_module(), new_module()
+    for one in (with_callback, without):
+        torch.manual_seed(0)
+        one.configure_model()
+    fit(with_callback, AcceptanceEvaluation(prompts, max_new_tokens=6, every_n_steps=1, num_speed_pairs=1))
+    fit(without)
+    assert all(part.training for part in with_callback.modules())
+    trained = dict(without.model.trained_parameters())
+    assert trained
+    for name, parameter in with_callback.model.trained_parameters():
+        assert torch.equal(parameter, trained[name])
+
+
+def test_every_n_steps_in_training(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, evaluated: list[int]) -> None:
+    fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6, every_n_steps=1, num_lossless=0))
+    # Four steps; the validations after steps 2 and 4 use what was just measured.
+    assert evaluated == [5] * 4
+    # Lightning's own log interval is 50 steps: it would have dropped these.
+    assert set(logged(tmp_path, "val/acceptance_length")) == {0, 1, 2, 3}
+    written = read(tmp_path)
+    assert [entry["step"] for entry in written["history"]] == [1, 2, 3, 4]
+    assert [entry["forced"] is None for entry in written["history"]] == [True, False, True, False]
+
+
+def test_accumulated_batches_are_one_step(
+    fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, evaluated: list[int]
+) -> None:
+    callback = AcceptanceEvaluation(prompts, max_new_tokens=6, every_n_steps=1, at_validation=False)
+    fit(module, callback, accumulate_grad_batches=2)
+    assert evaluated == [5, 5]
+    assert [entry["step"] for entry in read(tmp_path)["history"]] == [1, 2]
+
+
+def test_validate_and_test(
+    fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, batches: Any, evaluated: list[int]
+) -> None:
+    callback = AcceptanceEvaluation(prompts, num_prompts=None, max_new_tokens=6)
+    trainer = fit(module, callback)
+    evaluated.clear()
+    (values,) = trainer.validate(module, batches, verbose=False)
+    assert evaluated == [5] and "val/acceptance_length/code" in values
+    (values,) = trainer.test(module, batches, verbose=False)
+    assert evaluated == [5, 5]
+    assert "test/acceptance_length/maths" in values and not any(name.startswith("val/") for name in values)
+    latest = read(tmp_path)["latest"]
+    assert latest["stage"] == "test"
+    assert latest["forced"]["acceptance_length"] == values["test/forced_acceptance_length"]
+
+
+def test_a_lossy_decoder_is_reported(
+    fit: Fit,
+    module: MTPModule,
+    prompts: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Every draft is believed.
+    monkeypatch.setattr(decoding, "num_accepted", lambda draft, own: torch.tensor(len(draft)))
+    fit(module, AcceptanceEvaluation(prompts, max_new_tokens=12, num_lossless=9))
+    lossless = read(tmp_path)["latest"]["overall"]["lossless"]
+    assert lossless["checked"] == 5 and lossless["equal"] < 5
+    assert all(difference["gap"] > 0 for difference in lossless["differences"])
+    assert "Not what autoregressive decoding gives: prompt" in capsys.readouterr().out
+
+
+def test_ranks_share_the_prompts(module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module.configure_model()
+    callback = AcceptanceEvaluation(prompts, max_new_tokens=12, num_lossless=1)
+
+    def evaluate(rank: int, world: int) -> list[PromptResult]:
+        trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, global_step=1, is_global_zero=False)
+        callback.setup(trainer, module, "validate")
+        callback._evaluate(trainer, module)
+        return [r._replace(seconds=0.0) for r in callback.results]
+
+    alone, shares = evaluate(0, 1), [evaluate(rank, 2) for rank in range(2)]
+    assert [[r.prompt_index for r in share] for share in shares] == [[0, 2, 4], [1, 3]]
+    assert summarise(shares[1] + shares[0]) == summarise(alone)
+
+    def all_gather_object(into: list[Any], mine: Any) -> None:
+        assert mine == shares[1] and len(into) == 2
+        into[:] = shares
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    assert summarise(acceptance_evaluation.gather_results(shares[1])) == summarise(alone)
+    # Where parameters are sharded every process decodes everything, and nothing is gathered.
+    monkeypatch.setattr(acceptance_evaluation, "is_sharded", lambda model: True)
+    assert evaluate(1, 2) == alone
+
+
+def test_a_resumed_run_continues_the_history(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:
+    trainer = fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    torch.load(tmp_path / "run.ckpt", weights_only=True)
+    resumed = AcceptanceEvaluation(prompts, max_new_tokens=6)
+    key = resumed.state_key
+    resumed.load_state_dict(torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][key])
+    assert [entry["step"] for entry in resumed.history] == [2, 4]
+    assert AcceptanceEvaluation(prompts, max_new_tokens=6, num_masks=1).state_key != key
+
+
+@pytest.mark.parametrize("bar", [[], [TQDMProgressBar()]])
+def test_beside_a_progress_bar(
+    fit: Fit, module: MTPModule, prompts: str, bar: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(acceptance_evaluation, "SECONDS_BETWEEN_LINES", 0.0)
+    fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6), *bar, enable_progress_bar=True)
+    out = capsys.readouterr().out
+    assert out.count("Acceptance by real decoding") == 2
+    assert out.count("acceptance: 5 of 5 prompts decoded") == 2
+
+
+def test_fast_dev_run_writes_nothing(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:
+    fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6), fast_dev_run=True)
+    assert not (tmp_path / "acceptance.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompts": "-"}, "a callback's prompts must be a file, got -"),
+        ({"num_prompts": 0}, "num_prompts of AcceptanceEvaluation must be 1 or more, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens of AcceptanceEvaluation must be 1 or more, got 0"),
+        ({"max_steps": -1}, "max_steps of AcceptanceEvaluation must be 1 or more, got -1"),
+        ({"every_n_steps": 0}, "every_n_steps of AcceptanceEvaluation must be 1 or more, got 0"),
+        ({"num_lossless": -1}, "num_lossless of AcceptanceEvaluation must be 0 or more, got -1"),
+        ({"num_speed_pairs": -1}, "num_speed_pairs of AcceptanceEvaluation must be 0 or more, got -1"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        AcceptanceEvaluation(**{"prompts": "p.txt", **options})
+
+
+def test_what_is_wrong_shows_before_training(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="num_masks must be auto or from 1 to 3"):
+        fit(module, AcceptanceEvaluation(prompts, num_masks=4))
+    with pytest.raises(RunError, match="nothing is there"):
+        fit(module, AcceptanceEvaluation(str(tmp_path / "none.txt")))
+    long = tmp_path / "long.txt"
+    long.write_text("x" * 64)
+    with pytest.raises(RunError, match="expected prompts of fewer tokens than the base's context, 64; one has 64: 'xxx"):
+        fit(module, AcceptanceEvaluation(str(long)))

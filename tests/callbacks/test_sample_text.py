@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SampleText: which pieces are marked, what is printed, and what loggers get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy_tokenizers import byte_tokenizer
+
+from mtp_lightning import decoding
+from mtp_lightning.callbacks import SampleText
+from mtp_lightning.callbacks.sample_text import Span, colour, mark_drafts, plain
+from mtp_lightning.errors import UsageError
+from mtp_lightning.module import MTPModule
+
+
+def test_drafted_and_free_tokens_are_told_apart() -> None:
+    tokenizer = byte_tokenizer(["<eos>"], "<eos>")
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text)["input_ids"]
+
+    steps = [ids("x"), ids("yz1"), ids("2")]
+    spans = mark_drafts(steps, tokenizer)
+    assert spans == [Span("x", False), Span("yz", True), Span("1", False), Span("2", False)]
+    assert plain(spans) == "x\u27e6yz\u27e712"
+    assert colour("p[b]", spans).plain == "p[b]xyz12"
+    # A character of three bytes: its last byte comes for free, so it is free.
+    euro = ids("\u20ac")
+    assert len(euro) == 3
+    assert mark_drafts([ids("x") + euro, ids("y")], tokenizer) == [Span("x", True), Span("\u20ac", False), Span("y", False)]
+    # One that is never completed is left out.
+    assert mark_drafts([ids("x"), euro[:2]], tokenizer) == [Span("x", False)]
+
+
+def test_samples_are_printed_and_logged(
+    fit: Callable[..., Trainer],
+    module: MTPModule,
+    prompts: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(decoding, "draft_block", lambda model, hidden, verified, head: verified.repeat(len(hidden)))
+    loggers = [CSVLogger(tmp_path, name="", version=""), TensorBoardLogger(tmp_path, name="", version="")]
+    fit(module, SampleText(prompts, num_samples=2, max_new_tokens=12), logger=loggers)
+    out = capsys.readouterr().out
+    assert out.count("sample 0 (code), ") == out.count("sample 1 (maths), ") == 2  # two validations
+    assert "\u27e6" in out
+    events = EventAccumulator(str(tmp_path)).Reload()
+    tags = [f"val/sample_{number}/text_summary" for number in (0, 1)]
+    assert set(tags) <= set(events.Tags()["tensors"])
+    (first, last) = events.Tensors(tags[0])
+    assert (first.step, last.step) == (1, 3)
+    text = last.tensor_proto.string_val[0].decode()
+    steps = list(
+        decoding.decode(module.model, torch.tensor(module.tokenizer("a")["input_ids"]), SampleText(prompts).options)
+    )
+    marked = "a" + plain(mark_drafts(decoding_of(steps, 12), module.tokenizer))
+    assert text.startswith("sample 0 (code), ") and marked[:6] in text
+
+
+def decoding_of(steps: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """The first steps that make at most ``num_tokens`` tokens."""
+    return [step for n, step in enumerate(steps) if sum(map(len, steps[: n + 1])) <= num_tokens]
+
+
+@pytest.mark.parametrize("options, message", [({"num_samples": 0}, "num_prompts of SampleText must be 1 or more, got 0")])
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        SampleText("p.txt", **options)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoding: every kind of row against ids and labels written by hand; chat templates of four families; refusals."""
+
+from __future__ import annotations
+
+import pytest
+from toy_tokenizers import CHATML, byte_tokenizer, word_tokenizer
+
+from mtp_lightning.data.encoding import encode_row
+from mtp_lightning.errors import RunError, UsageError
+
+X = -100
+BOS, EOS, START, END, NEWLINE, USER, ASSISTANT = 1, 2, 3, 4, 5, 7, 8
+ONE, TWO, THREE, FOUR = 9, 10, 11, 12
+
+
+def check(row: dict, tokenizer: object, ids: list[int], labels: list[int], template: str | None = None) -> None:
+    encoded = encode_row(row, tokenizer, template)
+    assert (list(encoded.input_ids), encoded.labels) == (ids, labels)
+
+
+def says(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+# ---------------------------------------------------------------------------------------------- text, prompt, ids
+
+
+def test_text_carries_loss_everywhere(tokenizer) -> None:
+    check({"text": "one two", "prompt": None}, tokenizer, [BOS, ONE, TWO, EOS], [BOS, ONE, TWO, EOS])
+    assert encode_row({"text": "one"}, tokenizer).cuttable
+
+
+def test_text_without_first_or_end_token() -> None:
+    check({"text": "one two"}, word_tokenizer(bos=False, eos=False), [ONE, TWO], [ONE, TWO])
+    check({"text": ""}, word_tokenizer(), [], [])
+
+
+def test_an_end_token_in_the_text_is_not_doubled(tokenizer) -> None:
+    check({"text": "one <eos>"}, tokenizer, [BOS, ONE, EOS], [BOS, ONE, EOS])
+
+
+def test_prompt_carries_no_loss(tokenizer) -> None:
+    row = {"prompt": "one two", "completion": "three"}
+    check(row, tokenizer, [BOS, ONE, TWO, THREE, EOS], [X, X, X, THREE, EOS])
+    assert not encode_row(row, tokenizer).cuttable
+
+
+def test_completion_ids_are_taken_as_they_are(tokenizer) -> None:
+    check({"prompt": "one", "completion_ids": [THREE, EOS]}, tokenizer, [BOS, ONE, THREE, EOS], [X, X, THREE, EOS])
+    check({"prompt": "one", "completion_ids": [THREE, FOUR]}, tokenizer, [BOS, ONE, THREE, FOUR], [X, X, THREE, FOUR])
+
+
+def test_prompt_of_messages_ends_with_the_generation_prompt(tokenizer) -> None:
+    row = {"prompt": [says("user", "one")], "completion": "two"}
+    prompt = [START, USER, NEWLINE, ONE, END, NEWLINE, START, ASSISTANT, NEWLINE]
+    check(row, tokenizer, [*prompt, TWO, EOS], [X] * 9 + [TWO, EOS])
+
+
+def test_prompt_and_completion_are_encoded_apart() -> None:
+    tokenizer = byte_tokenizer(["<eos>"], "<eos>")
+    a, b, ab = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "b", "ab"))
+    check({"text": "ab"}, tokenizer, [ab, 0], [ab, 0])
+    check({"prompt": "a", "completion": "b"}, tokenizer, [a, b, 0], [X, b, 0])  # not the merged token: it has no border
+
+
+def test_an_end_token_that_the_tokenizer_adds_does_not_end_the_prompt() -> None:
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 2)]
+    )
+    check({"prompt": "one", "completion": "two"}, tokenizer, [ONE, TWO, EOS], [X, TWO, EOS])
+    check({"text": "one"}, tokenizer, [ONE, EOS], [ONE, EOS])
+
+
+def test_ids(tokenizer) -> None:
+    check({"input_ids": [3, 9, 4]}, tokenizer, [3, 9, 4], [3, 9, 4])
+    check({"input_ids": [3, 9, 4], "labels": [X, 9, 4]}, tokenizer, [3, 9, 4], [X, 9, 4])
+    assert encode_row({"input_ids": [3]}, tokenizer).cuttable
+    assert not encode_row({"input_ids": [3], "labels": [3]}, tokenizer).cuttable
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "one", "text": None}, r"^expected messages \| prompt \+ completion .*, got prompt\.$"),
+        ({}, "got no field."),
+        ({"text": 3}, "^text must be text, got int.$"),
+        ({"prompt": "one", "completion": ["two"]}, "^completion must be text, got list.$"),
+        ({"prompt": "one", "completion_ids": ["two"]}, r"^completion_ids must be a list of token ids, got \['two'\]"),
+        ({"input_ids": [1, 2], "labels": [1]}, r"^labels must be as long as input_ids \(2\), got 1.$"),
+        (
+            {"input_ids": [5, 6, 7], "labels": [X, 7, X]},
+            r"got 7 at position 1 where input_ids has 6. Do not shift the labels.$",
+        ),
+        ({"messages": "one"}, r"^messages must be a list of \{role, content\}, got 'one'.$"),
+        ({"messages": []}, r"^messages must be a list of \{role, content\}, got \[\].$"),
+        ({"messages": [{"from": "gpt", "value": "x"}]}, r"^each of messages must be \{role, content\}, got \{'from'"),
+    ],
+)
+def test_rows_that_are_refused(tokenizer, row: dict, message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        encode_row(row, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- chat
+
+TWO_TURNS = [says("user", "one"), says("assistant", "two three"), says("user", "four"), says("assistant", "one")]
+TWO_TURNS_IDS = [
+    *(START, USER, NEWLINE, ONE, END, NEWLINE, START, ASSISTANT, NEWLINE, TWO, THREE, END, NEWLINE),
+    *(START, USER, NEWLINE, FOUR, END, NEWLINE, START, ASSISTANT, NEWLINE, ONE, END, NEWLINE),
+]
+TWO_TURNS_LABELS = [X] * 9 + [TWO, THREE, END, X] + [X] * 9 + [ONE, END, X]
+
+
+def test_chatml_by_hand(tokenizer) -> None:
+    """Loss on what the assistant said and on its end-of-turn token; not on the newline after it, nor on the header."""
+    check({"messages": TWO_TURNS}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS)
+
+
+def test_fields_that_a_table_filled_with_nothing(tokenizer) -> None:
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls is defined %} six{% endif %}")
+    messages = [message | {"tool_calls": None} for message in TWO_TURNS]
+    check({"messages": messages}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS, template)
+
+
+def test_generation_markers_by_hand(tokenizer) -> None:
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    check({"messages": TWO_TURNS}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS, marked)
+    trimmed = marked.replace("{% generation %}", "{%- generation -%}")
+    check({"messages": TWO_TURNS}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS, trimmed)
+
+
+def test_markers_that_mark_nothing_are_an_error(tokenizer) -> None:
+    template = CHATML + "{% generation %}{% endgeneration %}"
+    with pytest.raises(
+        RunError, match="has generation markers, but they mark no token of the assistant. Correct the template."
+    ):
+        encode_row({"messages": TWO_TURNS}, tokenizer, template)
+
+
+def test_no_assistant_turn_no_loss(tokenizer) -> None:
+    check({"messages": TWO_TURNS[:1]}, tokenizer, TWO_TURNS_IDS[:6], [X] * 6)
+
+
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% else %}{{ raise_exception('Only user and assistant roles!') }}"
+    "{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ '<bos>' }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+CHAT = [says("user", "hi ab"), says("assistant", "ab.\nyes"), says("user", "more"), says("assistant", "no")]
+FAMILIES = {
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", ["ab.\nyes<|im_end|>", "no<|im_end|>"]),
+    "llama3": (
+        LLAMA3,
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "<|eot_id|>",
+        ["ab.\nyes<|eot_id|>", "no<|eot_id|>"],
+    ),
+    "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", [" ab.\nyes</s>", " no</s>"]),
+    "gemma": (
+        GEMMA,
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        "<eos>",
+        ["ab.\nyes<end_of_turn>", "no<end_of_turn>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_carries_loss_in_four_families(family: str) -> None:
+    template, special, eos, expected = FAMILIES[family]
+    tokenizer = byte_tokenizer(special, eos)
+    encoded = encode_row({"messages": CHAT}, tokenizer, template)
+    rendered = tokenizer.apply_chat_template(CHAT, tokenize=True, chat_template=template, return_dict=True)
+    assert encoded.input_ids == rendered["input_ids"]
+    turns: list[list[int]] = []
+    for position, (token, flag) in enumerate(zip(encoded.input_ids, encoded.loss, strict=True)):
+        if flag:
+            turns = turns if position and encoded.loss[position - 1] else [*turns, []]
+            turns[-1].append(token)
+    assert [tokenizer.decode(turn) for turn in turns] == expected
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think> </think> {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_drops_earlier_thinking_is_refused(tokenizer) -> None:
+    with pytest.raises(RunError) as error:
+        encode_row({"messages": TWO_TURNS}, tokenizer, THINKING)
+    assert str(error.value) == (
+        "the text of the chat template up to message 2 changes when messages follow (it may drop earlier thinking), so what"
+        " the assistant wrote cannot be found. Give data.chat_template a template with {% generation %} .."
+        " {% endgeneration %} around what the assistant says, or make a row of each assistant turn."
+    )
+
+
+def test_a_single_turn_of_such_a_template_is_fine(tokenizer) -> None:
+    think, unthink = 15, 16
+    ids = [START, USER, NEWLINE, ONE, END, NEWLINE, START, ASSISTANT, NEWLINE, think, unthink, TWO, THREE, END, NEWLINE]
+    check({"messages": TWO_TURNS[:2]}, tokenizer, ids, [X] * 9 + [think, unthink, TWO, THREE, END, X], THINKING)
+
+
+def test_messages_that_the_template_refuses() -> None:
+    tokenizer = byte_tokenizer(FAMILIES["mistral"][1], "</s>")
+    with pytest.raises(
+        RunError, match=r"^the chat template refuses the messages \(roles: system, user\): Only user and assistant"
+    ):
+        encode_row({"messages": [says("system", "x"), says("user", "y")]}, tokenizer, MISTRAL)
+
+
+def test_no_template() -> None:
+    tokenizer = byte_tokenizer(["<eos>"], "<eos>")
+    with pytest.raises(UsageError, match="need a chat template, and the base's tokenizer has none. Set data.chat_template"):
+        encode_row({"messages": TWO_TURNS}, tokenizer)
+
+
+def test_slow_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = word_tokenizer()
+    monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: False))
+    with pytest.raises(
+        RunError, match=r"needs a fast tokenizer \(with offsets\), the base has a slow one. Give rows with prompt"
+    ):
+        encode_row({"messages": TWO_TURNS}, tokenizer)

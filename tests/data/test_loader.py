@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loader: every row once, on any number of ranks; one denominator a step; exact resume; workers change nothing."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import islice
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from mtp_lightning.data.collator import MaskedInputCollator
+from mtp_lightning.data.loader import BUCKET, RowSampler, WindowedLoader, load_rows
+from mtp_lightning.data.rows import Draw, TokenRows
+from mtp_lightning.types import MaskedInput
+
+
+def token_rows(lengths: list[int], order: np.ndarray | None = None, offsets: np.ndarray | None = None) -> TokenRows:
+    """Row r is ``10 r, 10 r + 1, ..``; its first token carries no loss."""
+    documents = datasets.Dataset.from_dict(
+        {
+            "input_ids": [[10 * row + place for place in range(length)] for row, length in enumerate(lengths)],
+            "loss": [[place > 0 for place in range(length)] for length in lengths],
+            "domain": ["even" if row % 2 == 0 else "odd" for row in range(len(lengths))],
+            "length": lengths,
+        }
+    )
+    return TokenRows(documents, np.arange(len(lengths)) if order is None else order, offsets)
+
+
+LENGTHS = [5, 3, 8, 4, 6, 3, 7, 5, 4, 9, 3]
+
+
+def windowed(rows: TokenRows | None = None, accumulate=1, limit=None, constant=False, epoch=0, **options) -> WindowedLoader:
+    collator = MaskedInputCollator(num_masks=2, block_fraction=0.5, seed=4)
+    loader = load_rows(rows or token_rows(LENGTHS), collator, options.pop("batch_size", 2), **options)
+    return WindowedLoader(loader, accumulate, limit, constant, epoch)
+
+
+def same(a: MaskedInput, b: MaskedInput) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def row_ids(batches) -> list[list[int]]:
+    return [batch.row_ids.tolist() for batch in batches]
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def test_rows() -> None:
+    row = token_rows([3, 2]).row(1)
+    assert row.input_ids.tolist() == [10, 11] and row.labels.tolist() == [-100, 11]
+    assert (row.document_ids.tolist(), row.row_id, row.domain) == ([0, 0], 1, "odd")
+    assert row.input_ids.dtype == row.labels.dtype == row.document_ids.dtype == torch.int64
+
+
+def test_packed_rows() -> None:
+    rows = token_rows([3, 2, 2], np.array([0, 2, 1]), np.array([0, 2, 3]))
+    assert len(rows) == 2 and rows.lengths.tolist() == [5, 2]
+    row = rows.row(0)
+    assert row.input_ids.tolist() == [0, 1, 2, 20, 21] and row.document_ids.tolist() == [0, 0, 0, 1, 1]
+    assert row.labels.tolist() == [-100, 1, 2, -100, 21] and row.domain == "even"
+    assert rows.row(1).input_ids.tolist() == [10, 11]
+    mixed = token_rows([3, 2], np.array([0, 1]), np.array([0, 2])).row(0)
+    assert mixed.domain == ""
+
+
+def test_a_repeated_document_is_another_row() -> None:
+    rows = token_rows([3, 2], np.array([1, 1]))
+    assert [rows.row(number).input_ids.tolist() for number in range(2)] == [[10, 11], [10, 11]]
+    assert [rows.row(number).row_id for number in range(2)] == [0, 1]
+
+
+def test_a_blank_draw_counts_nothing() -> None:
+    rows = token_rows([4])
+    batch = MaskedInputCollator(num_masks=2)([rows[Draw(0, epoch=3, blank=True)]])
+    assert batch.counts.tolist() == [0, 0, 0] and batch.input_ids.tolist() == [[0, 1, 2, 3]]
+
+
+def test_collator_survives_pickling_and_uses_the_epoch() -> None:
+    rows = token_rows([30, 30])
+    collator = pickle.loads(pickle.dumps(MaskedInputCollator(num_masks=2, block_fraction=0.3, seed=1)))
+    first, again, later = (collator([rows[Draw(0, epoch)], rows[Draw(1, epoch)]]) for epoch in (0, 0, 1))
+    assert same(first, again) and first.starts.tolist() != later.starts.tolist()
+    with pytest.raises(ValueError):
+        collator([rows[Draw(0, 0)], rows[Draw(1, 1)]])
+
+
+# ---------------------------------------------------------------------------------------------- sampler
+
+
+@pytest.mark.parametrize("bucketed", [True, False])
+@pytest.mark.parametrize(
+    ("n", "batch_size", "world"), [(11, 2, 1), (11, 2, 2), (12, 2, 3), (13, 2, 3), (2, 1, 4), (7, 3, 2)]
+)
+def test_every_row_once_on_any_number_of_ranks(n: int, batch_size: int, world: int, bucketed: bool) -> None:
+    lengths = np.random.default_rng(0).integers(2, 9, n)
+    ranks = [RowSampler(lengths, batch_size, seed=1, rank=rank, world=world, bucketed=bucketed) for rank in range(world)]
+    batches = [list(sampler) for sampler in ranks]
+    assert len({len(found) for found in batches}) == 1 and len(batches[0]) == len(ranks[0]) == -(-n // (batch_size * world))
+    draws = [draw for found in batches for batch in found for draw in batch]
+    assert sorted(draw.number for draw in draws if not draw.blank) == list(range(n))
+    assert all(1 <= len(batch) <= batch_size for found in batches for batch in found)
+    blanks = sum(draw.blank for draw in draws)
+    assert blanks == max(0, world - (n % (batch_size * world) or world * batch_size))
+
+
+def test_the_ranks_share_what_one_rank_would_draw() -> None:
+    lengths = np.array(LENGTHS)
+    alone = [sorted(draw.number for draw in batch) for batch in RowSampler(lengths, 4, seed=3)]
+    shared = [list(RowSampler(lengths, 2, seed=3, rank=rank, world=2)) for rank in range(2)]
+    together = [
+        sorted(draw.number for rank in pair for draw in rank if not draw.blank) for pair in zip(*shared, strict=True)
+    ]
+    assert together == alone
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    sampler = RowSampler(np.arange(40), 2, seed=1)
+    first = list(sampler)
+    assert list(sampler) == first == list(RowSampler(np.arange(40), 2, seed=1))
+    assert list(RowSampler(np.arange(40), 2, seed=2)) != first
+    sampler.epoch = 1
+    later = list(sampler)
+    assert [draw.epoch for batch in later for draw in batch] == [1] * 40
+    assert [[draw.number for draw in batch] for batch in later] != [[draw.number for draw in batch] for batch in first]
+
+
+def test_sampler_begins_later_without_drawing_what_came_before() -> None:
+    sampler = RowSampler(np.arange(40), 2, seed=1)
+    everything = list(sampler)
+    sampler.begin = 7
+    started = iter(sampler)
+    sampler.begin = 3  # an iterator that runs already keeps its place
+    assert list(started) == everything[7:]
+
+
+def test_batches_hold_rows_of_similar_length() -> None:
+    lengths = np.random.default_rng(0).integers(2, 500, 8 * BUCKET * 3)
+    bucketed, plain = RowSampler(lengths, 8), RowSampler(lengths, 8, bucketed=False)
+    assert bucketed.padding_share() < 0.03 and plain.padding_share() > 0.3
+    means = [lengths[rows].mean() for rows in bucketed.global_batches(0)]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2  # the batches themselves are shuffled
+
+
+def test_few_rows_still_meet_other_rows_every_epoch() -> None:
+    sampler = RowSampler(np.arange(16), 2)
+    together = [{tuple(sorted(batch.tolist())) for batch in sampler.global_batches(epoch)} for epoch in range(4)]
+    assert len(set.union(*together)) > 16  # sorting all rows at once would give the same 8 pairs again and again
+
+
+# ---------------------------------------------------------------------------------------------- windows
+
+
+def test_counts_are_those_of_the_whole_step() -> None:
+    plain = list(windowed())
+    batches = list(windowed(accumulate=4))
+    assert row_ids(batches) == row_ids(plain) and len(batches) == len(windowed()) == 6
+    first = sum(batch.counts for batch in plain[:4])
+    last = sum(batch.counts for batch in plain[4:])  # the epoch's last step has two batches only
+    assert [batch.counts.tolist() for batch in batches] == [first.tolist()] * 4 + [last.tolist()] * 2
+    assert first[0] != plain[0].counts[0]
+    assert sum(batch.counts for batch in plain)[0] == sum(LENGTHS) - len(LENGTHS)
+
+
+def test_counts_by_hand() -> None:
+    # Rows of n tokens have n - 1 NTP labels and, with two masks, (n - 2) + (n - 3) MTP labels at n - 2 anchors.
+    (batch,) = windowed(token_rows([4, 4]))
+    assert batch.counts.tolist() == [6, 6, 4]
+    batches = list(windowed(token_rows([4, 4]), batch_size=1, accumulate=2))
+    assert [batch.counts.tolist() for batch in batches] == [[6, 6, 4], [6, 6, 4]]
+    batches[0].counts.zero_()
+    assert batches[1].counts.tolist() == [6, 6, 4]
+
+
+def test_counts_on_two_ranks_add_up() -> None:
+    alone = list(windowed(accumulate=2, batch_size=4))
+    ranks = [list(windowed(accumulate=2, rank=rank, world=2)) for rank in range(2)]
+    assert [(a.counts + b.counts).tolist() for a, b in zip(*ranks, strict=True)] == [
+        batch.counts.tolist() for batch in alone
+    ]
+
+
+def test_a_limit_ends_the_last_window() -> None:
+    loader = windowed(accumulate=2, limit=3)
+    plain = list(windowed())
+    batches = list(loader)
+    assert len(loader) == 6 and len(batches) == 3
+    assert batches[2].counts.tolist() == plain[2].counts.tolist()
+    assert row_ids(loader) != row_ids(batches) and (loader.epoch, loader.delivered) == (1, 3)
+
+
+def test_accumulation_may_change_from_epoch_to_epoch() -> None:
+    accumulate = 1
+    loader = windowed(accumulate=lambda: accumulate)
+    assert len({tuple(batch.counts.tolist()) for batch in loader}) > 3
+    accumulate = 6
+    assert len({tuple(batch.counts.tolist()) for batch in loader}) == 1
+
+
+# ---------------------------------------------------------------------------------------------- epochs and resume
+
+
+def test_epochs() -> None:
+    loader = windowed()
+    first, second = list(loader), list(loader)
+    assert loader.epoch == 1
+    assert sorted(sum(row_ids(first), [])) == sorted(sum(row_ids(second), [])) == list(range(11))
+    assert row_ids(first) != row_ids(second)
+    loader.set_epoch(0)
+    assert all(map(same, loader, first))
+    loader.set_epoch(1)
+    assert all(map(same, loader, second))
+    assert all(map(same, windowed(epoch=1), second))
+
+
+def test_an_iterator_that_was_not_used_does_not_cost_an_epoch() -> None:
+    loader = windowed()
+    iter(loader)
+    assert all(map(same, loader, windowed()))
+
+
+def test_an_iterator_left_early_ends_its_epoch() -> None:
+    loader = windowed()
+    list(islice(loader, 2))
+    assert all(map(same, loader, windowed(epoch=1))) and loader.epoch == 1
+
+
+def test_constant_loader() -> None:
+    loader = windowed(constant=True)
+    first = list(loader)
+    list(islice(loader, 2))
+    assert all(map(same, loader, first))
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("delivered", range(13))
+def test_resume_after_any_batch(delivered: int, accumulate: int) -> None:
+    """Two epochs of 6 batches and one more, cut after any of them."""
+    loader = windowed(accumulate=accumulate)
+    everything = [batch for _ in range(3) for batch in loader]
+    loader = windowed(accumulate=accumulate)
+    state = loader.state_dict()
+    for count, _ in enumerate((batch for _ in range(3) for batch in loader), 1):
+        if count > delivered:
+            break
+        state = loader.state_dict()
+    assert state == {"epoch": max(0, delivered - 1) // 6, "delivered": (delivered - 1) % 6 + 1 if delivered else 0}
+    resumed = windowed(accumulate=accumulate)
+    resumed.load_state_dict(state)
+    iter(resumed)  # Lightning may make an iterator and then another
+    rest = [batch for _ in range(3) for batch in resumed][: 18 - delivered]
+    assert len(rest) == 18 - delivered and all(map(same, rest, everything[delivered:]))
+
+
+def test_the_state_of_rank_0_resumes_rank_1() -> None:
+    ranks = [windowed(rank=rank, world=2) for rank in range(2)]
+    second = list(ranks[1])
+    list(islice(ranks[0], 2))
+    resumed = windowed(rank=1, world=2)
+    resumed.load_state_dict(ranks[0].state_dict())
+    assert all(map(same, resumed, second[2:]))
+
+
+def test_set_epoch_keeps_a_position_just_loaded() -> None:
+    everything = list(windowed(epoch=1))
+    loader = windowed()
+    loader.load_state_dict({"epoch": 1, "delivered": 4})
+    loader.set_epoch(1)
+    assert all(map(same, loader, everything[4:]))
+
+
+class CountingRows(TokenRows):
+    reads = 0
+
+    def row(self, index: int):
+        type(self).reads += 1
+        return super().row(index)
+
+
+def test_skipping_does_not_read() -> None:
+    rows = token_rows(LENGTHS)
+    rows.__class__ = CountingRows
+    loader = windowed(rows, accumulate=2)
+    loader.load_state_dict({"epoch": 0, "delivered": 5})
+    CountingRows.reads = 0
+    assert len(list(loader)) == 1
+    assert CountingRows.reads <= 4  # the open window of two batches, for its counts
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(num_workers: int) -> None:
+    alone, helped = windowed(accumulate=2), windowed(accumulate=2, num_workers=num_workers)
+    for _ in range(2):  # the second epoch meets persistent workers
+        expected = list(alone)
+        assert len(expected) == 6 and all(map(same, helped, expected))
+    resumed = windowed(accumulate=2, num_workers=num_workers)
+    resumed.load_state_dict({"epoch": 1, "delivered": 3})
+    assert all(map(same, resumed, expected[3:]))
+
+
+def test_workers_that_do_not_persist() -> None:
+    rows, collator = token_rows(LENGTHS), MaskedInputCollator(num_masks=2, block_fraction=0.5, seed=4)
+    loader = DataLoader(rows, batch_sampler=RowSampler(rows.lengths, 2), collate_fn=collator, num_workers=2)
+    helped, alone = WindowedLoader(loader), windowed()
+    for _ in range(2):
+        assert all(map(same, helped, list(alone)))
+
+
+def test_loading_leaves_the_global_random_stream_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(windowed())
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation by real decoding: counts against plain loops, a planted lossy decoder, shares, the table and the files."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import greedy_text, tiny_base, tiny_model
+
+from mtp_lightning import acceptance, acceptance_report, decoding, losslessness
+from mtp_lightning.acceptance import PromptResult, drafted_per_step, evaluate_prompts, share, speed_pairs, summarise
+from mtp_lightning.acceptance_report import print_table, save_json, save_plot
+from mtp_lightning.decoding import DecodingOptions
+from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.losslessness import Difference
+from mtp_lightning.model import MTPModel
+from mtp_lightning.prompts import Prompt
+
+PROMPTS = [Prompt("", [1 + i, 5], domain) for i, domain in enumerate(("code", "code", "maths", "code", "maths"))]
+OPTIONS = DecodingOptions(max_new_tokens=20)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> MTPModel:
+    """Its texts have runs of one token, and its drafts repeat the last token: some of a draft is often kept."""
+    monkeypatch.setattr(decoding, "draft_block", lambda model, hidden, verified, head: verified.repeat(len(hidden)))
+    return tiny_model(base=tiny_base(initializer_range=0.1))
+
+
+def result(index: int, domain: str = "", accepted: tuple[int, ...] = (0, 1), **options: Any) -> PromptResult:
+    """A result whose every step but the first had a draft of two tokens."""
+    fields: dict[str, Any] = {"repeated_8grams": 0.0, "lossless": None, "seconds": 1.0, **options}
+    drafted = [0] + [2] * (len(accepted) - 1)
+    return PromptResult(index, domain, sum(accepted) + len(accepted), len(accepted), list(accepted), drafted, **fields)
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
+def test_results_against_plain_loops(model: MTPModel, kind: Any) -> None:
+    seen: list[int] = []
+    told: list[tuple[int, int]] = []
+    handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].num_drafts))
+    options = replace(OPTIONS, decoding=kind)
+    results = evaluate_prompts(model, PROMPTS, options, lambda *done: told.append(done))
+    handle.remove()
+    assert told == [(i, 5) for i in (1, 2, 3, 4, 5)]
+    assert sum((r.drafted_per_step for r in results), []) == seen
+    for r, prompt in zip(results, PROMPTS, strict=True):
+        text = greedy_text(model.base, torch.tensor(prompt.input_ids), 20)
+        grams = [text[i : i + 8] for i in range(13)]
+        assert r.repeated_8grams == sum(grams[i] in grams[:i] for i in range(13)) / 13
+        assert (r.domain, r.num_tokens, r.num_steps) == (prompt.domain, 20, len(r.accepted_per_step))
+        assert r.num_tokens == sum(r.accepted_per_step) + r.num_steps
+        assert (r.lossless, r.difference, r.speed_up) == (None, None, None)
+        assert r.seconds > 0
+    assert [r.prompt_index for r in results] == list(range(5))
+    assert (max(r.num_steps for r in results) < 20) == (kind != "autoregressive")  # drafts were kept
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+@pytest.mark.parametrize(
+    "n, max_new_tokens, max_steps", [(2, 1, None), (2, 2, None), (2, 7, None), (2, 40, 5), (61, 40, None), (58, 40, None)]
+)
+def test_drafted_per_step_near_every_limit(
+    model: MTPModel, kind: Any, n: int, max_new_tokens: int, max_steps: int | None
+) -> None:
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].num_drafts))
+    options = DecodingOptions(kind, max_new_tokens=max_new_tokens, max_steps=max_steps)
+    steps = list(decoding.decode(model, torch.arange(1, n + 1), options))
+    assert drafted_per_step(model, n, [len(step) - 1 for step in steps], options) == seen
+
+
+def test_the_first_prompts_of_each_domain_are_checked(model: MTPModel) -> None:
+    results = evaluate_prompts(model, PROMPTS, OPTIONS, check=1)
+    assert [r.lossless for r in results] == [True, None, True, None, None]
+    assert all(r.lossless for r in evaluate_prompts(model, PROMPTS, OPTIONS, check=9))
+
+
+@pytest.mark.parametrize("max_steps", [None, 3])
+def test_a_lossy_decoder_is_caught(model: MTPModel, max_steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [greedy_text(model.base, torch.tensor(prompt.input_ids), 20) for prompt in PROMPTS]
+    # Every draft is believed.
+    monkeypatch.setattr(decoding, "num_accepted", lambda draft, own: torch.tensor(len(draft)))
+    options = replace(OPTIONS, max_steps=max_steps)
+    results = evaluate_prompts(model, PROMPTS, options, check=9)
+    assert not all(r.lossless for r in results)
+    for r, prompt, text in zip(results, PROMPTS, expected, strict=True):
+        got = [t for step in decoding.decode(model, torch.tensor(prompt.input_ids), options) for t in step]
+        assert r.lossless == (got == text[: len(got)])
+        if r.difference is not None:
+            place = next(i for i in range(len(got)) if got[i] != text[i])
+            before = torch.tensor([prompt.input_ids + text[:place]])
+            top = model.base(before).logits[0, -1].sort(descending=True).values
+            assert r.difference[:3] == (place, text[place], got[place])
+            assert r.difference.gap == pytest.approx((top[0] - top[1]).item(), abs=1e-12)  # other order of sums
+
+
+def test_a_text_that_stops_too_early_is_caught(model: MTPModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = acceptance.decode
+    monkeypatch.setattr(acceptance, "decode", lambda *arguments: list(whole(*arguments))[:2])
+    (r,) = evaluate_prompts(model, PROMPTS[:1], OPTIONS, check=1)
+    assert r.lossless is False and r.difference is not None
+    assert (r.difference.position, r.difference.got) == (r.num_tokens, None)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_model_that_verifies_is_the_reference(gated: bool) -> None:
+    # A standard LoRA changes next tokens: the text is then that of base and LoRA together.
+    model = tiny_model(lora=LoRA(rank=4, gated=gated))
+    results = evaluate_prompts(model, PROMPTS, OPTIONS, check=9)
+    assert all(r.lossless for r in results)
+    text = greedy_text(model.base, torch.tensor(PROMPTS[0].input_ids), 20)
+    tokens = [t for step in decoding.decode(model, torch.tensor(PROMPTS[0].input_ids), OPTIONS) for t in step]
+    assert (tokens == text) == gated
+    # The gap is of the same logits: the likeliest token there is the next of the text.
+    gap = losslessness.top_two_gap(model, PROMPTS[0].input_ids + tokens[:5])
+    with model.gate.open(0 if gated else 7):
+        logits = model.base(torch.tensor([PROMPTS[0].input_ids + tokens[:5]])).logits[0, -1]
+    assert logits.argmax() == tokens[5]
+    assert gap == pytest.approx((logits.max() - logits.topk(2).values[1]).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_shares_make_the_whole(model: MTPModel, world: int) -> None:
+    assert sorted(i for rank in range(world) for i in share(5, rank, world)) == list(range(5))
+
+    def counted(results: list[PromptResult]) -> dict[str, Any]:
+        return summarise(r._replace(seconds=0.0, speed_up=r.speed_up and 1.0) for r in results)
+
+    def evaluated(rank: int, world: int) -> list[PromptResult]:
+        return evaluate_prompts(model, PROMPTS, OPTIONS, check=1, timed=3, rank=rank, world=world)
+
+    parts = [evaluated(rank, world) for rank in reversed(range(world))]
+    assert counted(sum(parts, [])) == counted(evaluated(0, 1))
+    assert sum(r.speed_up is not None for part in parts for r in part) == 3
+
+
+def test_timed_prompts_are_taken_evenly(model: MTPModel) -> None:
+    results = evaluate_prompts(model, PROMPTS, OPTIONS, timed=3)
+    assert [r.prompt_index for r in results if r.speed_up is not None] == [0, 1, 2]
+
+
+def test_speed_pairs_are_interleaved_and_of_equal_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], []
+
+    def decode(_: Any, prompt: torch.Tensor, options: DecodingOptions) -> Any:
+        calls.append((prompt[0].item(), options.decoding, options.max_new_tokens))
+        if options.decoding == "autoregressive":
+            for _ in range(options.max_new_tokens):
+                clock[0] += 1.0
+                yield [0]
+        else:
+            for _ in range(3):
+                clock[0] += prompt[0].item()  # a step as slow as its prompt says
+                yield [0, 0]
+
+    monkeypatch.setattr(acceptance, "decode", decode)
+    monkeypatch.setattr(acceptance, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    ratios = speed_pairs(None, [Prompt("", [1], ""), Prompt("", [4], "")], DecodingOptions(max_new_tokens=50, max_steps=3))  # type: ignore[arg-type]
+    assert ratios == [2.0, 0.5]
+    warm_up = [(1, "quadratic", 16), (1, "autoregressive", 16)]
+    assert calls == [
+        *warm_up,
+        (1, "quadratic", 50),
+        (1, "autoregressive", 6),
+        (4, "quadratic", 50),
+        (4, "autoregressive", 6),
+    ]
+
+
+def test_summary_by_hand() -> None:
+    results = [
+        result(2, "maths", (0, 2, 2), repeated_8grams=0.5, lossless=True, speed_up=3.0),
+        result(0, "code", (0, 1, 0), repeated_8grams=0.05, lossless=True, speed_up=1.0),
+        result(1, "code", (0,), repeated_8grams=0.1, lossless=False, difference=Difference(4, 8, 9, 0.001), speed_up=2.0),
+        result(3, "code", (0, 1)),
+    ]
+    summary = summarise(results, {"acceptance_length": 1.905, "reference": 2.81})
+    assert list(summary["domains"]) == ["code", "maths"]
+    overall, code = summary["overall"], summary["domains"]["code"]
+    assert overall["acceptance_length"] == (7 + 4 + 1 + 3) / (3 + 3 + 1 + 2)
+    assert code["acceptance_length"] == (4 + 1 + 3) / (3 + 1 + 2)
+    assert overall["repeated_8grams"] == pytest.approx(0.65 / 4)
+    # 10 % is not under 10 %.
+    assert overall["non_repeating"] == {"num_prompts": 2, "acceptance_length": 7 / 5}
+    assert summary["domains"]["maths"]["non_repeating"] == {"num_prompts": 0, "acceptance_length": None}
+    assert overall["kept_by_position"] == [4 / 5, 2 / 5]  # five steps had a draft
+    assert code["kept_by_position"] == [2 / 3, 0.0]
+    assert overall["lossless"] == {
+        "equal": 2,
+        "checked": 3,
+        "differences": [{"prompt": 1, "position": 4, "expected": 8, "got": 9, "gap": 0.001}],
+    }
+    assert overall["speed_up"] == {"median": 2.0, "quartiles": [1.5, 2.5], "num_pairs": 3}
+    assert summary["forced"] == pytest.approx({"acceptance_length": 1.905, "reference": 2.81, "share_of_reference": 0.5})
+    json.dumps(summary, allow_nan=False)
+
+
+def test_summary_where_there_is_little() -> None:
+    summary = summarise([result(0, accepted=(0, 0))])
+    assert (summary["domains"], summary["forced"], summary["overall"]["speed_up"]) == ({}, None, None)
+    assert list(summarise([result(0, "code"), result(1)])["domains"]) == ["code", "other"]
+    assert summarise([result(0)], {"acceptance_length": 1.0, "reference": 1.0})["forced"]["share_of_reference"] is None
+    forced = summarise([result(0)], {"acceptance_length": math.nan, "reference": math.nan})["forced"]
+    assert set(forced.values()) == {None}
+    assert summarise([])["overall"]["acceptance_length"] is None
+
+
+def test_looping_text_counts_as_repeating(model: MTPModel) -> None:
+    looping = tiny_model(base=tiny_base(initializer_range=0.1, seed=1))
+    (r,) = evaluate_prompts(looping, [Prompt("", [1, 5], "")], replace(OPTIONS, max_new_tokens=40))
+    assert r.repeated_8grams > 0.5
+    assert summarise([r])["overall"]["non_repeating"]["num_prompts"] == 0
+
+
+def printed(summary: dict[str, Any]) -> str:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    print_table(summary, console, "a title")
+    return console.export_text()
+
+
+def test_table() -> None:
+    results = [
+        result(0, "code", (0, 2, 1), lossless=True, speed_up=1.5),
+        result(1, "a domain with a long name", (0, 0), lossless=False, difference=Difference(4, 8, 9, 0.00012)),
+    ]
+    text = printed(summarise(results, {"acceptance_length": 1.905, "reference": 2.81}))
+    assert max(map(len, text.splitlines()[:8])) <= 80
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert rows["code"][1:] == ["1", "2.00", "2.00", "(1)", "0%", "1/1", "1.50x"]
+    assert rows["overall"][1:] == ["2", "1.60", "1.60", "(2)", "0%", "1/2", "1.50x"]
+    assert "acceptance length 1.91, reference 2.81, share of reference 0.50" in text
+    assert "prompt 1, token 4 and on (the base's two largest logits there are 0.00012 apart)" in text
+    assert "Forced" not in printed(summarise(results))
+
+
+@pytest.mark.parametrize("domains", [[""], ["code", "maths"], [f"domain number {i}" for i in range(14)]])
+def test_plot_is_drawn_for_any_number_of_domains(domains: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "acceptance.png"
+    save_plot(summarise([result(i, domain, (0, 2, 1)) for i, domain in enumerate(domains)]), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "acceptance.json"
+    save_json({"a": 1}, path)
+    with pytest.raises(ValueError):
+        save_json({"a": math.nan}, path)
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(acceptance_report.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_json({"a": 2}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
