@@ -97,15 +97,15 @@ def expected_steps(run: Callable[[int], int], J: int, kind: str, num_tokens: int
     return kept
 
 
-def every_count(J: int, kind: str) -> list[Callable[[int], int]]:
-    """Runs for a few texts of G tokens in which steps keep each of 0..J drafts, spread so that none is cut by the end."""
-    texts: list[dict[int, int]] = [{}, {}, {}]
-    ends = [N, N, N]  # where the next block of each text will stand
+def every_count(J: int, kind: str) -> list[tuple[Callable[[int], int], int]]:
+    """Runs and lengths of a few texts, at most G tokens each, in whose steps every number of drafts 0..J is kept."""
+    texts: list[tuple[dict[int, int], int]] = []  # the run of each block, and where the next block will stand
     for r in range(J, -1, -1):
-        t = ends.index(min(ends))
-        texts[t][ends[t]] = r
-        ends[t] += r + 1 + (kind == "linear" and r < J)  # linear: after an error a step has no draft
-    return [lambda at, text=text: text.get(at, 0) for text in texts if text]
+        size = r + 1 + (kind == "linear" and r < J)  # linear: after an error a step has no draft
+        t = next((t for t, (_, end) in enumerate(texts) if end + size <= N + G - 2), len(texts))
+        runs, end = texts[t] if t < len(texts) else ({}, N)
+        texts[t : t + 1] = [({**runs, end: r}, end + size)]
+    return [(lambda at, runs=runs: runs.get(at, 0), end - N + 2) for runs, end in texts]
 
 
 RUNS: dict[str, Callable[[int], int]] = {
@@ -173,12 +173,12 @@ def test_greedy_text_is_the_bases_for_every_number_of_masks(
     prompt, text = prompt_and_text(architecture)
     accepted: set[tuple[int, int]] = set()
     for J in range(1, K + 1):
-        for number, run in enumerate(every_count(J, kind)):
+        for number, (run, length) in enumerate(every_count(J, kind)):
             # The states are compared in one text a J: each costs a forward pass of its own.
             drafts = inject(model, [*prompt.tolist(), *text], run, tolerance(model.base) if number == 0 else None)
-            out = model.generate(prompt[None], decoding=kind, num_masks=J, max_new_tokens=G)
-            assert out.sequences[0, N:].tolist() == list(text[:G]), (J, number)
-            assert out.accepted_per_step[0] == expected_steps(run, J, kind)
+            out = model.generate(prompt[None], decoding=kind, num_masks=J, max_new_tokens=length)
+            assert out.sequences[0, N:].tolist() == list(text[:length]), (J, number)
+            assert out.accepted_per_step[0] == expected_steps(run, J, kind, length)
             assert number > 0 or drafts.compared > 1
             accepted |= {(J, a) for a in out.accepted_per_step[0]}
             model._forward_pre_hooks.clear()
@@ -285,7 +285,7 @@ def test_more_masks_keep_what_fewer_keep_step_by_step(fitted: tuple[MTPModel, li
     """METHOD.md §6: at every start the run with j masks is min(run with j + 1 masks, j), in separate forward passes."""
     model, texts = fitted
     seen = []
-    for text, i in itertools.product(texts[:2], range(0, len(texts[0]) - 6)):
+    for text, i in itertools.product(texts[:2], range(0, len(texts[0]) - 6, 2)):
         runs = []
         for j in range(1, 5):  # the prompt's step drafts, the second step verifies
             out = model.generate(text[None, : i + 1], num_masks=j, max_steps=2, max_new_tokens=12)

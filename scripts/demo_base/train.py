@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from corpus import DOCUMENT_END, documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 MIX = {"code": 0.42, "maths": 0.16, "prose": 0.42}
 
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="folder of an earlier run to go on from, tokenizer included")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -84,7 +85,7 @@ def main() -> None:
     train_text = documents(args.prose, args.code, args.maths, held_out=False)
     held_text = documents(args.prose, args.code, 300, held_out=True)
     sample = [t for name, ts in train_text.items() for t in rng.sample(ts, min(len(ts), 4000 if name != "maths" else 500))]
-    tokenizer = train_tokenizer(sample, args.vocab_size)
+    tokenizer = AutoTokenizer.from_pretrained(args.resume) if args.resume else train_tokenizer(sample, args.vocab_size)
     eos = tokenizer.eos_token_id
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -110,6 +111,8 @@ def main() -> None:
         eos_token_id=eos,
     )
     model = LlamaForCausalLM(config)
+    if args.resume:
+        model = LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32).train()
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]

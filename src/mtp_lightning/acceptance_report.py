@@ -22,7 +22,7 @@ DARK, LIGHT, GREY = "#1f4e79", "#9dc3e6", "#7f7f7f"
 
 
 def print_table(summary: dict[str, Any], console: Console, title: str = "Acceptance by real decoding, greedy") -> None:
-    """Print one row a domain and one over all, and below them the forced figures and any first difference.
+    """Print one row a domain and one over all, and the notes below them.
 
     Args:
         summary: what ``acceptance.summarise`` gives.
@@ -41,6 +41,16 @@ def print_table(summary: dict[str, Any], console: Console, title: str = "Accepta
         table.add_section()
     table.add_row("overall", *_cells(summary["overall"]), style="bold")
     console.print(table)
+    print_notes(summary, console)
+
+
+def print_notes(summary: dict[str, Any], console: Console) -> None:
+    """Print what stands below the table: forced figures, spread of the speed-up, and where texts first differ.
+
+    Args:
+        summary: what ``acceptance.summarise`` gives.
+        console: where to print.
+    """
     for line in _notes(summary):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -140,8 +150,8 @@ def _draw_lengths(axes: Axes, groups: dict[str, dict[str, Any]]) -> None:
             note = "none" if value is None else f"{value:.2f}  ({count} {noun})"
             axes.annotate(note, (value or 0.0, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
-    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
-    axes.annotate("one token a step:\nordinary decoding", (1, 1), (3, -4), **place, fontsize=8, color=GREY)
+    above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+    axes.annotate("one token a step:\nordinary decoding", (1, 1), (3, -4), **above, fontsize=8, color=GREY)
     axes.set_yticks(range(len(names)), names)
     spare = max(0.0, (3 - len(names)) / 2)  # few bars would be very thick
     axes.set_ylim(len(names) - 0.4 + spare, -1.05 - spare)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from bigram import bigram_base, planted_drafts
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from tiny import tiny_base
 from torch.utils.data import DataLoader
 from toy_tokenizers import byte_tokenizer
 
+from mtp_lightning import decoding
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.masking import build_masked_input
 from mtp_lightning.module import MTPModule
@@ -29,9 +30,14 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tokenizer = byte_tokenizer(["<eos>"], "<eos>")
     tokenizer.save_pretrained(folder)
-    # Its texts have runs of one token.
-    tiny_base(initializer_range=0.1, vocab_size=len(tokenizer), num_hidden_layers=2).save_pretrained(folder)
+    bigram_base(len(tokenizer), len(tokenizer)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _drafts_that_are_often_kept(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab_size = json.loads((base_folder / "config.json").read_text())["vocab_size"]
+    monkeypatch.setattr(decoding, "draft_block", planted_drafts(vocab_size, vocab_size))
 
 
 @pytest.fixture

@@ -25,11 +25,6 @@ Fit = Callable[..., Trainer]
 DOMAINS = ["code", "maths"]
 
 
-@pytest.fixture(autouse=True)
-def _drafts_that_are_often_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "draft_block", lambda model, hidden, verified, head: verified.repeat(len(hidden)))
-
-
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of prompts at each evaluation."""
@@ -96,10 +91,14 @@ def test_evaluation_leaves_training_as_it_is(fit: Fit, new_module: Callable[[], 
         assert torch.equal(parameter, trained[name])
 
 
-def test_every_n_steps_in_training(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, evaluated: list[int]) -> None:
+def test_every_n_steps_in_training(
+    fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, evaluated: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
     fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6, every_n_steps=1, num_lossless=0))
     # Four steps; the validations after steps 2 and 4 use what was just measured.
     assert evaluated == [5] * 4
+    out = capsys.readouterr().out
+    assert (out.count("Acceptance by real decoding"), out.count("Forced, on given text")) == (4, 2)
     # Lightning's own log interval is 50 steps: it would have dropped these.
     assert set(logged(tmp_path, "val/acceptance_length")) == {0, 1, 2, 3}
     written = read(tmp_path)

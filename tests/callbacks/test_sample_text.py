@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_tokenizers import byte_tokenizer
 
-from mtp_lightning import decoding
 from mtp_lightning.callbacks import SampleText
 from mtp_lightning.callbacks.sample_text import Span, colour, mark_drafts, plain
+from mtp_lightning.decoding import DecodingOptions, decode
 from mtp_lightning.errors import UsageError
 from mtp_lightning.module import MTPModule
 
@@ -45,10 +45,8 @@ def test_samples_are_printed_and_logged(
     module: MTPModule,
     prompts: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(decoding, "draft_block", lambda model, hidden, verified, head: verified.repeat(len(hidden)))
     loggers = [CSVLogger(tmp_path, name="", version=""), TensorBoardLogger(tmp_path, name="", version="")]
     fit(module, SampleText(prompts, num_samples=2, max_new_tokens=12), logger=loggers)
     out = capsys.readouterr().out
@@ -60,16 +58,11 @@ def test_samples_are_printed_and_logged(
     (first, last) = events.Tensors(tags[0])
     assert (first.step, last.step) == (1, 3)
     text = last.tensor_proto.string_val[0].decode()
-    steps = list(
-        decoding.decode(module.model, torch.tensor(module.tokenizer("a")["input_ids"]), SampleText(prompts).options)
-    )
-    marked = "a" + plain(mark_drafts(decoding_of(steps, 12), module.tokenizer))
-    assert text.startswith("sample 0 (code), ") and marked[:6] in text
-
-
-def decoding_of(steps: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """The first steps that make at most ``num_tokens`` tokens."""
-    return [step for n, step in enumerate(steps) if sum(map(len, steps[: n + 1])) <= num_tokens]
+    options = DecodingOptions(max_new_tokens=12)
+    steps = list(decode(module.model, torch.tensor(module.tokenizer("a")["input_ids"]), options))
+    marked = "a" + plain(mark_drafts(steps, module.tokenizer))
+    assert "\u27e6" in marked and text.endswith(f"\n\n````\n{marked}\n````")
+    assert text.startswith(f"sample 0 (code), {12 / len(steps):.2f} tokens a step")
 
 
 @pytest.mark.parametrize("options, message", [({"num_samples": 0}, "num_prompts of SampleText must be 1 or more, got 0")])

@@ -61,9 +61,9 @@ def test_folder_takes_all_files_in_order(write, tmp_path: Path) -> None:
 
 
 def test_glob(write, tmp_path: Path) -> None:
-    for name in ("a2.jsonl", "a1.jsonl", "b.jsonl", "a3.csv"):
+    for name in ("a2.jsonl", "a4.jsonl", "a1.jsonl", "b.jsonl", "a3.jsonl", "a5.csv"):  # no order that a disk would list
         write(name, [{"text": name}])
-    assert [row["text"] for row in rows_of(f"{tmp_path}/a*")] == ["a1.jsonl", "a2.jsonl"]
+    assert [row["text"] for row in rows_of(f"{tmp_path}/a*")] == ["a1.jsonl", "a2.jsonl", "a3.jsonl", "a4.jsonl"]
 
 
 def test_a_path_with_glob_letters_that_exists(write) -> None:
@@ -159,11 +159,11 @@ def test_empty_table(tmp_path: Path) -> None:
         read_source(str(tmp_path / "a.parquet"))
 
 
-def test_json_that_does_not_parse_is_named_with_its_line(write, capfd) -> None:
+def test_json_that_does_not_parse_is_named_with_its_line(write, caplog) -> None:
     path = write("a.jsonl", '{"text": "one"}\n\n{"text": "two"\n{"text": "three"}\n')
     with pytest.raises(RunError) as error:
         read_source(path)
-    assert "Failed" not in capfd.readouterr().err  # datasets would log its own line beside ours
+    assert caplog.records == []  # datasets would log its own line beside ours
     assert (
         str(error.value)
         == f"{path}, line 3: expected JSON, got Expecting ',' delimiter at column 15. Correct or delete the line."

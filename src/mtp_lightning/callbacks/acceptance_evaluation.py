@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mtp_lightning.acceptance import Progress, PromptResult, evaluate_prompts, summarise
-from mtp_lightning.acceptance_report import print_table, save_json, save_plot
+from mtp_lightning.acceptance_report import print_notes, print_table, save_json, save_plot
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
 from mtp_lightning.decoding import Decoding
 from mtp_lightning.errors import UsageError
@@ -70,6 +70,7 @@ class AcceptanceEvaluation(DecodingCallback):
         self.history: list[dict[str, Any]] = []
         self.results: list[PromptResult] = []
         self._evaluated_at: int | None = None
+        self._printed: list[PromptResult] | None = None
 
     @property
     def state_key(self) -> str:
@@ -166,19 +167,25 @@ class AcceptanceEvaluation(DecodingCallback):
 
     def _report(self, trainer: Trainer, prefix: str, forced: dict[str, float] | None) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
-        summary, step = summarise(self.results, forced), trainer.global_step
+        summary = summarise(self.results, forced)
+        step = trainer.global_step or None  # not known to `mtp validate` and `mtp test`
         entry = history_entry(summary, prefix, step)
         # A validation right after an evaluation in training replaces it: the same weights, and more is known.
         self.history = [old for old in self.history if (old["stage"], old["step"]) != (prefix, step)] + [entry]
         if not trainer.is_global_zero:
             return
-        print_table(summary, progress_console(trainer), f"Acceptance by real decoding, greedy, step {step}")
+        after = "" if step is None else f", after {step} training steps"
+        if self.results is self._printed:
+            print_notes(summary, progress_console(trainer))
+        else:
+            print_table(summary, progress_console(trainer), f"Acceptance by real decoding, greedy{after}")
+        self._printed = self.results
         if getattr(trainer, "fast_dev_run", False):
             return
         latest = {"stage": prefix, "step": step, "options": vars(self.options), "prompts": self.prompts, **summary}
         save_json({"latest": latest, "history": self.history}, folder / "acceptance.json")
         count = summary["overall"]["num_prompts"]
-        title = f"Tokens gained per step: {count} held-out prompts, greedy, after {step} training steps"
+        title = f"Tokens gained per step: {count} held-out prompts, greedy{after}"
         save_plot(summary, folder / "acceptance.png", title)
 
 
@@ -215,13 +222,13 @@ def forced_figures(trainer: Trainer, prefix: str) -> dict[str, float] | None:
     return {key: logged[name].item() for key, name in names.items()}
 
 
-def history_entry(summary: dict[str, Any], stage: str, step: int) -> dict[str, Any]:
+def history_entry(summary: dict[str, Any], stage: str, step: int | None) -> dict[str, Any]:
     """One line of a run's history.
 
     Args:
         summary: what ``acceptance.summarise`` gives.
         stage: ``val`` or ``test``.
-        step: optimizer steps so far.
+        step: optimizer steps so far, or None where that is not known.
 
     Returns:
         The main figures.

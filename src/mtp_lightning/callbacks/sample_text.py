@@ -78,10 +78,11 @@ class SampleText(DecodingCallback):
             )
             text = f"{heading}\n\n````\n{prompt.text}{plain(spans)}\n````"
             for logger in trainer.loggers:
-                experiment = getattr(logger, "experiment", None)
-                if hasattr(experiment, "add_text"):
-                    # Where Lightning puts this step's other figures.
-                    experiment.add_text(f"val/sample_{number}", text, max(0, trainer.global_step - 1))
+                add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+                if add_text is not None:
+                    add_text(
+                        f"val/sample_{number}", text, max(0, trainer.global_step - 1)
+                    )  # the step of Lightning's figures
 
 
 def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:
