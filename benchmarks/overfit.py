@@ -53,7 +53,10 @@ def main() -> None:
     ids = [tokenizer(row["prompt"])["input_ids"] for row in rows]
     openings = [row[:size] for size in (32, 24, 16, 12, 8, 6) for row in ids if len(row) >= size]
     opening, text = find_text(model, openings, args.length)
-    print(f"text: {len(text)} tokens, {len(opening)} of them the opening, no 8-gram twice:\n{tokenizer.decode(text)}\n", flush=True)
+    print(
+        f"text: {len(text)} tokens, {len(opening)} of them the opening, no 8-gram twice:\n{tokenizer.decode(text)}\n",
+        flush=True,
+    )
 
     tokens = torch.tensor(text)
     labels = tokens.clone()

@@ -85,7 +85,7 @@ class InjectedDrafts:
 
 
 def expected_steps(run: Callable[[int], int], J: int, kind: str, num_tokens: int = G, prompt: int = N) -> list[int]:
-    """Draft tokens kept in each step, by counting: the rule of METHOD.md §6 without any model."""
+    """Draft tokens kept in each step, by counting: the rule of docs/method.md §6 without any model."""
     kept, length, draft_run, draft_size = [], 0, 0, 0
     while length < num_tokens:
         a = min(draft_run, draft_size)
@@ -282,7 +282,7 @@ def test_the_sampler_head_is_conditioned_on_what_it_drew(fitted: tuple[MTPModel,
 
 
 def test_more_masks_keep_what_fewer_keep_step_by_step(fitted: tuple[MTPModel, list[Tensor]]) -> None:
-    """METHOD.md §6: at every start the run with j masks is min(run with j + 1 masks, j), in separate forward passes."""
+    """docs/method.md §6: at every start the run with j masks is min(run with j + 1 masks, j), in separate forward passes."""
     model, texts = fitted
     seen = []
     for text, i in itertools.product(texts[:2], range(0, len(texts[0]) - 6, 2)):
@@ -465,16 +465,16 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().split(".")[0]
         # Under inference mode reading a number is aten::item, else aten::_local_scalar_dense.
-        if name in {f"aten::{op}" for op in ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")}:
+        if name in {
+            f"aten::{op}" for op in ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")
+        }:
             raise AssertionError(f"{name} waits for the device")
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("head", ["none", "mlp", "gru"])
 @pytest.mark.parametrize(("num_drafts", "blocks"), [(0, 1), (3, 4), (3, 1), (3, 0)])
-def test_a_step_never_waits_for_the_device(
-    head: str, num_drafts: int, blocks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_never_waits_for_the_device(head: str, num_drafts: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = shared_model("llama", head), token_row([6]).input_ids
     shape = StepShape(6, blocks, 3 if blocks else 0)
     positions, mask = StepMasks(model.base, 20).get(shape, 0)

@@ -244,7 +244,9 @@ def test_targets() -> None:
     assert len(lora_layers(tiny_model(lora=LoRA(rank=4, target_modules=["q_proj"])).base)) == 2
 
 
-@pytest.mark.parametrize(("options", "message"), [({"rank": 0}, "model.lora.rank"), ({"dropout": 1.0}, "model.lora.dropout")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"rank": 0}, "model.lora.rank"), ({"dropout": 1.0}, "model.lora.dropout")]
+)
 def test_wrong_settings_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         LoRA(**options)  # type: ignore[arg-type]
@@ -290,7 +292,7 @@ def test_a_quantized_base(quantization: str, tmp_path: Path) -> None:
     model, batch = tiny_model(base=base), tiny_batch()
     assert type(lora_layers(base)[0].base_layer).__name__ == {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization]
     model.train()
-    # Before any evaluation: on the CPU a forward pass without gradient makes later gradients None (PLATFORM.md, 1.6).
+    # Before any evaluation: on the CPU a forward pass without gradient makes later gradients None.
     term_value(model(batch, {"base": BaseCrossEntropy()}).sums["base"], batch.counts).backward()
     for name, p in model.trained_parameters():
         assert p.grad is not None and p.grad.any() and p.grad.isfinite().all(), name

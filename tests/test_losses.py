@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each loss term against a plain Python loop over positions, written from METHOD.md §2 and §5 and not from the code."""
+"""Each loss term against a plain Python loop over positions, written from docs/method.md §2 and §5 and not from the code."""
 
 from __future__ import annotations
 
@@ -212,7 +212,12 @@ def test_ignored_positions_have_no_gradient(name: str) -> None:
     term_value(TERMS[name](states, batch, UNEMBED), batch.counts).backward()
     at_mtp, at_ntp = batch.mtp_labels != -100, batch.ntp_labels != -100
     assert not at_mtp.all() and not at_ntp.all()
-    for state, counted in ((states.mtp, at_mtp), (states.sampler, at_mtp), (states.ntp, at_ntp), (states.sampler_ntp, at_ntp)):
+    for state, counted in (
+        (states.mtp, at_mtp),
+        (states.sampler, at_mtp),
+        (states.ntp, at_ntp),
+        (states.sampler_ntp, at_ntp),
+    ):
         assert state is not None
         if state.grad is not None:
             assert not state.grad[~counted].any()
@@ -262,7 +267,11 @@ def test_values_add_up_over_rows_whatever_the_batch() -> None:
     batch = masking.build_masked_input(rows, K)
     states = random_states(batch)
     alone = [masking.build_masked_input([row], K) for row in rows]
-    for term in (BaseCrossEntropy(positions="all", joint_mean=True), SamplerCrossEntropy(positions="all"), LatentConsistency()):
+    for term in (
+        BaseCrossEntropy(positions="all", joint_mean=True),
+        SamplerCrossEntropy(positions="all"),
+        LatentConsistency(),
+    ):
         total = torch.zeros((), dtype=torch.float64)
         for r, one in enumerate(alone):
             L, P = one.input_ids.shape[1], one.starts.shape[1]
@@ -310,7 +319,9 @@ def plain_sum(hidden: Tensor, weights: Tensor, labels: Tensor, scale: Tensor) ->
 @pytest.mark.parametrize("num", [0, 1, 15, 16, 17, 48, 53])
 @pytest.mark.parametrize("rows_per_chunk", [1, 16, 20, 1000])
 @pytest.mark.parametrize("frozen", ["nothing", "hidden", "parameter", "all"])
-def test_chunked_sum_equals_the_plain_sum(num: int, rows_per_chunk: int, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_sum_equals_the_plain_sum(
+    num: int, rows_per_chunk: int, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chunked, "LOGITS_PER_CHUNK", rows_per_chunk * V)
     generator = torch.Generator().manual_seed(num)
     hidden = torch.randn(num, D, generator=generator, dtype=torch.float64).requires_grad_(frozen not in ("hidden", "all"))

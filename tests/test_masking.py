@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""masking.py against METHOD.md §2 by hand: short rows with every number written out, then slower second formulas."""
+"""masking.py against docs/method.md §2 by hand: short rows with every number written out, then slower second formulas."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_gather_anchors() -> None:
 
 
 def sees_in_words(batch: MaskedInput, row: int, num_masks: int, query: int, key: int, window: int | None = None) -> bool:
-    """METHOD.md §2, position by position: NTP sees earlier NTP of its document, m_j sees x_0..x_i and m_1..m_j."""
+    """docs/method.md §2, position by position: NTP sees earlier NTP of its document, m_j sees x_0..x_i and m_1..m_j."""
     L = batch.input_ids.shape[1]
     documents = batch.document_ids[row].tolist()
     place = batch.position_ids[row].tolist()
@@ -299,7 +299,7 @@ def test_sliding_window_counts_positions_not_indices() -> None:
 
 
 def test_anchor_weights_are_a_plain_mean_over_shared_anchors() -> None:
-    """Summed with the weights, a number a block position gives the sum over anchors of the mean over S(t) (METHOD.md §5)."""
+    """Summed with the weights, a number a block position gives the sum over anchors of the mean over S(t) (docs/method.md §5)."""
     generator = torch.Generator().manual_seed(0)
     ids = list(range(100, 112))
     labels = [token if torch.rand(1, generator=generator) < 0.7 else X for token in ids]

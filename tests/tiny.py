@@ -47,7 +47,9 @@ ARCHITECTURES = list(_CONFIGS)
 EXPERTS = {"qwen3_moe", "mixtral"}
 
 
-def tiny_base(architecture: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny_base(
+    architecture: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
     """A random model of 2 or 3 layers and width 32 in evaluation mode; ``overrides`` go to its configuration."""
     model_type, options = _CONFIGS[architecture]
     settings = {

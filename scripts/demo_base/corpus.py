@@ -2,8 +2,8 @@
 """Documents of three domains (code, maths, prose) for the demo's base model, split into training and held-out.
 
 Code is the functions of the Python standard library, normalised by ``ast.unparse`` (no comments, one line of
-docstring), split by file. Maths is ``maths_problems``. Prose is JSONL with ``text`` (and optional ``split``), text files whose documents end in
-``<|endoftext|>``, or a hub data set with a ``text`` column.
+docstring), split by file. Maths is ``maths_problems``. Prose is JSONL with ``text`` (and optional ``split``), text files
+whose documents end in ``<|endoftext|>``, or a hub data set with a ``text`` column.
 """
 
 from __future__ import annotations

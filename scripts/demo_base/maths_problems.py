@@ -56,10 +56,12 @@ class Story:
         a, b, box = r.randint(2, 12), r.randint(2, 12), r.choice(CONTAINERS)
         self.record(
             f"={a}*{b}",
-            r.choice([
-                f"{self.name} has {a} {box} with {b} {self.item} in each.",
-                f"At {r.choice(PLACES)}, {self.name} fills {a} {box} with {b} {self.item} each.",
-            ]),
+            r.choice(
+                [
+                    f"{self.name} has {a} {box} with {b} {self.item} in each.",
+                    f"At {r.choice(PLACES)}, {self.name} fills {a} {box} with {b} {self.item} each.",
+                ]
+            ),
             f"{a} {box} with {b} {self.item} each make {a} * {b} = {a * b} {self.item}.",
             a * b,
         )
@@ -69,11 +71,13 @@ class Story:
         n = r.randint(2, 50)
         self.record(
             f"+{n}",
-            r.choice([
-                f"Then {self.name} buys {n} more {self.item}.",
-                f"{self.friend} gives {self.name} {n} {self.item}.",
-                f"Later {self.name} finds {n} {self.item} at {r.choice(PLACES)}.",
-            ]),
+            r.choice(
+                [
+                    f"Then {self.name} buys {n} more {self.item}.",
+                    f"{self.friend} gives {self.name} {n} {self.item}.",
+                    f"Later {self.name} finds {n} {self.item} at {r.choice(PLACES)}.",
+                ]
+            ),
             f"After getting {n} more, {self.name} has {v} + {n} = {v + n} {self.item}.",
             v + n,
         )
@@ -83,11 +87,13 @@ class Story:
         n = r.randint(1, v - 1)
         self.record(
             f"-{n}",
-            r.choice([
-                f"{self.name} gives {n} {self.item} to {self.friend}.",
-                f"Then {self.name} loses {n} {self.item}.",
-                f"{self.name} sells {n} {self.item} at {r.choice(PLACES)}.",
-            ]),
+            r.choice(
+                [
+                    f"{self.name} gives {n} {self.item} to {self.friend}.",
+                    f"Then {self.name} loses {n} {self.item}.",
+                    f"{self.name} sells {n} {self.item} at {r.choice(PLACES)}.",
+                ]
+            ),
             f"Taking away {n} leaves {v} - {n} = {v - n} {self.item}.",
             v - n,
         )

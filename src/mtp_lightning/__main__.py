@@ -7,4 +7,4 @@ from mtp_lightning.cli import main
 
 if __name__ == "__main__":
     sys.argv[0] = "mtp"  # usage and errors then read the same from both doors
-    sys.exit(main())
+    main()

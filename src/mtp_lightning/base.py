@@ -19,6 +19,12 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     """A torch dtype from its name; ``auto`` stays ``auto``, the dtype that the base was saved in.
 
+    Args:
+        dtype: a dtype, its name, or ``auto``.
+
+    Returns:
+        The dtype or ``auto``.
+
     Raises:
         UsageError: an unknown name.
     """
@@ -78,6 +84,13 @@ def load_base(
 def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     """The base model's tokenizer; a tokenizer without a pad token is fine.
 
+    Args:
+        base_model: a folder, a hub id, or ``package://...``.
+        revision: hub revision.
+
+    Returns:
+        The tokenizer.
+
     Raises:
         RunError: there is none.
     """
@@ -110,6 +123,9 @@ def context_length(base: PreTrainedModel) -> int:
 
 class FrozenUnembedding:
     """The base's unembedding, with the soft-capping or scaling that its architecture applies to logits.
+
+    Args:
+        base: the base model.
 
     Attributes:
         vocab_size: V, the number of logits.

@@ -79,7 +79,9 @@ def check_settings(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None
     """
     found = checkpoint.get(SETTINGS)
     if found is None:
-        raise RunError("the checkpoint was not written by mtp fit: it has no entry 'mtp_settings'. Give another --ckpt_path.")
+        raise RunError(
+            "the checkpoint was not written by mtp fit: it has no entry 'mtp_settings'. Give another --ckpt_path."
+        )
     pairs = [
         ("base model", found["base"], expected["base"], "model.base_model"),
         ("num_masks", found["num_masks"], expected["num_masks"], "model.num_masks"),
@@ -88,11 +90,19 @@ def check_settings(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None
     ]
     for name, there, here, key in pairs:
         if there != here:
-            raise RunError(f"the checkpoint's {name} is {there}, the configuration's is {here}. Change {key} or --ckpt_path.")
+            raise RunError(
+                f"the checkpoint's {name} is {there}, the configuration's is {here}. Change {key} or --ckpt_path."
+            )
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file without unpickling code.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What is in it.
 
     Raises:
         RunError: missing, truncated, or not written by ``mtp fit``.
@@ -102,7 +112,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise RunError(f"checkpoint {str(path)!r} can't be read; it may be cut short or no checkpoint. Use another one.") from error
+        raise RunError(
+            f"checkpoint {str(path)!r} can't be read; it may be cut short or no checkpoint. Use another one."
+        ) from error
     if not isinstance(checkpoint, dict) or SETTINGS not in checkpoint:
         raise RunError(f"checkpoint {str(path)!r} was not written by mtp fit: it has no entry 'mtp_settings'.")
     return checkpoint
@@ -153,7 +165,9 @@ def load_model(
     missing, unexpected = model.load_state_dict(weights, strict=False)
     lost = {name for name, _ in model.trained_parameters()} & set(missing)
     if lost or unexpected:
-        raise RunError(f"checkpoint {str(path)!r} does not fit its own settings: {sorted(lost) or unexpected}. It is damaged.")
+        raise RunError(
+            f"checkpoint {str(path)!r} does not fit its own settings: {sorted(lost) or unexpected}. It is damaged."
+        )
     for _, parameter in model.trained_parameters():
         parameter.data = parameter.data.to(base.dtype)
     return model.eval()

@@ -73,7 +73,7 @@ def stream(model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record
         model: the model.
         prompt: the prompt.
         arguments: how to decode.
-        record: filled with the figures of INTERFACE's JSON line.
+        record: filled with the fields of the JSON line.
 
     Yields:
         Pieces of text.

@@ -179,7 +179,9 @@ def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions) -> Iterato
     if n == 0:
         raise UsageError("the prompt is empty: it needs at least one token.")
     if n >= context:
-        raise UsageError(f"the prompt has {n} tokens and the model's context is {context}: shorten it to {context - 1} or less.")
+        raise UsageError(
+            f"the prompt has {n} tokens and the model's context is {context}: shorten it to {context - 1} or less."
+        )
     if options.max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be 1 or more, got {options.max_new_tokens}.")
     if options.max_steps is not None and options.max_steps < 1:
@@ -220,6 +222,13 @@ def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions) -> Iterato
 
 def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
     """The number of masks J in a block that the options mean.
+
+    Args:
+        model: the model.
+        options: how to decode.
+
+    Returns:
+        J, 0 for autoregressive decoding.
 
     Raises:
         UsageError: an unknown decoding, or J outside 1..k.
@@ -295,7 +304,7 @@ def generate(model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None =
         model: the model.
         input_ids: prompts, padded on either side, [B, L] int64.
         attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
-        options: see ``DecodingOptions``.
+        **options: see ``DecodingOptions``.
 
     Returns:
         Sequences, steps and acceptance lengths.

@@ -33,8 +33,8 @@ class LoRA:
         rank: rank r of the update. The paper: 128.
         alpha: scale; the update is multiplied by alpha / rank. None: 2 * rank.
         dropout: dropout on the adapter's input while training.
-        target_modules: PEFT's selection: a list of layer names, a regular expression, or ``all-linear``. None: all linear layers
-            of the decoder; with a mixture-of-experts base the attention projections alone.
+        target_modules: PEFT's selection: a list of layer names, a regular expression, or ``all-linear``. None: all
+            linear layers of the decoder; with a mixture-of-experts base the attention projections alone.
         gated: False makes a standard LoRA that is active at every position (ablation of the paper's figure 6; it
             changes next-token outputs).
     """
@@ -73,7 +73,7 @@ class Gate:
         finally:
             self.num_mtp = before
 
-    def checkpoint_context(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    def checkpoint_context(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         """``context_fn`` of non-reentrant checkpointing: the recomputation in backward sees the forward pass's gate."""
         return contextlib.nullcontext(), self.open(self.num_mtp)
 
@@ -107,7 +107,7 @@ class GatedVariant(LoraVariant):
         """Refused, as ``merge_safe``."""
         return GatedVariant.merge_safe(module, active_adapter, orig_weight)
 
-    def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The base layer's output plus the update at the last ``num_mtp`` positions.
 
         Args:
@@ -115,7 +115,7 @@ class GatedVariant(LoraVariant):
             active_adapter: name of the adapter.
             x: the layer's input in the adapter's dtype, [B, S, in].
             result: the base layer's output, [B, S, out].
-            kwargs: other variants' arguments, unused.
+            **kwargs: other variants' arguments, unused.
 
         Returns:
             [B, S, out], the dtype of ``result``.
@@ -172,7 +172,7 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
         targets = r".*self_attn\.[^.]*proj" if is_mixture_of_experts(base.config) else "all-linear"
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",

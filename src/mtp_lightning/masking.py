@@ -136,7 +136,9 @@ def _place_blocks(
     useful = eligible[valid.any(1)]
     starts = sample_starts(useful, num_blocks(len(useful)), generator)
     chosen = every[starts]
-    weights = torch.where(chosen != IGNORE_INDEX, 1 / shared[starts[:, None] + torch.arange(1, num_masks + 1)].clamp_min(1), 0.0)
+    weights = torch.where(
+        chosen != IGNORE_INDEX, 1 / shared[starts[:, None] + torch.arange(1, num_masks + 1)].clamp_min(1), 0.0
+    )
     counts = torch.tensor([len(eligible), int(valid.sum()), int((shared > 0).sum())], dtype=torch.float64)
     return _BlockedRow(labels_ahead, starts, chosen, weights, len(useful) / max(1, len(starts)), counts)
 

@@ -78,7 +78,9 @@ class MTPModel(nn.Module):
         ids = torch.arange(min(1000, int(base.get_input_embeddings().weight.shape[0])), device=base.device)
         with torch.no_grad():
             seen = base.get_input_embeddings()(ids).to(wide)
-        self.mask_embeddings = nn.Parameter(torch.randn(num_masks, seen.shape[1], dtype=wide, device=base.device) * seen.std())
+        self.mask_embeddings = nn.Parameter(
+            torch.randn(num_masks, seen.shape[1], dtype=wide, device=base.device) * seen.std()
+        )
         self.sampler_head = sampler_head
         if sampler_head is not None:
             sampler_head.build(seen.shape[1])
@@ -90,7 +92,7 @@ class MTPModel(nn.Module):
 
         Args:
             name: a ``.ckpt`` file that ``mtp fit`` wrote.
-            options: ``base_model`` (where the base lies now, if it moved), ``revision``, ``dtype``, ``device``.
+            **options: ``base_model`` (where the base lies now, if it moved), ``revision``, ``dtype``, ``device``.
 
         Returns:
             The model.
@@ -231,7 +233,7 @@ class MTPModel(nn.Module):
         Args:
             input_ids: prompts, [B, L] int64.
             attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
-            options: ``max_new_tokens``, ``decoding``, ``num_masks`` and others.
+            **options: ``max_new_tokens``, ``decoding``, ``num_masks`` and others.
 
         Returns:
             Sequences, steps and acceptance lengths.

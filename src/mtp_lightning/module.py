@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -23,7 +23,7 @@ from mtp_lightning.metrics.functional import share_of_reference
 from mtp_lightning.model import ForwardOutput, MTPModel
 from mtp_lightning.paths import resolve
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
-from mtp_lightning.schedules import WarmupConstant
+from mtp_lightning.schedules import WarmupConstant, WarmupCosine
 from mtp_lightning.types import NTP, MaskedInput
 
 
@@ -33,7 +33,8 @@ class MTPModule(LightningModule):
     Args:
         base_model: folder or hub id of a causal language model, or ``package://demo/base``.
         revision: hub revision of the base model.
-        dtype: dtype of the frozen base: float32, bfloat16, float16, float64, or auto (as saved). Trained weights are float32.
+        dtype: dtype of the frozen base: float32, bfloat16, float16, float64, or auto (as saved). Trained
+            weights are float32.
         attention: sdpa, eager or flex_attention. None: the architecture's own choice. FlexAttention avoids the dense mask
             and needs a GPU to train.
         quantization: 4bit or 8bit base weights through bitsandbytes, or None.
@@ -87,6 +88,16 @@ class MTPModule(LightningModule):
         self.val_reference = ForcedAcceptance(num_masks)
 
     @property
+    def terms(self) -> dict[str, LossTerm]:
+        """The loss terms by name."""
+        return cast("dict[str, LossTerm]", dict(self.losses.items()))
+
+    @property
+    def term_means(self) -> dict[str, TermMean]:
+        """The terms' values over an evaluation, by name."""
+        return cast("dict[str, TermMean]", dict(self.val_terms.items()))
+
+    @property
     def sampler_head(self) -> SamplerHead | None:
         """The sampler head, built or not."""
         return self._head[0]
@@ -130,7 +141,7 @@ class MTPModule(LightningModule):
         """The optimizer over the trained parameters and its schedule."""
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         scheduler = self.lr_scheduler(optimizer)
-        if getattr(scheduler, "total_steps", 0) is None:
+        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
             scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -139,7 +150,7 @@ class MTPModule(LightningModule):
         # Ranks and accumulated batches are averaged by Lightning; each term divides by the count over all of them.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         counts = self.trainer.strategy.reduce(batch.counts.clone(), reduce_op="sum")
-        output: ForwardOutput = self.model(batch, dict(self.losses.items()))
+        output: ForwardOutput = self.model(batch, self.terms)
         values = {name: term_value(sums, counts) * parts for name, sums in output.sums.items()}
         loss = self.weighted(values)
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -148,13 +159,13 @@ class MTPModule(LightningModule):
 
     def weighted(self, values: dict[str, Tensor]) -> Tensor:
         """The sum of the terms' values times their weights."""
-        return torch.stack([self.losses[name].weight * value for name, value in values.items()]).sum()
+        return torch.stack([self.terms[name].weight * value for name, value in values.items()]).sum()
 
     def evaluation_step(self, batch: MaskedInput) -> None:
         """Count one batch of given text into the metrics."""
-        output: ForwardOutput = self.model(batch, dict(self.losses.items()), with_measurement=True)
+        output: ForwardOutput = self.model(batch, self.terms, with_measurement=True)
         for name, sums in output.sums.items():
-            self.val_terms[name].update(sums, batch.counts)
+            self.term_means[name].update(sums, batch.counts)
         measured = output.measurement
         assert measured is not None
         self.val_ntp["total"].update(measured.ntp_loss)
@@ -164,7 +175,7 @@ class MTPModule(LightningModule):
 
     def log_evaluation(self, prefix: str) -> None:
         """Log what ``evaluation_step`` counted, over all ranks, and start anew."""
-        values = {name: metric.compute() for name, metric in self.val_terms.items()}
+        values = {name: metric.compute() for name, metric in self.term_means.items()}
         figures = {f"{prefix}/loss/{name}": value for name, value in values.items()}
         figures[f"{prefix}/loss"] = self.weighted(values)
         figures[f"{prefix}/ntp_loss"] = self.val_ntp["total"].compute() / self.val_ntp["count"].compute()
@@ -174,9 +185,12 @@ class MTPModule(LightningModule):
         figures[f"{prefix}/share_of_reference"] = torch.tensor(share_of_reference(forced.item(), reference.item()))
         for j, accuracy in enumerate(self.val_forced.accuracy()):
             figures[f"{prefix}/accuracy/offset_{j + 2}"] = accuracy
-        self.log_dict({name: value.float() if value.device.type == "mps" else value for name, value in figures.items()})
-        for metric in (*self.val_terms.values(), self.val_ntp, self.val_forced, self.val_reference):
-            metric.reset()
+        self.log_dict(figures)
+        self.val_ntp.reset()
+        for mean in self.term_means.values():
+            mean.reset()
+        self.val_forced.reset()
+        self.val_reference.reset()
 
     def validation_step(self, batch: MaskedInput, batch_idx: int) -> None:
         """Measure a validation batch."""

@@ -104,7 +104,9 @@ class GRUSamplerHead(SamplerHead):
     def __init__(self, hidden_size: int | None = None, read_hidden: bool = False) -> None:
         super().__init__()
         if hidden_size is not None and hidden_size < 1:
-            raise UsageError(f"hidden_size must be 1 or more, got {hidden_size}. Set model.sampler_head.init_args.hidden_size.")
+            raise UsageError(
+                f"hidden_size must be 1 or more, got {hidden_size}. Set model.sampler_head.init_args.hidden_size."
+            )
         self.hidden_size = hidden_size
         self.read_hidden = read_hidden
 

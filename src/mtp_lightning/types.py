@@ -35,7 +35,7 @@ class TokenRow(NamedTuple):
 
 
 class MaskedInput(NamedTuple):
-    """A batch of token rows with mask blocks (METHOD.md §2), compact: no embedding, no attention mask.
+    """A batch of token rows with mask blocks (docs/method.md §2), compact: no embedding, no attention mask.
 
     Attributes:
         input_ids: token ids, padded, [B, L] int64.
@@ -46,9 +46,9 @@ class MaskedInput(NamedTuple):
         starts: index of each block's start in its row, -1 where the row has fewer blocks than P, [B, P] int64.
         mtp_labels: label of each MTP position, x_{i+j+1} or ``IGNORE_INDEX``, [B, P, K] int64.
         anchor_weights: 1 over the number of MTP positions that share this MTP position's anchor under full coverage, 0
-            where the label is ignored, [B, P, K] float32 (the mean over S(t) of METHOD.md §5).
-        block_weights: eligible starts of the row over starts that were given a block, [B, P] float32: what makes a
-            sum over sampled blocks an unbiased estimate of the sum over all.
+            where the label is ignored, [B, P, K] float32 (the mean over S(t) of docs/method.md §5).
+        block_weights: starts of the row that have a counted label over those that were given a block,
+            [B, P] float32: what makes a sum over sampled blocks an unbiased estimate of the sum over all.
         counts: what the loss terms divide by under full coverage: NTP labels, MTP labels, anchors; [3] float64. It
             sums over rows, and over the batches and ranks that make one optimizer step.
         row_ids: number of each row in its data set, [B] int64.
@@ -91,11 +91,11 @@ class LossSum(NamedTuple):
 
     Attributes:
         total: sum of the per-position losses, scalar, differentiable.
-        count: index into ``MaskedInput.counts`` of the denominator, or a tuple of indices whose counts are added up.
+        denominator: index into ``MaskedInput.counts``, or a tuple of indices whose counts are added up.
     """
 
     total: Tensor
-    count: int | tuple[int, ...]
+    denominator: int | tuple[int, ...]
 
 
 NTP, MTP, ANCHOR = 0, 1, 2

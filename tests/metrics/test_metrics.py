@@ -19,7 +19,7 @@ SEED = 3
 
 
 def by_loop(kind: str) -> float:
-    """The value over both batches, from the words of METHOD.md §1 and §5."""
+    """The value over both batches, from the words of docs/method.md §1 and §5."""
     if kind == "acceptance":
         tokens, steps = (sum(sum(batch[part].tolist()) for batch in batches(kind, SEED)) for part in (0, 1))
         return tokens / steps

@@ -51,7 +51,7 @@ class LossTerm(nn.Module, ABC):
             unembed: the base model's unembedding.
 
         Returns:
-            One or more sums. The term's value is the sum of ``total / count`` over them.
+            One or more sums. The term's value is the sum of their totals over their denominators.
         """
 
 
@@ -66,8 +66,8 @@ def term_value(sums: Sequence[LossSum], counts: Tensor) -> Tensor:
         Scalar.
     """
     parts = []
-    for total, count in sums:
-        indices = (count,) if isinstance(count, int) else count
+    for total, denominator in sums:
+        indices = (denominator,) if isinstance(denominator, int) else denominator
         divisor = counts[list(indices)].sum().clamp_min(1).to(total.dtype)
         parts.append(total / divisor)
     return torch.stack(parts).sum()

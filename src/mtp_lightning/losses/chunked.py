@@ -21,7 +21,7 @@ LOGITS_PER_CHUNK = 2**23
 
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weights: Tensor,

@@ -44,7 +44,7 @@ class TermMean(Metric):
         """Add a batch."""
         for index, part in enumerate(sums):
             self.totals[index] += part.total.detach().double()
-            self.divisors[index, [part.count] if isinstance(part.count, int) else list(part.count)] = 1.0
+            self.divisors[index, [part.denominator] if isinstance(part.denominator, int) else list(part.denominator)] = 1.0
         self.counts += counts
 
     def compute(self) -> Tensor:

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often a text decoded in low precision differs from transformers' own greedy text, and how near the tie was there.
+
+``python benchmarks/exactness.py`` prints a Markdown table. It takes the tiny random models of the tests and injects drafts
+(the true continuation with errors), so that every number of kept tokens occurs. Greedy decoding of the same model in the same
+dtype is the reference. A difference is no error of the method: kernels round differently for one token than for many, so two
+tokens whose logits are nearly equal can change places; from there on the texts go apart. What must hold is that every first
+difference is at such a near-tie: its gap is the difference of the two greatest logits there, in units of the dtype's rounding
+at their size (1 is the spacing of numbers; 0 is an exact tie, which argmax breaks by token id).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtp_lightning import decoding
+from mtp_lightning.model import MTPModel
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from tiny import ARCHITECTURES, VOCAB, greedy_text, tiny_base, tiny_model, token_row  # noqa: E402
+
+
+class Difference(NamedTuple):
+    """Where a text first differs: the token's place in it, the gap of the two greatest logits, and that gap in roundings."""
+
+    place: int
+    gap: float
+    roundings: float
+
+
+@contextmanager
+def injected_drafts(model: MTPModel, sequence: Tensor, num_masks: int) -> Iterator[None]:
+    """Drafts that follow ``sequence`` for a number of tokens that changes from place to place, and then err."""
+    steps: list[Any] = []
+    handle = model.register_forward_pre_hook(lambda _, args: steps.append(args[0]))
+
+    def draft(model: MTPModel, hidden: Tensor, verified: Tensor, sampler_head: bool) -> Tensor:
+        step, J = steps[-1], len(hidden)
+        T, c = step.shape.num_tokens, step.num_drafts
+        last = int(step.position_ids[0, T - 1 - c])
+        kept = int(decoding.num_accepted(step.tokens[T - c :], sequence[last + 1 : last + 2 + c]))
+        at = last + kept + 1
+        out = torch.cat([sequence[at + 1 : at + 1 + J], sequence.new_zeros(J)])[:J]
+        run = at * 7 % (num_masks + 2)
+        if run < J:
+            out[run] = (out[run] + 1) % VOCAB
+        return out
+
+    original, decoding.draft_block = decoding.draft_block, draft
+    try:
+        yield
+    finally:
+        decoding.draft_block = original
+        handle.remove()
+
+
+@torch.no_grad()
+def first_difference(base: Any, prompt: Tensor, expected: list[int], found: list[int]) -> Difference | None:
+    """Where two texts first differ, or None."""
+    place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b), None)
+    if place is None:
+        return None
+    prefix = torch.cat([prompt, torch.tensor(expected[:place], dtype=torch.int64)])
+    first, second = base(prefix[None]).logits[0, -1].topk(2).values.tolist()
+    rounding = torch.finfo(base.dtype).eps * 2 ** torch.tensor(abs(first)).log2().floor().item()
+    return Difference(place, first - second, (first - second) / rounding)
+
+
+def measure(
+    architecture: str, dtype: torch.dtype, prompts: int, tokens: int, masks: list[int]
+) -> tuple[int, list[Difference], float]:
+    """Texts decoded, first differences, and the mean acceptance length, over both decodings."""
+    base = tiny_base(architecture, dtype)
+    references = []
+    for seed in range(prompts):
+        prompt = token_row([7], seed=seed).input_ids
+        references.append((prompt, greedy_text(base, prompt, tokens)))
+    model = tiny_model(architecture, 8, dtype=dtype)
+    plain = tiny_base(architecture, dtype)
+    texts, steps, differences = 0, 0, []
+    for prompt, expected in references:
+        for kind in ("quadratic", "linear"):
+            for J in masks:
+                with injected_drafts(model, torch.tensor([*prompt.tolist(), *expected]), J):
+                    out = model.generate(prompt[None], decoding=kind, num_masks=J, max_new_tokens=tokens)
+                found = out.sequences[0, len(prompt) :].tolist()
+                texts, steps = texts + 1, steps + int(out.num_steps[0])
+                if (difference := first_difference(plain, prompt, expected, found)) is not None:
+                    differences.append(difference)
+    return texts, differences, texts * tokens / steps
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--masks", type=int, nargs="+", default=[1, 3, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["float64", "float32", "bfloat16"])
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(
+        "| model | dtype | texts | tokens a step | texts that differ | first place | largest gap | in roundings | exact ties |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for architecture in options.architectures:
+        for name in options.dtypes:
+            texts, found, length = measure(
+                architecture, getattr(torch, name), options.prompts, options.tokens, options.masks
+            )
+            row = f"| {architecture} | {name} | {texts} | {length:.2f} | {len(found)} |"
+            if found:
+                row += f" {min(d.place for d in found)} | {max(d.gap for d in found):.2g} |"
+                row += f" {max(d.roundings for d in found):.1f} | {sum(d.gap == 0 for d in found)} |"
+            print(row if found else row + " - | - | - | - |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
