@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples the demo's data from its base model: training and validation text, and held-out prompts.
 
-    python scripts/demo_base/sample.py --base base --prose TALES.jsonl STORIES.txt --output src/mtp_lightning/demo
+    python scripts/demo_base/sample.py --base base --prose TALES.jsonl --output src/mtp_lightning/demo
 
 Training rows continue the openings of training documents, validation rows and prompts those of held-out documents, all
 at temperature 1. A few excerpts of the corpus itself are added to the training rows.
@@ -55,8 +55,7 @@ def continuations(model, eos: int, openings: list[list[int]], length: int, batch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder or hub id")
-    parser.add_argument("--prose", nargs="+", required=True, help="JSONL or text files, or hub ids")
-    parser.add_argument("--prompt_prose", help="the prose source whose held-out part may be shipped as prompts")
+    parser.add_argument("--prose", nargs="+", required=True, help="prose that may be shipped: JSONL or text files, or hub ids")
     parser.add_argument("--code", help="folder of Python files (default: this Python's standard library)")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--train_rows", type=int, default=6000)
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=40, help="per domain")
     parser.add_argument("--length", type=int, default=192)
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--excerpts", type=int, default=250_000, help="bytes of corpus text among the training rows")
+    parser.add_argument("--excerpts", type=int, default=150_000, help="bytes of corpus text among the training rows")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -73,7 +72,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
     eos = tokenizer.eos_token_id
     train = documents(args.prose, args.code, 20000, held_out=False)
-    held = documents([args.prompt_prose or args.prose[0]], args.code, 2000, held_out=True)
+    held = documents(args.prose, args.code, 2000, held_out=True)
 
     def openings(texts: list[str], count: int, sizes: tuple[int, ...]) -> list[list[int]]:
         texts = [texts[i % len(texts)] for i in rng.sample(range(max(len(texts), count)), count)]
@@ -102,7 +101,7 @@ def main() -> None:
     for name, texts, count in (("validation", held, args.validation_rows), ("train", train, args.train_rows)):
         rows = []
         for domain, share in ROWS.items():
-            starts = openings(texts[domain], round(count * share), (8, 16, 24, 32))
+            starts = openings(texts[domain], round(count * share), (4, 8, 12))
             for row in continuations(model, eos, starts, args.length, args.batch_size, f"{name} {domain}"):
                 rows.append({"input_ids": row, "domain": domain, "source": "sampled"})
         if name == "train":
