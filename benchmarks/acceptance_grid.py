@@ -4,7 +4,8 @@
     python benchmarks/acceptance_grid.py runs/demo/checkpoints/best.ckpt
 
 Prints the layout of the paper's Table 1, the share of prompts on which more masks, or quadratic instead of linear, gave a
-lower acceptance length, and whether every text was the autoregressive one. Writes a JSON file and a plot beside the checkpoint.
+lower acceptance length, and whether every text was the autoregressive one. Writes a JSON file and a plot beside the
+checkpoint.
 """
 
 from __future__ import annotations

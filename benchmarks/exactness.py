@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_lightning import decoding
+from mtp_lightning import decoding_step
 from mtp_lightning.model import MTPModel
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -48,7 +48,7 @@ def injected_drafts(model: MTPModel, sequence: Tensor, num_masks: int) -> Iterat
         step, J = steps[-1], len(hidden)
         T, c = step.shape.num_tokens, step.num_drafts
         last = int(step.position_ids[0, T - 1 - c])
-        kept = int(decoding.num_accepted(step.tokens[T - c :], sequence[last + 1 : last + 2 + c]))
+        kept = int(decoding_step.num_accepted(step.tokens[T - c :], sequence[last + 1 : last + 2 + c]))
         at = last + kept + 1
         out = torch.cat([sequence[at + 1 : at + 1 + J], sequence.new_zeros(J)])[:J]
         run = at * 7 % (num_masks + 2)
@@ -56,11 +56,11 @@ def injected_drafts(model: MTPModel, sequence: Tensor, num_masks: int) -> Iterat
             out[run] = (out[run] + 1) % VOCAB
         return out
 
-    original, decoding.draft_block = decoding.draft_block, draft
+    original, decoding_step.draft_block = decoding_step.draft_block, draft
     try:
         yield
     finally:
-        decoding.draft_block = original
+        decoding_step.draft_block = original
         handle.remove()
 
 

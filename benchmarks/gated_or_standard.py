@@ -14,7 +14,6 @@ from pathlib import Path
 
 from mtp_lightning.cli import main as mtp
 
-
 # The paper's losses: the cross-entropies count NTP positions too, so that a standard LoRA is trained to keep them.
 OVERRIDE = """\
 model:
@@ -52,7 +51,9 @@ def main() -> None:
     for name in ("gated", "standard"):
         folder = args.output / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "override.yaml").write_text(OVERRIDE.format(folder=folder, every=max(1, args.steps // 6), steps=args.steps))
+        (folder / "override.yaml").write_text(
+            OVERRIDE.format(folder=folder, every=max(1, args.steps // 6), steps=args.steps)
+        )
         words = ["fit", "--config", args.config, "--config", str(folder / "override.yaml")]
         words += [f"--model.lora.gated={str(name == 'gated').lower()}"]
         mtp(words)

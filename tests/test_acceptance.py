@@ -15,8 +15,8 @@ from bigram import bigram_base, bigram_text, planted_drafts
 from prompt_results import result
 from tiny import greedy_text, tiny_model
 
-from mtp_lightning import acceptance, decoding, losslessness
-from mtp_lightning.acceptance import PromptResult, drafted_per_step, evaluate_prompts, share, speed_pairs, summarise
+from mtp_lightning import acceptance, decoding, decoding_step, losslessness
+from mtp_lightning.acceptance import PromptResult, evaluate_prompts, share, speed_pairs, summarise
 from mtp_lightning.decoding import DecodingOptions
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.losslessness import Difference
@@ -31,7 +31,7 @@ OPTIONS = DecodingOptions(max_new_tokens=20)
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> MTPModel:
     """It counts up, token by token, and its drafts have planted mistakes: of J tokens 0, 1, .. or J are kept."""
-    monkeypatch.setattr(decoding, "draft_block", planted_drafts(VOCAB, VOCAB))
+    monkeypatch.setattr(decoding_step, "draft_block", planted_drafts(VOCAB, VOCAB))
     return MTPModel(bigram_base(VOCAB, VOCAB), 3, LoRA(rank=2)).eval()
 
 
@@ -66,7 +66,7 @@ def test_drafted_per_step_near_every_limit(
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].num_drafts))
     options = DecodingOptions(kind, max_new_tokens=max_new_tokens, max_steps=max_steps)
     steps = list(decoding.decode(model, torch.arange(1, n + 1), options))
-    assert drafted_per_step(model, n, [len(step) - 1 for step in steps], options) == seen
+    assert [step.num_drafts for step in steps] == seen
 
 
 def test_the_first_prompts_of_each_domain_are_checked(model: MTPModel) -> None:
@@ -79,12 +79,12 @@ def test_the_first_prompts_of_each_domain_are_checked(model: MTPModel) -> None:
 def test_a_lossy_decoder_is_caught(model: MTPModel, max_steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [greedy_text(model.base, torch.tensor(prompt.input_ids), 20) for prompt in PROMPTS]
     # Every draft is believed.
-    monkeypatch.setattr(decoding, "num_accepted", lambda draft, own: torch.tensor(len(draft)))
+    monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, own: torch.tensor(len(draft)))
     options = replace(OPTIONS, max_steps=max_steps)
     results = evaluate_prompts(model, PROMPTS, options, check=9)
     assert not all(r.lossless for r in results)
     for r, prompt, text in zip(results, PROMPTS, expected, strict=True):
-        got = [t for step in decoding.decode(model, torch.tensor(prompt.input_ids), options) for t in step]
+        got = [t for step in decoding.decode(model, torch.tensor(prompt.input_ids), options) for t in step.tokens]
         assert r.lossless == (got == text[: len(got)])
         if r.difference is not None:
             place = next(i for i in range(len(got)) if got[i] != text[i])
@@ -109,7 +109,7 @@ def test_the_model_that_verifies_is_the_reference(gated: bool) -> None:
     results = evaluate_prompts(model, PROMPTS, OPTIONS, check=9)
     assert all(r.lossless for r in results)
     text = greedy_text(model.base, torch.tensor(PROMPTS[0].input_ids), 20)
-    tokens = [t for step in decoding.decode(model, torch.tensor(PROMPTS[0].input_ids), OPTIONS) for t in step]
+    tokens = [t for step in decoding.decode(model, torch.tensor(PROMPTS[0].input_ids), OPTIONS) for t in step.tokens]
     assert (tokens == text) == gated
     # The gap is of the same logits: the likeliest token there is the next of the text.
     gap = losslessness.top_two_gap(model, PROMPTS[0].input_ids + tokens[:5])
@@ -147,11 +147,11 @@ def test_speed_pairs_are_interleaved_and_of_equal_length(monkeypatch: pytest.Mon
         if options.decoding == "autoregressive":
             for _ in range(options.max_new_tokens):
                 clock[0] += 1.0
-                yield [0]
+                yield decoding.StepTokens([0], 0)
         else:
             for _ in range(3):
                 clock[0] += prompt[0].item()  # a step as slow as its prompt says
-                yield [0, 0]
+                yield decoding.StepTokens([0, 0], 1)
 
     monkeypatch.setattr(acceptance, "decode", decode)
     monkeypatch.setattr(acceptance, "time", SimpleNamespace(perf_counter=lambda: clock[0]))

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from mtp_lightning import decoding
-from mtp_lightning.decoding import DecodingOptions, StepInput, decode, num_accepted
+from mtp_lightning import decoding_step
+from mtp_lightning.decoding import DecodingOptions, decode, end_tokens
+from mtp_lightning.decoding_step import StepInput, num_accepted
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy, term_value
 from mtp_lightning.masking import build_masked_input
@@ -129,7 +130,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InjectedDr
     models = []
 
     def start(model: MTPModel, *args: Any) -> InjectedDrafts:
-        monkeypatch.setattr(decoding, "draft_block", drafts := InjectedDrafts(model, *args))
+        monkeypatch.setattr(decoding_step, "draft_block", drafts := InjectedDrafts(model, *args))
         models.append(model)
         return drafts
 
@@ -271,7 +272,7 @@ def test_the_sampler_head_is_conditioned_on_what_it_drew(fitted: tuple[MTPModel,
         _, hidden = naive_states(model, text[: i + 1], 4)
         drafts = {}
         for with_head in (True, False):
-            drafts[with_head] = decoding.draft_block(model, hidden, text[i + 1 : i + 2], with_head).tolist()
+            drafts[with_head] = decoding_step.draft_block(model, hidden, text[i + 1 : i + 2], with_head).tolist()
         assert drafts[False] == model.unembed(hidden).argmax(-1).tolist()
         tokens = [int(text[i + 1])]
         for j in range(4):  # teacher forcing on the draft so far
@@ -317,12 +318,12 @@ def test_a_stop_token_ends_the_text_wherever_it_falls(kind: str, where: int, inj
 def test_stop_tokens_come_from_the_base_and_may_be_many() -> None:
     prompt, text = prompt_and_text("llama")
     model = tiny_model(num_masks=K)
-    assert decoding.end_tokens(model, DecodingOptions()) == set()
+    assert end_tokens(model, DecodingOptions()) == set()
     model.base.config.eos_token_id = text[9]
-    assert decoding.end_tokens(model, DecodingOptions()) == {text[9]}
+    assert end_tokens(model, DecodingOptions()) == {text[9]}
     model.base.generation_config.eos_token_id = [text[4], text[9]]
-    assert decoding.end_tokens(model, DecodingOptions()) == {text[4], text[9]}
-    assert decoding.end_tokens(model, DecodingOptions(eos_token_id=[3, 4])) == {3, 4}
+    assert end_tokens(model, DecodingOptions()) == {text[4], text[9]}
+    assert end_tokens(model, DecodingOptions(eos_token_id=[3, 4])) == {3, 4}
     expected = greedy_text(tiny_base(), prompt, G, eos_token_id=[text[4], text[9]])
     assert new_tokens(model, prompt, max_new_tokens=G) == expected
 
@@ -419,7 +420,7 @@ def test_training_flags_and_gradients_are_put_back() -> None:
     assert new_tokens(model, prompt, max_new_tokens=5) == list(text[:5])
     assert [module.training for module in model.modules()] == before
     steps = decode(model, prompt, DecodingOptions(max_new_tokens=9))
-    assert next(steps) == [text[0]]
+    assert next(steps).tokens == [text[0]]
     steps.close()  # a reader that stops early
     assert [module.training for module in model.modules()] == before and model.gate.num_mtp is None
     with pytest.raises(UsageError):
@@ -455,8 +456,8 @@ def test_tokens_are_yielded_as_they_are_verified(inject: Callable[..., InjectedD
     model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
     inject(model, [*prompt.tolist(), *text], RUNS["sometimes"])
     parts = list(decode(model, prompt, DecodingOptions(num_masks=4, max_new_tokens=G)))
-    assert [len(part) - 1 for part in parts] == expected_steps(RUNS["sometimes"], 4, "quadratic")
-    assert [token for part in parts for token in part] == list(text[:G])
+    assert [len(part.tokens) - 1 for part in parts] == expected_steps(RUNS["sometimes"], 4, "quadratic")
+    assert [token for part in parts for token in part.tokens] == list(text[:G])
 
 
 class NoWaiting(TorchDispatchMode):
@@ -480,7 +481,7 @@ def test_a_step_never_waits_for_the_device(head: str, num_drafts: int, blocks: i
     positions, mask = StepMasks(model.base, 20).get(shape, 0)
     step = StepInput(prompt, num_drafts, shape, positions, mask, DynamicCache(), True)
     with torch.inference_mode():
-        expected = decoding.decode_step(model, step)
+        expected = decoding_step.decode_step(model, step)
 
         def refuse(*args: Any) -> Any:
             raise AssertionError("a Python number is read from a tensor")
@@ -488,7 +489,7 @@ def test_a_step_never_waits_for_the_device(head: str, num_drafts: int, blocks: i
         for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu"):
             monkeypatch.setattr(torch.Tensor, name, refuse)
         with NoWaiting():
-            found = decoding.decode_step(model, step._replace(cache=DynamicCache()))
+            found = decoding_step.decode_step(model, step._replace(cache=DynamicCache()))
         monkeypatch.undo()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert found.draft.shape == (shape.num_masks,) and found.own.shape == (num_drafts + 1,)

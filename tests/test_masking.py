@@ -299,7 +299,7 @@ def test_sliding_window_counts_positions_not_indices() -> None:
 
 
 def test_anchor_weights_are_a_plain_mean_over_shared_anchors() -> None:
-    """Summed with the weights, a number a block position gives the sum over anchors of the mean over S(t) (docs/method.md §5)."""
+    """Summed with the weights, numbers at MTP positions give the sum over anchors of their mean over S(t)."""
     generator = torch.Generator().manual_seed(0)
     ids = list(range(100, 112))
     labels = [token if torch.rand(1, generator=generator) < 0.7 else X for token in ids]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the model card of the demo's base model: what it is, held-out perplexity, and what it writes.
 
-    python scripts/demo_base/card.py --base src/mtp_lightning/demo/base
+python scripts/demo_base/card.py --base src/mtp_lightning/demo/base
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     """Sample and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--earlier_tokens", type=int, default=0, help="tokens of the run that train.py --resume went on from")
+    parser.add_argument("--earlier_tokens", type=int, default=0, help="tokens of runs that train.py --resume went on from")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()

@@ -55,7 +55,7 @@ def continuations(model, eos: int, openings: list[list[int]], length: int, batch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder or hub id")
-    parser.add_argument("--prose", nargs="+", required=True, help="prose that may be shipped: JSONL or text files, or hub ids")
+    parser.add_argument("--prose", nargs="+", required=True, help="prose that may be shipped")
     parser.add_argument("--code", help="folder of Python files (default: this Python's standard library)")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--train_rows", type=int, default=6000)
@@ -82,7 +82,7 @@ def main() -> None:
     def write(name: str, rows: list[dict]) -> None:
         features = Features({"input_ids": List(Value("int32")), "domain": Value("string"), "source": Value("string")})
         rng.shuffle(rows)
-        Dataset.from_list(rows, features=features).to_parquet(args.output / name, compression="zstd")
+        Dataset.from_list(rows, features=features).to_parquet(args.output / name)
         print(f"{name}: {len(rows)} rows, {sum(len(r['input_ids']) for r in rows)} tokens", flush=True)
 
     args.output.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtp_lightning.decoding import DecodingOptions, decode, trained_masks
+from mtp_lightning.decoding import DecodingOptions, decode
 from mtp_lightning.losslessness import Difference, autoregressive, find_difference
 from mtp_lightning.metrics.functional import kept_by_position, repeated_ngrams, share_of_reference
 from mtp_lightning.model import MTPModel
@@ -56,6 +56,7 @@ class PromptResult(NamedTuple):
 class _Decoded(NamedTuple):
     tokens: list[int]
     accepted: list[int]
+    drafted: list[int]
     seconds: float
 
 
@@ -115,7 +116,7 @@ def _evaluate(model: MTPModel, index: int, prompt: Prompt, options: DecodingOpti
         num_tokens=len(decoded.tokens),
         num_steps=len(decoded.accepted),
         accepted_per_step=decoded.accepted,
-        drafted_per_step=drafted_per_step(model, len(prompt.input_ids), decoded.accepted, options),
+        drafted_per_step=decoded.drafted,
         repeated_8grams=repeated_ngrams(decoded.tokens),
         lossless=lossless,
         seconds=decoded.seconds,
@@ -128,31 +129,12 @@ def _decode(model: MTPModel, prompt: Prompt, options: DecodingOptions) -> _Decod
     # Each step ends by reading its tokens from the device, so no work is left when the clock is read.
     steps = list(decode(model, torch.tensor(prompt.input_ids), options))
     seconds = time.perf_counter() - begin
-    return _Decoded([token for step in steps for token in step], [len(step) - 1 for step in steps], seconds)
-
-
-def drafted_per_step(model: MTPModel, prompt_length: int, accepted: Sequence[int], options: DecodingOptions) -> list[int]:
-    """How many draft tokens each step fed: ``decode``'s own rule.
-
-    Args:
-        model: the model.
-        prompt_length: tokens of the prompt.
-        accepted: draft tokens kept in each step.
-        options: how it was decoded.
-
-    Returns:
-        One number a step; the first is 0.
-    """
-    J = trained_masks(model, options)
-    limit = min(prompt_length + options.max_new_tokens, model.context)
-    length, drafts, fed = prompt_length, 0, []
-    for kept in accepted:
-        fed.append(drafts)
-        masks = max(0, min(J, limit - length - 2, model.context - length - drafts))
-        length += kept + 1
-        whole = kept == drafts or options.decoding == "quadratic"
-        drafts = min(masks, max(0, limit - length - 1)) if whole else 0
-    return fed
+    return _Decoded(
+        [token for step in steps for token in step.tokens],
+        [len(step.tokens) - 1 for step in steps],
+        [step.num_drafts for step in steps],
+        seconds,
+    )
 
 
 def speed_pairs(model: MTPModel, prompts: Sequence[Prompt], options: DecodingOptions) -> list[float]:

@@ -83,9 +83,9 @@ def stream(model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record
     tokens: list[int] = []
     accepted: list[int] = []
     text, reason, begin = "", "length", time.perf_counter()
-    for gained in decode(model, torch.tensor(prompt.input_ids), options):
-        tokens += gained
-        accepted.append(len(gained) - 1)
+    for step in decode(model, torch.tensor(prompt.input_ids), options):
+        tokens += step.tokens
+        accepted.append(len(step.tokens) - 1)
         now = stable_text(model.tokenizer, tokens)
         if arguments.stop and arguments.stop in now:
             now, reason = now[: now.index(arguments.stop)], "stop"

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mtp_lightning.attention import text_config
+from mtp_lightning.decoding_step import StepInput, StepOutput
 from mtp_lightning.errors import UsageError
 from mtp_lightning.step_masks import StepMasks, StepShape
 
@@ -48,119 +49,20 @@ class DecodingOptions:
     eos_token_id: int | Sequence[int] | None = None
 
 
-class StepInput(NamedTuple):
-    """What one decoding step feeds.
+class StepTokens(NamedTuple):
+    """What a step gained.
 
     Attributes:
-        tokens: the prompt, or the last verified token and the draft, [T] int64.
-        num_drafts: how many of the last tokens are drafts.
-        shape: tokens, blocks and masks fed.
-        position_ids: [1, Q] int64.
-        attention_mask: the decoder's mask argument.
-        cache: keys and values of the verified tokens before ``tokens``.
-        sampler_head: whether to draft with the sampler head.
+        tokens: the tokens, at least one: the kept draft tokens and the base model's own; cut after an end token.
+        num_drafts: draft tokens that were verified.
     """
 
-    tokens: Tensor
+    tokens: list[int]
     num_drafts: int
-    shape: StepShape
-    position_ids: Tensor
-    attention_mask: Any
-    cache: DynamicCache
-    sampler_head: bool
-
-
-class StepOutput(NamedTuple):
-    """What one decoding step gives. All on the device: nothing here waits for it.
-
-    Attributes:
-        own: the base model's own token after each verified position, [num_drafts + 1] int64.
-        num_accepted: draft tokens kept, a, scalar int64; ``own[: a + 1]`` are the tokens gained.
-        draft: the draft for the next step, [J] int64. Linear decoding: valid only if the whole draft was kept.
-    """
-
-    own: Tensor
-    num_accepted: Tensor
-    draft: Tensor
-
-
-def num_accepted(draft: Tensor, own: Tensor) -> Tensor:
-    """How many draft tokens are kept: the run of equal tokens from the front.
-
-    ``draft [5, 6, 7], own [5, 6, 9, 2] -> 2``
-
-    Args:
-        draft: [c] int64.
-        own: the base model's tokens, [c + 1] int64.
-
-    Returns:
-        Scalar int64.
-    """
-    return (draft == own[: len(draft)]).long().cumprod(0).sum()
-
-
-def draft_block(model: MTPModel, hidden: Tensor, verified: Tensor, sampler_head: bool) -> Tensor:
-    """Draft the tokens of one block, one after another; greedy.
-
-    Args:
-        model: the model.
-        hidden: hidden states of m_1..m_J, [J, D].
-        verified: the token that stands at m_1's position, drawn by the base head, [1] int64.
-        sampler_head: whether to use the sampler head.
-
-    Returns:
-        Draft tokens, [J] int64.
-    """
-    unembed, head = model.unembed, model.sampler_head
-    if not sampler_head or head is None:
-        return unembed(hidden).argmax(-1)
-    wide = next(head.parameters()).dtype
-    drawn, state, previous = [], None, verified
-    for j in range(hidden.shape[0]):
-        output, state = head.step(hidden[j : j + 1].to(wide), model.embed(previous).to(wide), state)
-        previous = unembed(output.to(hidden.dtype)).argmax(-1)
-        drawn.append(previous)
-    return torch.cat(drawn)
-
-
-def decode_step(model: MTPModel, step: StepInput) -> StepOutput:
-    """One forward pass of the base: verify the draft, and draft again from the block after the last kept token.
-
-    Args:
-        model: the model.
-        step: what to feed.
-
-    Returns:
-        Tokens, count and the next draft.
-    """
-    shape, T = step.shape, step.shape.num_tokens
-    inputs = model.embed(step.tokens)[None]
-    if shape.num_mtp:
-        masks = model.mask_embeddings[: shape.num_masks].to(inputs.dtype).repeat(shape.num_blocks, 1)
-        inputs = torch.cat([inputs, masks[None]], dim=1)
-    with model.gate.open(shape.num_mtp if model.lora.gated else shape.size):
-        hidden = model.base.get_decoder()(
-            inputs_embeds=inputs,
-            attention_mask=step.attention_mask,
-            position_ids=step.position_ids,
-            past_key_values=step.cache,
-            use_cache=True,
-        ).last_hidden_state[0]
-    own = model.unembed(hidden[T - 1 - step.num_drafts : T]).argmax(-1)
-    kept = num_accepted(step.tokens[T - step.num_drafts :], own)
-    if not shape.num_mtp:
-        return StepOutput(own, kept, own[:0])
-    blocks = hidden[T:].view(shape.num_blocks, shape.num_masks, -1)
-    # With one block (linear, and the prompt) it stands after the last token: its draft holds if everything was kept.
-    at = kept[None]
-    block = at if shape.num_blocks > 1 else torch.zeros_like(at)
-    # index_select: indexing with a tensor that holds one number reads the number, and so waits for the device.
-    draft = draft_block(model, blocks.index_select(0, block)[0], own.index_select(0, at), step.sampler_head)
-    return StepOutput(own, kept, draft)
 
 
 @torch.inference_mode()
-def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions) -> Iterator[list[int]]:
+def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions) -> Iterator[StepTokens]:
     """Decode one prompt and yield the tokens of each step as they are verified.
 
     Args:
@@ -169,7 +71,7 @@ def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions) -> Iterato
         options: how to decode.
 
     Yields:
-        The tokens gained by a step, at least one; cut after an end token and at ``max_new_tokens``.
+        What each step gained, together at most ``max_new_tokens``.
 
     Raises:
         UsageError: an empty prompt, one that does not fit the context, or a wrong option.
@@ -212,7 +114,7 @@ def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions) -> Iterato
                     break
             length += len(gained)
             steps += 1
-            yield gained
+            yield StepTokens(gained, drafts)
             if gained[-1] in stop or length >= limit or steps == options.max_steps:
                 return
             whole = kept == drafts or options.decoding == "quadratic"
@@ -317,18 +219,18 @@ def generate(model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None =
     rows, accepted, reasons = [], [], []
     for r in range(input_ids.shape[0]):
         prompt = input_ids[r] if attention_mask is None else input_ids[r][attention_mask[r].bool()]
-        gained = list(decode(model, prompt, settings))
-        new = [token for tokens in gained for token in tokens]
+        steps = list(decode(model, prompt, settings))
+        new = [token for step in steps for token in step.tokens]
         rows.append(torch.cat([prompt.cpu(), torch.tensor(new)]))
-        accepted.append([len(tokens) - 1 for tokens in gained])
+        accepted.append([len(step.tokens) - 1 for step in steps])
         reasons.append("stop" if new[-1] in stop else "length")
-    steps = torch.tensor([len(row) for row in accepted])
+    num_steps = torch.tensor([len(row) for row in accepted])
     totals = torch.tensor([sum(row) + len(row) for row in accepted])
     padding = next(iter(stop), 0)
     return Generation(
         torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(input_ids.device),
-        steps,
-        totals.double() / steps,
+        num_steps,
+        totals.double() / num_steps,
         accepted,
         reasons,
     )

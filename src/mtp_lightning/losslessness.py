@@ -48,7 +48,7 @@ def find_difference(model: MTPModel, prompt: Prompt, options: DecodingOptions, t
         The first difference, or None.
     """
     same_length = autoregressive(options, None if options.max_steps is None else len(tokens))
-    expected = [token for step in decode(model, torch.tensor(prompt.input_ids), same_length) for token in step]
+    expected = [token for step in decode(model, torch.tensor(prompt.input_ids), same_length) for token in step.tokens]
     if expected == tokens:
         return None
     shorter = min(len(expected), len(tokens))

@@ -16,7 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mtp_lightning.attention import attention_mask, check_layers
 from mtp_lightning.base import FrozenUnembedding, context_length
-from mtp_lightning.decoding import Generation, StepInput, StepOutput, decode_step, generate
+from mtp_lightning.decoding import Generation, generate
+from mtp_lightning.decoding_step import StepInput, StepOutput, decode_step
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import Gate, LoRA, add_gated_lora
 from mtp_lightning.losses.base import LossTerm

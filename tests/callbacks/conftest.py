@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from toy_tokenizers import byte_tokenizer
 
-from mtp_lightning import decoding
+from mtp_lightning import decoding_step
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.masking import build_masked_input
 from mtp_lightning.module import MTPModule
@@ -37,7 +37,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _drafts_that_are_often_kept(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vocab_size = json.loads((base_folder / "config.json").read_text())["vocab_size"]
-    monkeypatch.setattr(decoding, "draft_block", planted_drafts(vocab_size, vocab_size))
+    monkeypatch.setattr(decoding_step, "draft_block", planted_drafts(vocab_size, vocab_size))
 
 
 @pytest.fixture

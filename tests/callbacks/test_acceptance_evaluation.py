@@ -15,7 +15,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from mtp_lightning import decoding
+from mtp_lightning import decoding_step
 from mtp_lightning.acceptance import PromptResult, summarise
 from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
 from mtp_lightning.errors import RunError, UsageError
@@ -140,7 +140,7 @@ def test_a_lossy_decoder_is_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Every draft is believed.
-    monkeypatch.setattr(decoding, "num_accepted", lambda draft, own: torch.tensor(len(draft)))
+    monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, own: torch.tensor(len(draft)))
     fit(module, AcceptanceEvaluation(prompts, max_new_tokens=12, num_lossless=9))
     lossless = read(tmp_path)["latest"]["overall"]["lossless"]
     assert lossless["checked"] == 5 and lossless["equal"] < 5

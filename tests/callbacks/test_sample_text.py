@@ -59,7 +59,7 @@ def test_samples_are_printed_and_logged(
     assert (first.step, last.step) == (1, 3)
     text = last.tensor_proto.string_val[0].decode()
     options = DecodingOptions(max_new_tokens=12)
-    steps = list(decode(module.model, torch.tensor(module.tokenizer("a")["input_ids"]), options))
+    steps = [step.tokens for step in decode(module.model, torch.tensor(module.tokenizer("a")["input_ids"]), options)]
     marked = "a" + plain(mark_drafts(steps, module.tokenizer))
     assert "\u27e6" in marked and text.endswith(f"\n\n````\n{marked}\n````")
     assert text.startswith(f"sample 0 (code), {12 / len(steps):.2f} tokens a step")

@@ -63,7 +63,7 @@ class SampleText(DecodingCallback):
         module: Any = pl_module
         for number, prompt in enumerate(self.loaded):
             # All processes decode, with sharded parameters they have to; one shows.
-            steps = list(decode(module.model, torch.tensor(prompt.input_ids), self.options))
+            steps = [step.tokens for step in decode(module.model, torch.tensor(prompt.input_ids), self.options)]
             if not trainer.is_global_zero:
                 continue
             spans = mark_drafts(steps, module.tokenizer)
@@ -89,7 +89,7 @@ def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:
     """The text of the tokens of each step, drafted and free tokens apart.
 
     Args:
-        steps: what ``decoding.decode`` yields: kept drafts and then one token of the base.
+        steps: the tokens of each step: kept drafts and then one token of the base.
         tokenizer: the base's tokenizer.
 
     Returns:
