@@ -7,7 +7,8 @@ drafts (the true continuation with errors), so that every number of kept tokens 
 token than for many, so two tokens whose logits are nearly equal can change places, and from there on the texts go apart.
 What must hold is that every first difference is at a near-tie. Its gap, from a forward pass over the text up to there, is
 how far the worse of the two tokens lies below the greatest logit (of a near-tie: the gap of the top two). It is also given
-in roundings, the spacing of the dtype's numbers at that size. A gap of 0 is an exact tie in that pass.
+in roundings, the spacing of the dtype's numbers at that size. A gap of 0 is an exact tie in that pass. With a mixture
+of experts the near-tie may be the router's, between the last chosen expert and the next one: then the gap can be large.
 """
 
 from __future__ import annotations

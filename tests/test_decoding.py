@@ -458,6 +458,7 @@ def test_tokens_are_yielded_as_they_are_verified(inject: Callable[..., InjectedD
     parts = list(decode(model, prompt, DecodingOptions(num_masks=4, max_new_tokens=G)))
     assert [len(part.tokens) - 1 for part in parts] == expected_steps(RUNS["sometimes"], 4, "quadratic")
     assert [token for part in parts for token in part.tokens] == list(text[:G])
+    assert parts[0].num_drafts == 0 and {part.num_drafts for part in parts[1:-2]} == {4}  # the last may be cut
 
 
 class NoWaiting(TorchDispatchMode):

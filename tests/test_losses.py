@@ -309,7 +309,7 @@ def test_a_head_without_output_at_ntp_positions() -> None:
     with pytest.raises(UsageError, match="Set its positions to mtp"):
         SamplerCrossEntropy(positions="ntp")(states, batch, UNEMBED)
     both, alone = (SamplerCrossEntropy(positions=p)(states, batch, UNEMBED) for p in ("all", "mtp"))
-    assert len(both) == 1 and torch.equal(both[0].total, alone[0].total) and both[0].count == MTP
+    assert len(both) == 1 and torch.equal(both[0].total, alone[0].total) and both[0].denominator == MTP
 
 
 def plain_sum(hidden: Tensor, weights: Tensor, labels: Tensor, scale: Tensor) -> Tensor:

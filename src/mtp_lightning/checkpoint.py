@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import pickle
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.base import load_base, load_tokenizer
-from mtp_lightning.errors import RunError
+from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import SamplerHead
@@ -40,7 +39,7 @@ def trained_state(state: dict[str, Any]) -> dict[str, Any]:
 def checkpoint_settings(module: MTPModule) -> dict[str, Any]:
     """What the trained weights belong to: base, its shape, masks, LoRA and sampler head; plain types."""
     head = module.sampler_head
-    config = module.model.base.config.get_text_config(decoder=True)
+    config = module.base_config
     return {
         "base_model": module.base_model,
         "revision": module.revision,
@@ -108,15 +107,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         RunError: missing, truncated, or not written by ``mtp fit``.
     """
     if not Path(path).is_file():
-        raise RunError(f"checkpoint {str(path)!r} does not exist. Give the path of a .ckpt file that mtp fit wrote.")
+        found = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise RunError(f"checkpoint {str(path)!r} {found}. Give the path of a .ckpt file that mtp fit wrote.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what is no checkpoint makes the unpickler raise anything, a KeyError for a text file
         raise RunError(
             f"checkpoint {str(path)!r} can't be read; it may be cut short or no checkpoint. Use another one."
         ) from error
     if not isinstance(checkpoint, dict) or SETTINGS not in checkpoint:
-        raise RunError(f"checkpoint {str(path)!r} was not written by mtp fit: it has no entry 'mtp_settings'.")
+        raise RunError(
+            f"checkpoint {str(path)!r} was not written by mtp fit: it has no entry {SETTINGS!r}. Use another one."
+        )
     return checkpoint
 
 
@@ -141,7 +143,9 @@ def load_model(
 
     Raises:
         RunError: the file can't be used, or the base is another one.
+        UsageError: the device is not there.
     """
+    check_device(device)
     checkpoint = read_checkpoint(path)
     settings = checkpoint[SETTINGS]
     name = base_model or settings["base_model"]
@@ -171,6 +175,24 @@ def load_model(
     for _, parameter in model.trained_parameters():
         parameter.data = parameter.data.to(base.dtype)
     return model.eval()
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Refuse a device that is not there, before anything is loaded.
+
+    Args:
+        device: a device, or None.
+
+    Raises:
+        UsageError: no tensor can be put there.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UsageError(
+            f"device must be cpu, cuda or another one of this machine, got {str(device)!r}: {one_line(error, 100)}."
+            " Change --device."
+        ) from error
 
 
 def build_head(settings: dict[str, Any] | None) -> SamplerHead | None:

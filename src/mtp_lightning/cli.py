@@ -91,7 +91,7 @@ def _missing_files(words: list[str]) -> None:
     for word, value in zip(words, [*words[1:], ""], strict=True):
         name, _, given = word.partition("=")
         path = given or value
-        if name in ("--config", "-c") and not os.path.isfile(path):
+        if name in ("--config", "-c") and path and not os.path.isfile(path):
             raise RunError(f"configuration file {path!r} does not exist. Give the path of a YAML file with --config.")
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -47,6 +49,12 @@ class DecodingArguments:
     revision: str | None = None
     base_model: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be 1 or more, got {value}. Change --{name}.")
+
     def options(self) -> DecodingOptions:
         """The part that decoding itself takes."""
         return DecodingOptions(self.decoding, self.num_masks, self.sampler_head, self.max_new_tokens, self.max_steps)
@@ -57,13 +65,69 @@ class OneLineParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line."""
-        raise UsageError(" ".join(str(message).split())) from ex
+        known = [*DecodingArguments.__dataclass_fields__, "prompt", "prompts", "json"]
+        raise UsageError(clear_message(str(message), known)) from ex
+
+
+_PLAIN = {
+    r"<class '(?:\w+\.)*(\w+)'>": r"\1",
+    r"typing\.Literal\[(.+?)\]": r"\1",
+    r"\bNoneType\b": "null",
+    r"Expected a dot import path string: (\S+)": r"\1 is no import path",
+    r"^Expected an? ": "expected ",
+    r" or Expected an? ": " or ",
+}
+"""What Python's types and jsonargparse's terms are called in a message."""
+
+
+def clear_message(message: str, known: Iterable[str]) -> str:
+    """A message of jsonargparse in one line and in the user's terms.
+
+    ``Subcommand 'fit' does not accept option 'model.num_maks' -> unknown key or option 'model.num_maks': did you mean ..``
+
+    Args:
+        message: the message.
+        known: the keys that there are, to find the one meant.
+
+    Returns:
+        The line.
+    """
+    line = " ".join(message.split())
+    if unknown := re.search(r"^(?:Group '(.+)'|.*) does not accept option '(.+)'|^unrecognized arguments: (\S+)", line):
+        group, key, option = unknown.groups()
+        name = option.partition("=")[0] if option else f"{group}.{key}" if group else key
+        near = difflib.get_close_matches(name.lstrip("-"), known, n=1)
+        return f"unknown key or option {name!r}: {f'did you mean {near[0]!r}?' if near else '--help lists what there is.'}"
+    if missing := re.match(r"the following arguments are required: (?:fit\.|validate\.|test\.)?(.+)", line):
+        return f"{missing[1]} is required: set it in the configuration file or on the command line."
+    wrong = re.match(r'Parser key "(.+?)":(.*)', message, re.DOTALL)
+    if not wrong:
+        return line
+    key, what = wrong[1], wrong[2]
+    got = re.search(r"(?:\. Got value:|\n *Given value:) (.*)", what, re.DOTALL)
+    # Of a type with alternatives each has its own error; what is indented deeper explains it at length.
+    errors = re.findall(r"^    - (.+)$", what, re.MULTILINE) or [what if got is None else what[: got.start()]]
+    text = " ".join(" or ".join(dict.fromkeys(errors)).split())
+    for python, plain in _PLAIN.items():
+        text = re.sub(python, plain, text)
+    if "class_path" in text or "import path" in text.lower():
+        text += "; a class_path is module.Class, of an installed package or of a file in the current folder"
+    value = "" if got is None else " ".join(re.sub(r"^NestedArg\(key='\w+', val='(.*)'\)$", r"\1", got[1].strip()).split())
+    return f"{key}: {text}{value and f', got {value[:100]}'}."
 
 
 def stable_text(tokenizer: Any, tokens: list[int]) -> str:
     """The text of tokens, less a character that is not complete yet."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return text.rstrip("\ufffd")
+
+
+def possible_stop(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of the stop text: not to be shown yet.
+
+    ``"one t", "two" -> 1``
+    """
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def stream(model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record: dict[str, Any]) -> Iterator[str]:
@@ -82,18 +146,21 @@ def stream(model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record
     ends = end_tokens(model, options)
     tokens: list[int] = []
     accepted: list[int] = []
-    text, reason, begin = "", "length", time.perf_counter()
+    now, text, reason, begin = "", "", "length", time.perf_counter()
     for step in decode(model, torch.tensor(prompt.input_ids), options):
         tokens += step.tokens
         accepted.append(len(step.tokens) - 1)
         now = stable_text(model.tokenizer, tokens)
         if arguments.stop and arguments.stop in now:
             now, reason = now[: now.index(arguments.stop)], "stop"
-        if len(now) > len(text):
-            yield now[len(text) :]
-            text = now
-        if reason == "stop":
             break
+        safe = len(now) - possible_stop(now, arguments.stop or "")
+        if safe > len(text):
+            yield now[len(text) : safe]
+            text = now[:safe]
+    if len(now) > len(text):
+        yield now[len(text) :]
+        text = now
     seconds = time.perf_counter() - begin
     if tokens[-1] in ends:
         reason = "stop"
@@ -120,7 +187,17 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
         prompts: the prompts.
         arguments: how to decode.
         as_json: JSON lines instead of text.
+
+    Raises:
+        UsageError: more masks than are trained, or a prompt that does not fit the context.
     """
+    trained_masks(model, arguments.options())  # what is wrong shows before anything is printed
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt.input_ids) >= model.context:
+            raise UsageError(
+                f"prompt {number} has {len(prompt.input_ids)} tokens and the model's context is {model.context}:"
+                f" shorten it to {model.context - 1} or less."
+            )
     for number, prompt in enumerate(prompts):
         record: dict[str, Any] = {}
         if not as_json:

@@ -3,18 +3,26 @@
 
 from __future__ import annotations
 
+import csv
+import inspect
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in its __all__, though documented
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 import mtp_lightning.callbacks
 import mtp_lightning.losses
 import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
-from mtp_lightning.checkpoint import read_checkpoint
-from mtp_lightning.commands import DecodingArguments, print_generations
+from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
+from mtp_lightning.commands import DecodingArguments, clear_message, print_generations
 from mtp_lightning.data import MTPDataModule
-from mtp_lightning.errors import UsageError
+from mtp_lightning.errors import UsageError, one_line
+from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.module import MTPModule
 from mtp_lightning.prompts import read_prompts
 
@@ -24,7 +32,52 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line or the configuration."""
-        raise UsageError(" ".join(str(message).split())) from ex
+        raise UsageError(clear_message(str(message), known_keys())) from ex
+
+
+def known_keys() -> list[str]:
+    """The keys of a configuration that belong to no class named in it."""
+    groups = {"model": MTPModule, "model.lora": LoRA, "data": MTPDataModule, "trainer": Trainer}
+    names = [f"{group}.{name}" for group, kind in groups.items() for name in inspect.signature(kind).parameters]
+    return [*names, "seed_everything", "ckpt_path", "config", "prompts", *DecodingArguments.__dataclass_fields__]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of a training run, once all that it names was loaded and fits together."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: what a failed start or ``mtp validate`` was given must not replace a run's configuration."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        super().setup(trainer, pl_module, "fit")
+
+
+class MetricsWriter(ExperimentWriter):
+    """Writes ``metrics.csv``. Lightning's own deletes the file that is there as soon as a trainer is started on its folder.
+
+    Args:
+        log_dir: the run's folder.
+        append: add to the file that is there, if any; else replace it when the first figures are written.
+    """
+
+    def __init__(self, log_dir: str, append: bool) -> None:
+        self.append = append
+        super().__init__(log_dir)
+
+    def _check_log_dir_exists(self) -> None:
+        """Delete nothing."""
+
+    def save(self) -> None:
+        """Write what was logged since the last time."""
+        path = Path(self.metrics_file_path)
+        if self.metrics and not self.metrics_keys and path.is_file():
+            if self.append:
+                with path.open(newline="") as file:
+                    self.metrics_keys = next(csv.reader(file), [])
+            else:
+                path.unlink()
+        super().save()
 
 
 class MTPCLI(LightningCLI):
@@ -37,8 +90,7 @@ class MTPCLI(LightningCLI):
             args=args,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            **options,
+            **{"save_config_callback": SaveConfig, "save_config_kwargs": {"overwrite": True}, **options},
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -55,12 +107,25 @@ class MTPCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: settings stored in a checkpoint must not override the YAML and the command line."""
 
-    def before_instantiate_classes(self) -> None:
-        """Look at the checkpoint before anything is loaded."""
-        config = self.config.get(self.config.get("subcommand"), self.config)
-        path = config.get("ckpt_path")
+    def after_instantiate_classes(self) -> None:
+        """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
+        path = self._get(self.config, "ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry"):
-            read_checkpoint(path)
+            check_settings(read_checkpoint(path), checkpoint_settings(self.model))
+        for logger in self.trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger._experiment = MetricsWriter(logger.log_dir, append=self.subcommand != "fit" or bool(path))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with one-line errors."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except UsageError:
+            raise
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UsageError(
+                f"the trainer can't be made: {one_line(error)} Change trainer.* in the configuration."
+            ) from error
 
 
 def run_trainer(args: list[str]) -> None:
@@ -77,6 +142,9 @@ class PredictCLI(MTPCLI):
 
     def instantiate_classes(self) -> None:
         """Nothing: no trainer and no data module take part in decoding."""
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing: there is no trainer; decoding itself reads the checkpoint."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of predict beside the configuration."""

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection, SumMetric
 from transformers import AutoConfig
 
-from mtp_lightning.base import load_base, load_tokenizer
+from mtp_lightning.attention import text_config
+from mtp_lightning.base import load_base, load_tokenizer, parse_dtype
 from mtp_lightning.checkpoint import check_settings, checkpoint_settings, trained_state
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.gated_lora import LoRA
-from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, LossTerm, SamplerCrossEntropy, term_value
+from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, LossTerm, SamplerCrossEntropy, TokenLoss, term_value
 from mtp_lightning.metrics import ForcedAcceptance, TermMean
 from mtp_lightning.metrics.functional import share_of_reference
 from mtp_lightning.model import ForwardOutput, MTPModel
@@ -25,6 +26,9 @@ from mtp_lightning.paths import resolve
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
 from mtp_lightning.schedules import WarmupConstant, WarmupCosine
 from mtp_lightning.types import NTP, MaskedInput
+
+ATTENTION = ("sdpa", "eager", "flex_attention")
+QUANTIZATION = ("4bit", "8bit")
 
 
 class MTPModule(LightningModule):
@@ -66,6 +70,10 @@ class MTPModule(LightningModule):
         super().__init__()
         if num_masks < 1:
             raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
+        parse_dtype(dtype)
+        for name, value, choices in (("attention", attention, ATTENTION), ("quantization", quantization, QUANTIZATION)):
+            if value is not None and value not in choices:
+                raise UsageError(f"{name} must be one of {', '.join(choices)}, or null, got {value!r}. Set model.{name}.")
         self.base_model = base_model
         self.revision = revision
         self.dtype_name = dtype
@@ -77,6 +85,12 @@ class MTPModule(LightningModule):
         # In a tuple, so that the head is registered once: as a part of the model.
         self._head = (MLPSamplerHead() if sampler_head is None else (sampler_head or None),)
         chosen = losses or self.paper_losses()
+        for name, term in chosen.items():
+            if isinstance(term, TokenLoss) and term.head == "sampler" and self.sampler_head is None:
+                raise UsageError(
+                    f"loss term {name} ({type(term).__name__}) needs a sampler head, and model.sampler_head is false."
+                    f" Remove model.losses.{name} or name a sampler head."
+                )
         self.losses = nn.ModuleDict(chosen)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -115,8 +129,10 @@ class MTPModule(LightningModule):
         return load_tokenizer(self.base_model, self.revision)
 
     @cached_property
-    def context(self) -> int:
-        """How many positions the base was made for, read from its configuration alone."""
+    def base_config(self) -> Any:
+        """The configuration of the base's text decoder; no weights are read."""
+        if self.model is not None:
+            return text_config(self.model.base)
         try:
             config = AutoConfig.from_pretrained(resolve(self.base_model), revision=self.revision)
         except (OSError, ValueError) as error:
@@ -125,7 +141,12 @@ class MTPModule(LightningModule):
                 f"base model {self.base_model!r} could not be loaded: {first}"
                 " Set model.base_model to a folder with config.json and weights, or to a hub id that this machine can reach."
             ) from error
-        return int(config.get_text_config(decoder=True).max_position_embeddings)
+        return config.get_text_config(decoder=True)
+
+    @property
+    def context(self) -> int:
+        """How many positions the base was made for."""
+        return int(self.base_config.max_position_embeddings)
 
     def configure_model(self) -> None:
         """Load the base and put the trained parts on it; once, on the strategy's terms."""
