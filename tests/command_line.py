@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program run in-process, and what it needs on disk: a tiny base with its tokenizer, rows. Helpers of the tests, no tests."""
+"""The program run in-process, and what it needs on disk: a tiny base with its tokenizer. Helpers of the tests, no tests."""
 
 from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``main`` puts the current folder on the path, and what is imported from there would meet the next test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in ("my_losses", "my_heads"):
+        sys.modules.pop(name, None)
+
+
 def mtp(*words: object) -> int:
     """Run the program and give its exit code."""
     try:
@@ -48,7 +58,9 @@ def error_of(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> s
     return last.removeprefix("mtp: error: ")
 
 
-def save_base(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, **options: Any) -> None:
+def save_base(
+    folder: Path, architecture: str, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, **options: Any
+) -> None:
     """A tiny random base and its tokenizer."""
     tokenizer.save_pretrained(folder)
     tiny_base(architecture, dtype, vocab_size=len(tokenizer), **options).save_pretrained(folder)
@@ -66,13 +78,21 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
 
 
 class ParseOnly(MTPCLI):
-    """Reads a configuration and makes nothing of it."""
+    """``mtp fit`` up to where the configuration is read; nothing is made of it.
+
+    Attributes:
+        settings: the configuration.
+    """
 
     def __init__(self, *words: object) -> None:
-        super().__init__([str(word) for word in words], run=False, save_config_callback=None)
+        super().__init__(["fit", *map(str, words)])
+        self.settings = self.config.fit
 
     def instantiate_classes(self) -> None:
         """Nothing."""
 
     def after_instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
         """Nothing."""

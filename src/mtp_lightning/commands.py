@@ -106,14 +106,19 @@ def clear_message(message: str, known: Iterable[str]) -> str:
     key, what = wrong[1], wrong[2]
     got = re.search(r"(?:\. Got value:|\n *Given value:) (.*)", what, re.DOTALL)
     # Of a type with alternatives each has its own error; what is indented deeper explains it at length.
-    errors = re.findall(r"^    - (.+)$", what, re.MULTILINE) or [what if got is None else what[: got.start()]]
-    text = " ".join(" or ".join(dict.fromkeys(errors)).split())
+    errors = re.findall(r"^    - (.+)$", what, re.MULTILINE) or re.findall(
+        r"^  - (.+?)(?:\. Got value:.*)?$", what, re.MULTILINE
+    )
+    errors = [error for error in errors if not error.startswith("Expected a path but")]
+    if cause := [error for error in errors if not re.match(r"Expected an? (<class|typing)|Not a valid subclass", error)]:
+        errors, got = cause, None  # the type is right
+    text = " ".join(" or ".join(dict.fromkeys(errors or [what[: got and got.start()]])).split())
     for python, plain in _PLAIN.items():
         text = re.sub(python, plain, text)
     if "class_path" in text or "import path" in text.lower():
         text += "; a class_path is module.Class, of an installed package or of a file in the current folder"
-    value = "" if got is None else " ".join(re.sub(r"^NestedArg\(key='\w+', val='(.*)'\)$", r"\1", got[1].strip()).split())
-    return f"{key}: {text}{value and f', got {value[:100]}'}."
+    value = f", got {' '.join(got[1].split())[:100]}" if got and "Namespace(" not in got[1] else ""
+    return f"{key}: {text.rstrip('.')}{value}."
 
 
 def stable_text(tokenizer: Any, tokens: list[int]) -> str:

@@ -149,6 +149,7 @@ class PredictCLI(MTPCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of predict beside the configuration."""
         parser.add_argument("--ckpt_path", type=str, required=True, help="checkpoint that mtp fit wrote")
+        parser.add_argument("--weights_only", type=bool | None, default=None, help="not used; a run's config.yaml has it")
         parser.add_argument("--prompts", type=str | None, default=None, help="prompts file; not given: data.test")
         parser.add_class_arguments(DecodingArguments, None)
 
