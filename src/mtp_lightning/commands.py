@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 from mtp_lightning.decoding import DecodingOptions, decode, end_tokens, trained_masks
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.prompts import Prompt, read_prompts
+from mtp_lightning.prompts import Prompt, encode_prompt, read_prompts
 
 
 @dataclass
@@ -247,7 +247,7 @@ def run_generate(args: list[str]) -> None:
         device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     if config.prompt is not None:
-        prompts = [Prompt(config.prompt, model.tokenizer(config.prompt)["input_ids"], "")]
+        prompts = [Prompt(config.prompt, encode_prompt(config.prompt, model.tokenizer), "")]
     else:
         prompts = read_prompts(config.prompts, model.tokenizer)
     print_generations(model, prompts, arguments, config.json)

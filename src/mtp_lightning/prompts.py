@@ -125,12 +125,25 @@ def _row(place: str, line: str, as_json: bool) -> _Row:
     return _Row(place, content, domain or "")
 
 
+def encode_prompt(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt, with what the tokenizer puts before a text and without an end token that it puts after it.
+
+    Args:
+        text: the prompt.
+        tokenizer: the base's tokenizer.
+
+    Returns:
+        Token ids.
+    """
+    ids = list(tokenizer(text)["input_ids"])
+    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    appended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != ids[-1])
+    return ids[:-1] if appended else ids
+
+
 def _prompt(row: _Row, tokenizer: Any) -> Prompt:
     if isinstance(row.content, str):
-        text, ids = row.content, list(tokenizer(row.content)["input_ids"])
-        plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        appended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != ids[-1])
-        ids = ids[:-1] if appended else ids
+        text, ids = row.content, encode_prompt(row.content, tokenizer)
     else:
         text = _render(row, tokenizer)
         # The template writes the special tokens that the base wants: adding them again would double the first.
