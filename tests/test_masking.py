@@ -172,7 +172,7 @@ def test_rows_of_a_batch_are_padded() -> None:
     assert batch.mtp_labels.tolist() == [[[12, 13], [13, X]], [[22, X], [X, X]]]
     assert batch.anchor_weights.tolist() == [[[1, H], [H, 0]], [[1, 0], [0, 0]]]
     assert batch.block_weights.tolist() == [[1, 1], [1, 0]]
-    assert batch.counts.tolist() == [5, 4, 3] and batch.counts.dtype == torch.float64
+    assert batch.counts.tolist() == [5, 4, 3] and batch.counts.dtype == torch.int64
     assert batch.row_ids.tolist() == [5, 7]
 
 

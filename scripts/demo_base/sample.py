@@ -95,7 +95,10 @@ def main() -> None:
             else:
                 ids = tokenizer(text)["input_ids"]
                 opening = tokenizer.decode(ids[: min(32, len(ids) // 2)])
-            prompts.append({"prompt": opening, "domain": domain})
+            ids = tokenizer(opening)["input_ids"]
+            (row,) = continuations(model, eos, [ids], len(ids) + args.length // 2, 1, "prompt")
+            # The completion makes it a test row too: what the base itself goes on with.
+            prompts.append({"prompt": opening, "domain": domain, "completion_ids": row[len(ids) :]})
     (args.output / "prompts.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts), "utf-8")
 
     for name, texts, count in (("validation", held, args.validation_rows), ("train", train, args.train_rows)):

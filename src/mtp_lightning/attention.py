@@ -107,6 +107,8 @@ def attention_mask(
 
     def make(window: int | None) -> Any:
         sees = pattern_function(pattern, num_ntp, window)
-        return create_block_mask(lambda b, h, q, k: sees(b, h, q + begin, k), B, None, end - begin, end, device=device)
+        # Not compiled, it would make the dense mask on its way.
+        make_mask = torch.compile(create_block_mask) if device.startswith("cuda") else create_block_mask
+        return make_mask(lambda b, h, q, k: sees(b, h, q + begin, k), B, None, end - begin, end, device=device)
 
     return per_layer_type(base, make)

@@ -35,6 +35,32 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
+def load_config(base_model: str, revision: str | None = None) -> Any:
+    """The configuration of a model; no weights are read.
+
+    Args:
+        base_model: a folder, a hub id, or ``package://...``.
+        revision: hub revision.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        RunError: it is not there or can't be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve(base_model), revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loaded(base_model, error) from error
+
+
+def _not_loaded(base_model: str, error: Exception) -> RunError:
+    return RunError(
+        f"base model {base_model!r} could not be loaded: {_first_line(error)}"
+        " Set model.base_model to a folder with config.json and weights, or to a hub id that this machine can reach."
+    )
+
+
 def load_base(
     base_model: str,
     revision: str | None = None,
@@ -65,18 +91,15 @@ def load_base(
         options["attn_implementation"] = attention
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization)
+    config = load_config(base_model, revision)
     try:
-        config = AutoConfig.from_pretrained(resolve(base_model), revision=revision)
         base = AutoModelForCausalLM.from_pretrained(
             resolve(base_model), config=config, revision=revision, dtype=parse_dtype(dtype), device_map=device, **options
         )
     except UsageError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise RunError(
-            f"base model {base_model!r} could not be loaded: {_first_line(error)}"
-            " Set model.base_model to a folder with config.json and weights, or to a hub id that this machine can reach."
-        ) from error
+        raise _not_loaded(base_model, error) from error
     check_layers(base)
     return base
 
@@ -117,8 +140,28 @@ def _first_line(error: Exception) -> str:
 
 
 def context_length(base: PreTrainedModel) -> int:
-    """How many positions the model was made for."""
-    return int(text_config(base).max_position_embeddings)
+    """How many positions the model was made for; see ``config_context``."""
+    return config_context(text_config(base))
+
+
+def config_context(config: Any) -> int:
+    """How many positions a text decoder was made for.
+
+    With longrope and dynamic RoPE transformers changes all frequencies once a position passes a boundary. Masks pass it
+    before the tokens do, and cached keys keep the old frequencies, so there the context ends at that boundary.
+
+    Args:
+        config: the configuration of a text decoder.
+
+    Returns:
+        Positions.
+    """
+    context = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in [rope] if "rope_type" in rope else rope.values():
+        if isinstance(each, dict) and each.get("rope_type") in ("longrope", "dynamic"):
+            context = min(context, int(each.get("original_max_position_embeddings") or context))
+    return context
 
 
 class FrozenUnembedding:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtp_lightning.module import MTPModule
 
 SETTINGS = "mtp_settings"
+LORA_KEYS = ("rank", "alpha", "target_modules", "gated")
 
 
 def trained_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +64,12 @@ def class_path(head: SamplerHead) -> str:
 def init_args(head: SamplerHead) -> dict[str, Any]:
     """The arguments that a head was made with: each is kept as an attribute of the same name."""
     names = [name for name in inspect.signature(type(head).__init__).parameters if name not in ("self", "args", "kwargs")]
+    missing = [name for name in names if not hasattr(head, name)]
+    if missing:
+        raise UsageError(
+            f"sampler head {class_path(head)} must keep its arguments as attributes of the same name, so that a"
+            f" checkpoint can name them; missing: {', '.join(missing)}. Set self.{missing[0]} in __init__."
+        )
     return {name: getattr(head, name) for name in names}
 
 
@@ -84,7 +91,7 @@ def check_settings(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None
     pairs = [
         ("base model", found["base"], expected["base"], "model.base_model"),
         ("num_masks", found["num_masks"], expected["num_masks"], "model.num_masks"),
-        ("LoRA rank", found["lora"]["rank"], expected["lora"]["rank"], "model.lora.rank"),
+        *((f"LoRA {k}", found["lora"][k], expected["lora"][k], f"model.lora.{k}") for k in LORA_KEYS),
         ("sampler head", found["sampler_head"], expected["sampler_head"], "model.sampler_head"),
     ]
     for name, there, here, key in pairs:
@@ -128,6 +135,8 @@ def load_model(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    attention: str | None = None,
+    quantization: str | None = None,
 ) -> MTPModel:
     """Build a model from a checkpoint file, for use without Lightning.
 
@@ -137,6 +146,8 @@ def load_model(
         revision: hub revision of the base; None: the one of the checkpoint.
         dtype: dtype of the base; trained weights follow it (decoding needs no float32 copies).
         device: where to put the model.
+        attention: ``sdpa``, ``eager``, or None for the architecture's own choice.
+        quantization: ``4bit``, ``8bit``, or None.
 
     Returns:
         The model in evaluation mode.
@@ -174,6 +185,9 @@ def load_model(
         )
     for _, parameter in model.trained_parameters():
         parameter.data = parameter.data.to(base.dtype)
+    for module in model.modules():
+        if isinstance(module, torch.nn.RNNBase):
+            module.flatten_parameters()  # a new dtype broke up cuDNN's one block of weights
     return model.eval()
 
 

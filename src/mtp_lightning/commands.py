@@ -31,6 +31,7 @@ class DecodingArguments:
         sampler_head: draft with the sampler head; false: from the base head.
         max_new_tokens: at most so many tokens a prompt.
         max_steps: at most so many forward passes of the base a prompt.
+        temperature: 0, greedy; sampling is not built yet.
         stop: a text that ends the generation; it is cut off.
         dtype: dtype of the model; not given: the one the base was saved in.
         device: cpu, cuda, ..; not given: cuda where there is one.
@@ -43,6 +44,7 @@ class DecodingArguments:
     sampler_head: bool = True
     max_new_tokens: int = 256
     max_steps: int | None = None
+    temperature: float = 0.0
     stop: str | None = None
     dtype: str | None = None
     device: str | None = None
@@ -55,9 +57,20 @@ class DecodingArguments:
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be 1 or more, got {value}. Change --{name}.")
 
+    def chosen_device(self) -> str:
+        """The device to decode on."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
     def options(self) -> DecodingOptions:
         """The part that decoding itself takes."""
-        return DecodingOptions(self.decoding, self.num_masks, self.sampler_head, self.max_new_tokens, self.max_steps)
+        return DecodingOptions(
+            self.decoding,
+            self.num_masks,
+            self.sampler_head,
+            self.max_new_tokens,
+            self.max_steps,
+            temperature=self.temperature,
+        )
 
 
 class OneLineParser(ArgumentParser):
@@ -231,8 +244,8 @@ def run_generate(args: list[str]) -> None:
     """
     parser = OneLineParser(prog="mtp generate", description="Generates text with a trained model.")
     parser.add_argument("model", type=str, help="checkpoint file that mtp fit wrote")
-    parser.add_argument("--prompt", type=str | None, default=None, help="the prompt")
-    parser.add_argument("--prompts", type=str | None, default=None, help=".txt or .jsonl file of prompts; - standard input")
+    parser.add_argument("--prompt", type=str, default=None, help="the prompt")
+    parser.add_argument("--prompts", type=str, default=None, help=".txt or .jsonl file of prompts; - standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON line a prompt")
     parser.add_class_arguments(DecodingArguments, None)
     config = parser.parse_args(args)
@@ -244,7 +257,7 @@ def run_generate(args: list[str]) -> None:
         base_model=arguments.base_model,
         revision=arguments.revision,
         dtype=arguments.dtype or "auto",
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=arguments.chosen_device(),
     )
     if config.prompt is not None:
         prompts = [Prompt(config.prompt, encode_prompt(config.prompt, model.tokenizer), "")]

@@ -39,6 +39,11 @@ class DecodingOptions:
         max_new_tokens: at most so many tokens are generated.
         max_steps: at most so many steps (forward passes of the base), the prompt's included; None: no limit.
         eos_token_id: token or tokens that end the text; None: the base's own.
+        temperature: 0, greedy. Sampling is not built yet, so anything else is refused.
+        top_k: sampling's; no effect on greedy decoding.
+        top_p: sampling's.
+        seed: sampling's; an int, or one a row.
+        verification: sampling's: ``coupled`` or ``rejection``.
     """
 
     decoding: Decoding = "quadratic"
@@ -47,6 +52,11 @@ class DecodingOptions:
     max_new_tokens: int = 256
     max_steps: int | None = None
     eos_token_id: int | Sequence[int] | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | Sequence[int] | None = None
+    verification: Literal["coupled", "rejection"] = "coupled"
 
 
 class StepTokens(NamedTuple):
@@ -137,6 +147,8 @@ def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
     """
     if options.decoding not in ("quadratic", "linear", "autoregressive"):
         raise UsageError(f"decoding must be quadratic, linear or autoregressive, got {options.decoding!r}.")
+    if options.temperature != 0:
+        raise UsageError(f"temperature must be 0 (greedy): sampling is not built yet, got {options.temperature}.")
     if options.decoding == "autoregressive":
         return 0
     if options.num_masks == "auto":

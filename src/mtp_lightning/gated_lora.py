@@ -152,6 +152,27 @@ def is_mixture_of_experts(config: Any) -> bool:
     return any((getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
+def decoder_layers(base: PreTrainedModel) -> list[str]:
+    """Names of the decoder's linear layers; with a mixture of experts of those in the attention alone.
+
+    Experts see the rows of all positions regrouped by a router, so a gate by position has nothing to hold on to there.
+
+    Args:
+        base: the base model; a vision tower beside its decoder gets no adapters.
+
+    Returns:
+        Full names, as PEFT selects them.
+    """
+    decoder = base.get_decoder()
+    prefix = next(name for name, module in base.named_modules() if module is decoder)
+    attention_only = is_mixture_of_experts(base.config.get_text_config(decoder=True))
+    return [
+        f"{prefix}.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and (not attention_only or "self_attn" in name)
+    ]
+
+
 def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
     """Freeze the base and put gated LoRA layers into it, in place. Adapter weights are float32 (float64 on a float64 base).
 
@@ -168,8 +189,7 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
     """
     targets = lora.target_modules
     if targets is None:
-        # Experts see rows of all positions regrouped by router, so a gate by position has nothing to hold on to there.
-        targets = r".*self_attn\.[^.]*proj" if is_mixture_of_experts(base.config) else "all-linear"
+        targets = decoder_layers(base)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,

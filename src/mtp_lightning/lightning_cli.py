@@ -150,7 +150,8 @@ class PredictCLI(MTPCLI):
         """Options of predict beside the configuration."""
         parser.add_argument("--ckpt_path", type=str, required=True, help="checkpoint that mtp fit wrote")
         parser.add_argument("--weights_only", type=bool | None, default=None, help="not used; a run's config.yaml has it")
-        parser.add_argument("--prompts", type=str | None, default=None, help="prompts file; not given: data.test")
+        parser.add_argument("--prompts", type=str, default=None, help="prompts file; not given: data.test")
+        parser.add_argument("--json", action="store_true", help="one JSON line a prompt, which is what this command prints")
         parser.add_class_arguments(DecodingArguments, None)
 
 
@@ -176,6 +177,8 @@ def run_predict(args: list[str]) -> None:
         arguments.base_model or config.model.base_model,
         arguments.revision or config.model.revision,
         arguments.dtype or config.model.dtype,
-        arguments.device,
+        arguments.chosen_device(),
+        config.model.attention,
+        config.model.quantization,
     )
     print_generations(model, read_prompts(source, model.tokenizer), arguments, as_json=True)

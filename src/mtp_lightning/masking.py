@@ -139,7 +139,7 @@ def _place_blocks(
     weights = torch.where(
         chosen != IGNORE_INDEX, 1 / shared[starts[:, None] + torch.arange(1, num_masks + 1)].clamp_min(1), 0.0
     )
-    counts = torch.tensor([len(eligible), int(valid.sum()), int((shared > 0).sum())], dtype=torch.float64)
+    counts = torch.tensor([len(eligible), int(valid.sum()), int((shared > 0).sum())])
     return _BlockedRow(labels_ahead, starts, chosen, weights, len(useful) / max(1, len(starts)), counts)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.losses.base import Unembedding
-from mtp_lightning.losses.chunked import LOGITS_PER_CHUNK
+from mtp_lightning.losses.chunked import chunk_size
 from mtp_lightning.masking import gather_anchors
 from mtp_lightning.types import IGNORE_INDEX, HiddenStates, MaskedInput
 
@@ -43,7 +43,7 @@ def greedy_tokens(hidden: Tensor, unembed: Unembedding) -> Tensor:
         Token ids, [...] int64.
     """
     flat = hidden.flatten(0, -2)
-    size = max(16, LOGITS_PER_CHUNK // unembed.vocab_size)
+    size = chunk_size(hidden, unembed.vocab_size)
     return torch.cat([unembed(part).argmax(-1) for part in flat.split(size)]).view(hidden.shape[:-1])
 
 
@@ -61,7 +61,7 @@ def measure(states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> M
     valid = batch.mtp_labels != IGNORE_INDEX
     counted = batch.ntp_labels != IGNORE_INDEX
     loss = torch.zeros((), dtype=torch.float64, device=valid.device)
-    size = max(16, LOGITS_PER_CHUNK // unembed.vocab_size)
+    size = chunk_size(states.ntp, unembed.vocab_size)
     for part, labels in zip(states.ntp[counted].split(size), batch.ntp_labels[counted].split(size), strict=True):
         if len(labels):
             loss += F.cross_entropy(unembed(part).double(), labels, reduction="sum")

@@ -9,20 +9,19 @@ from typing import Any, Literal, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torchmetrics import MetricCollection, SumMetric
-from transformers import AutoConfig
 
 from mtp_lightning.attention import text_config
-from mtp_lightning.base import load_base, load_tokenizer, parse_dtype
+from mtp_lightning.base import config_context, load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.checkpoint import check_settings, checkpoint_settings, trained_state
-from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, LossTerm, SamplerCrossEntropy, TokenLoss, term_value
 from mtp_lightning.metrics import ForcedAcceptance, TermMean
 from mtp_lightning.metrics.functional import share_of_reference
 from mtp_lightning.model import ForwardOutput, MTPModel
-from mtp_lightning.paths import resolve
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
 from mtp_lightning.schedules import WarmupConstant, WarmupCosine
 from mtp_lightning.types import NTP, MaskedInput
@@ -91,13 +90,24 @@ class MTPModule(LightningModule):
                     f"loss term {name} ({type(term).__name__}) needs a sampler head, and model.sampler_head is false."
                     f" Remove model.losses.{name} or name a sampler head."
                 )
+        if self.sampler_head is not None and all(
+            isinstance(term, LatentConsistency) or (isinstance(term, TokenLoss) and term.head == "base")
+            for term in chosen.values()
+        ):
+            raise UsageError(
+                "no loss term trains the sampler head, which would draft untrained. Add SamplerCrossEntropy or another term"
+                " of the sampler head to model.losses, or set model.sampler_head: false."
+            )
         self.losses = nn.ModuleDict(chosen)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.model: MTPModel = None  # type: ignore[assignment] # built in configure_model, where sharding wants it
         self.strict_loading = False  # checkpoints hold trained weights only
         self.val_terms = nn.ModuleDict({name: TermMean() for name in chosen})
-        self.val_ntp = MetricCollection({"total": SumMetric(), "count": SumMetric()}).set_dtype(torch.float64)
+        self.val_ntp = MetricCollection(
+            # Not the default, which drops NaN and would show a broken model as a perfect one.
+            {name: SumMetric(nan_strategy="disable") for name in ("total", "count")}
+        ).set_dtype(torch.float64)
         self.val_forced = ForcedAcceptance(num_masks)
         self.val_reference = ForcedAcceptance(num_masks)
 
@@ -133,26 +143,27 @@ class MTPModule(LightningModule):
         """The configuration of the base's text decoder; no weights are read."""
         if self.model is not None:
             return text_config(self.model.base)
-        try:
-            config = AutoConfig.from_pretrained(resolve(self.base_model), revision=self.revision)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise RunError(
-                f"base model {self.base_model!r} could not be loaded: {first}"
-                " Set model.base_model to a folder with config.json and weights, or to a hub id that this machine can reach."
-            ) from error
-        return config.get_text_config(decoder=True)
+        return load_config(self.base_model, self.revision).get_text_config(decoder=True)
 
     @property
     def context(self) -> int:
         """How many positions the base was made for."""
-        return int(self.base_config.max_position_embeddings)
+        return config_context(self.base_config)
 
     def configure_model(self) -> None:
         """Load the base and put the trained parts on it; once, on the strategy's terms."""
         if self.model is not None:
             return
-        base = load_base(self.base_model, self.revision, self.dtype_name, self.attention, self.quantization, self.device)
+        device = self.device
+        if self._trainer is not None:
+            if str(self._trainer.precision) in ("bf16-true", "16-true"):
+                raise UsageError(
+                    f"trainer.precision {self._trainer.precision} would round the weights of the losses. Set model.dtype"
+                    " for the frozen base, and trainer.precision 32-true or bf16-mixed for what is trained."
+                )
+            if isinstance(self._trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+                device = self._trainer.strategy.root_device  # straight to where it is used, not through the host's memory
+        base = load_base(self.base_model, self.revision, self.dtype_name, self.attention, self.quantization, device)
         self.model = MTPModel(base, self.num_masks, self.lora, self.sampler_head, self.tokenizer)
         if self.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()

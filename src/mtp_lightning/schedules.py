@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -43,6 +44,12 @@ class WarmupCosine(LambdaLR):
         self.floor = floor
         self.total_steps = total_steps
         super().__init__(optimizer, self.factor)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; the length of the run is this run's, not the checkpoint's."""
+        total = self.total_steps
+        super().load_state_dict(state_dict)
+        self.total_steps = total if total is not None else self.total_steps
 
     def factor(self, step: int) -> float:
         """Share of the full learning rate at an optimizer step."""

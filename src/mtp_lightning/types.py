@@ -49,7 +49,7 @@ class MaskedInput(NamedTuple):
             where the label is ignored, [B, P, K] float32 (the mean over S(t) of docs/method.md §5).
         block_weights: starts of the row that have a counted label over those that were given a block,
             [B, P] float32: what makes a sum over sampled blocks an unbiased estimate of the sum over all.
-        counts: what the loss terms divide by under full coverage: NTP labels, MTP labels, anchors; [3] float64. It
+        counts: what the loss terms divide by under full coverage: NTP labels, MTP labels, anchors; [3] int64. It
             sums over rows, and over the batches and ranks that make one optimizer step.
         row_ids: number of each row in its data set, [B] int64.
     """
@@ -67,6 +67,8 @@ class MaskedInput(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskedInput:
         """The same batch on ``device``."""
+        # Lightning asks for a blocking copy of what is no tensor, though the batch is pinned.
+        non_blocking = non_blocking or torch.device(device).type == "cuda"
         return MaskedInput(*(field.to(device, non_blocking=non_blocking) for field in self))
 
 

@@ -164,9 +164,13 @@ class TokenLoss(LossTerm):
         anchors: Tensor | None,
         unembed: Unembedding,
     ) -> Tensor:
-        counted = labels != IGNORE_INDEX
-        flat_labels, flat_offsets = labels[counted], offsets[counted]
-        flat_anchors = None if anchors is None else anchors[counted]
+        counted = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # the one place here that waits for the device
+
+        def pick(values: Tensor) -> Tensor:
+            return values.flatten(0, labels.ndim - 1).index_select(0, counted)
+
+        flat_labels, flat_offsets = pick(labels), pick(offsets)
+        flat_anchors = None if anchors is None else pick(anchors)
 
         def losses(chunk: Tensor, part: slice) -> Tensor:
             logits = unembed(chunk)
@@ -178,4 +182,4 @@ class TokenLoss(LossTerm):
             targets = TokenTargets(flat_labels[part], flat_offsets[part], anchor_logits)
             return self.per_position(logits.to(wide), targets)
 
-        return chunked_sum(hidden[counted], weights[counted], losses, unembed.vocab_size, tuple(self.parameters()))
+        return chunked_sum(pick(hidden), pick(weights), losses, unembed.vocab_size, tuple(self.parameters()))
