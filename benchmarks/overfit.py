@@ -10,6 +10,7 @@ after an opening, at least 256 tokens without a repeated 8-gram, so no loop flat
 from __future__ import annotations
 
 import argparse
+import random
 
 import pyarrow.parquet
 import torch
@@ -24,32 +25,43 @@ from mtp_lightning.paths import resolve
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.types import TokenRow
 
+NO_END: list[int] = []
+"""Decode on through the end token: a text of this base is rarely so long, and what follows is its own greedy text too."""
 
-def find_text(model: MTPModel, openings: list[list[int]], length: int) -> tuple[list[int], list[int]]:
-    """The first greedy text of ``length`` tokens without a repeated 8-gram, and its opening."""
-    end = model.tokenizer.eos_token_id
-    for size in sorted({len(opening) for opening in openings}, reverse=True):
-        group = [opening for opening in openings if len(opening) == size]
-        for begin in range(0, len(group), 256):
-            ids = torch.tensor(group[begin : begin + 256])
-            options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": end}
-            for row in model.base.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist():
-                if end in row or repeated_ngrams(row[size:]):
-                    continue
-                # Found in a batch, whose rounding may differ: what counts is the text that is decoded alone.
-                out = model.generate(torch.tensor([row[:size]]), max_new_tokens=length, decoding="autoregressive")
-                text = out.sequences[0].tolist()
-                if end not in text and repeated_ngrams(text[size:]) == 0:
-                    return row[:size], text
-        print(f"no such text after {len(group)} openings of {size} tokens", flush=True)
-    raise SystemExit("no opening gives a text without a repeated 8-gram: give more --texts or a smaller --length")
+
+def find_text(model: MTPModel, rows: list[list[int]], size: int, length: int, tries: int) -> list[int]:
+    """An opening and the first greedy text of ``length`` tokens after it without a repeated 8-gram."""
+    draw, batch = random.Random(0), 96
+    for begin in range(0, tries, batch):
+        openings = []
+        for _ in range(batch):
+            opening: list[int] = []
+            while len(opening) < size:
+                opening += draw.choice(rows)
+            openings.append(opening[:size])
+        ids = torch.tensor(openings)
+        options = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = model.base.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
+        shares = [repeated_ngrams(row[size:]) for row in out]
+        print(f"{begin + batch} openings tried, lowest share of repeated 8-grams {min(shares):.3f}", flush=True)
+        if min(shares) == 0:
+            # Found in a batch, whose rounding may differ: what counts is the text that is decoded alone.
+            prompt = torch.tensor([openings[shares.index(0)]])
+            alone = model.generate(prompt, max_new_tokens=length, decoding="autoregressive", eos_token_id=NO_END)
+            text: list[int] = alone.sequences[0].tolist()
+            if repeated_ngrams(text[size:]) == 0:
+                return text
+    raise SystemExit("no opening gives a text without a repeated 8-gram: give more --tries or a smaller --length")
 
 
 def main() -> None:
     """Train and decode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="package://demo/base")
-    parser.add_argument("--texts", default="package://demo/train.parquet", help="rows whose openings are tried")
+    parser.add_argument("--texts", default="package://demo/train.parquet", help="rows that openings are made of")
+    parser.add_argument("--domain", default="prose")
+    parser.add_argument("--opening", type=int, default=120, help="tokens of the opening")
+    parser.add_argument("--tries", type=int, default=5000)
     parser.add_argument("--length", type=int, default=256, help="tokens that the base writes")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--aim", type=float, default=8.5)
@@ -57,9 +69,10 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(args.base)
     model = MTPModel(load_base(args.base, dtype="float32"), 8, LoRA(rank=64), GRUSamplerHead(512, True), tokenizer)
-    rows = [row.tolist() for row in pyarrow.parquet.read_table(resolve(args.texts))["input_ids"].to_numpy()]
-    openings = [row[:size] for size in (96, 64, 48, 32) for row in rows if len(row) > size]
-    opening, text = find_text(model, openings, args.length)
+    table = pyarrow.parquet.read_table(resolve(args.texts)).to_pylist()
+    rows = [row["input_ids"] for row in table if row["domain"] == args.domain]
+    text = find_text(model, rows, args.opening, args.length, args.tries)
+    opening = text[: args.opening]
     print(
         f"text: {len(text)} tokens, {len(opening)} of them the opening, no 8-gram twice:\n{tokenizer.decode(text)}\n",
         flush=True,
@@ -80,7 +93,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_((p for _, p in model.trained_parameters()), 1.0)
         optimizer.step()
         if step % 25 == 0:
-            out = model.generate(torch.tensor([opening]), max_new_tokens=len(text) - len(opening))
+            out = model.generate(torch.tensor([opening]), max_new_tokens=args.length, eos_token_id=NO_END)
             same = out.sequences[0].tolist() == text
             length = out.acceptance_length.item()
             # The prompt's own step has no draft to verify, so it yields one token whatever the training.

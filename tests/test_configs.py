@@ -26,6 +26,7 @@ from command_line import (
 from toy_tokenizers import CHATML, byte_tokenizer
 
 from mtp_lightning.base import load_tokenizer
+from mtp_lightning.cli import main
 from mtp_lightning.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
@@ -184,3 +185,12 @@ def test_a_short_demo(current: Path, capsys) -> None:
     # The configuration that a run saved does for predict too.
     assert mtp("predict", "--config", run / "config.yaml", "--ckpt_path", last, "--max_new_tokens", 2) == 0
     assert len(capsys.readouterr().out.splitlines()) == len((DEMO / "prompts.jsonl").read_text().splitlines())
+
+
+def test_mtp_test_runs_on_the_demo_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's test prompts carry what the base itself goes on with, so that they are rows with loss too."""
+    monkeypatch.chdir(tmp_path)
+    config = str(Path(__file__).parents[1] / "configs" / "demo.yaml")
+    words = ["--config", config, "--trainer.callbacks.num_prompts=3", "--trainer.callbacks.max_new_tokens=4"]
+    main(["fit", *words, "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--data.eval_max_rows=4"])
+    main(["test", *words, "--ckpt_path=runs/demo/checkpoints/best.ckpt"])

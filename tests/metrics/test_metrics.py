@@ -34,7 +34,7 @@ def by_loop(kind: str) -> float:
     counts = [sum(batch[1][i].item() for batch in used) for i in range(3)]
     value = 0.0
     for part in range(len(used[0][0])):
-        count = used[0][0][part].count
+        count = used[0][0][part].denominator
         divisor = counts[count] if isinstance(count, int) else sum(counts[i] for i in count)
         value += sum(batch[0][part].total.item() for batch in used) / divisor
     return value
