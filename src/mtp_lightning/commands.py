@@ -164,8 +164,15 @@ def stream(model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record
     ends = end_tokens(model, options)
     tokens: list[int] = []
     accepted: list[int] = []
-    now, text, reason, begin = "", "", "length", time.perf_counter()
-    for step in decode(model, torch.tensor(prompt.input_ids), options):
+    now, text, reason, seconds = "", "", "length", 0.0
+    steps = decode(model, torch.tensor(prompt.input_ids), options)
+    while True:
+        # Decoding alone is timed, not the text made of it nor what the reader does with it.
+        begin = time.perf_counter()
+        step = next(steps, None)
+        seconds += time.perf_counter() - begin
+        if step is None:
+            break
         tokens += step.tokens
         accepted.append(len(step.tokens) - 1)
         now = stable_text(model.tokenizer, tokens)
@@ -179,7 +186,6 @@ def stream(model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record
     if len(now) > len(text):
         yield now[len(text) :]
         text = now
-    seconds = time.perf_counter() - begin
     if tokens[-1] in ends:
         reason = "stop"
     record.update(
