@@ -207,9 +207,10 @@ def test_gradient_checkpointing_keeps_each_forward_passes_own_gate() -> None:
         torch.testing.assert_close(found, grad, rtol=1e-12, atol=1e-12)  # as above
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}, None])
-def test_other_gradient_checkpointing_is_refused(options: dict[str, bool] | None) -> None:
-    model = tiny_model().train()
+def test_other_gradient_checkpointing_is_refused(gated: bool, options: dict[str, bool] | None) -> None:
+    model = tiny_model(lora=LoRA(rank=4, gated=gated)).train()
     model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     with pytest.raises(UsageError, match="enable_gradient_checkpointing"):
         loss(model)

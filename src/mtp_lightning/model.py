@@ -153,7 +153,8 @@ class MTPModel(nn.Module):
         masks = self.mask_embeddings.to(tokens.dtype).expand(B, P, K, -1).flatten(1, 2)
         pattern = attention_pattern(batch, K)
         # Transformers drops the cache under gradient checkpointing, and an open gate leaves nothing to cache.
-        if self.lora.gated and not self._recomputes():
+        recomputes = self._recomputes()  # asked first: it refuses what loses the gradient, whatever the gate
+        if self.lora.gated and not recomputes:
             ntp, mtp = self._two_passes(tokens, masks, pattern)
         else:
             ntp, mtp = self._one_pass(tokens, masks, pattern)
