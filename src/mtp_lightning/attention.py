@@ -63,6 +63,17 @@ def per_layer_type(base: PreTrainedModel, make: Callable[[int | None], Any]) -> 
     return {"full_attention": make(None), "sliding_attention": make(window)}
 
 
+def layer_windows(base: PreTrainedModel) -> list[int | None]:
+    """The sliding window of each layer in positions, or None, by the same rule as ``per_layer_type``."""
+    config = text_config(base)
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        used = getattr(config, "use_sliding_window", True)
+        return [window if used else None] * int(config.num_hidden_layers)
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+
+
 def kernel_mask(base: PreTrainedModel, allowed: Tensor) -> Tensor:
     """A boolean mask in the form that the base's attention kernel takes.
 

@@ -140,7 +140,7 @@ def test_a_lossy_decoder_is_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Every draft is believed.
-    monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, own: torch.tensor(len(draft)))
+    monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, *others: torch.full((len(draft),), draft.shape[1]))
     fit(module, AcceptanceEvaluation(prompts, max_new_tokens=12, num_lossless=9))
     lossless = read(tmp_path)["latest"]["overall"]["lossless"]
     assert lossless["checked"] == 5 and lossless["equal"] < 5
