@@ -186,7 +186,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing tensor": (
         drop_tensor,
-        "{f}: the weights do not fit mtp_config.json: sampler_head.output.bias should be (32,) and is absent. It is damaged.",
+        "{f}: the weights do not fit mtp_config.json: sampler_head.output.bias should be (32,) and is absent."
+        " It is damaged.",
     ),
     "tampered count": (
         lambda f: set_config(f, num_masks=4),

@@ -291,7 +291,7 @@ def push_model(
     base = lasting_name(options.get("base_model") or model.base_model)
     if Path(base).is_absolute() or base.startswith(PACKAGE):
         raise UsageError(
-            f"the base model is {base}, which nobody else has: name its hub id with base_model, and the commit with revision."
+            f"the base model is {base}, which nobody else has: name its hub id with base_model, its commit with revision."
         )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "saved"

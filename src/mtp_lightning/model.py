@@ -54,7 +54,7 @@ class MTPModel(nn.Module):
 
     Attributes:
         context: how many positions the base was made for.
-        base_model: what the base is called: a folder, a hub id, or ``package://...``; empty for one made from a configuration.
+        base_model: what the base is called: a folder, a hub id, or ``package://...``; empty if it was not loaded.
         revision: hub commit of the base, or None.
         acceptance: figures of decoding for the model card, or None.
     """
@@ -99,8 +99,8 @@ class MTPModel(nn.Module):
         """Load a trained model, in evaluation mode.
 
         Args:
-            name: a folder that ``save_pretrained`` or ``mtp export`` wrote, a ``.ckpt`` file that ``mtp fit`` wrote, or a hub
-                id, which may end in ``@`` and a revision.
+            name: a folder that ``save_pretrained`` or ``mtp export`` wrote, a ``.ckpt`` file that ``mtp fit`` wrote, or a
+                hub id, which may end in ``@`` and a revision.
             **options: ``base_model`` (where the base lies now, if it moved), ``revision`` (of the base), ``dtype``,
                 ``device`` or ``device_map``, ``attention``, ``quantization``, or ``base``, a base that is loaded already.
                 For a folder also ``trust_remote_code``: import a sampler head that is no part of this package.

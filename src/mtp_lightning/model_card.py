@@ -93,7 +93,8 @@ def acceptance_text(figures: dict[str, Any] | None) -> str:
     head = "sampler head" if options["sampler_head"] else "base head"
     lines = [
         f"Measured on {figures['overall']['num_prompts']} prompts of `{figures['prompts']}`, at most"
-        f" {options['max_new_tokens']} tokens each: {options['decoding']} decoding, {masks}, {head}, greedy.{_steps(figures)}",
+        f" {options['max_new_tokens']} tokens each: {options['decoding']} decoding, {masks}, {head}, greedy."
+        f"{_steps(figures)}",
         "",
         f"| domain | prompts | acceptance length | under {NON_REPEATING:.0%} repeated 8-grams (texts) | repeated 8-grams"
         " | lossless | speed-up |",

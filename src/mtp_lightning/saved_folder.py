@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening a saved folder: which files make one, and the checks before a model is made of it. Never unpickles.
 
-``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's; ``mtp_config.json`` and ``mtp_heads.safetensors`` are ours.
+``adapter_config.json`` and ``adapter_model.safetensors`` are PEFT's, ``mtp_config.json`` and ``mtp_heads.safetensors`` ours.
 Written by ``export.py``.
 """
 
