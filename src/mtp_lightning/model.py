@@ -7,7 +7,7 @@ sharded strategies gather parameters there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,6 +153,13 @@ class MTPModel(nn.Module):
         from mtp_lightning.export import push_model
 
         return push_model(self, name, **options)
+
+    @property
+    def custom_generate(self) -> Callable[..., Any]:
+        """For transformers: ``model.base.generate(**inputs, custom_generate=model.custom_generate, num_masks=4)``."""
+        from mtp_lightning.custom_generate import generate_function  # it imports this file
+
+        return generate_function(self)
 
     @property
     def unembed(self) -> FrozenUnembedding:
