@@ -167,16 +167,16 @@ class _Padded:
         return self.processor(torch.cat([self.padding.to(input_ids.device), input_ids], dim=1), scores)
 
 
-def _together(mtp: MTPModel, prompts: list[Tensor], options: DecodingOptions) -> Iterator[tuple[int, list[int]]]:
-    """Row and tokens of every step."""
+def _together(mtp: MTPModel, prompts: list[Tensor], options: DecodingOptions) -> Iterator[tuple[int, list[int], bool]]:
+    """Row and tokens of every step, and whether the row ends with them."""
     for steps in decode_rows(mtp, prompts, options):
-        for row, step, _ in steps:
-            yield row, step.tokens
+        for row, step, reason in steps:
+            yield row, step.tokens, reason is not None
 
 
 def _alone(
     mtp: MTPModel, input_ids: Tensor, prompts: list[Tensor], options: DecodingOptions
-) -> Iterator[tuple[int, list[int]]]:
+) -> Iterator[tuple[int, list[int], bool]]:
     """The same; where processors must see each row's padding, one row after another."""
     if not options.logits_processor:
         yield from _together(mtp, prompts, options)
@@ -185,44 +185,51 @@ def _alone(
     for r, prompt in enumerate(prompts):
         padding = input_ids[r : r + 1, : input_ids.shape[1] - len(prompt)]
         processors = [_Padded(each, padding) for each in options.logits_processor]
-        for _, tokens in _together(mtp, [prompt], replace(options, seed=seeds[r : r + 1], logits_processor=processors)):
-            yield r, tokens
+        for _, *step in _together(mtp, [prompt], replace(options, seed=seeds[r : r + 1], logits_processor=processors)):
+            yield r, *step
 
 
 def _collect(
-    steps: Iterator[tuple[int, list[int]]], input_ids: Tensor, criteria: list[Any], config: GenerationConfig, streamer: Any
+    steps: Iterator[tuple[int, list[int], bool]],
+    input_ids: Tensor,
+    criteria: list[Any],
+    config: GenerationConfig,
+    streamer: Any,
 ) -> Tensor:
-    """What ``generate`` returns, [B, L]: prompts and texts, each ended where transformers' own loop ends it."""
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    # Without end tokens transformers lets a row that a criterion has ended run on until the last one has ended.
+    """What ``generate`` returns, [B, L]: prompts and texts, each ended where transformers' own loop ends it.
+
+    Rows advance by different numbers of tokens. Criteria see them token by token, all rows together, as in that loop.
+    """
+    B, L = input_ids.shape
+    padding = config.pad_token_id if config.pad_token_id is not None else next(iter(_end_tokens(config)), 0)
+    # Without end tokens that loop lets a row that a criterion has ended run on until the last one has ended.
     freezes = any(type(each) is EosTokenCriteria for each in criteria)
     own = [each for each in criteria if type(each) not in (MaxLengthCriteria, EosTokenCriteria)]
-    new: list[list[int]] = [[] for _ in input_ids]
-    ends: list[int | None] = [None] * len(new)
-    for r, tokens in steps:
-        for token in tokens:
-            if freezes and ends[r] is not None:
-                break
-            new[r].append(token)
-            if own and ends[r] is None:
-                text = torch.cat([input_ids[r : r + 1], torch.tensor([new[r]], device=input_ids.device)], dim=1)
-                if any(bool(each(text, None).any()) for each in own):
-                    ends[r] = len(new[r])
+    waiting: list[list[int]] = [[] for _ in range(B)]
+    complete, ended = [False] * B, [False] * B
+    text = torch.cat([input_ids, input_ids.new_full((B, int(config.max_length) - L), int(padding))], dim=1)
+    end = L
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    for row, tokens, last in steps:
+        waiting[row] += tokens
+        complete[row] |= last
+        while not all(ended) and any(waiting) and all(waiting[r] or complete[r] or (freezes and ended[r]) for r in range(B)):
+            column = [each.pop(0) if each else None for each in waiting]
+            values = [padding if token is None or (freezes and ended[r]) else token for r, token in enumerate(column)]
+            text[:, end] = torch.tensor(values, device=text.device)
+            end += 1
             if streamer is not None:
-                streamer.put(torch.tensor([token]))
-                if ends[r] is not None:
-                    break
-        if all(end is not None and len(row) >= max(e or 0 for e in ends) for end, row in zip(ends, new, strict=True)):
+                streamer.put(text[0, end - 1 : end].cpu())
+            for each in own:
+                done = torch.as_tensor(each(text[:, :end], None)).expand(B).tolist()
+                ended = [before or now for before, now in zip(ended, done, strict=True)]
+            ended = [before or (complete[r] and not waiting[r]) for r, before in enumerate(ended)]
+        if all(ended):
             break
     if streamer is not None:
         streamer.end()
-    if None not in ends:
-        new = [row[: max(end or 0 for end in ends)] for row in new]
-    padding = config.pad_token_id if config.pad_token_id is not None else next(iter(_end_tokens(config)), 0)
-    longest = max(len(row) for row in new)
-    filled = torch.tensor([row + [int(padding)] * (longest - len(row)) for row in new], device=input_ids.device)
-    return torch.cat([input_ids, filled], dim=1)
+    return text[:, :end]
 
 
 def generate_from(model: PreTrainedModel, mtp_model: str, **arguments: Any) -> Any:
