@@ -365,13 +365,20 @@ def test_device_map_auto(kept: Path) -> None:
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_a_quantised_base(tmp_path: Path, bits: str) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    saved_model(tmp_path, dtype=torch.float32, hidden_size=64, intermediate_size=128)
+    # On a CPU bitsandbytes wants sizes that are multiples of 32.
+    saved_model(tmp_path, dtype=torch.float32, hidden_size=64, intermediate_size=128, head_dim=32)
     model = MTPModel.from_pretrained(tmp_path / "saved", quantization=bits)
-    settings = BitsAndBytesConfig(load_in_4bit=True) if bits == "4bit" else BitsAndBytesConfig(load_in_8bit=True)
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    settings = BitsAndBytesConfig(**options) if bits == "4bit" else BitsAndBytesConfig(load_in_8bit=True)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
     given = MTPModel.from_pretrained(tmp_path / "saved", base=base)
-    for each in (model, given):
-        assert each.generate(PROMPT, max_new_tokens=12).num_steps.item() <= 12
+    assert {type(layer.base_layer).__name__ for layer in lora_layers(model.base)} == {
+        "Linear4bit" if bits == "4bit" else "Linear8bitLt"
+    }
+    out, same = (each.generate(PROMPT, max_new_tokens=12) for each in (model, given))
+    assert out.sequences.shape == (1, 15) and out.sequences.equal(same.sequences)
+    model.save_pretrained(tmp_path / "again")
+    assert trained(MTPModel.from_pretrained(tmp_path / "again", quantization=bits)).keys() == trained(model).keys()
 
 
 # Sampler heads of others
