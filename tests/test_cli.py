@@ -427,7 +427,7 @@ def test_help_and_version(capsys) -> None:
 
 def test_python_m_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "mtp_lightning", "fitt"], capture_output=True, text=True)
-    expected = "mtp: error: unknown command 'fitt': expected one of fit, validate, test, predict, generate.\n"
+    expected = f"mtp: error: unknown command 'fitt': expected one of {', '.join(cli.COMMANDS)}.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
 
 
@@ -547,7 +547,7 @@ def test_wrong_data(run: Path, here: Path, capsys, name: str, split: str) -> Non
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        ("fitt", 2, "unknown command 'fitt': expected one of fit, validate, test, predict, generate."),
+        ("fitt", 2, f"unknown command 'fitt': expected one of {', '.join(cli.COMMANDS)}."),
         ("fit", 2, "model.base_model is required: set it in the configuration file or on the command line."),
         (
             "fit --config no.yaml",
@@ -582,7 +582,7 @@ def test_wrong_data(run: Path, here: Path, capsys, name: str, split: str) -> Non
             1,
             "checkpoint 'no.ckpt' does not exist. Give the path of a .ckpt file that mtp fit wrote.",
         ),
-        ("generate base --prompt a", 1, "checkpoint 'base' is a folder. Give the path of a .ckpt file that mtp fit wrote."),
+        ("generate base --prompt a", 1, "base is no folder that mtp export wrote: it has no mtp_config.json. Give such a"),
         ("generate {last}", 2, "give either --prompt TEXT or --prompts FILE."),
         ("generate {last} --prompt a --prompts prompts.jsonl", 2, "give either --prompt TEXT or --prompts FILE."),
         (

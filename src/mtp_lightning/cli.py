@@ -17,6 +17,8 @@ COMMANDS = {
     "test": "the same on the test set",
     "predict": "speculative generation over the test prompts, one JSON line a prompt",
     "generate": "generate text with a trained model",
+    "benchmark": "tokens a step by domain and number of masks, speed-up, losslessness",
+    "export": "checkpoint to saved folder (safetensors and JSON)",
 }
 
 
@@ -70,6 +72,14 @@ def _run(words: list[str]) -> None:
         from mtp_lightning.lightning_cli import run_predict
 
         run_predict(words[1:])
+    elif words[0] == "benchmark":
+        from mtp_lightning.benchmark_command import run_benchmark
+
+        run_benchmark(words[1:])
+    elif words[0] == "export":
+        from mtp_lightning.export_command import run_export
+
+        run_export(words[1:])
     else:
         from mtp_lightning.commands import run_generate
 

@@ -94,7 +94,7 @@ class OneLineParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line."""
-        known = [*DecodingArguments.__dataclass_fields__, "prompt", "prompts", "json"]
+        known = [action.dest for action in self._actions if action.dest != "help"]
         raise UsageError(clear_message(str(message), known)) from ex
 
 
