@@ -17,6 +17,8 @@ COMMANDS = {
     "test": "the same on the test set",
     "predict": "speculative generation over the test prompts, one JSON line a prompt",
     "generate": "generate text with a trained model",
+    "data": "show a few rows with the role of every token, and the shares",
+    "distill": "write the base model's own answers to prompts, to train on",
 }
 
 
@@ -70,6 +72,14 @@ def _run(words: list[str]) -> None:
         from mtp_lightning.lightning_cli import run_predict
 
         run_predict(words[1:])
+    elif words[0] == "data":
+        from mtp_lightning.lightning_cli import run_data
+
+        run_data(words[1:])
+    elif words[0] == "distill":
+        from mtp_lightning.distill.command import run_distill
+
+        run_distill(words[1:])
     else:
         from mtp_lightning.commands import run_generate
 
