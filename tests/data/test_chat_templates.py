@@ -29,7 +29,8 @@ QWEN = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- if loop.index0 > ns.query and (loop.last or thinking) %}{{ '<think>\\n' ~ thinking ~ '\\n</think>\\n\\n' }}{% endif %}
 {{- content }}
-{%- for call in m.tool_calls or [] %}{{ ('\\n' if content or not loop.first else '') ~ '<tool_call>' ~ call.name ~ '</tool_call>' }}{% endfor %}
+{%- for call in m.tool_calls or [] %}
+{{- ('\\n' if content or not loop.first else '') ~ '<tool_call>' ~ call.name ~ '</tool_call>' }}{% endfor %}
 {{- '<|im_end|>\\n' }}
 {%- elif m.role == 'tool' %}
 {{- '<|im_start|>user\\n<tool_response>' ~ m.content ~ '</tool_response><|im_end|>\\n' }}
@@ -257,11 +258,13 @@ def test_an_empty_answer_carries_loss_on_its_end() -> None:
         # Only the last two messages are shown; a turn is written twice; earlier answers are shortened.
         "{% for m in messages[-2:] %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
         "{{ messages[1].content if messages[3] }}{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
-        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content if loop.last else m.content[:1] }}<|im_end|>{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content[: 9 if loop.last else 1] }}<|im_end|>{% endfor %}",
     ],
 )
 def test_templates_that_rewrite_earlier_turns_are_refused(template: str) -> None:
-    with pytest.raises(RunError, match=r"^the chat template writes message 2 of 4 in a way that changes when messages follow"):
+    with pytest.raises(
+        RunError, match=r"^the chat template writes message 2 of 4 in a way that changes when messages follow"
+    ):
         encode_row({"messages": TWO}, tokenizer_of("chatml"), template)
 
 
@@ -284,11 +287,17 @@ def test_all_loss_where_there_are_user_turns_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("message", "error"),
     [
-        (says("asistant", "x"), "^message 2 has the role 'asistant', which the chat template does not name; expected one of"),
+        (
+            says("asistant", "x"),
+            "^message 2 has the role 'asistant', which the chat template does not name; expected one of",
+        ),
         (says("gpt", "x"), "^message 2 has the role 'gpt', .* Rename it: turns of 'assistant' carry loss.$"),
         ({"role": 3, "content": "x"}, "^role of a message must be text, got int: {'role': 3, 'content': 'x'}.$"),
         (says("assistant", 5), "^content of a message must be text, got int: {'role': 'assistant', 'content': 5}.$"),
-        (says("assistant", None), r"^each of messages must be \{role, content\}, got {'role': 'assistant', 'content': None}"),
+        (
+            says("assistant", None),
+            r"^each of messages must be \{role, content\}, got {'role': 'assistant', 'content': None}",
+        ),
         ({"content": "x"}, r"^each of messages must be \{role, content\}, got {'content': 'x'}"),
         ("assistant: x", r"^each of messages must be \{role, content\}, got 'assistant: x'"),
     ],

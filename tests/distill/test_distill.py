@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import random
 import signal
 import time
@@ -13,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import error_of, leave_no_trace, mtp, own_cache, save_base, write_rows  # noqa: F401
-from distill_process import distill
+from distill_process import distill, questions, read
 from tiny import greedy_text
 from toy_tokenizers import word_tokenizer
 from transformers import AutoModelForCausalLM
@@ -24,8 +22,6 @@ from mtp_lightning.distill.base_answers import AnswerOptions
 from mtp_lightning.distill.command import base_of, chosen_shard, shard_path
 from mtp_lightning.errors import UsageError
 
-WORDS = "one two three four five six".split()
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -33,19 +29,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     # END is the end of a turn and of a text, as in models made for chat.
     save_base(folder, "llama", word_tokenizer(bos=False), torch.float64, eos_token_id=4)
     return str(folder)
-
-
-def questions(number: int) -> list[dict]:
-    return [
-        {"id": f"q{row}", "prompt": " ".join(WORDS[(row + place) % 6] for place in range(1 + row % 5)), "domain": "d"}
-        if row % 2
-        else {"messages": [{"role": "user", "content": WORDS[row % 6]}], "id": row}
-        for row in range(number)
-    ]
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_rows_hold_prompt_answer_and_their_tokens(tmp_path: Path, base: str, capsys) -> None:
@@ -62,7 +45,9 @@ def test_rows_hold_prompt_answer_and_their_tokens(tmp_path: Path, base: str, cap
         if "messages" in question:
             prompt = encode_chat_prompt(question["messages"], tokenizer)
             assert row["messages"] == [*question["messages"], {"role": "assistant", "content": row["completion"]}]
-            assert row["prompt"] == f"<|im_start|>user\n{question['messages'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+            assert (
+                row["prompt"] == f"<|im_start|>user\n{question['messages'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+            )
         else:
             prompt = tokenizer(question["prompt"])["input_ids"]
             assert row["prompt"] == question["prompt"] and "messages" not in row
@@ -84,14 +69,6 @@ def test_training_takes_exactly_those_tokens(tmp_path: Path, base: str) -> None:
         assert found.input_ids.tolist() == row["prompt_ids"] + row["completion_ids"]
         assert found.labels.tolist() == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
         assert row["seed"] == AnswerOptions().row_seed(row["id"])
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that begin with the imports done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill_process", "mtp_lightning.distill.command", "transformers.models.llama"])
-    return context
 
 
 def test_killed_ten_times(tmp_path: Path, base: str, processes) -> None:
@@ -158,7 +135,7 @@ def test_more_prompts_may_follow_but_none_may_change(tmp_path: Path, base: str, 
     changed = questions(7)
     changed[3]["prompt"] = "six"
     write_rows(tmp_path / "q.jsonl", changed)
-    assert "row 'q3' answers another prompt than the one that --prompts has now" in error_of(capsys, 2, *words)
+    assert "row 'q3' answers another prompt than --prompts has now" in error_of(capsys, 2, *words)
 
 
 def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> None:
@@ -166,7 +143,9 @@ def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> 
     write_rows(tmp_path / "q.jsonl", rows)
     words = ["distill", base, "--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl"]
     assert mtp(*words) == 0
-    assert "2 of 2 rows" in (shown := capsys.readouterr().err) and "2 prompts left out: no room in the context of 64" in shown
+    assert (
+        "2 of 2 rows" in (shown := capsys.readouterr().err) and "2 prompts left out: no room in the context of 64" in shown
+    )
     assert max(len(row["completion_ids"]) for row in read(tmp_path / "a.jsonl") if row["id"] == 2) <= 2
     write_rows(tmp_path / "q.jsonl", rows[2:])
     message = error_of(capsys, 1, *words[:4], "--output", tmp_path / "b.jsonl")
@@ -183,7 +162,11 @@ def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> 
         (["--tempo", "1"], 2, "unknown key or option '--tempo'"),
         (["--output", "a.txt"], 2, "output must be a .jsonl file, got 'a.txt'. Change --output."),
         (["--prompts", "none.txt"], 1, "none.txt: expected a file of prompts, nothing is there"),
-        (["--endpoint", "localhost:8000"], 2, "endpoint must be an address like http://localhost:8000/v1, got 'localhost:8000'."),
+        (
+            ["--endpoint", "localhost:8000"],
+            2,
+            "endpoint must be an address like http://localhost:8000/v1, got 'localhost:8000'.",
+        ),
         (["--device", "nothing"], 2, "device must be cpu, cuda or another one of this machine"),
     ],
 )

@@ -63,8 +63,8 @@ def encode_messages(
     if all(loss) and any(message["role"] != "assistant" for message in messages):
         roles = ", ".join(str(message["role"]) for message in messages)
         raise RunError(
-            f"every token carries loss, though not all messages are the assistant's (roles: {roles}): the chat template marks"
-            f" or writes the assistant's turns alone. {_MARKERS} and nothing else."
+            f"every token carries loss, though not all messages are the assistant's (roles: {roles}): the chat template"
+            f" marks all, or writes the assistant's turns alone. {_MARKERS} and nothing else."
         )
     return ids, loss
 

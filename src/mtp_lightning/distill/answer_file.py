@@ -49,9 +49,7 @@ class AnswerFile:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise RunError(
-                    f"{path}: another process writes to it. Wait for it, end it, or change --output."
-                ) from error
+                raise RunError(f"{path}: another process writes to it. Wait for it, end it, or change --output.") from error
             self._settle(dict(settings))
             self._recover()
         except BaseException:

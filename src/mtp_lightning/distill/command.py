@@ -25,10 +25,9 @@ from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.prompts import Prompt, PromptRow, encode_prompt_row, open_messages, read_prompt_rows
 
-_OPTIONS = (
-    "model prompts output shard batch_size dtype device revision base_model".split()
-    + [field.name for kind in (AnswerOptions, EndpointOptions) for field in fields(kind)]
-)
+_OPTIONS = "model prompts output shard batch_size dtype device revision base_model".split() + [
+    field.name for kind in (AnswerOptions, EndpointOptions) for field in fields(kind)
+]
 
 
 class DistillParser(ArgumentParser):
@@ -91,14 +90,17 @@ def run_distill(args: list[str]) -> None:
     """
     parser = DistillParser(
         prog="mtp distill",
-        description="Writes the base model's own answers to prompts, one JSON line each: training data that matches what will"
-        " be verified. The same command run again goes on where it ended.",
+        description="Writes the base model's own answers to prompts, one JSON line each: training data that matches what"
+        " will be verified. The same command run again goes on where it ended.",
     )
     parser.add_argument("model", type=str, help="the base (folder or hub id), or a checkpoint or saved folder made for it")
     parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
     parser.add_argument("--output", type=str, required=True, help="the .jsonl file to write, or to go on with")
     parser.add_argument(
-        "--shard", type=str, default=None, help="i/n: answer every n-th prompt from i (0 to n - 1). Not given: RANK/WORLD_SIZE"
+        "--shard",
+        type=str,
+        default=None,
+        help="i/n: every n-th prompt from number i, 0 to n - 1. Not given: RANK/WORLD_SIZE",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="prompts that are answered together")
     parser.add_argument("--dtype", type=str, default="auto", help="dtype of the base; auto: the one it was saved in")
@@ -207,7 +209,7 @@ def base_of(model: str, base_model: str | None = None, revision: str | None = No
             found = json.loads(adapter.read_text(encoding="utf-8"))
             return base_model or found["base_model_name_or_path"], revision or found.get("revision")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{adapter}: expected base_model_name_or_path in it, there is none. Give --base_model.") from error
+            raise RunError(f"{adapter}: expected base_model_name_or_path, found none. Give --base_model.") from error
     return base_model or model, revision
 
 
@@ -236,8 +238,8 @@ def _check_prompts(file: AnswerFile, tasks: list[Task]) -> None:
     for name, found in file.done.items():
         if here.get(name) != found:
             raise UsageError(
-                f"{file.path}: row {name!r} answers another prompt than the one that --prompts has now. Give the prompts that it"
-                " was begun with (more may follow them), or another --output."
+                f"{file.path}: row {name!r} answers another prompt than --prompts has now. Give the prompts that"
+                " it was begun with (more may follow them), or another --output."
             )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers from a server that speaks OpenAI's protocol (vLLM, SGLang, ``transformers serve``). Standard library only.
 
-A prompt of messages goes to ``chat/completions``, a text to ``completions``. What passes again by itself (no connection, a
-cut one, a timeout, status 408, 409, 425, 429 or 5xx, an answer that is no JSON) is tried again, waiting twice as long each time.
+A prompt of messages goes to ``chat/completions``, a text to ``completions``. What may pass by itself (no connection, a cut
+one, a timeout, status 408, 409, 425, 429 or 5xx, an answer that is no JSON) is tried again, waiting twice as long each time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import random
-import socket
 import threading
 import urllib.error
 import urllib.parse
@@ -190,7 +189,7 @@ class Endpoint:
             "stream": False,
         }
         if self.answers.temperature > 0:
-            # A server whose model has a top_p or top_k of its own would use it where none is sent; top_k is no field of OpenAI's.
+            # Where no top_p is sent, a server uses that of the model's own settings. top_k is no field of OpenAI's.
             body |= {"seed": self.answers.row_seed(question.name), "top_p": self.answers.top_p or 1.0}
         if self.answers.top_k is not None:
             body["top_k"] = self.answers.top_k
@@ -225,7 +224,7 @@ class Endpoint:
                 f"{self.url}/{path}: the server refuses row {question.name!r} with status {error.code}: {said}."
                 f" Check --endpoint, --endpoint_model ({self.model}), {KEY} and the prompt."
             ) from error
-        except (TimeoutError, socket.timeout) as error:
+        except TimeoutError as error:
             raise _Again(f"no answer in {self.options.timeout:g} seconds") from error
         except (OSError, http.client.HTTPException) as error:  # no connection, or one that was cut
             raise _Again(one_line(error, 200)) from error
