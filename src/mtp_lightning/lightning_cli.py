@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import csv
 import inspect
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in its __all__, though documented
 from lightning import LightningModule, Trainer
@@ -182,3 +184,68 @@ def run_predict(args: list[str]) -> None:
         config.model.quantization,
     )
     print_generations(model, read_prompts(source, model.tokenizer), arguments, as_json=True)
+
+
+class DataCLI(PredictCLI):
+    """The same configuration files, of which the data and what it asks the model for are made: no weights, no trainer."""
+
+    def instantiate_classes(self) -> None:
+        """The module and the data module; the trainer would want the devices that the configuration names."""
+        made = self.parser.instantiate_classes(self.config)
+        self.model, self.datamodule = self._get(made, "model"), self._get(made, "data")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options of data beside the configuration."""
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="not used; a run's config.yaml has it")
+        parser.add_argument("--weights_only", type=bool | None, default=None, help="not used; a run's config.yaml has it")
+        parser.add_argument("--split", type=Literal["train", "validation", "test"], default="train", help="which data")
+        parser.add_argument("--rows", type=int, default=3, help="show so many rows")
+        parser.add_argument("--steps", type=int, default=10, help="count what so many optimizer steps hold")
+
+
+def run_data(args: list[str]) -> None:
+    """``mtp data``: show a few rows with the role of every token, and what a step holds.
+
+    Args:
+        args: options.
+
+    Raises:
+        UsageError: a number is wrong.
+    """
+    from rich.console import Console
+
+    from mtp_lightning.data.display import show_rows, show_steps
+
+    cli = DataCLI(args, run=False, save_config_callback=None)
+    config, data = cli.config, cli.datamodule
+    for name in ("rows", "steps"):
+        if config[name] < 1:
+            raise UsageError(f"{name} must be 1 or more, got {config[name]}. Change --{name}.")
+    training = config.split == "train"
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    world = nodes * (len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1)
+    accumulate = config.trainer.accumulate_grad_batches if training else 1
+    data.trainer = cast("Trainer", _Alone(cli.model, world, accumulate))
+    data.setup({"train": "fit", "validation": "validate", "test": "test"}[config.split])
+    loaders = {"train": data.train_dataloader, "validation": data.val_dataloader, "test": data.test_dataloader}
+    loader = loaders[config.split]()
+    batches = iter(loader)
+    steps = [step for _ in range(config.steps) if (step := list(islice(batches, accumulate)))]
+    console = Console(highlight=False)
+    show_rows([batch for step in steps for batch in step], cli.model.tokenizer, console, config.rows)
+    show_steps(steps, world, -(-len(loader) // accumulate), console)
+
+
+@dataclass
+class _Alone:
+    """What the data module asks of a trainer, as rank 0 of so many."""
+
+    lightning_module: MTPModule
+    world_size: int
+    accumulate_grad_batches: int
+    global_rank: int = 0
+    is_global_zero: bool = True
+    distributed_sampler_kwargs: dict[str, int] | None = None
+    limit_train_batches: float = 1.0
+    overfit_batches: float = 0.0
+    current_epoch: int = 0

@@ -34,7 +34,7 @@ SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "t
 DOCUMENT_MARK = "<|endoftext|>"
 """What separates documents in a text file."""
 
-FIELDS = ("messages", "prompt", "completion", "completion_ids", "text", "input_ids", "labels", "domain")
+FIELDS = ("messages", "prompt", "prompt_ids", "completion", "completion_ids", "text", "input_ids", "labels", "domain")
 """The fields of a row that are read; all others are left out."""
 
 ROW_KINDS = "messages | prompt + completion (or completion_ids) | text | input_ids (+ labels)"
@@ -84,12 +84,16 @@ def read_source(source: str) -> list[Dataset]:
 def row_kind(fields: set[str]) -> str | None:
     """Which kind of row has these fields; where several fit, the first of the list in ``ROW_KINDS``.
 
+    Rows of ``mtp distill`` have ``prompt_ids`` and ``completion_ids`` beside the same as text: the tokens count.
+
     Args:
         fields: names of the fields that are not empty.
 
     Returns:
         ``messages``, ``prompt``, ``text``, ``input_ids``, or None where none fits.
     """
+    if {"prompt_ids", "completion_ids"} <= fields:
+        return "prompt"
     if "messages" in fields:
         return "messages"
     if "prompt" in fields and fields & {"completion", "completion_ids"}:
