@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs from Lightning's trainer: how files are written, and how weights are sharded. No callbacks, no model."""
+
+from mtp_lightning.trainer.checkpoint_io import BesideCheckpointIO
+from mtp_lightning.trainer.metrics_writer import MetricsWriter
+
+__all__ = ["BesideCheckpointIO", "MetricsWriter"]
