@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from mtp_lightning.callbacks.together import LAST, checkpoint_folders, validation_is_due
 
@@ -67,8 +67,8 @@ class SaveOnSignal(Callback):
             )
         trainer.strategy.barrier("saved on a signal")
         # Lightning kills the first process as soon as one that it started ends with another code than 0.
-        own_launcher = trainer.strategy.launcher is not None and not trainer.is_global_zero
-        raise SystemExit(0 if own_launcher else EXIT_CODE)
+        started_by_lightning = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+        raise SystemExit(0 if started_by_lightning and not trainer.is_global_zero else EXIT_CODE)
 
 
 def slurm_signal(trainer: Trainer) -> int | None:
