@@ -149,7 +149,7 @@ class MTPCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except UsageError:
             raise
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             raise UsageError(
                 f"the trainer can't be made: {one_line(error)} Change trainer.* in the configuration."
             ) from error

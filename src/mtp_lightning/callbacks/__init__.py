@@ -7,5 +7,14 @@ from mtp_lightning.callbacks.resume_exactly import ResumeExactly
 from mtp_lightning.callbacks.run_guards import RunGuards
 from mtp_lightning.callbacks.sample_text import SampleText
 from mtp_lightning.callbacks.save_on_signal import SaveOnSignal
+from mtp_lightning.callbacks.throughput import Throughput
 
-__all__ = ["AcceptanceEvaluation", "LastCheckpoint", "ResumeExactly", "RunGuards", "SampleText", "SaveOnSignal"]
+__all__ = [
+    "AcceptanceEvaluation",
+    "LastCheckpoint",
+    "ResumeExactly",
+    "RunGuards",
+    "SampleText",
+    "SaveOnSignal",
+    "Throughput",
+]
