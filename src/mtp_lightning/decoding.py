@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -149,7 +149,11 @@ class _Row:
 
 @torch.inference_mode()
 def decode_rows(
-    model: MTPModel, prompts: Sequence[Tensor], options: DecodingOptions, cache: RowCache | None = None
+    model: MTPModel,
+    prompts: Sequence[Tensor],
+    options: DecodingOptions,
+    cache: RowCache | None = None,
+    finished: Set[int] = frozenset(),
 ) -> Iterator[list[RowStep]]:
     """Decode several prompts together and yield what each step gained in each of them.
 
@@ -160,6 +164,7 @@ def decode_rows(
         prompts: token ids of each prompt, [n] int64, n at least 1.
         options: how to decode.
         cache: see ``decode``; with a single prompt.
+        finished: rows that the reader wants no more of; looked at before each step.
 
     Yields:
         For each row that took part in the step what it gained.
@@ -219,7 +224,7 @@ def decode_rows(
                 gained.append(RowStep(row.number, StepTokens(new[:end], plan.drafted[r]), reason))
                 row.drafts = min(layout.block_after(kept)[1], row.limit - row.length - 1)
             yield gained
-            going = [r for r, each in enumerate(gained) if each.finish_reason is None]
+            going = [r for r, each in enumerate(gained) if each.finish_reason is None and each.row not in finished]
             if not going:
                 return
             kept, own, draft = out.num_accepted, out.own, out.draft
@@ -243,7 +248,7 @@ def _room(rows: Sequence[_Row], num_masks: int) -> int:
 
 def _filled(going: list[int]) -> list[int]:
     """Rows that go on, ordered so that as many as can be stay in their places: ``[0, 3, 4] -> [0, 4, 3]``."""
-    staying = [r for r in going if r < len(going)]
+    staying = {r for r in going if r < len(going)}
     moving = [r for r in going if r >= len(going)]
     return [r if r in staying else moving.pop() for r in range(len(going))]
 

@@ -97,7 +97,7 @@ def row_seeds(seed: int | Sequence[int] | None, num_rows: int, first: int = 0) -
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()).item())
     if isinstance(seed, int):
-        base = torch.tensor(_signed(seed))
-        derived = [_mix_(_mix_(base + 0) + _signed(row * _POSITION)) for row in range(first, first + num_rows)]
-        return [_signed(seed) if row == 0 else int(each) for row, each in enumerate(derived, first)]
+        numbers = torch.arange(first, first + num_rows)
+        derived = _mix_(_mix_(torch.tensor(_signed(seed))) + numbers * _POSITION).tolist()
+        return [_signed(seed) if row == 0 else each for row, each in enumerate(derived, first)]
     return [_signed(each) for each in seed]

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mtp_lightning.attention import layer_windows
 
-CHUNK = 128
+CHUNK = 32
 """Slots are allocated in multiples of this."""
 
 
@@ -183,14 +183,14 @@ class RowCache(Cache):
         Args:
             sources: which row becomes row 0, 1, ..; a row that stays in its place is not copied.
         """
-        for target, source in enumerate(sources):
-            if source == target:
-                continue
-            length = self.lengths[source]
-            self.tokens[target, :length] = self.tokens[source, :length]
+        moved = [(target, source) for target, source in enumerate(sources) if source != target]
+        if moved:
+            targets, origins = torch.tensor(moved, device=self.tokens.device).unbind(1)
+            length = max(self.lengths[source] for _, source in moved)
+            self.tokens[targets, :length] = self.tokens[origins, :length]
             for layer in self.layers:
-                layer.keys[target, :, :length] = layer.keys[source, :, :length]
-                layer.values[target, :, :length] = layer.values[source, :, :length]
+                layer.keys[targets, :, :length] = layer.keys[origins, :, :length]
+                layer.values[targets, :, :length] = layer.values[origins, :, :length]
         self.lengths = [self.lengths[source] for source in sources]
         self._place.rows = len(sources)
         self.tokens = self.tokens[: len(sources)]
