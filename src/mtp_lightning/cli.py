@@ -17,6 +17,7 @@ COMMANDS = {
     "test": "the same on the test set",
     "predict": "speculative generation over the test prompts, one JSON line a prompt",
     "generate": "generate text with a trained model",
+    "chat": "talk with a trained model",
     "benchmark": "tokens a step by domain and number of masks, speed-up, losslessness",
     "export": "checkpoint to saved folder (safetensors and JSON)",
 }
@@ -30,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: with 2 where the command or the configuration is wrong, 1 at any other error; one line on standard
-            error says what to change. ``--debug`` or ``MTP_DEBUG=1`` shows the traceback.
+            error says what to change. ``--debug`` or ``MTP_DEBUG=1`` shows the traceback. With 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words or os.environ.get("MTP_DEBUG", "") not in ("", "0")
@@ -40,6 +41,10 @@ def main(args: list[str] | None = None) -> None:
         sys.path.append(os.getcwd())
     try:
         _run(words)
+    except KeyboardInterrupt:
+        # What was said is on standard output already: every piece is written at once.
+        print("\nmtp: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -72,6 +77,10 @@ def _run(words: list[str]) -> None:
         from mtp_lightning.lightning_cli import run_predict
 
         run_predict(words[1:])
+    elif words[0] == "chat":
+        from mtp_lightning.chat_command import run_chat
+
+        run_chat(words[1:])
     elif words[0] == "benchmark":
         from mtp_lightning.benchmark_command import run_benchmark
 

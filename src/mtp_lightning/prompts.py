@@ -153,6 +153,22 @@ def _prompt(row: _Row, tokenizer: Any) -> Prompt:
     return Prompt(text, ids, row.domain)
 
 
+def render_messages(messages: list[Any], tokenizer: Any) -> Prompt:
+    """A conversation as a prompt, by the tokenizer's chat template; an assistant's answer at the end is left out.
+
+    Args:
+        messages: objects with ``role`` and ``content``.
+        tokenizer: the base's tokenizer.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        RunError: there is no chat template, or it does not take these messages.
+    """
+    return _prompt(_Row("messages", messages, ""), tokenizer)
+
+
 def _render(row: _Row, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise RunError(
