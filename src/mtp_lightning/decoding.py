@@ -191,7 +191,7 @@ def decode_rows(
     plan = prompt_plan(options.decoding, [len(each) for each in remaining], _room(rows, J))
     slots_ever = max(row.limit for row in rows) + plan.layouts[0].size
     steps = 0
-    with evaluating(model):
+    with evaluating(model), model.lean.use(model):
         while True:
             c, size = plan.num_drafts, plan.layouts[0].size
             cache.reserve(max(cache.lengths) + size, slots_ever)

@@ -119,11 +119,11 @@ def draft_block(
     if not sampler_head or head is None:
         tokens, scores = choice.draft(unembed(hidden), places)
         return Drafts(tokens, scores if choice.rejects else None)
-    wide = next(head.parameters()).dtype
-    tokens, scores, state, previous = [], [], None, verified
+    chain = model.lean.chain(model)
+    chain.begin(hidden)
+    tokens, scores, previous = [], [], verified
     for j in range(J):
-        output, state = head.step(hidden[:, j].to(wide), model.embed(previous).to(wide), state)
-        drawn, score = choice.draft(unembed(output.to(hidden.dtype))[:, None], places[:, j : j + 1])
+        drawn, score = choice.draft(unembed(chain.next(j, previous))[:, None], places[:, j : j + 1])
         previous = drawn[:, 0]
         tokens.append(previous)
         scores.append(score)

@@ -21,6 +21,7 @@ from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding_step import StepInput, StepOutput, decode_step
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import Gate, LoRA, add_gated_lora
+from mtp_lightning.lean import LeanWeights
 from mtp_lightning.losses.base import LossTerm
 from mtp_lightning.masking import AttentionPattern, attention_pattern, gather_anchors
 from mtp_lightning.measurement import Measurement, measure
@@ -60,6 +61,7 @@ class MTPModel(nn.Module):
         base_model: what the base is called: a folder, a hub id, or ``package://...``; empty if it was not loaded.
         revision: hub commit of the base, or None.
         acceptance: figures of decoding for the model card, or None.
+        lean: weights made ready for decoding.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class MTPModel(nn.Module):
         self.num_masks = num_masks
         self.lora = lora or LoRA()
         self.gate = Gate()
+        self.lean = LeanWeights()
         self.base = base
         self.adapter_config = add_gated_lora(base, self.lora, self.gate)
         self.context = context_length(base)
