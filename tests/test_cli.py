@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM
 
 import mtp_lightning
 from mtp_lightning import MTPModel, cli
-from mtp_lightning.commands import possible_stop
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.text_stream import possible_stop
 
 CONTEXT, NUM_MASKS, STEPS = 96, 3, 4
 CONFIG: dict[str, Any] = {

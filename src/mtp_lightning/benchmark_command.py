@@ -73,8 +73,7 @@ def run_benchmark(args: list[str]) -> None:
         args: options.
 
     Raises:
-        UsageError: a wrong option, or a prompt that does not fit the context.
-        RunError: a file can't be read or written.
+        UsageError: a wrong option.
     """
     config = parser().parse_args(args)
     for name, least in (("batch_size", 1), ("speed_rounds", 0)):
@@ -82,6 +81,20 @@ def run_benchmark(args: list[str]) -> None:
             raise UsageError(f"{name} must be {least} or more, got {config[name]}. Change --{name}.")
     shared = {name: config[name] for name in DecodingArguments.__dataclass_fields__ if name not in OWN}
     arguments = DecodingArguments(**shared)
+    measure(config, arguments)
+
+
+def measure(config: Any, arguments: DecodingArguments) -> None:
+    """Load the model, measure, print and write.
+
+    Args:
+        config: the command's options.
+        arguments: those of decoding.
+
+    Raises:
+        UsageError: a wrong option, or a prompt that does not fit the context.
+        RunError: a file can't be read or written.
+    """
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file. Give --output a folder.")

@@ -35,6 +35,7 @@ COMMANDS = {
         "speculative generation over the test prompts, one JSON line a prompt", "lightning_cli", "run_predict"
     ),
     "generate": Command("generate text with a trained model", "commands", "run_generate"),
+    "chat": Command("talk with a trained model", "chat_command", "run_chat"),
     "data": Command("show a few rows with the role of every token, and the shares", "lightning_cli", "run_data"),
     "distill": Command("write the base model's own answers to prompts, to train on", "distill.command", "run_distill"),
     "export": Command("checkpoint to saved folder (safetensors and JSON)", "export_command", "run_export"),
@@ -52,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: with 2 where the command or the configuration is wrong, 1 at any other error; one line on standard
-            error says what to change. ``--debug`` or ``MTP_DEBUG=1`` shows the traceback.
+            error says what to change. ``--debug`` or ``MTP_DEBUG=1`` shows the traceback. With 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words or os.environ.get("MTP_DEBUG", "") not in ("", "0")
@@ -62,6 +63,10 @@ def main(args: list[str] | None = None) -> None:
         sys.path.append(os.getcwd())
     try:
         _run(words)
+    except KeyboardInterrupt:
+        # What was said is on standard output already: every piece is written at once.
+        print("\nmtp: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -15,11 +15,12 @@ from typing import Any, Literal, NoReturn
 import torch
 from jsonargparse import ArgumentParser
 
-from mtp_lightning.decoding import DecodingOptions, decode_rows, end_tokens, trained_masks
+from mtp_lightning.decoding import DecodingOptions, decode_rows, trained_masks
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.prompts import Prompt, encode_prompt, read_prompts
+from mtp_lightning.text_stream import GrowingText
 
 
 @dataclass
@@ -150,75 +151,6 @@ def clear_message(message: str, known: Iterable[str]) -> str:
     return f"{key}: {text.rstrip('.')}{value}."
 
 
-def stable_text(tokenizer: Any, tokens: list[int]) -> str:
-    """The text of tokens, less a character that is not complete yet."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.rstrip("\ufffd")
-
-
-def possible_stop(text: str, stop: str) -> int:
-    """How many characters at the end of a text may be the beginning of the stop text: not to be shown yet.
-
-    ``"one t", "two" -> 1``
-    """
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-class GrowingText:
-    """The text of one prompt while it is generated.
-
-    Args:
-        model: the model.
-        prompt: the prompt.
-        arguments: how to decode.
-    """
-
-    def __init__(self, model: MTPModel, prompt: Prompt, arguments: DecodingArguments) -> None:
-        self.model, self.prompt, self.arguments = model, prompt, arguments
-        self.tokens: list[int] = []
-        self.accepted: list[int] = []
-        self.shown = ""
-        self.stopped = False
-        self.seconds = 0.0
-
-    def add(self, tokens: list[int]) -> str:
-        """Take a step's tokens; gives the text that can be shown now."""
-        self.tokens += tokens
-        self.accepted.append(len(tokens) - 1)
-        now, stop = stable_text(self.model.tokenizer, self.tokens), self.arguments.stop
-        if stop and stop in now:
-            now, self.stopped = now[: now.index(stop)], True
-        safe = len(now) if self.stopped else len(now) - possible_stop(now, stop or "")
-        return self._show(now[:safe])
-
-    def _show(self, text: str) -> str:
-        new = text[len(self.shown) :]
-        self.shown += new
-        return new
-
-    def rest(self) -> str:
-        """What was held back, once no more tokens come."""
-        return "" if self.stopped else self._show(stable_text(self.model.tokenizer, self.tokens))
-
-    def record(self) -> dict[str, Any]:
-        """The fields of the JSON line."""
-        options = self.arguments.options()
-        ended = self.stopped or self.tokens[-1] in end_tokens(self.model, options)
-        return {
-            "prompt": self.prompt.text,
-            "text": self.shown,
-            "token_ids": self.tokens,
-            "num_steps": len(self.accepted),
-            "acceptance_length": len(self.tokens) / len(self.accepted),
-            "accepted_per_step": self.accepted,
-            "seconds": self.seconds,
-            "tokens_per_second": len(self.tokens) / self.seconds,
-            "decoding": options.decoding,
-            "num_masks": trained_masks(self.model, options),
-            "finish_reason": "stop" if ended else "length",
-        }
-
-
 def stream(
     model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record: dict[str, Any], seed: int | None = None
 ) -> Iterator[str]:
@@ -247,7 +179,8 @@ def _stream_together(
 ) -> Iterator[list[str]]:
     """The same for several prompts; one piece a prompt each time."""
     options = arguments.options() if seeds is None else replace(arguments.options(), seed=seeds)
-    texts = [GrowingText(model, prompt, arguments) for prompt in prompts]
+    stops = [arguments.stop] if arguments.stop else []
+    texts = [GrowingText(model, prompt, options, stops) for prompt in prompts]
     finished: set[int] = set()
     steps = decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished)
     seconds = 0.0

@@ -7,7 +7,7 @@ A function: ``base.generate(**inputs, custom_generate=mtp.custom_generate, num_m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,9 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
         )
         if mtp_streamer is not None and len(prompts) > 1:
             raise UsageError(f"a streamer takes one row, got {len(prompts)}. Leave mtp_streamer out or give one prompt.")
-        steps = _alone(mtp, input_ids, prompts, options) if any(padding) else _together(mtp, prompts, options)
-        sequences = _collect(steps, input_ids, list(stopping_criteria or ()), config, mtp_streamer)
+        ended: set[int] = set()
+        steps = _alone(mtp, input_ids, prompts, options, ended) if any(padding) else _together(mtp, prompts, options, ended)
+        sequences = _collect(steps, input_ids, list(stopping_criteria or ()), config, mtp_streamer, ended)
         if config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)
         return sequences
@@ -167,25 +168,28 @@ class _Padded:
         return self.processor(torch.cat([self.padding.to(input_ids.device), input_ids], dim=1), scores)
 
 
-def _together(mtp: MTPModel, prompts: list[Tensor], options: DecodingOptions) -> Iterator[tuple[int, list[int], bool]]:
-    """Row and tokens of every step, and whether the row ends with them."""
-    for steps in decode_rows(mtp, prompts, options):
+def _together(
+    mtp: MTPModel, prompts: list[Tensor], options: DecodingOptions, ended: Set[int]
+) -> Iterator[tuple[int, list[int], bool]]:
+    """Row and tokens of every step, and whether the row ends with them. Rows in ``ended`` are not decoded further."""
+    for steps in decode_rows(mtp, prompts, options, finished=ended):
         for row, step, reason in steps:
             yield row, step.tokens, reason is not None
 
 
 def _alone(
-    mtp: MTPModel, input_ids: Tensor, prompts: list[Tensor], options: DecodingOptions
+    mtp: MTPModel, input_ids: Tensor, prompts: list[Tensor], options: DecodingOptions, ended: Set[int]
 ) -> Iterator[tuple[int, list[int], bool]]:
     """The same; where processors must see each row's padding, one row after another."""
     if not options.logits_processor:
-        yield from _together(mtp, prompts, options)
+        yield from _together(mtp, prompts, options, ended)
         return
     seeds = row_seeds(options.seed, len(prompts))
     for r, prompt in enumerate(prompts):
         padding = input_ids[r : r + 1, : input_ids.shape[1] - len(prompt)]
         processors = [_Padded(each, padding) for each in options.logits_processor]
-        for _, *step in _together(mtp, [prompt], replace(options, seed=seeds[r : r + 1], logits_processor=processors)):
+        alone = replace(options, seed=seeds[r : r + 1], logits_processor=processors)
+        for _, *step in _together(mtp, [prompt], alone, frozenset()):
             yield r, *step
 
 
@@ -195,6 +199,7 @@ def _collect(
     criteria: list[Any],
     config: GenerationConfig,
     streamer: Any,
+    finished: set[int],
 ) -> Tensor:
     """What ``generate`` returns, [B, L]: prompts and texts, each ended where transformers' own loop ends it.
 
@@ -225,6 +230,7 @@ def _collect(
                 done = torch.as_tensor(each(text[:, :end], None)).expand(B).tolist()
                 ended = [before or now for before, now in zip(ended, done, strict=True)]
             ended = [before or (complete[r] and not waiting[r]) for r, before in enumerate(ended)]
+            finished.update(r for r in range(B) if freezes and ended[r])
         if all(ended):
             break
     if streamer is not None:

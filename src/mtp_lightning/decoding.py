@@ -406,13 +406,16 @@ class Generation:
     seeds: list[int] | None = None
 
 
-def generate(model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
+def generate(
+    model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None = None, streamer: Any = None, **options: Any
+) -> Generation:
     """Generate for the rows of a batch together. Each row gets the text that it would get alone.
 
     Args:
         model: the model.
         input_ids: prompts, padded on either side, [B, L] int64.
         attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
+        streamer: transformers' streamer, given the prompt and then the tokens of each step; for one row. None: none.
         **options: see ``DecodingOptions``.
 
     Returns:
@@ -428,6 +431,10 @@ def generate(model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None =
         input_ids[r] if attention_mask is None else input_ids[r][attention_mask[r].bool().to(input_ids.device)]
         for r in range(B)
     ]
+    if streamer is not None:
+        if B != 1:
+            raise UsageError(f"a streamer takes one row, got {B}. Leave streamer out or give one prompt.")
+        streamer.put(prompts[0].cpu())
     new: list[list[int]] = [[] for _ in prompts]
     accepted: list[list[int]] = [[] for _ in prompts]
     reasons = [""] * B
@@ -436,6 +443,10 @@ def generate(model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None =
             new[row] += step.tokens
             accepted[row].append(len(step.tokens) - 1)
             reasons[row] = reason or ""
+            if streamer is not None:
+                streamer.put(torch.tensor(step.tokens))
+    if streamer is not None:
+        streamer.end()
     rows = [torch.cat([prompt.cpu(), torch.tensor(tokens)]) for prompt, tokens in zip(prompts, new, strict=True)]
     num_steps = torch.tensor([len(row) for row in accepted])
     totals = torch.tensor([len(tokens) for tokens in new])

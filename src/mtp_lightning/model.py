@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from mtp_lightning.masking import AttentionPattern, attention_pattern, gather_an
 from mtp_lightning.measurement import Measurement, measure
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.types import HiddenStates, LossSum, MaskedInput
+
+if TYPE_CHECKING:
+    from mtp_lightning.text_stream import TextStream
 
 
 class ForwardOutput(NamedTuple):
@@ -288,13 +291,33 @@ class MTPModel(nn.Module):
                 measurement = measure(states, batch, unembed)
         return ForwardOutput(sums, measurement, states)
 
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Tensor | Sequence[dict[str, Any]],
+        stop: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> TextStream:
+        """Generate for one prompt as an iterator over pieces of text; its attributes have tokens and counts.
+
+        Args:
+            prompt: text, token ids, or messages for the base's chat template.
+            stop: a text that ends the generation, or several; it is cut off.
+            **options: ``max_new_tokens``, ``decoding``, ``num_masks`` and others.
+
+        Returns:
+            The iterator. It may be left at any time; ``text`` and ``token_ids`` keep what came.
+        """
+        from mtp_lightning.text_stream import stream_text  # tokens alone need no text
+
+        return stream_text(self, prompt, stop, **options)
+
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
         """Generate with speculative decoding; see ``mtp_lightning.decoding.generate`` for the options.
 
         Args:
             input_ids: prompts, [B, L] int64.
             attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
-            **options: ``max_new_tokens``, ``decoding``, ``num_masks`` and others.
+            **options: ``max_new_tokens``, ``decoding``, ``num_masks``, ``streamer`` and others.
 
         Returns:
             Sequences, steps and acceptance lengths.
