@@ -4,9 +4,9 @@
     python benchmarks/gpu_training.py [--shape llama-8b] [--attention sdpa|flex_attention] [--steps 8]
 
 The base has the shape of Llama-3.1-8B and random weights in bfloat16, which are as fast as trained ones; rank 128, k 8, rows
-of 2,048 random tokens, GRU sampler head, distillation losses, gradient checkpointing, AdamW, bf16-mixed: ``configs/qwen.yaml``
-without its data. The first two steps are left out. Each setting's estimate is printed beside what was measured. A setting
-that runs out of memory says so and the others go on. ``--shape tiny --device cpu`` tries the script out.
+of 2,048 random tokens, GRU sampler head, distillation losses, gradient checkpointing, AdamW, bf16-mixed: what
+``configs/qwen.yaml`` does, without its data. The first two steps are left out. Each setting's estimate is printed beside what
+was measured. A setting that runs out of memory says so and the others go on. ``--shape tiny --device cpu`` tries the script out.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def run() -> None:
     parser.add_argument("--peak_tflops", type=float, default=None, help="790: what a real product reaches on an H100")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    print(json.dumps({"device": device_name(device), "torch": torch.__version__, **vars(arguments)}), flush=True)
+    print(json.dumps({"name": device_name(device), "torch": torch.__version__, **vars(arguments)}), flush=True)
     model = make_model(arguments)
     size = model_size(model)
     for block_fraction in arguments.block_fractions:

@@ -89,9 +89,7 @@ def run() -> None:
         f" {a.steps:,} steps of {a.rows_a_step} rows; GPUs of {a.device_gb:g} GB, {a.tflops:g} TFLOP/s at"
         f" {a.utilization:.0%} (assumed)\n"
     )
-    print(
-        "| base | base weights | trained, with AdamW | one row's step | GPUs a copy | on each GPU | TFLOP a row | GPU-hours |"
-    )
+    print("| base | weights | trained, AdamW | step of one row | GPUs a copy | on each GPU | TFLOP a row | GPU-hours |")
     print("|---|---|---|---|---|---|---|---|")
     for name in SHAPES:
         size = size_of(name, a.num_masks, a.rank)
@@ -104,7 +102,7 @@ def run() -> None:
         print(
             f"| {name} | {gigabytes(alone.base)} | {gigabytes(alone.trained)} | {gigabytes(alone.step + alone.logits)} |"
             f" {needed} | {'-' if shards is None else gigabytes(one.total)} | {flops / 1e12:,.0f} |"
-            f" {hours if hours < 10 else math.ceil(hours):,} |"
+            f" {math.ceil(hours):,} |"
         )
 
 
