@@ -5,8 +5,9 @@
 
 The base has the shape of Llama-3.1-8B and random weights in bfloat16, which are as fast as trained ones; rank 128, k 8, rows
 of 2,048 random tokens, GRU sampler head, distillation losses, gradient checkpointing, AdamW, bf16-mixed: what
-``configs/qwen.yaml`` does, without its data. The first two steps are left out. Each setting's estimate is printed beside what
-was measured. A setting that runs out of memory says so and the others go on. ``--shape tiny --device cpu`` tries the script out.
+``configs/qwen.yaml`` does, without its data. The first two steps are left out. Each setting's estimate is printed beside
+what was measured. A setting that runs out of memory says so and the others go on. ``--shape tiny --device cpu`` tries the
+script out.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def test_positions_and_bytes_by_hand() -> None:
 def test_checkpointing_and_flex_attention_take_less() -> None:
     size = model_size(model_of(torch.bfloat16))
     plain = estimate(size, replace(STEP, length=4096))
-    assert estimate(size, replace(STEP, length=4096, checkpointing=True)).step < plain.step / 2
+    assert estimate(size, replace(STEP, length=4096, checkpointing=True)).step < 0.6 * plain.step
     assert estimate(size, replace(STEP, length=4096, kernel="flex_attention")).mask == 0
     assert plain.mask > plain.activations  # what full blocks with a dense mask are about
 
