@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +83,6 @@ MOST = {
     "metrics": 12,
 }
 """Each moment of a run where it may be killed, and how often it comes in a few steps."""
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    started = Zygote(tmp_path_factory.mktemp("cache"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -68,8 +68,8 @@ def test_the_estimate_is_near_what_autograd_keeps(dtype: torch.dtype, autocast: 
     if gated:  # the cache is no part of the graph once it is concatenated
         decoder -= STEP.rows * STEP.length * 2 * size.keys * size.layers * size.element
     kept = kept_bytes(model, autocast)
-    # A planning figure: kernels differ in what they keep. A wrong term (a factor of 2 somewhere) would be seen.
-    assert 0.75 < (decoder + found.mask) / kept < 1.33
+    # Small tensors (cosines, norms' scales) are left out; a term that is wrong by a factor of 2 is more than this.
+    assert 0.9 < (decoder + found.mask) / kept < 1.1
 
 
 def test_positions_and_bytes_by_hand() -> None:
@@ -92,7 +92,7 @@ def test_positions_and_bytes_by_hand() -> None:
 def test_checkpointing_and_flex_attention_take_less() -> None:
     size = model_size(model_of(torch.bfloat16))
     plain = estimate(size, replace(STEP, length=4096))
-    assert estimate(size, replace(STEP, length=4096, checkpointing=True)).step < plain.step / 2
+    assert estimate(size, replace(STEP, length=4096, checkpointing=True)).step < 0.6 * plain.step
     assert estimate(size, replace(STEP, length=4096, kernel="flex_attention")).mask == 0
     assert plain.mask > plain.activations  # what full blocks with a dense mask are about
 
@@ -119,8 +119,8 @@ def test_operations_against_a_count(gated: bool, head: bool) -> None:
         output = model(batch(), terms)
         sum(sums[0].total for sums in output.sums.values()).backward()
     counted = counter.total
-    # The count multiplies with all keys that a dense mask hides, and with the labels that the row's end has not.
-    assert 0.75 < step_flops(model_size(model), STEP) / counted < 1.15
+    # The count leaves out labels that the row's end has not, and takes in the keys that a mask hides.
+    assert 0.9 < step_flops(model_size(model), STEP) / counted < 1.15
 
 
 def test_a_mixture_of_experts_counts_the_experts_that_a_token_visits() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,6 @@ FSDP2 = ["--config", STRATEGIES / "fsdp2.yaml", "--model.gradient_checkpointing"
 STEPS, ROWS = 6, 4
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 """float64 sums in another order: rounding of 1e-16 through six optimizer steps with gains well below 1e5."""
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    started = Zygote(tmp_path_factory.mktemp("cache"))
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

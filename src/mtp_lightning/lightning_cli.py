@@ -7,6 +7,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in its __all__, though documented
@@ -20,7 +21,7 @@ import mtp_lightning.callbacks
 import mtp_lightning.losses
 import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
-from mtp_lightning.callbacks.run_guards import explain
+from mtp_lightning.callbacks.run_guards import explain, unwritable
 from mtp_lightning.callbacks.together import checkpoint_folders
 from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.checkpoint_files import newest_checkpoint
@@ -111,7 +112,10 @@ class MTPCLI(LightningCLI):
             check_settings(read_checkpoint(path), checkpoint_settings(self.model))
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
-                logger._experiment = MetricsWriter(logger.log_dir, append=self.subcommand != "fit" or bool(path))
+                try:
+                    logger._experiment = MetricsWriter(logger.log_dir, append=self.subcommand != "fit" or bool(path))
+                except OSError as error:
+                    raise RunError(unwritable(Path(logger.log_dir)) or one_line(error)) from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
             self.trainer.strategy.checkpoint_io = BesideCheckpointIO()
         for callback in self.trainer.callbacks:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable
@@ -20,6 +21,9 @@ from mtp_lightning.checkpoint_files import newest_checkpoint
 from mtp_lightning.data.fingerprint import fingerprint
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.sizing import ModelSize, StepSize, advice, estimate, gigabytes, memory_error, model_size
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the operating system says where nothing can be written any more."""
 
 
 class RunGuards(Callback):
@@ -279,6 +283,7 @@ def explain(error: BaseException, guards: RunGuards | None, trainer: Trainer) ->
             f"another process of this run has ended, and this one can't go on alone ({text}). Its own message stands above,"
             f" unless it was killed.{go_on}"
         )
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return RunError(f"{str(error.filename)!r} could not be read or written: {error.strerror}. Make room, then:{go_on}")
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        name = "a file" if error.filename is None else repr(str(error.filename))
+        return RunError(f"{name} could not be written: {error.strerror}. Make room or give another folder.{go_on}")
     return None
