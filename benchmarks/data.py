@@ -150,7 +150,8 @@ def throughput(rounds: int, steps: int) -> None:
     print(f"one worker makes {statistics.median(loaded):,.0f} tokens/s ({min(loaded):,.0f} to {max(loaded):,.0f})")
     print(f"the demo's training step takes {statistics.median(trained):,.0f} ({min(trained):,.0f} to {max(trained):,.0f})")
     print(
-        f"ratio {statistics.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f}) in {rounds} rounds, {os.cpu_count()} cores"
+        f"ratio {statistics.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f})"
+        f" in {rounds} rounds, {os.cpu_count()} cores"
     )
 
 
