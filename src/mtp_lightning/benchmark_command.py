@@ -104,6 +104,7 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         revision=arguments.revision,
         dtype=arguments.dtype or "auto",
         device=arguments.chosen_device(),
+        trust_remote_code=arguments.trust_remote_code,
     )
     prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts)
     for prompt in prompts:
