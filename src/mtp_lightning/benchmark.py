@@ -77,7 +77,7 @@ def decode_batch(model: MTPModel, prompts: Sequence[Prompt], options: DecodingOp
     Returns:
         Texts and counts.
     """
-    out = BatchText(*([[] for _ in prompts] for _ in range(3)), 0.0)
+    out = BatchText([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts], 0.0)
     begin = time.perf_counter()
     # Each step ends by reading its tokens from the device, so no work is left when the clock is read.
     for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options):
@@ -160,7 +160,8 @@ def row_seed(options: DecodingOptions, first: int, count: int) -> list[int] | No
     """Seeds of the prompts from ``first`` on; None when decoding is greedy."""
     if options.temperature == 0:
         return None
-    return [int(options.seed or 0) + first + i for i in range(count)]  # type: ignore[call-overload] # the command gives an int
+    seed = options.seed if isinstance(options.seed, int) else 0
+    return [seed + first + i for i in range(count)]
 
 
 def _results(
