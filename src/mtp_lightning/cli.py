@@ -7,19 +7,41 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from mtp_lightning.errors import MTPError, RunError, UsageError
 
+
+class Command(NamedTuple):
+    """A command, imported when it is called.
+
+    Attributes:
+        help: what ``mtp --help`` says.
+        module: where its function is, below this package.
+        function: takes the options.
+    """
+
+    help: str
+    module: str
+    function: str
+
+
 COMMANDS = {
-    "fit": "train",
-    "validate": "losses, NTP figure and acceptance on the validation set",
-    "test": "the same on the test set",
-    "predict": "speculative generation over the test prompts, one JSON line a prompt",
-    "generate": "generate text with a trained model",
-    "chat": "talk with a trained model",
-    "benchmark": "tokens a step by domain and number of masks, speed-up, losslessness",
-    "export": "checkpoint to saved folder (safetensors and JSON)",
+    "fit": Command("train", "lightning_cli", "run_trainer"),
+    "validate": Command("losses, NTP figure and acceptance on the validation set", "lightning_cli", "run_trainer"),
+    "test": Command("the same on the test set", "lightning_cli", "run_trainer"),
+    "predict": Command(
+        "speculative generation over the test prompts, one JSON line a prompt", "lightning_cli", "run_predict"
+    ),
+    "generate": Command("generate text with a trained model", "commands", "run_generate"),
+    "chat": Command("talk with a trained model", "chat_command", "run_chat"),
+    "data": Command("show a few rows with the role of every token, and the shares", "lightning_cli", "run_data"),
+    "distill": Command("write the base model's own answers to prompts, to train on", "distill.command", "run_distill"),
+    "export": Command("checkpoint to saved folder (safetensors and JSON)", "export_command", "run_export"),
+    "benchmark": Command(
+        "tokens a step by domain and number of masks, speed-up, losslessness", "benchmark_command", "run_benchmark"
+    ),
 }
 
 
@@ -56,8 +78,8 @@ def main(args: list[str] | None = None) -> None:
 def _run(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print("usage: mtp COMMAND [options]\n\ncommands:")
-        for name, text in COMMANDS.items():
-            print(f"  {name:10} {text}")
+        for name, command in COMMANDS.items():
+            print(f"  {name:10} {command.help}")
         print("\nmtp COMMAND --help shows a command's options. --debug shows the traceback of an error.")
         return
     if words[0] == "--version":
@@ -69,30 +91,10 @@ def _run(words: list[str]) -> None:
         raise UsageError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}.")
     _missing_files(words)
     _quiet()
-    if words[0] in ("fit", "validate", "test"):
-        from mtp_lightning.lightning_cli import run_trainer
-
-        run_trainer(words)
-    elif words[0] == "predict":
-        from mtp_lightning.lightning_cli import run_predict
-
-        run_predict(words[1:])
-    elif words[0] == "chat":
-        from mtp_lightning.chat_command import run_chat
-
-        run_chat(words[1:])
-    elif words[0] == "benchmark":
-        from mtp_lightning.benchmark_command import run_benchmark
-
-        run_benchmark(words[1:])
-    elif words[0] == "export":
-        from mtp_lightning.export_command import run_export
-
-        run_export(words[1:])
-    else:
-        from mtp_lightning.commands import run_generate
-
-        run_generate(words[1:])
+    command = COMMANDS[words[0]]
+    getattr(import_module(f"mtp_lightning.{command.module}"), command.function)(
+        words if command.function == "run_trainer" else words[1:]  # Lightning's own subcommands
+    )
 
 
 def _quiet() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from mtp_lightning.attention import attention_mask, check_layers
+from mtp_lightning.attention import attention_mask, check_layer_types, text_config
 from mtp_lightning.base import FrozenUnembedding, context_length
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding_step import StepInput, StepOutput, decode_step
@@ -75,7 +75,7 @@ class MTPModel(nn.Module):
         super().__init__()
         if num_masks < 1:
             raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
-        check_layers(base)
+        check_layer_types(text_config(base), getattr(base, "_is_stateful", False))
         self.num_masks = num_masks
         self.lora = lora or LoRA()
         self.gate = Gate()

@@ -33,10 +33,20 @@ class Prompt(NamedTuple):
     domain: str
 
 
-class _Row(NamedTuple):
+class PromptRow(NamedTuple):
+    """A prompt as it stands in its file.
+
+    Attributes:
+        place: file and line, for messages.
+        content: text, or a list of messages.
+        domain: its domain, or an empty string.
+        name: the row's ``id``, or the number of its line.
+    """
+
     place: str
     content: str | list[Any]
     domain: str
+    name: str | int
 
 
 def read_prompts(source: str, tokenizer: Any, limit: int | None = None) -> list[Prompt]:
@@ -56,12 +66,28 @@ def read_prompts(source: str, tokenizer: Any, limit: int | None = None) -> list[
     """
     if limit is not None and limit < 1:
         raise UsageError(f"the number of prompts must be 1 or more, got {limit}.")
+    rows = read_prompt_rows(source)
+    chosen = range(len(rows)) if limit is None else round_robin([row.domain for row in rows])[:limit]
+    return [encode_prompt_row(rows[i], tokenizer) for i in chosen]
+
+
+def read_prompt_rows(source: str) -> list[PromptRow]:
+    """The prompts of a source, before any tokenizer is needed.
+
+    Args:
+        source: a ``.txt`` or ``.jsonl`` file, ``package://...`` for one shipped with this package, or ``-``.
+
+    Returns:
+        At least one row, in the order of the file.
+
+    Raises:
+        RunError: the file is empty, or a line can't be used.
+    """
     name, lines, as_json = _lines(source)
-    rows = [_row(f"{name}, line {number}", line, as_json) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_row(name, number, line, as_json) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise RunError(f"{name}: expected at least one prompt, it is empty.")
-    chosen = range(len(rows)) if limit is None else round_robin([row.domain for row in rows])[:limit]
-    return [_prompt(rows[i], tokenizer) for i in chosen]
+    return rows
 
 
 def round_robin(domains: Sequence[str]) -> list[int]:
@@ -102,9 +128,10 @@ def _lines(source: str) -> tuple[str, list[str], bool]:
     return source, text.split("\n"), path.suffix == ".jsonl"
 
 
-def _row(place: str, line: str, as_json: bool) -> _Row:
+def _row(source: str, number: int, line: str, as_json: bool) -> PromptRow:
+    place = f"{source}, line {number}"
     if not as_json:
-        return _Row(place, line.rstrip("\r"), "")
+        return PromptRow(place, line.rstrip("\r"), "", number)
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -122,7 +149,10 @@ def _row(place: str, line: str, as_json: bool) -> _Row:
     domain = value.get("domain")
     if domain is not None and not isinstance(domain, str):
         raise RunError(f"{place}: expected domain as text, got {type(domain).__name__}.")
-    return _Row(place, content, domain or "")
+    name = value.get("id", number)
+    if not isinstance(name, str | int):
+        raise RunError(f"{place}: expected id as text or a number, got {type(name).__name__}.")
+    return PromptRow(place, content, domain or "", name)
 
 
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
@@ -141,7 +171,19 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
     return ids[:-1] if appended else ids
 
 
-def _prompt(row: _Row, tokenizer: Any) -> Prompt:
+def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
+    """A row as text and token ids.
+
+    Args:
+        row: the row.
+        tokenizer: the base's tokenizer.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        RunError: it has no token, or there are messages and no chat template.
+    """
     if isinstance(row.content, str):
         text, ids = row.content, encode_prompt(row.content, tokenizer)
     else:
@@ -151,6 +193,20 @@ def _prompt(row: _Row, tokenizer: Any) -> Prompt:
     if not ids:
         raise RunError(f"{row.place}: expected at least one token, the prompt has none. Delete the line or add text.")
     return Prompt(text, ids, row.domain)
+
+
+def open_messages(content: str | list[Any]) -> list[Any]:
+    """The messages of a prompt without an answer of the assistant at their end.
+
+    Args:
+        content: messages.
+
+    Returns:
+        Messages that wait for the assistant.
+    """
+    messages = list(content)
+    answered = messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+    return messages[:-1] if answered else messages
 
 
 def render_messages(messages: list[Any], tokenizer: Any) -> Prompt:
@@ -166,18 +222,16 @@ def render_messages(messages: list[Any], tokenizer: Any) -> Prompt:
     Raises:
         RunError: there is no chat template, or it does not take these messages.
     """
-    return _prompt(_Row("messages", messages, ""), tokenizer)
+    return encode_prompt_row(PromptRow("messages", messages, "", 0), tokenizer)
 
 
-def _render(row: _Row, tokenizer: Any) -> str:
+def _render(row: PromptRow, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise RunError(
             f"{row.place}: there are messages, and the base's tokenizer has no chat template."
             " Write the text to a prompt field, or take a base model made for chat."
         )
-    messages = list(row.content)
-    if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
+    messages = open_messages(row.content)
     if not messages or not all(isinstance(message, dict) for message in messages):
         raise RunError(
             f"{row.place}: expected messages as a list of objects with role and content, one of them to be answered."

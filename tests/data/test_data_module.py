@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+import two_processes
+from resume_runs import checkpoints, fit, whole_and_resumed
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.data import MTPDataModule, documents
@@ -458,50 +458,6 @@ def test_chat_template_from_a_file(write) -> None:
 # ---------------------------------------------------------------------------------------------- with a Trainer
 
 
-class Recorder(LightningModule):
-    """Learns nothing that matters; remembers what it was fed."""
-
-    num_masks = 2
-    context = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokenizer = word_tokenizer()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[tuple] = []
-        self.validated: list[tuple] = []
-
-    def training_step(self, batch, batch_idx: int):
-        self.seen.append((self.current_epoch, batch.row_ids.tolist(), batch.starts.tolist(), batch.counts.tolist()))
-        return self.weight * 1.0
-
-    def validation_step(self, batch, batch_idx: int) -> None:
-        self.validated.append((batch.row_ids.tolist(), batch.starts.tolist()))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(
-    folder: Path, data: MTPDataModule, epochs: int = 3, ckpt_path: str | None = None, save: bool = False, **options
-) -> Recorder:
-    module = Recorder()
-    callbacks = [ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)] if save else []
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=save,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return module
-
-
 @pytest.mark.filterwarnings("ignore")  # of Lightning's, about small machines and few batches
 @pytest.mark.parametrize(
     ("validation_fraction", "limit", "batches"), [(0.0, 1.0, 5), (0.0, 3, 3), (0.0, 0.8, 4), (0.3, 1.0, 4), (0.3, 3, 3)]
@@ -528,10 +484,49 @@ def test_fit_and_resume_after_every_step(
         passes = [whole.validated[begin : begin + 2] for begin in range(0, len(whole.validated), 2)]
         assert len(passes) == 4 and all(found == passes[0] for found in passes)  # the sanity check and three epochs
 
-    checkpoints = sorted(tmp_path.glob("*.ckpt"), key=lambda file: int(re.findall(r"\d+", file.name)[0]))
     steps = -(-batches // 2)
-    assert len(checkpoints) == 3 * steps
-    for number, checkpoint in enumerate(checkpoints[:-1], 1):
+    assert len(checkpoints(tmp_path)) == 3 * steps
+    for number, checkpoint in enumerate(checkpoints(tmp_path)[:-1], 1):
         delivered = number // steps * batches + number % steps * 2
         resumed = fit(tmp_path, data(), ckpt_path=str(checkpoint), **options)
         assert resumed.seen == whole.seen[delivered:], checkpoint.name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resume_with_workers(tmp_path: Path, write) -> None:
+    options = {"train": write("a.jsonl", texts(14)), "max_length": 16, "batch_size": 3, "block_fraction": 0.5}
+    runs = [
+        fit(tmp_path / str(workers), MTPDataModule(**options, num_workers=workers), 2, save=True, accumulate_grad_batches=2)
+        for workers in (0, 2)
+    ]
+    assert runs[0].seen == runs[1].seen and len(runs[0].seen) == 10
+    for step, delivered in ((1, 2), (4, 7)):  # in the middle of the first epoch and of the second
+        checkpoint = str(checkpoints(tmp_path / "2")[step - 1])
+        data = MTPDataModule(**options, num_workers=2)
+        resumed = fit(tmp_path, data, 2, checkpoint, accumulate_grad_batches=2)
+        assert resumed.seen == runs[0].seen[delivered:]
+
+
+def test_resume_on_two_ranks(tmp_path: Path, write) -> None:
+    """Two processes joined by DDP, with 0 and 2 workers each: together they see what one rank with larger batches sees."""
+    options = {"train": write("a.jsonl", texts(14)), "max_length": 16, "block_fraction": 0.5}
+    alone = fit(tmp_path / "alone", MTPDataModule(**options, batch_size=4), 2, accumulate_grad_batches=2).seen
+    assert len(alone) == 8
+    ranks = two_processes.run(whole_and_resumed, tmp_path, str(tmp_path), options | {"batch_size": 2}, [0, 2], [3])
+    for workers in (0, 2):
+        for rank in ranks:
+            whole, resumed = rank[workers]
+            assert [seen[0] for seen in whole] == [0] * 4 + [1] * 4
+            assert resumed[3] == whole[6:]
+        for one, *both in zip(alone, ranks[0][workers][0], ranks[1][workers][0], strict=True):
+            rows = [
+                (number, drawn(starts))
+                for _, ids, all_starts, _ in both
+                for number, starts in zip(ids, all_starts, strict=True)
+            ]
+            assert sorted(rows) == sorted((number, drawn(starts)) for number, starts in zip(one[1], one[2], strict=True))
+            assert [a + b for a, b in zip(both[0][3], both[1][3], strict=True)] == one[3]
+
+
+def drawn(starts: list[int]) -> list[int]:
+    return [start for start in starts if start >= 0]

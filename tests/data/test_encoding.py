@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoding: every kind of row against ids and labels written by hand; chat templates of four families; refusals."""
+"""Encoding: every kind of row against ids and labels written by hand; refusals. Chat templates have their own file."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ def test_prompt_carries_no_loss(tokenizer) -> None:
 def test_completion_ids_are_taken_as_they_are(tokenizer) -> None:
     check({"prompt": "one", "completion_ids": [THREE, EOS]}, tokenizer, [BOS, ONE, THREE, EOS], [X, X, THREE, EOS])
     check({"prompt": "one", "completion_ids": [THREE, FOUR]}, tokenizer, [BOS, ONE, THREE, FOUR], [X, X, THREE, FOUR])
+
+
+def test_prompt_and_completion_that_are_tokens_are_taken_as_they_are(tokenizer) -> None:
+    row = {"prompt_ids": [ONE, TWO], "completion_ids": [THREE, FOUR], "messages": [says("user", "x")], "prompt": "one"}
+    check(row | {"completion": "six"}, tokenizer, [ONE, TWO, THREE, FOUR], [X, X, THREE, FOUR])
+    check({"prompt": "one", "prompt_ids": None, "completion_ids": [THREE]}, tokenizer, [BOS, ONE, THREE], [X, X, THREE])
 
 
 def test_prompt_of_messages_ends_with_the_generation_prompt(tokenizer) -> None:
@@ -148,54 +154,6 @@ def test_no_assistant_turn_no_loss(tokenizer) -> None:
     check({"messages": TWO_TURNS[:1]}, tokenizer, TWO_TURNS_IDS[:6], [X] * 6)
 
 
-LLAMA3 = (
-    "{{ '<|begin_of_text|>' }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
-    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-MISTRAL = (
-    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% else %}{{ raise_exception('Only user and assistant roles!') }}"
-    "{% endif %}{% endfor %}"
-)
-GEMMA = (
-    "{{ '<bos>' }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-CHAT = [says("user", "hi ab"), says("assistant", "ab.\nyes"), says("user", "more"), says("assistant", "no")]
-FAMILIES = {
-    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>", ["ab.\nyes<|im_end|>", "no<|im_end|>"]),
-    "llama3": (
-        LLAMA3,
-        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-        "<|eot_id|>",
-        ["ab.\nyes<|eot_id|>", "no<|eot_id|>"],
-    ),
-    "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "</s>", [" ab.\nyes</s>", " no</s>"]),
-    "gemma": (
-        GEMMA,
-        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
-        "<eos>",
-        ["ab.\nyes<end_of_turn>", "no<end_of_turn>"],
-    ),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_carries_loss_in_four_families(family: str) -> None:
-    template, special, eos, expected = FAMILIES[family]
-    tokenizer = byte_tokenizer(special, eos)
-    encoded = encode_row({"messages": CHAT}, tokenizer, template)
-    rendered = tokenizer.apply_chat_template(CHAT, tokenize=True, chat_template=template, return_dict=True)
-    assert encoded.input_ids == rendered["input_ids"]
-    turns: list[list[int]] = []
-    for position, (token, flag) in enumerate(zip(encoded.input_ids, encoded.loss, strict=True)):
-        if flag:
-            turns = turns if position and encoded.loss[position - 1] else [*turns, []]
-            turns[-1].append(token)
-    assert [tokenizer.decode(turn) for turn in turns] == expected
-
-
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think> </think> {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -203,14 +161,11 @@ THINKING = (
 )
 
 
-def test_a_template_that_drops_earlier_thinking_is_refused(tokenizer) -> None:
-    with pytest.raises(RunError) as error:
-        encode_row({"messages": TWO_TURNS}, tokenizer, THINKING)
-    assert str(error.value) == (
-        "the text of the chat template up to message 2 changes when messages follow (it may drop earlier thinking), so what"
-        " the assistant wrote cannot be found. Give data.chat_template a template with {% generation %} .."
-        " {% endgeneration %} around what the assistant says, or make a row of each assistant turn."
-    )
+def test_earlier_thinking_that_the_template_drops(tokenizer) -> None:
+    think, unthink = 15, 16
+    ids = [*TWO_TURNS_IDS[:22], think, unthink, *TWO_TURNS_IDS[22:]]
+    labels = [*TWO_TURNS_LABELS[:22], think, unthink, *TWO_TURNS_LABELS[22:]]
+    check({"messages": TWO_TURNS}, tokenizer, ids, labels, THINKING)
 
 
 def test_a_single_turn_of_such_a_template_is_fine(tokenizer) -> None:
@@ -219,12 +174,12 @@ def test_a_single_turn_of_such_a_template_is_fine(tokenizer) -> None:
     check({"messages": TWO_TURNS[:2]}, tokenizer, ids, [X] * 9 + [think, unthink, TWO, THREE, END, X], THINKING)
 
 
-def test_messages_that_the_template_refuses() -> None:
-    tokenizer = byte_tokenizer(FAMILIES["mistral"][1], "</s>")
+def test_messages_that_the_template_refuses(tokenizer) -> None:
+    template = CHATML + "{{ raise_exception('Only user and assistant roles!') }}"
     with pytest.raises(
         RunError, match=r"^the chat template refuses the messages \(roles: system, user\): Only user and assistant"
     ):
-        encode_row({"messages": [says("system", "x"), says("user", "y")]}, tokenizer, MISTRAL)
+        encode_row({"messages": [says("system", "x"), says("user", "y")]}, tokenizer, template)
 
 
 def test_no_template() -> None:

@@ -2,9 +2,10 @@
 """The data layer, in the order in which data flows.
 
 ``reading`` sources -> rows of fields; ``chat`` and ``encoding`` a row -> token ids and loss; ``documents`` the same for
-whole sources, cut to length and cached; ``packing`` documents -> rows; ``rows`` the data set that a loader draws from;
-``preparing`` all of it up to there; ``loader`` which rows when, on which rank; ``collator`` rows -> masked input;
-``module`` the LightningDataModule, the only file here that imports Lightning.
+whole sources, cut to length and cached (``cache`` says what is wrong with the cache); ``packing`` documents -> rows;
+``rows`` the data set that a loader draws from; ``preparing`` all of it up to there; ``loader`` which rows when, on which
+rank; ``collator`` rows -> masked input; ``display`` a batch as text; ``module`` the LightningDataModule, the only file
+here that imports Lightning.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat: messages -> token ids and which of them the assistant wrote, through the base's chat template.
 
-Two ways, the first that fits:
+Three ways, the first that fits:
 
 1. The template has ``{% generation %}`` markers: it says itself what the assistant wrote.
 2. Prefixes: the text of the messages before an assistant turn, with the generation prompt, ends where the turn begins;
-   the text up to and with the turn ends where it ends. Both must be prefixes of the whole text, which is checked:
-   templates that drop the thinking of earlier turns are not like that, and are refused instead of mislabelled.
+   the text up to and with the turn ends where it ends. Both must be prefixes of the whole text, which is checked.
+3. Another content: templates that drop the thinking of earlier turns (Qwen3) write a turn differently once messages
+   follow. The conversation is then rendered with a mark as that turn's content: what stands before the mark and after
+   the turn must be the whole text's beginning and end, which is checked too. What fits none is refused, not mislabelled.
 
-The assistant's end-of-turn token carries loss, the newline that some templates put after it does not.
+The text is always the template's own: an earlier turn whose thinking it drops is trained without it. The assistant's
+end-of-turn token carries loss, the newline that some templates put after it does not.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
+_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"}
+_MARK = "turnmark0turnmark"  # letters only, so that no template trims, splits or escapes it
 _MARKERS = "Give data.chat_template a template with {% generation %} .. {% endgeneration %} around what the assistant says"
 
 
@@ -47,12 +52,21 @@ def encode_messages(
     """
     messages = clean_messages(messages)
     template = template_of(tokenizer, chat_template)
+    _check_roles(messages, template)
     if _GENERATION.search(template):
-        return _encode_marked(messages, tokenizer, template)
-    text = render(messages, tokenizer, template)
-    ids, offsets = _tokenize(text, tokenizer)
-    spans = _assistant_spans(messages, text, tokenizer, template)
-    return ids, [any(start <= begin < end for start, end in spans) for begin, _ in offsets]
+        ids, loss = _encode_marked(messages, tokenizer, template)
+    else:
+        text = render(messages, tokenizer, template)
+        ids, offsets = _tokenize(text, tokenizer)
+        spans = _assistant_spans(messages, text, tokenizer, template)
+        loss = [any(start <= begin < end for start, end in spans) for begin, _ in offsets]
+    if all(loss) and any(message["role"] != "assistant" for message in messages):
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise RunError(
+            f"every token carries loss, though not all messages are the assistant's (roles: {roles}): the chat template"
+            f" marks all, or writes the assistant's turns alone. {_MARKERS} and nothing else."
+        )
+    return ids, loss
 
 
 def encode_chat_prompt(
@@ -71,6 +85,30 @@ def encode_chat_prompt(
     text = render(clean_messages(messages), tokenizer, template_of(tokenizer, chat_template), generation_prompt=True)
     # The template writes the special tokens that the base wants, the first one too: adding them again would double them.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def end_of_turn(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> list[int]:
+    """Token ids that the template writes after an answer of the assistant, as far as they carry loss.
+
+    Args:
+        messages: the conversation before the answer.
+        tokenizer: the base's tokenizer.
+        chat_template: a template's text, or None for the base's own.
+
+    Returns:
+        Token ids, usually one.
+
+    Raises:
+        RunError: the template does not write the answer as it is.
+    """
+    answer = {"role": "assistant", "content": _MARK}
+    text = render([*clean_messages(messages), answer], tokenizer, template_of(tokenizer, chat_template))
+    if text.count(_MARK) != 1:
+        raise RunError("the chat template does not write the assistant's content once and as it is.")
+    after = text[text.index(_MARK) + len(_MARK) :]
+    return tokenizer(after[: _turn_end(after, tokenizer)], add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def clean_messages(messages: Sequence[Message]) -> list[Message]:
@@ -92,6 +130,9 @@ def clean_messages(messages: Sequence[Message]) -> list[Message]:
         fields = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
         if "role" not in fields or len(fields) < 2:
             raise RunError(f"each of messages must be {{role, content}}, got {_short(message)}.")
+        for name, kinds in (("role", str), ("content", str | list)):
+            if name in fields and not isinstance(fields[name], kinds):
+                raise RunError(f"{name} of a message must be text, got {type(fields[name]).__name__}: {_short(message)}.")
         cleaned.append(fields)
     return cleaned
 
@@ -146,6 +187,17 @@ def render(
         raise RunError(f"the chat template refuses the messages (roles: {roles}): {one_line(error)}") from error
 
 
+def _check_roles(messages: list[Message], template: str) -> None:
+    for number, message in enumerate(messages, 1):
+        role = message["role"]
+        # A misspelled role would silently carry no loss: most templates write whatever stands there.
+        if role not in _ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
+            raise RunError(
+                f"message {number} has the role {role!r}, which the chat template does not name; expected one of"
+                f" {', '.join(sorted(_ROLES))}. Rename it: turns of 'assistant' carry loss."
+            )
+
+
 def _encode_marked(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[list[int], list[bool]]:
@@ -153,35 +205,77 @@ def _encode_marked(
     out = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=template
     )
-    loss = [bool(flag) for flag in out["assistant_masks"]]
-    if not any(loss) and any(message["role"] == "assistant" for message in messages):
+    ids, loss = list(out["input_ids"]), [bool(flag) for flag in out["assistant_masks"]]
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not any(loss) and turns:
         raise RunError(
             "the chat template has generation markers, but they mark no token of the assistant. Correct the template."
         )
-    return list(out["input_ids"]), loss
+    before = messages[: turns[0]] if turns else messages
+    if any(loss) and before:
+        length = len(tokenizer(render(before, tokenizer, template), add_special_tokens=False, verbose=False)["input_ids"])
+        if loss.index(True) < length - 1:  # the last token may be another one where text follows
+            raise RunError(
+                f"the generation markers of the chat template mark token {loss.index(True)}, which stands before the first"
+                " turn of the assistant. Correct the template: they belong around what the assistant says."
+            )
+    return ids, loss
 
 
 def _assistant_spans(
     messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> list[tuple[int, int]]:
     """Where in the text the assistant's turns stand, [begin, end) in characters."""
-    special = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = render(messages[:index], tokenizer, template, generation_prompt=True)
         through = render(messages[: index + 1], tokenizer, template)
-        if not (text.startswith(through) and through.startswith(before)):
-            raise RunError(
-                f"the text of the chat template up to message {index + 1} changes when messages follow (it may drop"
-                f" earlier thinking), so what the assistant wrote cannot be found. {_MARKERS}, or make a row of each"
-                " assistant turn."
-            )
-        trimmed = through.rstrip()
-        ends_in_special = any(trimmed.endswith(token) for token in special if token)
-        spans.append((len(before), len(trimmed) if ends_in_special else len(through)))
+        if text.startswith(through) and through.startswith(before):
+            turn = through[len(before) :]
+            spans.append((len(before), len(before) + _turn_end(turn, tokenizer)))
+        else:
+            spans.append(_marked_span(messages, index, text, before, tokenizer, template))
+    for (_, end), (begin, _) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise _not_found(messages, None)
     return spans
+
+
+def _marked_span(
+    messages: list[Message], index: int, text: str, before: str, tokenizer: PreTrainedTokenizerBase, template: str
+) -> tuple[int, int]:
+    """Where a turn stands that the template writes differently once messages follow."""
+    marked = [*messages[:index], {**messages[index], "content": _MARK}, *messages[index + 1 :]]
+    whole = render(marked, tokenizer, template)
+    alone = render(marked[: index + 1], tokenizer, template)
+    if _MARK in text or whole.count(_MARK) != 1 or alone.count(_MARK) != 1:
+        raise _not_found(messages, index)
+    head, tail = whole.split(_MARK)
+    turn_end = alone.split(_MARK)[1]
+    rest = tail.removeprefix(turn_end)
+    begin = len(before) if text.startswith(before) else len(head)
+    end = len(text) - len(rest)
+    proved = tail.startswith(turn_end) and text.startswith(head) and text.endswith(rest) and begin <= end
+    if not (proved and text[:end].endswith(turn_end)):
+        raise _not_found(messages, index)
+    return begin, begin + _turn_end(text[begin:end], tokenizer)
+
+
+def _not_found(messages: list[Message], index: int | None) -> RunError:
+    place = "the messages" if index is None else f"message {index + 1} of {len(messages)}"
+    return RunError(
+        f"the chat template writes {place} in a way that changes when messages follow, so what the assistant wrote cannot be"
+        f" found. {_MARKERS}, or make a row of each assistant turn."
+    )
+
+
+def _turn_end(turn: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where in the text of a turn its last token with loss ends: white space after an end-of-turn token has none."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    trimmed = turn.rstrip()
+    return len(trimmed) if any(trimmed.endswith(token) for token in special if token) else len(turn)
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtp_lightning.data import chat, cutting, encoding
+from mtp_lightning.data.cache import cache_errors, cache_folder
 from mtp_lightning.data.cutting import Documents, Tokens, cut_rows
 from mtp_lightning.data.encoding import encode_row, label_message
-from mtp_lightning.errors import RunError
+from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -52,24 +53,36 @@ def encode_rows(
     Raises:
         RunError: a row cannot be encoded; the message names it.
     """
-    import datasets
-
     tokenized = not {"messages", "prompt", "text"} & set(rows.column_names)
     key = _digest(rows._fingerprint, tokenizer_digest(tokenizer), chat_template, max_length, _code_digest())
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "mtp_lightning"
-    folder.mkdir(parents=True, exist_ok=True)
-    return rows.with_format("arrow" if tokenized else None).map(
-        _encode_table if tokenized else _encode_fields,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        fn_kwargs={"name": name, "tokenizer": tokenizer, "max_length": max_length, "chat_template": chat_template},
-        num_proc=workers if workers > 1 and len(rows) >= _PARALLEL_FROM else None,
-        load_from_cache_file=True,
-        cache_file_name=str(folder / f"{key}.arrow"),
-        new_fingerprint=key,
-        desc=f"Encoding {name}",
-    )
+    folder = cache_folder() / "mtp_lightning"
+    try:
+        with cache_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            return rows.with_format("arrow" if tokenized else None).map(
+                _encode_table if tokenized else _encode_fields,
+                batched=True,
+                with_indices=True,
+                remove_columns=rows.column_names,
+                fn_kwargs={"name": name, "tokenizer": tokenizer, "max_length": max_length, "chat_template": chat_template},
+                num_proc=workers if workers > 1 and len(rows) >= _PARALLEL_FROM else None,
+                load_from_cache_file=True,
+                cache_file_name=str(folder / f"{key}.arrow"),
+                new_fingerprint=key,
+                desc=f"Encoding {name}",
+            )
+    except UnicodeDecodeError as error:
+        raise RunError(f"{name}, row {_undecodable(rows) + 1}: expected UTF-8 text, {one_line(error)}.") from error
+
+
+def _undecodable(rows: Dataset) -> int:
+    """Number of the first row that is no UTF-8: JSON and Parquet files are read without a look at their bytes."""
+    for number in range(len(rows)):
+        try:
+            rows[number]
+        except UnicodeDecodeError:
+            return number
+    raise AssertionError("one of the rows was not decoded before")
 
 
 def _encode_fields(

@@ -6,6 +6,7 @@
 | ``text`` | as the tokenizer gives them, its first token included, then its end token | all |
 | ``prompt`` + ``completion`` | each encoded alone, then joined, then the end token | completion and end token |
 | ``prompt`` + ``completion_ids`` | the prompt encoded, then the ids as they are | the ids |
+| ``prompt_ids`` + ``completion_ids`` | as they are: what ``mtp distill`` writes | the completion's |
 | ``messages`` | the base's chat template | assistant turns with their end-of-turn token |
 | ``input_ids`` (+ ``labels``) | as they are | all, or where the label is not -100 |
 
@@ -98,14 +99,16 @@ def encode_completion(
     """A prompt without loss and its completion with loss.
 
     Args:
-        row: ``prompt`` (text, or messages) with ``completion`` (text) or ``completion_ids`` (token ids).
+        row: ``prompt`` (text, or messages) with ``completion`` (text) or ``completion_ids`` (token ids); or both as ids.
         tokenizer: the base's tokenizer.
         chat_template: text of a chat template, for a prompt of messages.
 
     Returns:
         Token ids and loss.
     """
-    if isinstance(row["prompt"], list):
+    if row.get("prompt_ids") is not None and row.get("completion_ids") is not None:
+        prompt = _token_ids(row["prompt_ids"], "prompt_ids")
+    elif isinstance(row["prompt"], list):
         prompt = encode_chat_prompt(row["prompt"], tokenizer, chat_template)
     else:
         text = _string(row, "prompt")

@@ -22,6 +22,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mtp_lightning.data.cache import cache_errors, check_cache
 from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.paths import PACKAGE, resolve
 
@@ -34,7 +35,7 @@ SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "t
 DOCUMENT_MARK = "<|endoftext|>"
 """What separates documents in a text file."""
 
-FIELDS = ("messages", "prompt", "completion", "completion_ids", "text", "input_ids", "labels", "domain")
+FIELDS = ("messages", "prompt", "prompt_ids", "completion", "completion_ids", "text", "input_ids", "labels", "domain")
 """The fields of a row that are read; all others are left out."""
 
 ROW_KINDS = "messages | prompt + completion (or completion_ids) | text | input_ids (+ labels)"
@@ -74,6 +75,7 @@ def read_source(source: str) -> list[Dataset]:
         RunError: it does not exist, cannot be read, is empty, or its rows have none of the fields needed.
     """
     files = _local_files(source)
+    check_cache()
     if files is None:
         return [_with_fields(_read_hub(source), source)]
     texts = [file for file in files if file.suffix == ".txt"]
@@ -84,12 +86,16 @@ def read_source(source: str) -> list[Dataset]:
 def row_kind(fields: set[str]) -> str | None:
     """Which kind of row has these fields; where several fit, the first of the list in ``ROW_KINDS``.
 
+    Rows of ``mtp distill`` have ``prompt_ids`` and ``completion_ids`` beside the same as text: the tokens count.
+
     Args:
         fields: names of the fields that are not empty.
 
     Returns:
         ``messages``, ``prompt``, ``text``, ``input_ids``, or None where none fits.
     """
+    if {"prompt_ids", "completion_ids"} <= fields:
+        return "prompt"
     if "messages" in fields:
         return "messages"
     if "prompt" in fields and fields & {"completion", "completion_ids"}:
@@ -140,7 +146,10 @@ def _read_hub(source: str) -> Dataset:
     if not all(parts):
         raise UsageError(f"{source}: expected a path, or a hub id like owner/name, owner/name/config or owner/name:split.")
     try:
-        rows = load_dataset("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split or "train")
+        with cache_errors():
+            rows = load_dataset("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split or "train")
+    except RunError:
+        raise
     except Exception as error:  # the hub's client raises many kinds, none of them in common
         raise RunError(
             f"{source}: no such file here, and as a data set on the Hugging Face hub it could not be loaded: "
@@ -164,7 +173,10 @@ def _read_table(file: Path) -> Dataset:
     try:
         if file.suffix == ".parquet" and pq.read_metadata(file).num_rows == 0:
             raise ValueError("it has no rows")
-        rows = load_dataset(SUFFIXES[file.suffix], data_files=str(file), split="train")
+        with cache_errors():
+            rows = load_dataset(SUFFIXES[file.suffix], data_files=str(file), split="train")
+    except RunError:
+        raise
     except Exception as error:  # Arrow, pandas and datasets raise many kinds
         if SUFFIXES[file.suffix] == "json":
             _explain_json(file, error)

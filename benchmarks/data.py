@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data pipeline: memory of preparing many chat rows, and tokens per second against what training consumes.
+
+    python benchmarks/data.py --rows 200000
+
+Writes generated conversations to a temporary folder, prepares them (chat template, spans, cutting, packing) with an empty
+cache and reports the peak of this process's memory. Then it times one worker that makes the demo's training batches, and
+the demo's training step on the same batches, turn by turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+CHATML = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+WORDS = "the a of and to in is that it for was on are as with they be at one have this from or had by but some what".split()
+
+
+def write_rows(path: Path, number: int) -> None:
+    """Conversations of 1 to 5 turns, of 5 to 120 words each."""
+    chance = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(number):
+            messages = []
+            for _ in range(chance.randint(1, 5)):
+                for role in ("user", "assistant"):
+                    words = chance.choices(WORDS, k=chance.randint(5, 120))
+                    messages.append({"role": role, "content": " ".join(words)})
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+class Memory:
+    """Watches the process's own memory, without pages of mapped files, which the system may drop at any time."""
+
+    def __init__(self) -> None:
+        self.peak = self.now()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def now() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+    def _watch(self) -> None:
+        while not self._end.wait(0.02):
+            self.peak = max(self.peak, self.now())
+
+    def stop(self) -> int:
+        self._end.set()
+        self._thread.join()
+        return self.peak
+
+
+def prepare_many(number: int, folder: Path) -> None:
+    import datasets
+
+    from mtp_lightning.base import load_tokenizer
+    from mtp_lightning.data.preparing import prepare
+
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    tokenizer = load_tokenizer("package://demo/base")
+    source = folder / "chats.jsonl"
+    write_rows(source, number)
+    memory = Memory()
+    before, begin = memory.peak, time.perf_counter()
+    prepared, _ = prepare(str(source), tokenizer, max_length=2048, chat_template=CHATML, packing=True)
+    seconds, peak = time.perf_counter() - begin, memory.stop()
+    print(f"{source.stat().st_size / 2**20:,.0f} MiB of chats: {prepared.report}")
+    print(
+        f"memory before {before / 2**20:,.0f} MiB, peak {peak / 2**20:,.0f} MiB, grown by {(peak - before) / 2**20:,.0f} MiB"
+    )
+    mapped = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"with the pages of mapped files {mapped:,.0f} MiB; {prepared.report.tokens / seconds:,.0f} tokens/s to prepare")
+    begin = time.perf_counter()
+    prepare(str(source), tokenizer, max_length=2048, chat_template=CHATML, packing=True)
+    print(f"found in the cache {seconds / (time.perf_counter() - begin):,.0f} times as fast")
+
+
+def throughput(rounds: int, steps: int) -> None:
+    import torch
+    import yaml
+
+    from mtp_lightning.base import load_base, load_tokenizer
+    from mtp_lightning.data.collator import MaskedInputCollator
+    from mtp_lightning.data.loader import WindowedLoader, load_rows
+    from mtp_lightning.data.preparing import prepare
+    from mtp_lightning.gated_lora import LoRA
+    from mtp_lightning.losses import AnchorDistillation, LatentConsistency, term_value
+    from mtp_lightning.model import MTPModel
+    from mtp_lightning.sampler_heads import GRUSamplerHead
+
+    settings = yaml.safe_load(Path("configs/demo.yaml").read_text())
+    data, shape = settings["data"], settings["model"]
+    tokenizer = load_tokenizer(shape["base_model"])
+    rows = prepare(data["train"], tokenizer, max_length=data["max_length"])[0].rows
+    collator = MaskedInputCollator(shape["num_masks"], max_blocks_per_row=data["max_blocks_per_row"])
+    base = load_base(shape["base_model"], dtype="float32")
+    head = GRUSamplerHead(**shape["sampler_head"]["init_args"])
+    model = MTPModel(base, shape["num_masks"], LoRA(**shape["lora"]), head, tokenizer).train()
+    terms = {
+        "base": AnchorDistillation(head="base"),
+        "sampler": AnchorDistillation(head="sampler"),
+        "lcm": LatentConsistency(),
+    }
+    optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=0.003)
+
+    def tokens(batch) -> int:
+        return int((batch.document_ids >= 0).sum())
+
+    def load() -> float:
+        loader = iter(WindowedLoader(load_rows(rows, collator, data["batch_size"], num_workers=1)))
+        for _ in islice(loader, 8):  # the worker's start
+            pass
+        begin = time.perf_counter()
+        total = sum(tokens(batch) for batch in islice(loader, 40 * steps))
+        return total / (time.perf_counter() - begin)
+
+    def train() -> float:
+        batches = list(islice(WindowedLoader(load_rows(rows, collator, data["batch_size"])), steps + 1))
+        for number, batch in enumerate(batches):
+            if number == 1:  # after a warm-up
+                begin = time.perf_counter()
+            values = [term_value(sums, batch.counts) for sums in model(batch, terms).sums.values()]
+            optimizer.zero_grad()
+            torch.stack(values).sum().backward()
+            torch.nn.utils.clip_grad_norm_([p for _, p in model.trained_parameters()], 1.0)
+            optimizer.step()
+        return sum(tokens(batch) for batch in batches[1:]) / (time.perf_counter() - begin)
+
+    loaded, trained = [], []
+    for _ in range(rounds):
+        loaded.append(load())
+        trained.append(train())
+    ratios = [a / b for a, b in zip(loaded, trained, strict=True)]
+    print(f"one worker makes {statistics.median(loaded):,.0f} tokens/s ({min(loaded):,.0f} to {max(loaded):,.0f})")
+    print(f"the demo's training step takes {statistics.median(trained):,.0f} ({min(trained):,.0f} to {max(trained):,.0f})")
+    print(
+        f"ratio {statistics.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f}) in {rounds} rounds, {os.cpu_count()} cores"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=200_000, help="conversations to prepare; 0: leave this part out")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of both timings; 0: leave this part out")
+    parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
+    args = parser.parse_args()
+    if args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare_many(args.rows, Path(folder))
+    if args.rounds:
+        throughput(args.rounds, args.steps)
+
+
+if __name__ == "__main__":
+    main()

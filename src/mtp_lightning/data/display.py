@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Display: batches of masked input as text that shows the role of every token, and what an optimizer step holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mtp_lightning.types import IGNORE_INDEX, MaskedInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+BLOCK = "▮"
+"""Stands after a token that a block of masks follows."""
+
+NO_LOSS, LOSS, START = "no loss", "loss", "start of a block"
+STYLES = {NO_LOSS: "dim", LOSS: "green", START: "bold black on yellow"}
+
+
+class Piece(NamedTuple):
+    """Neighbouring tokens of one role.
+
+    Attributes:
+        document: number of their document in the row.
+        loss: the token carries loss: the token before it in the document predicts it, and that counts.
+        start: a block follows the (only) token.
+        token_ids: the tokens.
+    """
+
+    document: int
+    loss: bool
+    start: bool
+    token_ids: list[int]
+
+
+def pieces(batch: MaskedInput, row: int) -> list[Piece]:
+    """A row in pieces of one role, in order.
+
+    Args:
+        batch: the masked input.
+        row: number of the row in the batch.
+
+    Returns:
+        The pieces; a start of a block is one of its own.
+    """
+    documents = batch.document_ids[row].tolist()
+    labels = [IGNORE_INDEX, *batch.ntp_labels[row].tolist()]  # the label of a token stands at the token before it
+    starts = set(batch.starts[row].tolist())
+    found: list[Piece] = []
+    for place, (token, document) in enumerate(zip(batch.input_ids[row].tolist(), documents, strict=True)):
+        if document < 0:
+            break  # padding
+        piece = Piece(document, labels[place] != IGNORE_INDEX, place in starts, [token])
+        if found and not piece.start and found[-1][:3] == piece[:3]:
+            found[-1].token_ids.append(token)
+        else:
+            found.append(piece)
+    return found
+
+
+def row_text(batch: MaskedInput, row: int, tokenizer: Any) -> Text:
+    """A row as text, one line a document and role; ``BLOCK`` after each start of a block.
+
+    Args:
+        batch: the masked input.
+        row: number of the row in the batch.
+        tokenizer: the base's tokenizer.
+
+    Returns:
+        Text with styles.
+    """
+    from rich.text import Text
+
+    text, before = Text(), None
+    for piece in pieces(batch, row):
+        if before != piece[:2]:
+            text.append("\n" if before else "")
+            text.append("loss    " if piece.loss else "no loss ", "bold" if piece.loss else "dim")
+            before = piece[:2]
+        words = tokenizer.decode(piece.token_ids).replace("\n", "⏎").replace("\t", "⇥")
+        text.append(words, STYLES[START if piece.start else LOSS if piece.loss else NO_LOSS])
+        text.append(BLOCK if piece.start else "", STYLES[START])
+    return text
+
+
+class StepSize(NamedTuple):
+    """What one optimizer step holds on one device.
+
+    Attributes:
+        rows: rows.
+        tokens: tokens, padding left out.
+        loss_tokens: tokens that carry loss.
+        blocks: blocks of masks.
+        positions: positions that are computed, NTP and MTP, padding included.
+    """
+
+    rows: int
+    tokens: int
+    loss_tokens: int
+    blocks: int
+    positions: int
+
+
+def step_size(batches: Sequence[MaskedInput]) -> StepSize:
+    """The size of a step.
+
+    Args:
+        batches: the batches that one device accumulates.
+
+    Returns:
+        Sums over them.
+    """
+    return StepSize(
+        rows=sum(len(batch.row_ids) for batch in batches),
+        tokens=sum(int((batch.document_ids >= 0).sum()) for batch in batches),
+        loss_tokens=sum(int((batch.ntp_labels != IGNORE_INDEX).sum()) for batch in batches),
+        blocks=sum(int((batch.starts >= 0).sum()) for batch in batches),
+        positions=sum(batch.input_ids.numel() + batch.mtp_labels.numel() for batch in batches),
+    )
+
+
+def show_rows(batches: Sequence[MaskedInput], tokenizer: Any, console: Console, limit: int) -> None:
+    """Print the first rows of some batches.
+
+    Args:
+        batches: the batches.
+        tokenizer: the base's tokenizer.
+        console: where to.
+        limit: at most so many rows.
+    """
+    from rich.text import Text
+
+    key = Text("roles: ")
+    for role, style in STYLES.items():
+        key.append(role + (f" ({BLOCK} follows)" if role == START else ""), style).append("  ")
+    console.print(key)
+    rows = [(batch, row) for batch in batches for row in range(len(batch.row_ids))]
+    for batch, row in rows[:limit]:
+        size = step_size([MaskedInput(*(field[row : row + 1] if field.ndim else field for field in batch))])
+        documents = int(batch.document_ids[row].max()) + 1
+        console.print(
+            f"\nrow {int(batch.row_ids[row])}: {size.tokens} tokens in {documents} document{'s' * (documents > 1)},"
+            f" {share(size.loss_tokens, size.tokens)} carry loss, {share(size.blocks, size.tokens)} start a block",
+            style="bold",
+            soft_wrap=not console.is_terminal,
+        )
+        console.print(row_text(batch, row, tokenizer), soft_wrap=not console.is_terminal)
+
+
+def show_steps(steps: Sequence[Sequence[MaskedInput]], devices: int, steps_in_epoch: int, console: Console) -> None:
+    """Print what optimizer steps hold.
+
+    Args:
+        steps: the batches of some steps, of one device.
+        devices: how many devices share a step.
+        steps_in_epoch: optimizer steps of an epoch.
+        console: where to.
+    """
+    sizes = [step_size(batches) for batches in steps]
+    total = StepSize(*(sum(values) for values in zip(*sizes, strict=True)))
+    console.print(
+        f"\n{share(total.loss_tokens, total.tokens)} of the tokens carry loss,"
+        f" {share(total.blocks, total.tokens)} start a block of {steps[0][0].mtp_labels.shape[2]} masks",
+        soft_wrap=not console.is_terminal,
+    )
+    names = {"rows": "rows", "tokens": "tokens", "blocks": "blocks", "positions": "positions (masks and padding included)"}
+    each = ", ".join(f"{_range([getattr(size, field) * devices for size in sizes])} {name}" for field, name in names.items())
+    where = f"{devices} devices" if devices > 1 else "one device"
+    console.print(f"a step on {where}: {each}; {steps_in_epoch:,} steps an epoch", soft_wrap=not console.is_terminal)
+
+
+def share(part: int, whole: int) -> str:
+    """``3, 12 -> 3 (25 %)``."""
+    return f"{part:,} ({part / max(1, whole):.0%})".replace("%", " %")
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What carries loss under five chat templates, against texts written by hand: ``[[`` and ``]]`` stand around it.
+
+The templates are our own, of the structure of those that Qwen 3, Llama 3, Mistral, Gemma and plain ChatML models ship.
+"""
+
+from __future__ import annotations
+
+import pytest
+from toy_tokenizers import CHATML, byte_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from mtp_lightning.data.chat import encode_chat_prompt, end_of_turn
+from mtp_lightning.data.encoding import encode_row
+from mtp_lightning.data.preparing import prepare
+from mtp_lightning.errors import RunError
+
+# Thinking is written for turns after the last question only; the last turn always gets a block; tools answer as users.
+QWEN = """\
+{%- if tools %}{{ '<|im_start|>system\\nTools: ' ~ tools ~ '<|im_end|>\\n' }}{% endif %}
+{%- set ns = namespace(query=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.query = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}
+{%- set content = m.content or '' %}{% set thinking = '' %}
+{%- if '</think>' in content %}
+{%- set thinking = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if loop.index0 > ns.query and (loop.last or thinking) %}{{ '<think>\\n' ~ thinking ~ '\\n</think>\\n\\n' }}{% endif %}
+{{- content }}
+{%- for call in m.tool_calls or [] %}
+{{- ('\\n' if content or not loop.first else '') ~ '<tool_call>' ~ call.name ~ '</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif m.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>' ~ m.content ~ '</tool_response><|im_end|>\\n' }}
+{%- else %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+LLAMA3 = """\
+{{- '<|begin_of_text|>' }}
+{%- for m in messages %}
+{%- set role = 'ipython' if m.role == 'tool' else m.role %}
+{{- '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' ~ (m.content | trim) ~ '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+# No generation prompt; the system message goes into the first question.
+MISTRAL = """\
+{{- '<s>' }}
+{%- set ns = namespace(system='') %}
+{%- for m in messages %}
+{%- if m.role == 'system' %}{% set ns.system = m.content ~ '\\n\\n' %}
+{%- elif m.role == 'user' %}{{ '[INST] ' ~ ns.system ~ m.content ~ '[/INST]' }}{% set ns.system = '' %}
+{%- elif m.role == 'tool' %}{{ '[TOOL_RESULTS] ' ~ m.content ~ '[/TOOL_RESULTS]' }}
+{%- elif m.role == 'assistant' %}{{ ' ' ~ m.content ~ '</s>' }}
+{%- else %}{{ raise_exception('Only system, user, tool and assistant roles are supported!') }}{% endif %}
+{%- endfor %}"""
+
+# The assistant is called model, and a system message goes before the first question.
+GEMMA = """\
+{{- '<bos>' }}
+{%- if messages[0].role == 'system' %}{% set first = messages[0].content ~ '\\n\\n' %}{% set rest = messages[1:] %}
+{%- else %}{% set first = '' %}{% set rest = messages %}{% endif %}
+{%- for m in rest %}
+{%- if m.role == 'tool' %}{{ raise_exception('Tools are not supported!') }}{% endif %}
+{{- '<start_of_turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\\n' ~ (first if loop.first else '') }}
+{{- (m.content | trim) ~ '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+
+FAMILIES = {
+    "qwen": (QWEN, ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"], "<|im_end|>"),
+    "llama3": (LLAMA3, ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
+    "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"], "</s>"),
+    "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<eos>"),
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
+}
+
+
+def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
+    template, special, eos = FAMILIES[family]
+    tokenizer = byte_tokenizer(special, eos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def shown(tokenizer: PreTrainedTokenizerFast, ids: list[int], loss: list[bool]) -> str:
+    """The text, with [[ and ]] around what carries loss."""
+    out, inside = "", False
+    for token, flag in zip(ids, loss, strict=True):
+        out += "" if flag == inside else "[[" if flag else "]]"
+        out, inside = out + tokenizer.decode([token]), flag
+    return out + ("]]" if inside else "")
+
+
+def encoded(family: str, messages: list[dict]) -> str:
+    tokenizer = tokenizer_of(family)
+    row = encode_row({"messages": messages}, tokenizer)
+    assert row.input_ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    return shown(tokenizer, row.input_ids, row.loss)
+
+
+def says(role: str, content: str | None = None, **more: object) -> dict:
+    return {"role": role, "content": content} | more
+
+
+ONE = [says("user", "hi ab"), says("assistant", "ab.\nyes")]
+TWO = [*ONE, says("user", "more"), says("assistant", "no")]
+FIVE = [message for n in range(1, 6) for message in (says("user", f"q{n}"), says("assistant", f"a{n}"))]
+SYSTEM = [says("system", "be"), *ONE]
+TOOL = [says("user", "sum"), says("assistant", "look"), says("tool", "4"), says("assistant", "four")]
+
+EXPECTED = {
+    ("qwen", "one"): "<|im_start|>user\nhi ab<|im_end|>\n"
+    "<|im_start|>assistant\n[[<think>\n\n</think>\n\nab.\nyes<|im_end|>]]\n",
+    ("qwen", "two"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n"
+    "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\nno<|im_end|>]]\n",
+    ("qwen", "five"): "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n[[a1<|im_end|>]]\n"
+    "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n[[a2<|im_end|>]]\n"
+    "<|im_start|>user\nq3<|im_end|>\n<|im_start|>assistant\n[[a3<|im_end|>]]\n"
+    "<|im_start|>user\nq4<|im_end|>\n<|im_start|>assistant\n[[a4<|im_end|>]]\n"
+    "<|im_start|>user\nq5<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\na5<|im_end|>]]\n",
+    ("qwen", "system"): "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi ab<|im_end|>\n"
+    "<|im_start|>assistant\n[[<think>\n\n</think>\n\nab.\nyes<|im_end|>]]\n",
+    ("qwen", "tool"): "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\n[[look<|im_end|>]]\n"
+    "<|im_start|>user\n<tool_response>4</tool_response><|im_end|>\n"
+    "<|im_start|>assistant\n[[<think>\n\n</think>\n\nfour<|im_end|>]]\n",
+    ("llama3", "one"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi ab<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[ab.\nyes<|eot_id|>]]",
+    ("llama3", "two"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi ab<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[ab.\nyes<|eot_id|>]]"
+    "<|start_header_id|>user<|end_header_id|>\n\nmore<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[no<|eot_id|>]]",
+    ("llama3", "five"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq1<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a1<|eot_id|>]]"
+    "<|start_header_id|>user<|end_header_id|>\n\nq2<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a2<|eot_id|>]]"
+    "<|start_header_id|>user<|end_header_id|>\n\nq3<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a3<|eot_id|>]]"
+    "<|start_header_id|>user<|end_header_id|>\n\nq4<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a4<|eot_id|>]]"
+    "<|start_header_id|>user<|end_header_id|>\n\nq5<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a5<|eot_id|>]]",
+    ("llama3", "system"): "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nhi ab<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[ab.\nyes<|eot_id|>]]",
+    ("llama3", "tool"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nsum<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[look<|eot_id|>]]"
+    "<|start_header_id|>ipython<|end_header_id|>\n\n4<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n[[four<|eot_id|>]]",
+    ("mistral", "one"): "<s>[INST] hi ab[/INST][[ ab.\nyes</s>]]",
+    ("mistral", "two"): "<s>[INST] hi ab[/INST][[ ab.\nyes</s>]][INST] more[/INST][[ no</s>]]",
+    ("mistral", "five"): "<s>[INST] q1[/INST][[ a1</s>]][INST] q2[/INST][[ a2</s>]][INST] q3[/INST][[ a3</s>]]"
+    "[INST] q4[/INST][[ a4</s>]][INST] q5[/INST][[ a5</s>]]",
+    ("mistral", "system"): "<s>[INST] be\n\nhi ab[/INST][[ ab.\nyes</s>]]",
+    ("mistral", "tool"): "<s>[INST] sum[/INST][[ look</s>]][TOOL_RESULTS] 4[/TOOL_RESULTS][[ four</s>]]",
+    ("gemma", "one"): "<bos><start_of_turn>user\nhi ab<end_of_turn>\n<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n",
+    ("gemma", "two"): "<bos><start_of_turn>user\nhi ab<end_of_turn>\n<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n"
+    "<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\n[[no<end_of_turn>]]\n",
+    ("gemma", "five"): "<bos><start_of_turn>user\nq1<end_of_turn>\n<start_of_turn>model\n[[a1<end_of_turn>]]\n"
+    "<start_of_turn>user\nq2<end_of_turn>\n<start_of_turn>model\n[[a2<end_of_turn>]]\n"
+    "<start_of_turn>user\nq3<end_of_turn>\n<start_of_turn>model\n[[a3<end_of_turn>]]\n"
+    "<start_of_turn>user\nq4<end_of_turn>\n<start_of_turn>model\n[[a4<end_of_turn>]]\n"
+    "<start_of_turn>user\nq5<end_of_turn>\n<start_of_turn>model\n[[a5<end_of_turn>]]\n",
+    ("gemma", "system"): "<bos><start_of_turn>user\nbe\n\nhi ab<end_of_turn>\n"
+    "<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n",
+    ("chatml", "one"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n",
+    ("chatml", "two"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n"
+    "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n[[no<|im_end|>]]\n",
+    ("chatml", "five"): "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n[[a1<|im_end|>]]\n"
+    "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n[[a2<|im_end|>]]\n"
+    "<|im_start|>user\nq3<|im_end|>\n<|im_start|>assistant\n[[a3<|im_end|>]]\n"
+    "<|im_start|>user\nq4<|im_end|>\n<|im_start|>assistant\n[[a4<|im_end|>]]\n"
+    "<|im_start|>user\nq5<|im_end|>\n<|im_start|>assistant\n[[a5<|im_end|>]]\n",
+    ("chatml", "system"): "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi ab<|im_end|>\n"
+    "<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n",
+    ("chatml", "tool"): "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\n[[look<|im_end|>]]\n"
+    "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n[[four<|im_end|>]]\n",
+}
+CONVERSATIONS = {"one": ONE, "two": TWO, "five": FIVE, "system": SYSTEM, "tool": TOOL}
+
+
+@pytest.mark.parametrize(("family", "conversation"), EXPECTED)
+def test_what_carries_loss(family: str, conversation: str) -> None:
+    assert encoded(family, CONVERSATIONS[conversation]) == EXPECTED[family, conversation]
+
+
+def test_a_template_without_tools_says_so() -> None:
+    with pytest.raises(RunError, match=r"refuses the messages \(roles: user, assistant, tool, assistant\): Tools are not"):
+        encoded("gemma", TOOL)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_truncation_in_the_middle_of_an_answer(family: str, write) -> None:
+    """A row that is too long loses its end, with the end-of-turn token; what is left keeps its labels."""
+    tokenizer = tokenizer_of(family)
+    before, _, rest = EXPECTED[family, "two"].partition("[[")
+    length = len(tokenizer(before, add_special_tokens=False)["input_ids"]) + 2
+    rows = prepare(write("a.jsonl", [{"messages": TWO}]), tokenizer, max_length=length)[0]
+    row = rows.rows.row(0)
+    answer = " ab" if family == "mistral" else "ab."  # two tokens: ab is one
+    assert rest.startswith(answer)
+    assert shown(tokenizer, row.input_ids.tolist(), (row.labels >= 0).tolist()) == f"{before}[[{answer}]]"
+    assert (rows.report.truncated, rows.report.loss_tokens) == (1, 2)
+
+
+# ---------------------------------------------------------------------------------------------- thinking, as Qwen 3 has it
+
+THOUGHT = "<think>\nwhy\n</think>\n\nab"
+
+
+def test_the_last_turn_keeps_its_thinking() -> None:
+    assert encoded("qwen", [says("user", "q"), says("assistant", THOUGHT)]) == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[<think>\nwhy\n</think>\n\nab<|im_end|>]]\n"
+    )
+
+
+def test_earlier_thinking_is_dropped_as_the_template_drops_it() -> None:
+    messages = [says("user", "q"), says("assistant", THOUGHT), says("user", "r"), says("assistant", THOUGHT)]
+    assert encoded("qwen", messages) == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[ab<|im_end|>]]\n"
+        "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n[[<think>\nwhy\n</think>\n\nab<|im_end|>]]\n"
+    )
+
+
+def test_tool_calls_carry_loss() -> None:
+    call = [{"name": "add"}]
+    messages = [says("user", "q"), says("assistant", None, tool_calls=call), says("tool", "4"), says("assistant", "four")]
+    assert encoded("qwen", messages) == (
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[<tool_call>add</tool_call><|im_end|>]]\n"
+        "<|im_start|>user\n<tool_response>4</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n[[<think>\n\n</think>\n\nfour<|im_end|>]]\n"
+    )
+    messages[1] = says("assistant", "look", tool_calls=call)
+    assert "[[look\n<tool_call>add</tool_call><|im_end|>]]\n<|im_start|>user" in encoded("qwen", messages)
+
+
+def test_equal_answers_are_told_apart() -> None:
+    messages = [says(role, "ab") for _ in range(3) for role in ("user", "assistant")]
+    assert encoded("qwen", messages).count("<|im_start|>assistant\n[[ab<|im_end|>]]\n<|im_start|>user\nab<|im_end|>") == 2
+
+
+def test_an_empty_answer_carries_loss_on_its_end() -> None:
+    assert encoded("chatml", [says("user", ""), says("assistant", "")]) == (
+        "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n[[<|im_end|>]]\n"
+    )
+    assert "assistant\n[[<|im_end|>]]\n<|im_start|>user" in encoded("qwen", [says("user", ""), says("assistant", ""), *ONE])
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # Only the last two messages are shown; a turn is written twice; earlier answers are shortened.
+        "{% for m in messages[-2:] %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
+        "{{ messages[1].content if messages[3] }}{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content[: 9 if loop.last else 1] }}<|im_end|>{% endfor %}",
+    ],
+)
+def test_templates_that_rewrite_earlier_turns_are_refused(template: str) -> None:
+    with pytest.raises(
+        RunError, match=r"^the chat template writes message 2 of 4 in a way that changes when messages follow"
+    ):
+        encode_row({"messages": TWO}, tokenizer_of("chatml"), template)
+
+
+def test_a_template_that_marks_everything_is_an_error() -> None:
+    start = "{% generation %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    with pytest.raises(RunError, match="mark token 0, which stands before the first turn of the assistant. Correct the"):
+        encode_row({"messages": TWO}, tokenizer_of("chatml"), start + "{% endgeneration %}")
+    with pytest.raises(RunError, match="mark token 1, which stands before the first turn of the assistant. Correct the"):
+        encode_row({"messages": TWO}, tokenizer_of("chatml"), "<|im_start|>" + start + "{% endgeneration %}")
+
+
+def test_all_loss_where_there_are_user_turns_is_an_error() -> None:
+    template = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    with pytest.raises(
+        RunError, match=r"^every token carries loss, though not all messages are the assistant's \(roles: user, assistant\)"
+    ):
+        encode_row({"messages": ONE}, tokenizer_of("chatml"), template)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (
+            says("asistant", "x"),
+            "^message 2 has the role 'asistant', which the chat template does not name; expected one of",
+        ),
+        (says("gpt", "x"), "^message 2 has the role 'gpt', .* Rename it: turns of 'assistant' carry loss.$"),
+        ({"role": 3, "content": "x"}, "^role of a message must be text, got int: {'role': 3, 'content': 'x'}.$"),
+        (says("assistant", 5), "^content of a message must be text, got int: {'role': 'assistant', 'content': 5}.$"),
+        (
+            says("assistant", None),
+            r"^each of messages must be \{role, content\}, got {'role': 'assistant', 'content': None}",
+        ),
+        ({"content": "x"}, r"^each of messages must be \{role, content\}, got {'content': 'x'}"),
+        ("assistant: x", r"^each of messages must be \{role, content\}, got 'assistant: x'"),
+    ],
+)
+def test_messages_that_are_refused(message: object, error: str) -> None:
+    with pytest.raises(RunError, match=error):
+        encode_row({"messages": [says("user", "q"), message]}, tokenizer_of("chatml"))
+
+
+def test_a_role_that_the_template_names_is_taken() -> None:
+    template = CHATML.replace("{{ m.role }}", "{{ 'context' if m.role == 'context' else m.role }}")
+    row = encode_row({"messages": [says("context", "x"), *ONE]}, tokenizer_of("chatml"), template)
+    assert sum(row.loss) == len("ab.\nyes") - 1 + 1  # ab is one token; the end-of-turn token counts
+
+
+# ---------------------------------------------------------------------------------------------- prompts and ends
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_answer_and_end_of_turn_make_the_row(family: str) -> None:
+    """What ``mtp distill`` puts together: prompt, the answer's text, the end of the turn."""
+    tokenizer = tokenizer_of(family)
+    answer = {"qwen": "<think>\n\n</think>\n\nab.\nyes", "mistral": " ab.\nyes"}.get(family, "ab.\nyes")
+    ids = encode_chat_prompt(ONE[:1], tokenizer) + tokenizer(answer, add_special_tokens=False)["input_ids"]
+    row = encode_row({"messages": ONE}, tokenizer)
+    last = len(row.loss) - row.loss[::-1].index(True)
+    assert ids + end_of_turn(ONE[:1], tokenizer) == row.input_ids[:last]

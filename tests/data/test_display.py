@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mtp data``: roles against a row written by hand, counts, colour in a terminal and none elsewhere."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from command_line import error_of, mtp, save_base, write_rows
+from rich.console import Console
+from tiny import token_row
+from toy_tokenizers import word_tokenizer
+
+from mtp_lightning.data.display import pieces, row_text, show_steps, step_size
+from mtp_lightning.masking import build_masked_input
+from mtp_lightning.types import TokenRow
+
+
+def batch_of(ids: list[int], loss: list[int], documents: list[int] | None = None, **options):
+    labels = torch.full((len(ids),), -100)
+    labels[loss] = torch.tensor(ids)[loss]
+    row = TokenRow(torch.tensor(ids), labels, torch.tensor(documents or [0] * len(ids)), 0)
+    return build_masked_input([row, token_row([12], row_id=1)], 2, **options)
+
+
+def test_roles_by_hand() -> None:
+    # one two | three four five: the last token of the question starts a block, the last but one of the answer has no label
+    batch = batch_of([9, 10, 11, 12, 13], [2, 3, 4])
+    assert [piece[1:] for piece in pieces(batch, 0)] == [
+        (False, False, [9]),
+        (False, True, [10]),
+        (True, True, [11]),
+        (True, False, [12, 13]),
+    ]
+    assert row_text(batch, 0, word_tokenizer()).plain == "no loss onetwo▮\nloss    three▮four five"
+
+
+def test_the_first_token_of_each_document_carries_no_loss() -> None:
+    batch = batch_of([9, 10, 11, 12], [0, 1, 2, 3], [0, 0, 1, 1])
+    assert [piece[:3] for piece in pieces(batch, 0)] == [
+        (0, False, False),
+        (0, True, False),
+        (1, False, False),
+        (1, True, False),
+    ]
+    assert row_text(batch, 0, word_tokenizer()).plain == "no loss one\nloss    two\nno loss three\nloss    four"
+
+
+def test_line_ends_are_shown() -> None:
+    assert row_text(batch_of([9, 5, 9], []), 0, word_tokenizer()).plain == "no loss one ⏎ one"
+
+
+def test_what_a_step_holds() -> None:
+    batch = batch_of([9, 10, 11, 12, 13], [2, 3, 4], max_blocks_per_row=1)
+    # 2 rows padded to 12 tokens, one block of 2 masks each
+    assert step_size([batch]) == (2, 17, 3 + 11, 2, 2 * 12 + 2 * 2)
+    assert step_size([batch, batch]) == (4, 34, 28, 4, 56)
+    console = Console(file=io.StringIO(), width=300)
+    show_steps([[batch], [batch, batch]], 3, 1234, console)
+    assert console.file.getvalue() == (
+        "\n42 (82 %) of the tokens carry loss, 6 (12 %) start a block of 2 masks\n"
+        "a step on 3 devices: 6 to 12 rows, 51 to 102 tokens, 6 to 12 blocks, 84 to 168 positions (masks and padding"
+        " included); 1,234 steps an epoch\n"
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    save_base(tmp_path / "base", "llama", word_tokenizer(), torch.float32)
+    write_rows(
+        tmp_path / "a.jsonl",
+        [{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two three four"}]}] * 10,
+    )
+    settings = {
+        "model": {"base_model": str(tmp_path / "base"), "num_masks": 2},
+        "data": {"train": str(tmp_path / "a.jsonl"), "max_length": 32, "batch_size": 2, "validation_fraction": 0.2},
+        "trainer": {"accelerator": "cpu", "devices": 4, "accumulate_grad_batches": 3, "logger": False},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "c.yaml"
+
+
+def test_command(config: Path, capsys) -> None:
+    assert mtp("data", "--config", config, "--rows", 1) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "14 tokens in 1 document, 4 (29 %) carry loss, 3 (21 %) start a block" in out
+    lines = ["".join(line.split()) for line in out.splitlines()]  # this toy tokenizer puts spaces as it likes
+    begin = lines.index("noloss<|im_start|>user⏎one<|im_end|>⏎<|im_start|>assistant⏎▮")
+    assert lines[begin + 1 : begin + 3] == ["losstwo▮three▮four<|im_end|>", "noloss⏎"]
+    assert out.count("carry loss, ") == 2  # one row, and the shares of all
+    # 8 rows for training: one global batch of 4 devices with 2 rows each, an epoch of one step
+    assert "a step on 4 devices: 8 rows, 112 tokens, 24 blocks, 160 positions (masks and padding included); 1 steps" in out
+    assert mtp("data", "--config", config, "--split", "validation") == 0
+    assert "a step on 4 devices: " in capsys.readouterr().out
+
+
+def test_colour_in_a_terminal(config: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert mtp("data", "--config", config, "--rows", 1) == 0
+    assert "\x1b[32m" in capsys.readouterr().out
+
+
+def test_mistakes(config: Path, capsys) -> None:
+    assert "rows must be 1 or more, got 0. Change --rows." in error_of(capsys, 2, "data", "--config", config, "--rows", 0)
+    message = error_of(capsys, 2, "data", "--config", config, "--split", "test")
+    assert message == "data.test must name a source for this command, got nothing. Set data.test."
+    assert "split" in error_of(capsys, 2, "data", "--config", config, "--split", "trian")

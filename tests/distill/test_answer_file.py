@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The answer file: whole lines whatever ends the process, one writer, one set of settings, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mtp_lightning.distill.answer_file import AnswerFile, checksum
+from mtp_lightning.errors import RunError, UsageError
+
+
+def row(name: str | int, text: str = "x") -> dict:
+    return {"id": name, "prompt": f"p{name}", "completion": text}
+
+
+def test_rows_are_appended_and_found_again(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.jsonl"
+    with AnswerFile(path, {"seed": 0}) as file:
+        assert file.done == {}
+        file.append([row("a", "é\u2028\n"), row(2)])
+        assert file.done == {"a": checksum("pa"), 2: checksum("p2")}
+    with AnswerFile(path, {"seed": 0}) as file:
+        assert set(file.done) == {"a", 2}
+        file.append([row("2")])
+    assert [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == ["a", 2, "2"]
+
+
+@pytest.mark.parametrize("kept", range(1, 40))
+def test_a_torn_line_is_cut_off(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, {}) as file:
+        file.append([row(1)])
+        whole = path.read_bytes()
+        file.append([row(2, "é")])
+    torn = path.read_bytes()[len(whole) :][:kept]
+    path.write_bytes(whole + torn)
+    complete = torn.endswith(b"\n")
+    with AnswerFile(path, {}) as file:
+        assert set(file.done) == ({1, 2} if complete else {1})
+        if not complete:
+            assert path.read_bytes() == whole
+            file.append([row(2)])
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, {"seed": 0, "temperature": 1.0}):
+        pass
+    with pytest.raises(UsageError) as error:
+        AnswerFile(path, {"seed": 0, "temperature": 0.5})
+    assert str(error.value) == (
+        f"{path} was begun with temperature 1.0, and this command has 0.5: change it back, or give another --output."
+    )
+    assert not (tmp_path / "a.jsonl.settings.new").exists()
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, {}):
+        with pytest.raises(RunError, match=r"a.jsonl: another process writes to it. Wait for it, end it, or change"):
+            AnswerFile(path, {})
+    with AnswerFile(path, {}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"id": 1, "prompt": "p"}\nnot json\n', "line 2: expected a row of mtp distill. Delete the line, or change"),
+        (b'{"id": 1}\n', "line 1: expected a row of mtp distill."),
+        (b"[1]\n", "line 1: expected a row of mtp distill."),
+        (b"\0\0\0\n", "line 1: expected a row of mtp distill."),
+        (b'{"id": 1, "prompt": "p"}\n' * 2, "line 2: row 1 stands in it twice. Delete the line, or change --output."),
+    ],
+)
+def test_damaged_files_are_refused_and_left_alone(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, {}):
+        pass
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=re.escape(message)):
+        AnswerFile(path, {})
+    assert path.read_bytes() == content
+
+
+def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1, "prompt": "p"}\n')
+    with pytest.raises(RunError, match="it has rows, and a.jsonl.settings is not beside it: mtp distill did not write it"):
+        AnswerFile(path, {})
+    assert path.read_text() == '{"id": 1, "prompt": "p"}\n'
+
+
+def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a.jsonl", tmp_path):
+        with pytest.raises(RunError, match="expected a file that can be written: .*Change --output."):
+            AnswerFile(path, {})
+
+
+def test_a_write_that_fails_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, {}) as file:
+        file.append([row(1)])
+        before, real = path.read_bytes(), os.write
+
+        def half(descriptor: int, data: memoryview) -> int:
+            if len(data) > 20:
+                return real(descriptor, data[:20])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "write", half)
+        with pytest.raises(
+            RunError, match=r"a.jsonl: writing failed: \[Errno 28\] No space left on device. Its 1 rows are whole; make room"
+        ):
+            file.append([row(2), row(3)])
+        assert path.read_bytes() == before and set(file.done) == {1}
+        monkeypatch.undo()
+        file.append([row(2)])  # room was made
+        assert set(file.done) == {1, 2}
+
+
+def test_a_disk_that_fills(tmp_path: Path) -> None:
+    """A real file system of 64 KiB."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is not allowed here: {mounted.stderr.decode().strip()}")
+    try:
+        path = tmp_path / "a.jsonl"
+        with AnswerFile(path, {}) as file, pytest.raises(RunError, match=r"No space left on device. Its \d rows"):
+            for number in range(100):
+                file.append([row(number, "x" * 12_000)])
+        found = [json.loads(line)["id"] for line in path.read_text().splitlines()]
+        assert 3 <= len(found) <= 5 and found == list(range(len(found))) == list(file.done)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base's answers: equal to transformers' own, for any batch; sampled by the row's seed with the right probabilities."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from tiny import CONTEXT, greedy_text, tiny_base
+from transformers import GenerationConfig
+
+from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, SeededNoise, base_answers, base_batches
+from mtp_lightning.errors import UsageError
+from mtp_lightning.prompts import Prompt
+
+
+def prompts(lengths: list[int]) -> list[NamedPrompt]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        NamedPrompt(f"r{row}", Prompt("", torch.randint(97, (length,), generator=generator).tolist(), ""))
+        for row, length in enumerate(lengths)
+    ]
+
+
+def answered(base, items, options: AnswerOptions, batch_size: int, done: tuple = ()) -> dict:
+    return {
+        answer.name: (answer.token_ids, answer.ended)
+        for batch in base_answers(base, items, options, batch_size, done)
+        for answer in batch
+    }
+
+
+LENGTHS = [3, 9, 1, 5, 40, 60, 2, 7, 62]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3"])
+def test_greedy_answers_are_the_bases_own_for_any_batch(architecture: str) -> None:
+    """Padding, neighbours and what the base's generation config says change nothing (float64)."""
+    base = tiny_base(architecture)
+    items = prompts(LENGTHS)
+    room = [min(8, CONTEXT - length) for length in LENGTHS]
+    expected = [
+        greedy_text(base, torch.tensor(item.prompt.input_ids), tokens) for item, tokens in zip(items, room, strict=True)
+    ]
+    base.generation_config = GenerationConfig(repetition_penalty=5.0, do_sample=True, temperature=3.0, top_k=2)
+    for batch_size in (1, 4, 100):
+        found = answered(base, items, AnswerOptions(max_new_tokens=8), batch_size)
+        assert [found[item.name] for item in items] == [(tokens, False) for tokens in expected]
+
+
+def test_an_answer_ends_with_the_first_end_token() -> None:
+    base = tiny_base("llama")
+    items = prompts([3, 4, 5, 6])
+    texts = [greedy_text(base, torch.tensor(item.prompt.input_ids), 8) for item in items]
+    ends = {texts[0][3], texts[2][5]}
+    base.generation_config = GenerationConfig(eos_token_id=sorted(ends))
+    found = answered(base, items, AnswerOptions(max_new_tokens=8), 4)
+    for item, text in zip(items, texts, strict=True):
+        end = next((place for place, token in enumerate(text) if token in ends), None)
+        assert found[item.name] == (text if end is None else text[: end + 1], end is not None)
+    assert {ended for _, ended in found.values()} == {True, False}
+
+
+def test_sampled_answers_depend_on_the_rows_seed_alone() -> None:
+    base, items = tiny_base("llama"), prompts(LENGTHS)
+    options = AnswerOptions(max_new_tokens=8, temperature=0.9, top_k=20, top_p=0.95, seed=3)
+    alone = answered(base, items, options, 1)
+    assert answered(base, items, options, 4) == alone
+    base.generation_config = GenerationConfig()
+    assert answered(base, items[::2], options, 3) == {item.name: alone[item.name] for item in items[::2]}  # other shards
+    other = answered(base, items, AnswerOptions(max_new_tokens=8, temperature=0.9, top_k=20, top_p=0.95, seed=4), 4)
+    assert sum(other[name] != alone[name] for name in alone) >= 7
+    assert answered(base, items, options, 4, done=("r0", "r4")) == {n: a for n, a in alone.items() if n not in ("r0", "r4")}
+
+
+def test_noise_draws_from_the_distribution() -> None:
+    """20,000 rows of the same logits: each share within 4.5 standard errors; a token of probability 0 never comes."""
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -torch.inf, 0.5])
+    n = 20_000
+    drawn = SeededNoise(list(range(n)), torch.device("cpu"))(torch.empty(0), logits.expand(n, -1)).argmax(-1)
+    counts = Counter(drawn.tolist())
+    for token, p in enumerate(logits.softmax(-1).tolist()):
+        assert abs(counts[token] / n - p) <= 4.5 * (p * (1 - p) / n) ** 0.5, token
+
+
+def test_top_k_and_top_p_limit_what_is_drawn() -> None:
+    base, (item,) = tiny_base("llama"), prompts([5])
+    with torch.no_grad():
+        p = base(torch.tensor([item.prompt.input_ids])).logits[0, -1].softmax(-1)
+    order = p.argsort(descending=True).tolist()
+    rows = [NamedPrompt(number, item.prompt) for number in range(300)]
+
+    def firsts(**options) -> set[int]:
+        base.generation_config = GenerationConfig()
+        found = answered(base, rows, AnswerOptions(max_new_tokens=1, temperature=1.0, **options), 300)
+        return {tokens[0] for tokens, _ in found.values()}
+
+    assert firsts(top_k=3) == set(order[:3])
+    nucleus = int((p.sort(descending=True).values.cumsum(0) < 0.5).sum()) + 1
+    assert firsts(top_p=0.5) <= set(order[:nucleus]) and len(firsts()) > nucleus
+
+
+def test_batches_are_sorted_and_full_prompts_go_alone() -> None:
+    found = base_batches(prompts(LENGTHS), 3, context=64, new_tokens=8)
+    assert [[len(item.prompt.input_ids) for item in batch] for batch in found] == [
+        [1, 2, 3],
+        [5, 7, 9],
+        [40],
+        [60],
+        [62],
+    ]
+
+
+def test_row_seeds() -> None:
+    options = AnswerOptions(seed=1)
+    seeds = [options.row_seed(name) for name in (1, "1", 2, "x")]
+    assert len(set(seeds)) == 4 and all(0 <= seed < 2**31 for seed in seeds)
+    assert options.row_seed(1) == AnswerOptions(seed=1, temperature=1).row_seed(1) != AnswerOptions(seed=2).row_seed(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0. Change --max_new_tokens."),
+        ({"temperature": 1, "top_k": 0}, "top_k must be 1 or more, got 0. Change --top_k."),
+        ({"temperature": -1}, r"temperature must be 0 \(greedy\) or above, got -1. Change --temperature."),
+        ({"temperature": 1, "top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0. Change --top_p."),
+        ({"top_p": 0.9}, r"top_k and top_p are for sampling, and temperature is 0 \(greedy\): set --temperature 1."),
+    ],
+)
+def test_wrong_options(options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        AnswerOptions(**options)

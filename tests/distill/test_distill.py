@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mtp distill``: its rows and what training makes of them, kills at random moments, shards, mistakes."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import error_of, leave_no_trace, mtp, own_cache, save_base, write_rows  # noqa: F401
+from distill_process import distill, questions, read
+from tiny import greedy_text
+from toy_tokenizers import word_tokenizer
+from transformers import AutoModelForCausalLM
+
+from mtp_lightning.data.chat import encode_chat_prompt
+from mtp_lightning.data.preparing import prepare
+from mtp_lightning.distill.base_answers import AnswerOptions
+from mtp_lightning.distill.command import base_of, chosen_shard, shard_path
+from mtp_lightning.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    # END is the end of a turn and of a text, as in models made for chat.
+    save_base(folder, "llama", word_tokenizer(bos=False), torch.float64, eos_token_id=4)
+    return str(folder)
+
+
+def test_rows_hold_prompt_answer_and_their_tokens(tmp_path: Path, base: str, capsys) -> None:
+    write_rows(tmp_path / "q.jsonl", questions(6))
+    output = tmp_path / "a.jsonl"
+    assert mtp("distill", base, "--prompts", tmp_path / "q.jsonl", "--output", output, "--max_new_tokens", 6) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "" and "distill: 6 of 6 rows, " in shown.err and f"{output}: 6 new" in shown.err
+    rows = {row["id"]: row for row in read(output)}
+    assert set(rows) == {0, "q1", 2, "q3", 4, "q5"}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base, dtype="auto"), word_tokenizer(bos=False)
+    for question in questions(6):
+        row = rows[question["id"]]
+        if "messages" in question:
+            prompt = encode_chat_prompt(question["messages"], tokenizer)
+            assert row["messages"] == [*question["messages"], {"role": "assistant", "content": row["completion"]}]
+            assert (
+                row["prompt"] == f"<|im_start|>user\n{question['messages'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+            )
+        else:
+            prompt = tokenizer(question["prompt"])["input_ids"]
+            assert row["prompt"] == question["prompt"] and "messages" not in row
+        expected = greedy_text(model, torch.tensor(prompt), 6, eos_token_id=4)
+        assert (row["prompt_ids"], row["completion_ids"]) == (prompt, expected)
+        assert row["completion"] == tokenizer.decode(expected, skip_special_tokens=True)
+        assert row["finish_reason"] == ("stop" if expected[-1] == 4 else "length")
+        assert row["domain"] == question.get("domain", "") and row["seed"] is None
+
+
+def test_training_takes_exactly_those_tokens(tmp_path: Path, base: str) -> None:
+    """The two commands: what distill wrote is read as it is, loss on the answer."""
+    write_rows(tmp_path / "q.jsonl", questions(8))
+    output = tmp_path / "a.jsonl"
+    mtp("distill", base, "--prompts", tmp_path / "q.jsonl", "--output", output, "--max_new_tokens", 6, "--temperature", 1)
+    rows = prepare(str(output), word_tokenizer(bos=False), max_length=64)[0].rows
+    for number, row in enumerate(read(output)):
+        found = rows.row(number)
+        assert found.input_ids.tolist() == row["prompt_ids"] + row["completion_ids"]
+        assert found.labels.tolist() == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
+        assert row["seed"] == AnswerOptions().row_seed(row["id"])
+
+
+def test_killed_ten_times(tmp_path: Path, base: str, processes) -> None:
+    """SIGKILL at random moments: at the end the same rows as without, none twice, no torn line."""
+    write_rows(tmp_path / "q.jsonl", questions(40))
+
+    def words(output: str) -> list[str]:
+        options = {"--prompts": tmp_path / "q.jsonl", "--output": tmp_path / output, "--max_new_tokens": 12}
+        options |= {"--temperature": 1, "--batch_size": 3, "--device": "cpu"}
+        return [base, *(str(word) for pair in options.items() for word in pair)]
+
+    assert mtp("distill", *words("whole.jsonl")) == 0
+    assert len(read(tmp_path / "whole.jsonl")) == 40
+    output, chance, kills, sizes = tmp_path / "killed.jsonl", random.Random(0), 0, []
+    while kills < 10:
+        before = output.stat().st_size if output.exists() else 0
+        process = processes.Process(target=distill, args=(words("killed.jsonl"),))
+        process.start()
+        # A batch or two are written, and then it is killed anywhere within the next ones.
+        while process.is_alive() and (output.stat().st_size if output.exists() else 0) <= before:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            # It was done before the kill: begin anew from a torn file, so that ten kills are ten kills.
+            data = output.read_bytes()
+            output.write_bytes(data[: len(data) // 3])
+            continue
+        kills += 1
+        sizes.append(output.stat().st_size)
+    assert len(set(sizes)) > 3  # the kills came at different places
+    assert mtp("distill", *words("killed.jsonl")) == 0
+    rows = read(output)
+    assert len(rows) == 40 == len({row["id"] for row in rows})
+    by_id = {row["id"]: row for row in rows}
+    assert by_id == {row["id"]: row for row in read(tmp_path / "whole.jsonl")}
+
+
+def test_shards_share_the_prompts(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "q.jsonl", questions(9))
+    words = ["distill", base, "--prompts", tmp_path / "q.jsonl", "--max_new_tokens", 5, "--temperature", 0.7]
+    assert mtp(*words, "--output", tmp_path / "whole.jsonl") == 0
+    assert mtp(*words, "--output", tmp_path / "a.jsonl", "--shard", "0/2") == 0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert mtp(*words, "--output", tmp_path / "a.jsonl") == 0
+    shards = [read(tmp_path / f"a-0000{shard}-of-00002.jsonl") for shard in range(2)]
+    assert [len(rows) for rows in shards] == [5, 4]
+    both = {row["id"]: row for rows in shards for row in rows}
+    assert both == {row["id"]: row for row in read(tmp_path / "whole.jsonl")}
+    merged = prepare(f"{tmp_path}/a-*.jsonl", word_tokenizer(bos=False), max_length=64)[0]  # as the docs merge them
+    assert merged.report.rows_read == 9
+
+
+def test_more_prompts_may_follow_but_none_may_change(tmp_path: Path, base: str, capsys) -> None:
+    write_rows(tmp_path / "q.jsonl", questions(4))
+    words = ["distill", base, "--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl", "--max_new_tokens", 3]
+    assert mtp(*words) == 0
+    first = read(tmp_path / "a.jsonl")
+    write_rows(tmp_path / "q.jsonl", questions(7))
+    assert mtp(*words) == 0
+    assert read(tmp_path / "a.jsonl")[:4] == first and len(read(tmp_path / "a.jsonl")) == 7
+    changed = questions(7)
+    changed[3]["prompt"] = "six"
+    write_rows(tmp_path / "q.jsonl", changed)
+    assert "row 'q3' answers another prompt than --prompts has now" in error_of(capsys, 2, *words)
+
+
+def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> None:
+    rows = [{"prompt": " ".join(["one"] * length)} for length in (3, 62, 64, 80)]
+    write_rows(tmp_path / "q.jsonl", rows)
+    words = ["distill", base, "--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl"]
+    assert mtp(*words) == 0
+    assert (
+        "2 of 2 rows" in (shown := capsys.readouterr().err) and "2 prompts left out: no room in the context of 64" in shown
+    )
+    assert max(len(row["completion_ids"]) for row in read(tmp_path / "a.jsonl") if row["id"] == 2) <= 2
+    write_rows(tmp_path / "q.jsonl", rows[2:])
+    message = error_of(capsys, 1, *words[:4], "--output", tmp_path / "b.jsonl")
+    assert message.startswith("all 2 prompts are as long as the base's context of 64 or longer.")
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--shard", "2/2"], 2, "shard must be i/n with i from 0 to n - 1, got '2/2'. Change --shard."),
+        (["--batch_size", "0"], 2, "batch_size must be 1 or more, got 0."),
+        (["--temperature", "x"], 2, "temperature: expected float, got x."),
+        (["--tempo", "1"], 2, "unknown key or option '--tempo'"),
+        (["--output", "a.txt"], 2, "output must be a .jsonl file, got 'a.txt'. Change --output."),
+        (["--prompts", "none.txt"], 1, "none.txt: expected a file of prompts, nothing is there"),
+        (
+            ["--endpoint", "localhost:8000"],
+            2,
+            "endpoint must be an address like http://localhost:8000/v1, got 'localhost:8000'.",
+        ),
+        (["--device", "nothing"], 2, "device must be cpu, cuda or another one of this machine"),
+    ],
+)
+def test_mistakes(tmp_path: Path, base: str, capsys, words: list[str], code: int, message: str) -> None:
+    write_rows(tmp_path / "q.jsonl", questions(2))
+    usual = ["--prompts", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "a.jsonl")]
+    assert message in error_of(capsys, code, "distill", base, *usual, *words)
+    assert list(tmp_path.iterdir()) == [tmp_path / "q.jsonl"]  # nothing half-written
+
+
+def test_ids_must_differ(tmp_path: Path, base: str, capsys) -> None:
+    write_rows(tmp_path / "q.jsonl", [{"id": "a", "prompt": "one"}, {"id": "a", "prompt": "two"}])
+    words = ["distill", base, "--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl"]
+    assert "line 2: id 'a' is that of" in error_of(capsys, 1, *words)
+    write_rows(tmp_path / "q.jsonl", [{"id": ["a"], "prompt": "one"}])
+    assert "line 1: expected id as text or a number, got list." in error_of(capsys, 1, *words)
+
+
+def test_base_of_a_checkpoint_and_of_a_saved_folder(tmp_path: Path) -> None:
+    torch.save({"mtp_settings": {"base_model": "owner/base", "revision": "r"}}, tmp_path / "a.ckpt")
+    assert base_of(str(tmp_path / "a.ckpt")) == ("owner/base", "r")
+    assert base_of(str(tmp_path / "a.ckpt"), "moved", "s") == ("moved", "s")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "revision": null}')
+    assert base_of(str(tmp_path)) == ("owner/base", None)
+    assert base_of("owner/base") == ("owner/base", None)
+
+
+def test_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (chosen_shard(None), chosen_shard("3/8")) == ((0, 1), (3, 8))
+    assert shard_path("x/a.jsonl", 0, 1) == Path("x/a.jsonl")
+    assert shard_path("x/a.jsonl", 3, 8) == Path("x/a-00003-of-00008.jsonl")
+    for wrong in ("1", "1/1", "a/b", "-1/2", "0/0"):
+        with pytest.raises(UsageError, match="shard must be i/n"):
+            chosen_shard(wrong)
