@@ -19,6 +19,7 @@ from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows
 from mtp_lightning.losslessness import autoregressive, first_difference
 from mtp_lightning.metrics.functional import repeated_ngrams
 from mtp_lightning.model import MTPModel
+from mtp_lightning.noise import row_seeds
 from mtp_lightning.prompts import Prompt
 
 
@@ -157,11 +158,8 @@ def _texts(
 
 
 def row_seed(options: DecodingOptions, first: int, count: int) -> list[int] | None:
-    """Seeds of the prompts from ``first`` on; None when decoding is greedy."""
-    if options.temperature == 0:
-        return None
-    seed = options.seed if isinstance(options.seed, int) else 0
-    return [seed + first + i for i in range(count)]
+    """Seeds of the prompts from ``first`` on, as ``mtp generate`` gives them; None when decoding is greedy."""
+    return None if options.temperature == 0 else row_seeds(options.seed or 0, count, first)
 
 
 def _results(
