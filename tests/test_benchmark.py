@@ -16,9 +16,10 @@ from command_line import error_of, leave_no_trace, mtp, own_cache  # noqa: F401 
 from prompt_results import result
 from test_cli import LAST, here, run, trained  # noqa: F401 - some are fixtures
 from tiny import greedy_text, tiny_model
+from toy_tokenizers import word_tokenizer
 
 from mtp_lightning import decoding_step
-from mtp_lightning.benchmark import Setting, acceptance_grid, order, settings_of
+from mtp_lightning.benchmark import Setting, acceptance_grid, decode_batch, order, settings_of
 from mtp_lightning.benchmark_report import markdown, save_benchmark_plot
 from mtp_lightning.benchmark_speed import AUTOREGRESSIVE, LOOKUP, TRANSFORMERS, Timed, bare, contenders, groups, speed
 from mtp_lightning.decoding import DecodingOptions
@@ -89,6 +90,29 @@ def test_sampling_is_compared_seed_by_seed() -> None:
     rejecting = DecodingOptions(max_new_tokens=12, temperature=0.9, verification="rejection", seed=4)
     grid = acceptance_grid(model, PROMPTS, settings, rejecting)
     assert [each["overall"]["lossless"]["checked"] for each in grid["settings"]] == [0, 0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_stop_text_ends_every_text_alike(batch_size: int) -> None:
+    model = tiny_model(sampler_head=GRUSamplerHead(8), vocab_size=17, seed=3)
+    model.tokenizer = word_tokenizer()
+    prompts = [Prompt("", [9 + i, 10], "") for i in range(4)]
+    found, ends = 0, []
+    for prompt in prompts:
+        (whole,) = decode_batch(model, [prompt], OPTIONS).tokens
+        words = [model.tokenizer.decode(whole[: i + 1], skip_special_tokens=True).split() for i in range(20)]
+        ends.append(next((i + 1 for i in range(20) if "two" in words[i]), 20))
+        found += ends[-1] < 20
+    assert found and len(set(ends)) > 1
+    for setting in settings_of(model, ["quadratic", "linear"], [True], [1, 3]):
+        options = DecodingOptions(setting.decoding, setting.num_masks, max_new_tokens=20)
+        out = decode_batch(model, prompts, options, "two")
+        assert [len(tokens) for tokens in out.tokens] == ends
+        assert [sum(row) + len(row) for row in out.accepted] == ends
+    grid = acceptance_grid(model, prompts, [Setting("quadratic", True, 3)], OPTIONS, batch_size, stop="two")
+    assert grid["settings"][0]["overall"]["lossless"]["equal"] == 4
+    assert grid["texts"]["overall"]["num_tokens"] == sum(ends)
+    assert list(contenders(model, OPTIONS, [3], 1, "two")) == [AUTOREGRESSIVE, "quadratic, sampler head, 3 masks"]
 
 
 def test_order() -> None:

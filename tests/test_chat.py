@@ -24,7 +24,7 @@ from toy_tokenizers import CHATML, word_tokenizer
 
 from mtp_lightning import MTPModel
 from mtp_lightning.base import load_base, load_tokenizer
-from mtp_lightning.chat import PLAIN, PLAIN_STOP, Conversation, end_of_turn
+from mtp_lightning.chat import PLAIN, PLAIN_STOP, Conversation, turn_end
 from mtp_lightning.decoding import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import LoRA
@@ -124,11 +124,11 @@ def test_the_oldest_turns_go_when_the_context_is_full(model: MTPModel) -> None:
 
 def test_the_token_after_an_answer() -> None:
     tokenizer = word_tokenizer()
-    assert (end_of_turn(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")) == (4, 4)
+    assert (turn_end(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")) == (4, 4)
     tokenizer.chat_template = PLAIN
-    assert end_of_turn(tokenizer) is None
+    assert turn_end(tokenizer) is None
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert end_of_turn(tokenizer) is None
+    assert turn_end(tokenizer) is None
     assert CHATML.count("<|im_end|>") == 1
 
 

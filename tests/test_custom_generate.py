@@ -20,11 +20,14 @@ from transformers import (
     LogitsProcessor,
     PreTrainedModel,
     StoppingCriteria,
+    StopStringCriteria,
     TextStreamer,
 )
 
 from mtp_lightning import MTPModel
+from mtp_lightning.base import load_base, load_tokenizer
 from mtp_lightning.errors import UsageError
+from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
 
 PADDED = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 11, 12, 13], [0, 0, 0, 0, 3]])
@@ -67,6 +70,7 @@ CASES: dict[str, dict[str, Any]] = {
     "at least": {"eos_token_id": list(range(60)), "min_new_tokens": 6},
     "custom processor": {"logits_processor": [NoRepeat()]},
     "criterion": {"stopping_criteria": [UpTo()]},
+    "criterion and end token": {"stopping_criteria": [UpTo()], "eos_token_id": [19, 40]},
     "total length": {"max_new_tokens": None, "max_length": 11},
 }
 
@@ -182,6 +186,21 @@ def test_a_saved_folder(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     streamer = TextStreamer(tokenizer, skip_prompt=True)
     from_folder(base, folder, mtp_model=str(folder), streamer=streamer)
     assert capsys.readouterr().out == tokenizer.decode(expected[0, 3:]) + "\n"
+
+
+def test_stop_strings() -> None:
+    tokenizer = load_tokenizer("package://demo/base")
+    model = MTPModel(load_base("package://demo/base", dtype="float64"), 3, LoRA(rank=2)).eval()
+    tokenizer.pad_token = tokenizer.eos_token
+    texts = ["def read(path):", "Question: Ada has 3 apples. How many"]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert inputs["attention_mask"].sum(1).unique().numel() == 2
+    for stop in ("return", '"""\n', "Answer:"):
+        criteria = [StopStringCriteria(tokenizer, [stop])]
+        common = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "stopping_criteria": criteria}
+        expected = model.base.generate(**inputs, **common)
+        assert model.base.generate(**inputs, **common, custom_generate=model.custom_generate).equal(expected)
 
 
 def test_without_trust_it_runs_no_code(kept: Path) -> None:

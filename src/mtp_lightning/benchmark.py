@@ -19,7 +19,9 @@ from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows
 from mtp_lightning.losslessness import autoregressive, first_difference
 from mtp_lightning.metrics.functional import repeated_ngrams
 from mtp_lightning.model import MTPModel
+from mtp_lightning.noise import row_seeds
 from mtp_lightning.prompts import Prompt
+from mtp_lightning.text_stream import stable_text
 
 
 class Setting(NamedTuple):
@@ -66,26 +68,39 @@ Told = Callable[[str, int, int], None]
 """Told what is being decoded, how many prompts are done, and of how many."""
 
 
-def decode_batch(model: MTPModel, prompts: Sequence[Prompt], options: DecodingOptions) -> BatchText:
+def decode_batch(model: MTPModel, prompts: Sequence[Prompt], options: DecodingOptions, stop: str | None = None) -> BatchText:
     """Decode a batch of prompts.
 
     Args:
         model: the model.
         prompts: the prompts.
         options: how to decode.
+        stop: a text that ends a row's text; with it come the tokens up to the one that completes it. None: none.
 
     Returns:
         Texts and counts.
     """
-    out = BatchText(*([[] for _ in prompts] for _ in range(3)), 0.0)
+    out = BatchText([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts], 0.0)
+    finished: set[int] = set()
     begin = time.perf_counter()
     # Each step ends by reading its tokens from the device, so no work is left when the clock is read.
-    for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options):
+    for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished):
         for row, step, _ in steps:
-            out.tokens[row].extend(step.tokens)
-            out.accepted[row].append(len(step.tokens) - 1)
+            tokens = step.tokens
+            if stop and (end := stop_index(model.tokenizer, out.tokens[row], tokens, stop)) is not None:
+                tokens = tokens[: end + 1]
+                finished.add(row)
+            out.tokens[row].extend(tokens)
+            out.accepted[row].append(len(tokens) - 1)
             out.drafted[row].append(step.num_drafts)
     return out._replace(seconds=time.perf_counter() - begin)
+
+
+def stop_index(tokenizer: Any, before: list[int], tokens: list[int], stop: str) -> int | None:
+    """Which of a step's tokens completes a stop text, or None; the same token however the text is cut into steps."""
+    if stop not in stable_text(tokenizer, before + tokens):
+        return None
+    return next((i for i in range(len(tokens)) if stop in stable_text(tokenizer, before + tokens[: i + 1])), None)
 
 
 def settings_of(
@@ -113,6 +128,7 @@ def acceptance_grid(
     options: DecodingOptions,
     batch_size: int = 1,
     told: Told | None = None,
+    stop: str | None = None,
 ) -> dict[str, Any]:
     """Decode all prompts in every setting and compare each text with autoregressive decoding by the same model.
 
@@ -123,12 +139,13 @@ def acceptance_grid(
         options: limits, and how tokens are chosen.
         batch_size: so many prompts are decoded together.
         told: told of progress.
+        stop: a text that ends a text; None: none.
 
     Returns:
         ``settings``: for each its decoding, head and masks and the figures of ``acceptance.summarise``; ``texts``: figures
         of the autoregressive texts; ``order``: how often what should be ahead is behind. Ready for JSON.
     """
-    reference = _texts(model, prompts, autoregressive(options), batch_size, told, "autoregressive")
+    reference = _texts(model, prompts, autoregressive(options), batch_size, told, "autoregressive", stop)
     expected = [text for batch in reference for text in batch.tokens]
     compared = options.temperature == 0 or options.verification == "coupled"
     grid: list[dict[str, Any]] = []
@@ -136,7 +153,7 @@ def acceptance_grid(
     for setting in settings:
         chosen = replace(options, decoding=setting.decoding, sampler_head=setting.sampler_head, num_masks=setting.num_masks)
         label = f"{setting.family}, {setting.masks}"
-        batches = _texts(model, prompts, chosen, batch_size, told, label)
+        batches = _texts(model, prompts, chosen, batch_size, told, label, stop)
         results[setting] = _results(model, prompts, batches, expected, options, compared)
         grid.append({**setting._asdict(), **summarise(results[setting])})
     ordinary = _results(model, prompts, reference, expected, options, False)
@@ -144,23 +161,27 @@ def acceptance_grid(
 
 
 def _texts(
-    model: MTPModel, prompts: Sequence[Prompt], options: DecodingOptions, batch_size: int, told: Told | None, label: str
+    model: MTPModel,
+    prompts: Sequence[Prompt],
+    options: DecodingOptions,
+    batch_size: int,
+    told: Told | None,
+    label: str,
+    stop: str | None,
 ) -> list[BatchText]:
     batches = []
     for first in range(0, len(prompts), batch_size):
         # A row's seed does not depend on the batch that it is in.
         seeded = replace(options, seed=row_seed(options, first, len(prompts[first : first + batch_size])))
-        batches.append(decode_batch(model, prompts[first : first + batch_size], seeded))
+        batches.append(decode_batch(model, prompts[first : first + batch_size], seeded, stop))
         if told is not None:
             told(label, min(first + batch_size, len(prompts)), len(prompts))
     return batches
 
 
 def row_seed(options: DecodingOptions, first: int, count: int) -> list[int] | None:
-    """Seeds of the prompts from ``first`` on; None when decoding is greedy."""
-    if options.temperature == 0:
-        return None
-    return [int(options.seed or 0) + first + i for i in range(count)]  # type: ignore[call-overload] # the command gives an int
+    """Seeds of the prompts from ``first`` on, as ``mtp generate`` gives them; None when decoding is greedy."""
+    return None if options.temperature == 0 else row_seeds(options.seed or 0, count, first)
 
 
 def _results(

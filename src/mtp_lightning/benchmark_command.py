@@ -25,7 +25,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.prompts import read_prompts
 
 SECONDS_BETWEEN_LINES = 10.0
-OWN = {"decoding", "num_masks", "sampler_head", "stop", "batch_size"}
+OWN = {"decoding", "num_masks", "sampler_head", "batch_size"}
 """Options of decoding that mean something else here: not given, they are varied."""
 
 
@@ -104,6 +104,7 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         revision=arguments.revision,
         dtype=arguments.dtype or "auto",
         device=arguments.chosen_device(),
+        trust_remote_code=arguments.trust_remote_code,
     )
     prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts)
     for prompt in prompts:
@@ -116,12 +117,12 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         "base_model": model.base_model,
         "revision": model.revision,
         "prompts": config.prompts,
-        "options": {**_plain(options), "batch_size": config.batch_size},
+        "options": {**_plain(options), "batch_size": config.batch_size, "stop": arguments.stop},
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "device": _device(model),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        **acceptance_grid(model, prompts, settings, options, config.batch_size, told),
+        **acceptance_grid(model, prompts, settings, options, config.batch_size, told, arguments.stop),
         "speed": None,
     }
     batches = groups(prompts, config.batch_size, config.speed_rounds)
@@ -129,7 +130,7 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         chosen = _speed_options(model, config, options)
         masks = [each.num_masks for each in settings if each[:2] == (chosen.decoding, chosen.sampler_head)]
         masks += ["auto"] if config.num_masks is None else []
-        field = contenders(model, chosen, masks, config.batch_size)
+        field = contenders(model, chosen, masks, config.batch_size, arguments.stop)
         report["speed"] = speed(field, batches, options.max_new_tokens, told)
     text = markdown(report)
     try:

@@ -203,15 +203,9 @@ def save_benchmark_plot(report: dict[str, Any], path: Path) -> None:
         axes = figure.add_subplot(grid[index // columns, index % columns], sharey=shared)
         shared = shared or axes
         for family, by_masks in families(report).items():
-            dashed = {"linestyle": "--" if family.startswith("linear") else "-"}
-            axes.plot(
-                list(by_masks),
-                [lengths(each, domain) for each in by_masks.values()],
-                marker="o",
-                markersize=3,
-                label=family,
-                **dashed,
-            )
+            values = [value for each in by_masks.values() if (value := lengths(each, domain)) is not None]
+            style = "--" if family.startswith("linear") else "-"
+            axes.plot(list(by_masks), values, style, marker="o", markersize=3, label=family)
         axes.set_title(domain, fontsize=10)
         axes.set_xlabel("masks in a block")
         axes.grid(alpha=0.3)

@@ -47,33 +47,36 @@ Contender = Callable[[Sequence[Prompt], int], Timed]
 """Decodes a batch of prompts to at most so many tokens each."""
 
 
-def contenders(model: MTPModel, options: DecodingOptions, num_masks: Sequence[Any], batch_size: int) -> dict[str, Contender]:
-    """What takes part: autoregressive decoding, transformers' own loops if decoding is greedy, and speculative decoding.
+def contenders(
+    model: MTPModel, options: DecodingOptions, num_masks: Sequence[Any], batch_size: int, stop: str | None = None
+) -> dict[str, Contender]:
+    """What takes part: autoregressive decoding, transformers' own loops if they write that text, and speculative decoding.
 
     Args:
         model: the model.
         options: decoding, head and how tokens are chosen.
         num_masks: numbers of masks, and ``auto``.
         batch_size: rows of a batch; prompt lookup takes one.
+        stop: a text that ends a text; None: none.
 
     Returns:
         Contenders by name; the first ones are what others are compared with.
     """
-    found: dict[str, Contender] = {AUTOREGRESSIVE: _ours(model, autoregressive(options))}
-    if options.temperature == 0 and model.lora.gated:
+    found: dict[str, Contender] = {AUTOREGRESSIVE: _ours(model, autoregressive(options), stop)}
+    if options.temperature == 0 and model.lora.gated and not stop:
         found[TRANSFORMERS] = _theirs(model, options)
         if batch_size == 1:
             found[LOOKUP] = _theirs(model, options, prompt_lookup_num_tokens=10)
     for count in num_masks:
         setting = Setting(options.decoding, options.sampler_head, count)
-        found[f"{setting.family}, {setting.masks}"] = _ours(model, replace(options, num_masks=count))
+        found[f"{setting.family}, {setting.masks}"] = _ours(model, replace(options, num_masks=count), stop)
     return found
 
 
-def _ours(model: MTPModel, options: DecodingOptions) -> Contender:
+def _ours(model: MTPModel, options: DecodingOptions, stop: str | None) -> Contender:
     def run(prompts: Sequence[Prompt], limit: int) -> Timed:
         seeded = replace(options, max_new_tokens=limit, seed=row_seed(options, 0, len(prompts)))
-        out = decode_batch(model, prompts, seeded)
+        out = decode_batch(model, prompts, seeded, stop)
         return Timed(out.tokens, sum(map(len, out.accepted)), out.seconds)
 
     return run

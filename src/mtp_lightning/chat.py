@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mtp_lightning.data.chat import end_of_turn
 from mtp_lightning.decoding import DecodingOptions, end_tokens
-from mtp_lightning.errors import UsageError
+from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.prompts import Prompt, render_messages
 from mtp_lightning.row_cache import RowCache
@@ -44,7 +45,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.dropped = 0
         self.cache = RowCache(model.base, 1)
-        ends = end_tokens(model, options) | {model.tokenizer.eos_token_id} | {end_of_turn(model.tokenizer)}
+        ends = end_tokens(model, options) | {model.tokenizer.eos_token_id} | {turn_end(model.tokenizer)}
         self.options = replace(options, eos_token_id=sorted(token for token in ends if token is not None))
         self.growing: GrowingText | None = None
 
@@ -107,24 +108,18 @@ class Conversation:
         return prompt
 
 
-def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes after an answer, or None.
-
-    A base's own end tokens need not have it.
+def turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template writes after an answer; a base's own end tokens need not have it.
 
     Args:
         tokenizer: the base's tokenizer, with a chat template.
 
     Returns:
-        The token, or None if the template writes plain text there.
+        The token, or None if the template writes plain text there, or no answer as it is.
     """
-    mark = "\u241f answer \u241f"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # templates raise whatever their author and Jinja raise; then only the base's own end tokens count
+        ids = end_of_turn([{"role": "user", "content": "question"}], tokenizer)
+    except RunError:
         return None
-    after = text.partition(mark)[2]
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ids[0] if ids and ids[0] in special | set(tokenizer.all_special_ids) else None

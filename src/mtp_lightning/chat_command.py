@@ -55,6 +55,7 @@ def run_chat(args: list[str]) -> None:
         revision=arguments.revision,
         dtype=arguments.dtype or "auto",
         device=arguments.chosen_device(),
+        trust_remote_code=arguments.trust_remote_code,
     )
     converse(conversation(model, arguments, template, config.system))
 

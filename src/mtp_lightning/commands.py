@@ -44,6 +44,7 @@ class DecodingArguments:
         device: cpu, cuda, ..; not given: cuda where there is one.
         revision: hub revision of the base model.
         base_model: where the base model lies now, if it moved.
+        trust_remote_code: import the sampler head that a saved folder names, whatever package it is in.
     """
 
     decoding: Literal["quadratic", "linear", "autoregressive"] = "quadratic"
@@ -62,6 +63,7 @@ class DecodingArguments:
     device: str | None = None
     revision: str | None = None
     base_model: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_steps", "top_k", "batch_size"):
@@ -253,7 +255,7 @@ def run_generate(args: list[str]) -> None:
         UsageError: no prompt, or both kinds of prompt.
     """
     parser = OneLineParser(prog="mtp generate", description="Generates text with a trained model.")
-    parser.add_argument("model", type=str, help="checkpoint file that mtp fit wrote")
+    parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
     parser.add_argument("--prompt", type=str, default=None, help="the prompt")
     parser.add_argument("--prompts", type=str, default=None, help=".txt or .jsonl file of prompts; - standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON line a prompt")
@@ -268,6 +270,7 @@ def run_generate(args: list[str]) -> None:
         revision=arguments.revision,
         dtype=arguments.dtype or "auto",
         device=arguments.chosen_device(),
+        trust_remote_code=arguments.trust_remote_code,
     )
     if config.prompt is not None:
         prompts = [Prompt(config.prompt, encode_prompt(config.prompt, model.tokenizer), "")]

@@ -189,8 +189,8 @@ def _alone(
         padding = input_ids[r : r + 1, : input_ids.shape[1] - len(prompt)]
         processors = [_Padded(each, padding) for each in options.logits_processor]
         alone = replace(options, seed=seeds[r : r + 1], logits_processor=processors)
-        for _, *step in _together(mtp, [prompt], alone, frozenset()):
-            yield r, *step
+        for _, tokens, last in _together(mtp, [prompt], alone, frozenset()):
+            yield r, tokens, last
 
 
 def _collect(

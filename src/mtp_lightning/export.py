@@ -23,6 +23,7 @@ from torch import Tensor
 from mtp_lightning.base_identity import describe
 from mtp_lightning.checkpoint import SETTINGS, class_path, init_args, load_model, read_checkpoint
 from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.losslessness import is_sharded
 from mtp_lightning.model import MTPModel
 from mtp_lightning.model_card import card, read_figures
 from mtp_lightning.paths import PACKAGE
@@ -79,6 +80,8 @@ def save_model(
     name = lasting_name(base_model or model.base_model)
     if not name:
         raise UsageError("the base model was not loaded from anywhere: say what it is called with base_model.")
+    if is_sharded(model):
+        raise UsageError("the model is sharded over processes. Save a checkpoint and use mtp export.")
     path = Path(folder)
     check_target(path)
     revision = revision or (None if base_model else model.revision)

@@ -17,7 +17,7 @@ from mtp_lightning.model import MTPModel
 
 
 @register_model("mtp")
-class MTPLM(HFLM):  # type: ignore[misc] # untyped
+class MTPLM(HFLM):
     """The harness's Hugging Face class over the base of an ``MTPModel``.
 
     Args:

@@ -293,5 +293,5 @@ def check_head(settings: dict[str, Any] | None, trust_remote_code: bool, folder:
         return
     raise UsageError(
         f"the folder's sampler head is {settings['class_path']}, and opening a folder imports no other package: that would"
-        " run its code. Import the module first, run where it lies in the current folder, or give trust_remote_code=True."
+        " run its code. Import the module first, run where it lies in the current folder, or give trust_remote_code."
     )

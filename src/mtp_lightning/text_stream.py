@@ -204,7 +204,7 @@ def stream_text(
     elif not isinstance(prompt, Tensor) and len(prompt) and isinstance(prompt[0], dict):
         given = render_messages(list(prompt), tokenizer)
     else:
-        ids = prompt.reshape(-1).tolist() if isinstance(prompt, Tensor) else list(prompt)
+        ids: list[Any] = prompt.reshape(-1).tolist() if isinstance(prompt, Tensor) else list(prompt)
         given = Prompt(tokenizer.decode(ids), ids, "")
     settings = DecodingOptions(**options)
     trained_masks(model, settings)  # what is wrong shows now, not at the first piece
