@@ -56,7 +56,9 @@ class RunGuards(Callback):
         mine = {**self.configuration, **{f"data.{split}": fingerprint(each) for split, each in rows.items()}}
         if (found := disagreement(gather(mine))) is not None:
             stop_all(trainer, found)
-        wrong = gather(unwritable(folder) if trainer.is_global_zero and not trainer.fast_dev_run else None)[0]
+        wrong = gather(
+            unwritable(folder) if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) else None
+        )[0]
         if wrong is not None:
             stop_all(trainer, wrong)
 
