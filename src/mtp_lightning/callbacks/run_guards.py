@@ -56,10 +56,8 @@ class RunGuards(Callback):
         mine = {**self.configuration, **{f"data.{split}": fingerprint(each) for split, each in rows.items()}}
         if (found := disagreement(gather(mine))) is not None:
             stop_all(trainer, found)
-        wrong = gather(
-            unwritable(folder) if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False) else None
-        )[0]
-        if wrong is not None:
+        writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+        if (wrong := gather(unwritable(folder) if writes else None)[0]) is not None:
             stop_all(trainer, wrong)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
