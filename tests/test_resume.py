@@ -171,6 +171,18 @@ def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path, at
     assert_same_run(folder, whole)
 
 
+def test_no_checkpoint_between_the_batches_of_a_step(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    """A step takes 4 batches, a validation comes every 6: the signal comes after 5 batches, and a validation in a step."""
+    words = (*FIT, "--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5)
+    plain, folder = fresh(whole, tmp_path / "plain"), fresh(whole, tmp_path / "run")
+    assert zygote.run(plain, *words).code == 0
+    for at, step in ((5, 2), (4, 4)):  # the second is counted from the resumed run's first batch; an epoch has 11
+        assert zygote.run(folder, *words, prelude=told(at)).code == 143
+        assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
+    assert zygote.run(folder, *words).code == 0
+    assert_same_run(folder, plain)
+
+
 def test_slurm_is_asked_to_run_the_job_again(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
     folder = fresh(whole, tmp_path / "run")
     command = folder / "bin" / "scontrol"

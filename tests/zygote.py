@@ -11,10 +11,24 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 TESTS = Path(__file__).parent
+LONG = (
+    "mtp_lightning.lightning_cli",
+    "datasets",
+    "pandas",
+    "peft",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.font_manager",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+)
+"""What a run imports and takes long to."""
 
 
 class Ended(NamedTuple):
@@ -100,7 +114,8 @@ def _serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import mtp_lightning.lightning_cli  # noqa: F401 - what takes long to import
+    for name in LONG:
+        import_module(name)
 
     for line in sys.stdin:
         request = json.loads(line)

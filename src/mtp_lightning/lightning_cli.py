@@ -118,9 +118,13 @@ class MTPCLI(LightningCLI):
                     raise RunError(unwritable(Path(logger.log_dir)) or one_line(error)) from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
             self.trainer.strategy.checkpoint_io = BesideCheckpointIO()
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, RunGuards):
-                callback.configuration = as_text(self.config[self.subcommand]) | {"ckpt_path": str(path)}
+        if (guards := self.guards()) is not None:
+            guards.configuration = as_text(self.config[self.subcommand]) | {"ckpt_path": str(path)}
+
+    def guards(self) -> RunGuards | None:
+        """The run's guards."""
+        trainer: Any = self.trainer
+        return next((each for each in trainer.callbacks if isinstance(each, RunGuards)), None)
 
     def _last_checkpoint(self) -> str | None:
         """The newest complete checkpoint of the run's folder, put in the place of ``last``."""
@@ -143,8 +147,7 @@ class MTPCLI(LightningCLI):
         except MTPError:
             raise
         except Exception as error:
-            guards = next((each for each in self.trainer.callbacks if isinstance(each, RunGuards)), None)
-            known = explain(error, guards, self.trainer)
+            known = explain(error, self.guards(), self.trainer)
             if known is None:
                 raise
             raise known from error

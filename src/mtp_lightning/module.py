@@ -25,7 +25,7 @@ from mtp_lightning.model import ForwardOutput, MTPModel
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
 from mtp_lightning.schedules import WarmupConstant, WarmupCosine
 from mtp_lightning.sharding import shard_model
-from mtp_lightning.trainer import FullyShardedStrategy
+from mtp_lightning.trainer import FullyShardedStrategy, all_reduce
 from mtp_lightning.types import NTP, MaskedInput
 
 ATTENTION = ("sdpa", "eager", "flex_attention")
@@ -222,7 +222,7 @@ class MTPModule(LightningModule):
         loss = self.weighted(values)
         shown = torch.stack([loss.detach(), *(value.detach() for value in values.values())])
         if self.trainer.world_size > 1:  # each process has a share of the sums: their mean is the loss of the whole batch
-            shown = self.trainer.strategy.reduce(shown, reduce_op="mean")
+            shown = all_reduce(shown, "mean")
         self.log("train/loss", shown[0], prog_bar=True)
         self.log_dict({f"train/loss/{name}": value for name, value in zip(values, shown[1:], strict=True)})
         return loss

@@ -16,8 +16,9 @@ from mtp_lightning.errors import UsageError
 class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` after every validation, every so many optimizer steps between them, and at the end.
 
-    Where a validation is due it is written after it, so that a resumed run has every validation once. It belongs after the
-    callback that keeps the best checkpoint.
+    Where a validation is due it is written after it, so that a resumed run has every validation once, and never between the
+    batches of one optimizer step, whose gradients it would lose. It belongs after the callback that keeps the best
+    checkpoint.
 
     Args:
         every_n_steps: also write it every so many optimizer steps. None: after validations and at the end alone.
@@ -30,6 +31,7 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.dirpath = dirpath
         self._saved_at = 0
+        self._owed = False
         self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -39,7 +41,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A step that a run is resumed at was saved."""
-        self._saved_at = trainer.global_step
+        self._saved_at, self._owed = trainer.global_step, False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,12 +49,17 @@ class LastCheckpoint(Checkpoint):
         """Save every so many steps, and at the last one."""
         step = trainer.global_step
         regular = self.every_n_steps is not None and step % self.every_n_steps == 0
-        if step != self._saved_at and (regular or is_last_step(trainer)) and not validation_is_due(trainer):
+        if trainer.fit_loop._should_accumulate() or validation_is_due(trainer):
+            return
+        if self._owed or (step != self._saved_at and (regular or is_last_step(trainer))):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        """Save; if it came between the batches of one optimizer step, after the last of them."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._owed = trainer.fit_loop._should_accumulate()
+        if not self._owed:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
@@ -60,7 +67,7 @@ class LastCheckpoint(Checkpoint):
             return
         assert self._folder is not None
         trainer.save_checkpoint(self._folder / LAST, weights_only=False)
-        self._saved_at = trainer.global_step
+        self._saved_at, self._owed = trainer.global_step, False
 
 
 def is_last_step(trainer: Trainer) -> bool:

@@ -71,7 +71,7 @@ def pending_figures(trainer: Trainer) -> dict[str, Any] | None:
         ``step`` and ``figures``, or None where nothing is about to be logged.
     """
     loop = trainer.fit_loop.epoch_loop
-    progress = loop.batch_progress.total
+    progress: Any = loop.batch_progress.total
     logs = trainer._logger_connector
     if progress.completed == progress.processed or loop._should_accumulate() or not logs.should_update_logs:
         return None

@@ -21,6 +21,7 @@ from mtp_lightning.checkpoint_files import newest_checkpoint
 from mtp_lightning.data.fingerprint import fingerprint
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.sizing import ModelSize, StepSize, advice, estimate, gigabytes, memory_error, model_size
+from mtp_lightning.trainer.collectives import all_reduce
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the operating system says where nothing can be written any more."""
@@ -56,8 +57,8 @@ class RunGuards(Callback):
         mine = {**self.configuration, **{f"data.{split}": fingerprint(each) for split, each in rows.items()}}
         if (found := disagreement(gather(mine))) is not None:
             stop_all(trainer, found)
-        wrong = gather(unwritable(folder) if trainer.is_global_zero and not trainer.fast_dev_run else None)[0]
-        if wrong is not None:
+        writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+        if (wrong := gather(unwritable(folder) if writes else None)[0]) is not None:
             stop_all(trainer, wrong)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,8 +104,7 @@ class RunGuards(Callback):
         scaled = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None
         norm = torch.zeros(()) if scaled else gradient_norm(pl_module.parameters())
         bad = torch.stack([(~values.isfinite()).any().float(), (~norm.isfinite()).float().to(values.device)])
-        bad = trainer.strategy.reduce(bad, reduce_op="max")
-        if not bad.any():
+        if not all_reduce(bad, "max").any():
             return
         wrong = [number for number, value in enumerate(values.tolist()) if value != value or abs(value) == float("inf")]
         mine = {

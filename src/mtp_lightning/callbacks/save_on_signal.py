@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from mtp_lightning.callbacks.together import LAST, checkpoint_folders, validation_is_due
+from mtp_lightning.trainer.collectives import all_reduce
 
 EXIT_CODE = 143
 """Exit code of a run that was told to stop and has saved: 128 + SIGTERM, as a shell shows it."""
@@ -47,11 +49,13 @@ class SaveOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and exit, if any process was told to."""
+        """Save and exit, if any process was told to; not between the batches of one step, whose gradients are not saved."""
+        if trainer.fit_loop._should_accumulate():
+            return
         received = self._received or 0
         if trainer.world_size > 1:  # not every process need get the signal
             told = torch.tensor(float(received), device=trainer.strategy.root_device)
-            received = int(trainer.strategy.reduce(told, reduce_op="max"))
+            received = int(all_reduce(told, "max"))
         # A validation is finished first; where one is due after every batch, one is left out instead of waiting for ever.
         if not received or (validation_is_due(trainer) and trainer.val_check_batch != 1):
             return

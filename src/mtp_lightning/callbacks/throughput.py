@@ -15,6 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from mtp_lightning.callbacks.run_guards import step_size
 from mtp_lightning.errors import UsageError
 from mtp_lightning.sizing import ModelSize, StepSize, model_size, step_flops
+from mtp_lightning.trainer.collectives import all_reduce
 
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "L4": 121, "V100": 125}
 """Dense 16-bit peak of a GPU by a part of its name, in 1e12 operations a second; the makers' figures."""
@@ -97,8 +98,8 @@ class Throughput(Callback):
         seconds = time.perf_counter() - self._begun - self._paused
         sums = torch.tensor([float(self._tokens), self._ntp + self._mtp], dtype=torch.float64, device=device)
         most = torch.tensor([peak_memory(device), self._waited / seconds], dtype=torch.float64, device=device)
-        tokens, positions = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        memory, waited = trainer.strategy.reduce(most, reduce_op="max").tolist()
+        tokens, positions = all_reduce(sums, "sum").tolist()
+        memory, waited = all_reduce(most, "max").tolist()
         figures = {
             "train/tokens_per_second": tokens / seconds,
             "train/positions_per_second": positions / seconds,

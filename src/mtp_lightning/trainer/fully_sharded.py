@@ -68,7 +68,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for name, child in self.lightning_module.named_children():
             if name != "model":
                 child.to(self.root_device)
-        for module in self.lightning_module.model.modules():
+        model: Any = self.lightning_module.model
+        for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.root_device))
 
