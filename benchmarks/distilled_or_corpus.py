@@ -134,12 +134,8 @@ def main() -> None:
         lines.append((name, f"{tokens:,}", result["overall"], domains, found))
     domains = sorted(lines[0][3])
     print(f"\n{steps} optimizer steps each, {args.prompts} held-out prompts:\n")
-    print(
-        "| trained on | tokens | acceptance length | not repeating | "
-        + " | ".join(domains)
-        + " | forced | of reference | share |"
-    )
-    print("|---|---|---|---|" + "---|" * len(domains) + "---|---|---|")
+    head = ["trained on", "tokens", "acceptance length", "not repeating (texts)", *domains, "forced", "reference", "share"]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for name, tokens, overall, by_domain, found in lines:
         steady = overall["non_repeating"]
         cells = [name, tokens, figure(overall["acceptance_length"])]
