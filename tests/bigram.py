@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mtp_lightning.decoding_step import Drafts
+
 CONTEXT = 64
 
 
@@ -56,15 +58,17 @@ def bigram_text(token: int, num_tokens: int, vocab_size: int, cycle: int) -> lis
     return text
 
 
-def planted_drafts(vocab_size: int, cycle: int) -> Callable[..., Tensor]:
+def planted_drafts(vocab_size: int, cycle: int) -> Callable[..., Drafts]:
     """A ``draft_block`` whose draft of J tokens is right for as many as the verified token modulo J + 1."""
 
-    def draft_block(model: Any, hidden: Tensor, verified: Tensor, sampler_head: bool) -> Tensor:
-        J, token = len(hidden), int(verified)
-        draft = bigram_text(token, J, vocab_size, cycle)
-        right = token % (J + 1)
-        if right < J:
-            draft[right] = (draft[right] + 7) % vocab_size
-        return torch.tensor(draft)
+    def draft_block(model: Any, hidden: Tensor, verified: Tensor, *others: Any) -> Drafts:
+        J, drafts = hidden.shape[1], []
+        for token in verified.tolist():
+            draft = bigram_text(token, J, vocab_size, cycle)
+            right = token % (J + 1)
+            if right < J:
+                draft[right] = (draft[right] + 7) % vocab_size
+            drafts.append(draft)
+        return Drafts(torch.tensor(drafts, dtype=torch.int64).view(-1, J), None)
 
     return draft_block

@@ -79,7 +79,7 @@ def test_the_first_prompts_of_each_domain_are_checked(model: MTPModel) -> None:
 def test_a_lossy_decoder_is_caught(model: MTPModel, max_steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [greedy_text(model.base, torch.tensor(prompt.input_ids), 20) for prompt in PROMPTS]
     # Every draft is believed.
-    monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, own: torch.tensor(len(draft)))
+    monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, *others: torch.full((len(draft),), draft.shape[1]))
     options = replace(OPTIONS, max_steps=max_steps)
     results = evaluate_prompts(model, PROMPTS, options, check=9)
     assert not all(r.lossless for r in results)

@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM
 
 import mtp_lightning
 from mtp_lightning import MTPModel, cli
-from mtp_lightning.commands import possible_stop
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.text_stream import possible_stop
 
 CONTEXT, NUM_MASKS, STEPS = 96, 3, 4
 CONFIG: dict[str, Any] = {
@@ -351,6 +351,27 @@ def test_all_decodings_write_the_same_text(run: Path, capsys) -> None:
     assert (lines[2]["num_steps"], lines[2]["num_masks"]) == (40, 0)
 
 
+def test_batches_and_seeds(run: Path, capsys) -> None:
+    """A prompt's draws depend on the seed and its place in the file, not on what is decoded beside it."""
+    Path("many.txt").write_text("one two\nsix\nthree four five\none two\n")
+    words = ["generate", LAST, "--prompts", "many.txt", "--max_new_tokens", 12, "--dtype", "float64", "--json"]
+    for options in (["--temperature", 0.9, "--top_p", 0.95, "--top_k", 20, "--seed", 4], [], ["--stop", " "]):
+        assert mtp(*words, *options) == 0
+        alone = without_times(json_lines(capsys))
+        for size in (2, 3, 8):
+            assert mtp(*words, *options, "--batch_size", size, "--num_masks", 2, "--decoding", "linear") == 0
+            lines = without_times(json_lines(capsys))
+            assert [line["text"] for line in lines] == [line["text"] for line in alone]
+            assert [line["finish_reason"] for line in lines] == [line["finish_reason"] for line in alone]
+        if "--seed" in options:
+            assert alone[0]["text"] != alone[3]["text"]  # the same prompt with another seed
+    assert mtp(*words, "--temperature", 1, "--seed", 4, "--verification", "rejection") == 0
+    assert len(json_lines(capsys)) == 4
+    assert mtp(*words[:-1], "--batch_size", 4) == 0
+    out = capsys.readouterr()
+    assert out.err.count("acceptance length") == 4 and out.out.count("one two") == 2
+
+
 def test_a_stop_text_ends_the_text_and_is_not_shown(run: Path, capsys) -> None:
     words = ["generate", LAST, "--prompt", "one two", "--max_new_tokens", 30]
     assert mtp(*words, "--json") == 0
@@ -406,7 +427,7 @@ def test_help_and_version(capsys) -> None:
 
 def test_python_m_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "mtp_lightning", "fitt"], capture_output=True, text=True)
-    expected = "mtp: error: unknown command 'fitt': expected one of fit, validate, test, predict, generate.\n"
+    expected = f"mtp: error: unknown command 'fitt': expected one of {', '.join(cli.COMMANDS)}.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
 
 
@@ -526,7 +547,7 @@ def test_wrong_data(run: Path, here: Path, capsys, name: str, split: str) -> Non
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        ("fitt", 2, "unknown command 'fitt': expected one of fit, validate, test, predict, generate."),
+        ("fitt", 2, f"unknown command 'fitt': expected one of {', '.join(cli.COMMANDS)}."),
         ("fit", 2, "model.base_model is required: set it in the configuration file or on the command line."),
         (
             "fit --config no.yaml",
@@ -561,7 +582,7 @@ def test_wrong_data(run: Path, here: Path, capsys, name: str, split: str) -> Non
             1,
             "checkpoint 'no.ckpt' does not exist. Give the path of a .ckpt file that mtp fit wrote.",
         ),
-        ("generate base --prompt a", 1, "checkpoint 'base' is a folder. Give the path of a .ckpt file that mtp fit wrote."),
+        ("generate base --prompt a", 1, "base is no folder that mtp export wrote: it has no mtp_config.json. Give such a"),
         ("generate {last}", 2, "give either --prompt TEXT or --prompts FILE."),
         ("generate {last} --prompt a --prompts prompts.jsonl", 2, "give either --prompt TEXT or --prompts FILE."),
         (

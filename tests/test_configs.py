@@ -30,7 +30,7 @@ from mtp_lightning.cli import main
 from mtp_lightning.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # strategies/ holds fragments for them: test_strategies.py
 FRAGMENTS = sorted((ROOT / "callbacks").rglob("*.yaml"))
 DEMO = Path(str(files("mtp_lightning").joinpath("demo")))
 HUB = {"qwen.yaml": "qwen3", "tulu3_8b.yaml": "llama"}

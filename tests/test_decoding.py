@@ -17,17 +17,18 @@ import torch
 from tiny import ARCHITECTURES, CONTEXT, VOCAB, greedy_text, naive_states, tiny_base, tiny_model, token_row, tolerance
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
 
 from mtp_lightning import decoding_step
 from mtp_lightning.decoding import DecodingOptions, decode, end_tokens
-from mtp_lightning.decoding_step import StepInput, num_accepted
+from mtp_lightning.decoding_step import Drafts, StepInput, num_accepted
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy, term_value
 from mtp_lightning.masking import build_masked_input
 from mtp_lightning.model import MTPModel
+from mtp_lightning.row_cache import RowCache
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
-from mtp_lightning.step_masks import StepMasks, StepShape
+from mtp_lightning.step_masks import StepLayout, StepMasks
+from mtp_lightning.token_choice import TokenChoice
 from mtp_lightning.types import TokenRow
 
 N, G, K = 7, 24, 8
@@ -50,35 +51,48 @@ class InjectedDrafts:
 
     Args:
         model: the model that decodes.
-        sequence: prompt and true text, as long as the drafts reach.
+        sequences: prompt and true text of each row, as long as the drafts reach; of several rows each has its number as
+            its seed.
         run: number of true tokens in the draft of the block whose first mask stands at a position.
         bounds: tolerances for the block's hidden states; None: they are not compared.
     """
 
     def __init__(
-        self, model: MTPModel, sequence: Sequence[int], run: Callable[[int], int], bounds: dict[str, float] | None = None
+        self,
+        model: MTPModel,
+        sequences: Sequence[Sequence[int]],
+        run: Callable[[int], int],
+        bounds: dict[str, float] | None = None,
     ) -> None:
-        self.sequence, self.run, self.bounds = torch.tensor(sequence), run, bounds
+        self.sequences, self.run, self.bounds = [torch.tensor(sequence) for sequence in sequences], run, bounds
         self.steps: list[StepInput] = []
         self.compared = 0
         model.register_forward_pre_hook(lambda _, args: self.steps.append(args[0]))
 
-    def __call__(self, model: MTPModel, hidden: Tensor, verified: Tensor, sampler_head: bool) -> Tensor:
-        step, J = self.steps[-1], len(hidden)
-        T, c = step.shape.num_tokens, step.num_drafts
-        last = int(step.position_ids[0, T - 1 - c])  # position of the last verified token
-        draft = step.tokens[T - c :]
-        wrong = (draft != self.sequence[last + 1 : last + 1 + c]).tolist()
-        kept = wrong.index(True) if True in wrong else c
-        if step.shape.num_blocks == 1 and kept < c:  # linear: this draft is thrown away
-            return torch.full((J,), VOCAB - 1)
-        at = last + kept + 1
-        assert verified.tolist() == [self.sequence[at]]
+    def __call__(
+        self, model: MTPModel, hidden: Tensor, verified: Tensor, positions: Tensor, choice: TokenChoice, sampler_head: bool
+    ) -> Drafts:
+        step, drafts = self.steps[-1], []
+        for r, at in enumerate(positions.tolist()):
+            layout = step.layouts[0 if step.choice is None else int(step.choice[r])]
+            sequence = self.sequences[0 if len(self.sequences) == 1 else int(choice.seeds[r])]
+            J = layout.block_after(at - step.ends[r])[1]
+            drafts.append(self.draft(model, hidden[r, :J], int(verified[r]), at, sequence))
+        filled = torch.full(hidden.shape[:2], VOCAB - 1)  # a row without a block after its last token: must not count
+        for r, draft in enumerate(drafts):
+            filled[r, : len(draft)] = draft
+        return Drafts(filled, None)
+
+    def draft(self, model: MTPModel, hidden: Tensor, verified: int, at: int, sequence: Tensor) -> Tensor:
+        J = len(hidden)
+        if J == 0 or at >= len(sequence):  # past the end of what is known: a row that has finished
+            return torch.zeros(J, dtype=torch.int64)
+        assert verified == sequence[at]
         if self.bounds is not None:
-            _, expected = naive_states(model, self.sequence[:at], J)
+            _, expected = naive_states(model, sequence[:at], J)
             torch.testing.assert_close(hidden, expected, **self.bounds)
             self.compared += 1
-        out = self.sequence[at + 1 : at + 1 + J].clone()
+        out = sequence[at + 1 : at + 1 + J].clone()
         out = torch.cat([out, torch.zeros(J - len(out), dtype=torch.int64)])  # past the end of what is known
         if (r := self.run(at)) < J:
             out[r] = (out[r] + 1) % VOCAB
@@ -109,6 +123,7 @@ def every_count(J: int, kind: str) -> list[tuple[Callable[[int], int], int]]:
     return [(lambda at, runs=runs: runs.get(at, 0), end - N + 2) for runs, end in texts]
 
 
+GREEDY = TokenChoice(DecodingOptions(), [0], torch.device("cpu"))
 RUNS: dict[str, Callable[[int], int]] = {
     "never": lambda at: 0,
     "always": lambda at: K,
@@ -149,7 +164,7 @@ def new_tokens(model: MTPModel, prompt: Tensor, **options: Any) -> list[int]:
 def test_never_always_sometimes(agree: str, kind: str, J: int, inject: Callable[..., InjectedDrafts]) -> None:
     model, run = shared_model("llama"), RUNS[agree]
     prompt, text = prompt_and_text("llama")
-    inject(model, [*prompt.tolist(), *text], run)
+    inject(model, [[*prompt.tolist(), *text]], run)
     out = model.generate(prompt[None], decoding=kind, num_masks=J, max_new_tokens=G)
     assert out.sequences[0].tolist() == [*prompt.tolist(), *text[:G]]
     kept = expected_steps(run, J, kind)
@@ -176,7 +191,7 @@ def test_greedy_text_is_the_bases_for_every_number_of_masks(
     for J in range(1, K + 1):
         for number, (run, length) in enumerate(every_count(J, kind)):
             # The states are compared in one text a J: each costs a forward pass of its own.
-            drafts = inject(model, [*prompt.tolist(), *text], run, tolerance(model.base) if number == 0 else None)
+            drafts = inject(model, [[*prompt.tolist(), *text]], run, tolerance(model.base) if number == 0 else None)
             out = model.generate(prompt[None], decoding=kind, num_masks=J, max_new_tokens=length)
             assert out.sequences[0, N:].tolist() == list(text[:length]), (J, number)
             assert out.accepted_per_step[0] == expected_steps(run, J, kind, length)
@@ -214,7 +229,7 @@ def test_a_standard_lora_decodes_its_own_text(kind: str, inject: Callable[..., I
         with torch.no_grad(), model.gate.open(len(sequence)):
             sequence = torch.cat([sequence, model.base(sequence[None], use_cache=False).logits[0, -1:].argmax(-1)])
     assert sequence[N:].tolist() != list(prompt_and_text("llama")[1])
-    inject(model, sequence.tolist(), RUNS["sometimes"])
+    inject(model, [sequence.tolist()], RUNS["sometimes"])
     out = model.generate(prompt[None], decoding=kind, max_new_tokens=G)
     assert out.sequences[0].tolist() == sequence[: N + G].tolist()
     assert out.accepted_per_step[0] == expected_steps(RUNS["sometimes"], 3, kind)
@@ -224,7 +239,7 @@ def test_a_standard_lora_decodes_its_own_text(kind: str, inject: Callable[..., I
 def test_attention_kernels(kernel: str, inject: Callable[..., InjectedDrafts]) -> None:
     model = tiny_model("gemma3", 3, attn_implementation=kernel)
     prompt, text = prompt_and_text("gemma3")
-    inject(model, [*prompt.tolist(), *text], RUNS["sometimes"])
+    inject(model, [[*prompt.tolist(), *text]], RUNS["sometimes"])
     assert new_tokens(model, prompt, max_new_tokens=G) == list(text[:G])
     assert model.base.config._attn_implementation == kernel  # FlexAttention is set aside while decoding, and put back
 
@@ -272,7 +287,9 @@ def test_the_sampler_head_is_conditioned_on_what_it_drew(fitted: tuple[MTPModel,
         _, hidden = naive_states(model, text[: i + 1], 4)
         drafts = {}
         for with_head in (True, False):
-            drafts[with_head] = decoding_step.draft_block(model, hidden, text[i + 1 : i + 2], with_head).tolist()
+            places = torch.tensor([i + 1])
+            made = decoding_step.draft_block(model, hidden[None], text[i + 1 : i + 2], places, GREEDY, with_head)
+            drafts[with_head] = made.tokens[0].tolist()
         assert drafts[False] == model.unembed(hidden).argmax(-1).tolist()
         tokens = [int(text[i + 1])]
         for j in range(4):  # teacher forcing on the draft so far
@@ -304,7 +321,7 @@ def test_more_masks_keep_what_fewer_keep_step_by_step(fitted: tuple[MTPModel, li
 def test_a_stop_token_ends_the_text_wherever_it_falls(kind: str, where: int, inject: Callable[..., InjectedDrafts]) -> None:
     """With whole drafts of 4 it falls on every place of a step in turn: first, inside the draft, the free token."""
     model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
-    drafts = inject(model, [*prompt.tolist(), *text], RUNS["always"])
+    drafts = inject(model, [[*prompt.tolist(), *text]], RUNS["always"])
     stop = text[where]
     expected = greedy_text(tiny_base(), prompt, G, eos_token_id=stop)
     assert expected[-1] == stop and stop not in expected[:-1]
@@ -332,14 +349,14 @@ def test_stop_tokens_come_from_the_base_and_may_be_many() -> None:
 @pytest.mark.parametrize("agree", RUNS)
 def test_every_length_limit(agree: str, kind: str, inject: Callable[..., InjectedDrafts]) -> None:
     model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
-    drafts = inject(model, [*prompt.tolist(), *text], RUNS[agree])
+    drafts = inject(model, [[*prompt.tolist(), *text]], RUNS[agree])
     for limit in range(1, 16):
         out = model.generate(prompt[None], decoding=kind, num_masks=4, max_new_tokens=limit)
         assert out.sequences[0, N:].tolist() == list(text[:limit]) and out.finish_reasons == ["length"]
         assert out.accepted_per_step[0] == expected_steps(RUNS[agree], 4, kind, limit)
     # No mask is fed that could only speak of tokens past the limit.
     for step in drafts.steps:
-        drafted = int(step.position_ids[0, step.shape.num_tokens - 1 - step.num_drafts]) + 1 + step.shape.num_masks
+        drafted = step.ends[0] + step.layouts[0].depth
         assert drafted <= N + 15
 
 
@@ -352,7 +369,7 @@ def test_short_prompts_and_prompts_near_the_whole_context(
     model, prompt = shared_model(architecture), token_row([length], seed=2).input_ids
     room = min(12, CONTEXT - length)
     text = greedy_text(tiny_base(architecture), prompt, room)
-    drafts = inject(model, [*prompt.tolist(), *text], RUNS["sometimes"])
+    drafts = inject(model, [[*prompt.tolist(), *text]], RUNS["sometimes"])
     out = model.generate(prompt[None], decoding=kind, num_masks=5, max_new_tokens=12 if length < 9 else 100)
     assert out.sequences[0].tolist() == [*prompt.tolist(), *text] and out.finish_reasons == ["length"]
     assert all(int(step.position_ids.max()) < CONTEXT for step in drafts.steps)
@@ -435,7 +452,7 @@ def test_training_flags_and_gradients_are_put_back() -> None:
 @pytest.mark.parametrize("agree", RUNS)
 def test_a_step_is_one_forward_pass_of_the_base(kind: str, agree: str, inject: Callable[..., InjectedDrafts]) -> None:
     model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
-    inject(model, [*prompt.tolist(), *text], RUNS[agree])
+    inject(model, [[*prompt.tolist(), *text]], RUNS[agree])
     sizes: list[int] = []
     decoder = model.base.get_decoder()
     handle = decoder.register_forward_pre_hook(lambda _, a, kw: sizes.append(kw["inputs_embeds"].shape[1]), with_kwargs=True)
@@ -454,7 +471,7 @@ def test_a_step_is_one_forward_pass_of_the_base(kind: str, agree: str, inject: C
 
 def test_tokens_are_yielded_as_they_are_verified(inject: Callable[..., InjectedDrafts]) -> None:
     model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
-    inject(model, [*prompt.tolist(), *text], RUNS["sometimes"])
+    inject(model, [[*prompt.tolist(), *text]], RUNS["sometimes"])
     parts = list(decode(model, prompt, DecodingOptions(num_masks=4, max_new_tokens=G)))
     assert [len(part.tokens) - 1 for part in parts] == expected_steps(RUNS["sometimes"], 4, "quadratic")
     assert [token for part in parts for token in part.tokens] == list(text[:G])
@@ -474,15 +491,44 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def make_step(model: MTPModel, tokens: Tensor, num_drafts: int, layouts: list[StepLayout], **options: Any) -> StepInput:
+    """A step over an empty cache; each row's drafts are its last tokens."""
+    B = len(tokens)
+    cache = RowCache(model.base, B)
+    cache.reserve(20, 20)
+    kinds = tuple(dict.fromkeys(layouts))
+    choice = None if len(kinds) == 1 else torch.tensor([kinds.index(layout) for layout in layouts])
+    positions, mask = StepMasks(model.base, CONTEXT).get(kinds, choice, cache, None)
+    cache.begin_step(kinds[0].size, tokens, None)
+    token_choice = TokenChoice(DecodingOptions(**options), list(range(B)), torch.device("cpu"))
+    ends = [layout.last + 1 for layout in layouts]
+    scores = torch.randn(B, num_drafts, VOCAB, dtype=torch.float64) if token_choice.rejects else None
+    return StepInput(
+        tokens, num_drafts, None, scores, kinds, choice, positions, mask, ends, torch.tensor(ends), cache, token_choice, True
+    )  # fmt: skip
+
+
+SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
+
+
 @pytest.mark.parametrize("head", ["none", "mlp", "gru"])
-@pytest.mark.parametrize(("num_drafts", "blocks"), [(0, 1), (3, 4), (3, 1), (3, 0)])
-def test_a_step_never_waits_for_the_device(head: str, num_drafts: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompt = shared_model("llama", head), token_row([6]).input_ids
-    shape = StepShape(6, blocks, 3 if blocks else 0)
-    positions, mask = StepMasks(model.base, 20).get(shape, 0)
-    step = StepInput(prompt, num_drafts, shape, positions, mask, DynamicCache(), True)
+@pytest.mark.parametrize(
+    "options", [{}, SAMPLING, {**SAMPLING, "verification": "rejection"}], ids=["greedy", "coupled", "rejects"]
+)
+@pytest.mark.parametrize(
+    ("num_drafts", "blocks"),
+    [(0, ((5, 3),)), (3, ((2, 3), (3, 3), (4, 3), (5, 3))), (3, ((5, 3),)), (3, ((2, 1), (5, 3))), (3, ())],
+)
+def test_a_step_never_waits_for_the_device(
+    head: str, options: dict[str, Any], num_drafts: int, blocks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = shared_model("llama", head), torch.stack([token_row([6], seed=s).input_ids for s in (0, 1)])
+    layout = StepLayout(6, 5 - num_drafts, blocks)
     with torch.inference_mode():
-        expected = decoding_step.decode_step(model, step)
+        torch.manual_seed(0)
+        expected = decoding_step.decode_step(model, make_step(model, tokens, num_drafts, [layout] * 2, **options))
+        torch.manual_seed(0)
+        step = make_step(model, tokens, num_drafts, [layout] * 2, **options)
 
         def refuse(*args: Any) -> Any:
             raise AssertionError("a Python number is read from a tensor")
@@ -490,15 +536,16 @@ def test_a_step_never_waits_for_the_device(head: str, num_drafts: int, blocks: i
         for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu"):
             monkeypatch.setattr(torch.Tensor, name, refuse)
         with NoWaiting():
-            found = decoding_step.decode_step(model, step._replace(cache=DynamicCache()))
+            found = decoding_step.decode_step(model, step)
         monkeypatch.undo()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert found.draft.shape == (shape.num_masks,) and found.own.shape == (num_drafts + 1,)
+    assert torch.equal(found.own, expected.own) and torch.equal(found.num_accepted, expected.num_accepted)
+    assert torch.equal(found.draft.tokens, expected.draft.tokens)
+    assert found.draft.tokens.shape == (2, layout.depth) and found.own.shape == (2, num_drafts + 1)
 
 
 def test_number_of_accepted_tokens() -> None:
     def count(draft: list[int], own: list[int]) -> int:
-        return int(num_accepted(torch.tensor(draft, dtype=torch.int64), torch.tensor(own)))
+        return int(num_accepted(torch.tensor([draft], dtype=torch.int64), torch.tensor([own])))
 
     assert count([], [4]) == 0
     assert count([5, 6, 7], [5, 6, 7, 1]) == 3

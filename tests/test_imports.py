@@ -14,7 +14,7 @@ import mtp_lightning
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "mtp_lightning"
-SHELL = {"cli.py", "lightning_cli.py", "__main__.py", "module.py", "data", "callbacks"}
+SHELL = {"cli.py", "lightning_cli.py", "__main__.py", "module.py", "data", "callbacks", "trainer"}
 """First part of the path, inside the package, of what may import Lightning."""
 
 

@@ -22,7 +22,7 @@ from tiny import (
 )
 from torch import Tensor
 
-from mtp_lightning.attention import check_layers
+from mtp_lightning.attention import check_layer_types
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, SamplerCrossEntropy
@@ -134,10 +134,10 @@ def test_a_batch_with_another_number_of_masks_is_refused() -> None:
 
 def test_a_base_with_a_state_that_masks_would_disturb_is_refused() -> None:
     base = tiny_base("qwen3")
-    check_layers(base)
+    check_layer_types(base.config)
     base.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(UsageError, match="has linear_attention"):
-        check_layers(base)
+        check_layer_types(base.config)
     with pytest.raises(UsageError, match="has linear_attention"):
         MTPModel(base)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,19 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
         monkeypatch.setattr(MTPCLI, name, lambda self: None)
     monkeypatch.setattr(MTPCLI, "_run_subcommand", lambda self, subcommand: reached.append(subcommand))
     monkeypatch.setattr("mtp_lightning.checkpoint.load_model", lambda *args: torch.nn.Identity())
+    monkeypatch.setattr("mtp_lightning.export_command.export_checkpoint", lambda *args: reached.append("export"))
+    monkeypatch.setattr("mtp_lightning.benchmark_command.measure", lambda *args: reached.append("benchmark"))
+    monkeypatch.setattr("mtp_lightning.chat_command.conversation", lambda *args: None)
+    monkeypatch.setattr("mtp_lightning.chat_command.converse", lambda *args: reached.append("chat"))
+    monkeypatch.setattr("mtp_lightning.distill.command.chosen_shard", lambda *args: reached.append("distill") or sys.exit())
+    monkeypatch.setattr(lightning_cli.DataCLI, "instantiate_classes", lambda self: reached.append("data") or sys.exit())
     for module in (commands, lightning_cli):
         monkeypatch.setattr(module, "read_prompts", lambda *args: [])
         monkeypatch.setattr(module, "print_generations", lambda *args, **options: reached.append("text"))
     monkeypatch.setattr(torch.nn.Identity, "tokenizer", word_tokenizer(), raising=False)
     monkeypatch.setattr(MTPModel, "from_pretrained", lambda *args, **options: torch.nn.Identity())
     assert mtp(*words) == 0, capsys.readouterr().err
-    assert reached == [words[0] if words[0] in ("fit", "validate", "test") else "text"]
+    assert reached == ["text" if words[0] in ("predict", "generate") else words[0]]
 
 
 def test_the_files_it_names_exist() -> None:

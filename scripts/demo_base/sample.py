@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--train_rows", type=int, default=6000)
     parser.add_argument("--validation_rows", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=40, help="per domain")
+    parser.add_argument("--opening", type=int, default=64, help="most tokens of a prompt; at most half of its document")
     parser.add_argument("--length", type=int, default=192)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--excerpts", type=int, default=150_000, help="bytes of corpus text among the training rows")
@@ -94,7 +95,7 @@ def main() -> None:
                 opening = text[: text.index("\nAnswer:") + len("\nAnswer:")]
             else:
                 ids = tokenizer(text)["input_ids"]
-                opening = tokenizer.decode(ids[: min(32, len(ids) // 2)])
+                opening = tokenizer.decode(ids[: min(args.opening, len(ids) // 2)])
             ids = tokenizer(opening)["input_ids"]
             (row,) = continuations(model, eos, [ids], len(ids) + args.length // 2, 1, "prompt")
             # The completion makes it a test row too: what the base itself goes on with.

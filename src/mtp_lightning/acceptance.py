@@ -209,7 +209,7 @@ def _figures(results: Sequence[PromptResult], num_masks: int) -> dict[str, Any]:
                 if result.difference is not None
             ],
         },
-        "speed_up": _spread([result.speed_up for result in results if result.speed_up is not None]),
+        "speed_up": spread([result.speed_up for result in results if result.speed_up is not None]),
         "seconds": sum(result.seconds for result in results),
     }
 
@@ -219,7 +219,9 @@ def _acceptance_length(results: Sequence[PromptResult]) -> float | None:
     return sum(result.num_tokens for result in results) / steps if steps else None
 
 
-def _spread(values: list[float]) -> dict[str, Any] | None:
+def spread(values: list[float]) -> dict[str, Any] | None:
+    """Median and quartiles of paired ratios, or None where there are none."""
+    """Median and quartiles of paired ratios, or None without any."""
     if not values:
         return None
     low, median, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()

@@ -101,7 +101,7 @@ def save_json(data: Any, path: Path) -> None:
         path: the file.
     """
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_plot(summary: dict[str, Any], path: Path, title: str = "Tokens gained per step") -> None:
@@ -124,7 +124,7 @@ def save_plot(summary: dict[str, Any], path: Path, title: str = "Tokens gained p
     _draw_kept(right, groups)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    _replace(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
 def _draw_lengths(axes: Axes, groups: dict[str, dict[str, Any]]) -> None:
@@ -184,7 +184,13 @@ def _draw_kept(axes: Axes, groups: dict[str, dict[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and then rename it, so that it is whole at any time.
+
+    Args:
+        path: the file; its folder is made.
+        write: writes to the path that it is given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

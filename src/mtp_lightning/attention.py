@@ -21,18 +21,18 @@ def text_config(base: PreTrainedModel) -> Any:
     return base.config.get_text_config(decoder=True)
 
 
-def check_layers(base: PreTrainedModel) -> None:
+def check_layer_types(config: Any, recurrent: bool = False) -> None:
     """Refuse a base whose layers carry a state that masks would disturb (recurrent, linear or chunked attention).
 
     Args:
-        base: the base model.
+        config: the configuration of a text decoder: known before any weight is read.
+        recurrent: whether the model is known to keep a state, whatever its layers are called.
 
     Raises:
         UsageError: a layer is neither full nor sliding-window attention.
     """
-    config = text_config(base)
     other = sorted(set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS)
-    if other or getattr(base, "_is_stateful", False):
+    if other or recurrent:
         found = ", ".join(other) or "a recurrent state"
         raise UsageError(
             f"base model {config.model_type} has {found}; mask tokens need layers of full or sliding-window attention."
@@ -61,6 +61,17 @@ def per_layer_type(base: PreTrainedModel, make: Callable[[int | None], Any]) -> 
     if "sliding_attention" not in layer_types:
         return make(None)
     return {"full_attention": make(None), "sliding_attention": make(window)}
+
+
+def layer_windows(base: PreTrainedModel) -> list[int | None]:
+    """The sliding window of each layer in positions, or None, by the same rule as ``per_layer_type``."""
+    config = text_config(base)
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        used = getattr(config, "use_sliding_window", True)
+        return [window if used else None] * int(config.num_hidden_layers)
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 
 def kernel_mask(base: PreTrainedModel, allowed: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from mtp_lightning.attention import check_layers, text_config
+from mtp_lightning.attention import check_layer_types, text_config
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.paths import resolve
 
@@ -92,15 +92,15 @@ def load_base(
     if quantization is not None:
         options["quantization_config"] = _quantization(quantization)
     config = load_config(base_model, revision)
+    check_layer_types(config.get_text_config(decoder=True))
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             resolve(base_model), config=config, revision=revision, dtype=parse_dtype(dtype), device_map=device, **options
         )
     except UsageError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(base_model, error) from error
-    check_layers(base)
     return base
 
 

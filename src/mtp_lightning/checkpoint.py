@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mtp_lightning.base import load_base, load_tokenizer
+from mtp_lightning.base_identity import hub_commit
 from mtp_lightning.errors import RunError, UsageError, one_line
-from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.gated_lora import LoRA, lora_layers
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import SamplerHead
 
@@ -43,7 +45,8 @@ def checkpoint_settings(module: MTPModule) -> dict[str, Any]:
     config = module.base_config
     return {
         "base_model": module.base_model,
-        "revision": module.revision,
+        # The commit, where the base comes from the hub: a branch moves on.
+        "revision": hub_commit(module.base_model, module.revision) or module.revision,
         "base": {
             "model_type": config.model_type,
             "hidden_size": int(config.hidden_size),
@@ -137,6 +140,8 @@ def load_model(
     device: str | torch.device | None = None,
     attention: str | None = None,
     quantization: str | None = None,
+    device_map: Any = None,
+    base: PreTrainedModel | None = None,
 ) -> MTPModel:
     """Build a model from a checkpoint file, for use without Lightning.
 
@@ -148,6 +153,8 @@ def load_model(
         device: where to put the model.
         attention: ``sdpa``, ``eager``, or None for the architecture's own choice.
         quantization: ``4bit``, ``8bit``, or None.
+        device_map: transformers' placement of the base on several devices, ``auto`` or a dict, instead of ``device``.
+        base: the base model, loaded already; it gets the adapters in place.
 
     Returns:
         The model in evaluation mode.
@@ -156,11 +163,19 @@ def load_model(
         RunError: the file can't be used, or the base is another one.
         UsageError: the device is not there.
     """
-    check_device(device)
+    check_placement(device, device_map, base)
     checkpoint = read_checkpoint(path)
     settings = checkpoint[SETTINGS]
     name = base_model or settings["base_model"]
-    base = load_base(name, revision or settings["revision"], dtype, device=device)
+    if base is None:
+        base = load_base(
+            name,
+            revision or settings["revision"],
+            dtype,
+            attention,
+            quantization,
+            device if device_map is None else device_map,
+        )
     config = base.config.get_text_config(decoder=True)
     for key, value in settings["base"].items():
         if getattr(config, key) != value:
@@ -177,18 +192,64 @@ def load_model(
     )
     prefix = "model."
     weights: dict[str, Tensor] = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    lost = {name for name, _ in model.trained_parameters()} & set(missing)
-    if lost or unexpected:
+    fit_weights(model, weights, f"checkpoint {str(path)!r} does not fit its own settings")
+    model.base_model = name
+    model.revision = hub_commit(name, revision or settings["revision"]) or revision or settings["revision"]
+    return finish(model)
+
+
+def fit_weights(model: MTPModel, weights: dict[str, Tensor], complaint: str) -> None:
+    """Put trained weights into a model.
+
+    Args:
+        model: the model.
+        weights: trained weights by name.
+        complaint: how the message begins where they are not the model's.
+
+    Raises:
+        RunError: one is missing, too many, or of another shape.
+    """
+    own: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if model.sampler_head is not None:
+        own |= {f"sampler_head.{name}": value for name, value in model.sampler_head.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in own.items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if shapes != found:
+        name = min(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
         raise RunError(
-            f"checkpoint {str(path)!r} does not fit its own settings: {sorted(lost) or unexpected}. It is damaged."
+            f"{complaint}: {name} should be {shapes.get(name, 'absent')} and is {found.get(name, 'absent')}. It is damaged."
         )
+    model.load_state_dict(weights, strict=False)
+
+
+def finish(model: MTPModel) -> MTPModel:
+    """A loaded model made ready for decoding: trained weights in the base's dtype, evaluation mode."""
     for _, parameter in model.trained_parameters():
-        parameter.data = parameter.data.to(base.dtype)
+        parameter.data = parameter.data.to(model.base.dtype)
     for module in model.modules():
         if isinstance(module, torch.nn.RNNBase):
             module.flatten_parameters()  # a new dtype broke up cuDNN's one block of weights
     return model.eval()
+
+
+def check_placement(device: str | torch.device | None, device_map: Any, base: PreTrainedModel | None) -> None:
+    """Refuse a device that is not there, or two answers to where the model goes, before anything is loaded.
+
+    Args:
+        device: a device, or None.
+        device_map: a placement on several devices, or None.
+        base: a base that is loaded already, or None.
+
+    Raises:
+        UsageError: what is wrong.
+    """
+    if device is not None and device_map is not None:
+        raise UsageError("give device or device_map, not both.")
+    if base is not None and (device is not None or device_map is not None):
+        raise UsageError("base is loaded already: leave device and device_map out.")
+    if base is not None and lora_layers(base):
+        raise UsageError("base carries LoRA layers already. Load the base model anew, without an adapter.")
+    check_device(device)
 
 
 def check_device(device: str | torch.device | None) -> None:
@@ -216,8 +277,8 @@ def build_head(settings: dict[str, Any] | None) -> SamplerHead | None:
     module, _, name = settings["class_path"].rpartition(".")
     try:
         kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RunError(f"the checkpoint's sampler head {settings['class_path']} can't be imported: {error}.") from error
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RunError(f"the sampler head {settings['class_path']} can't be imported: {one_line(error)}.") from error
     if not (isinstance(kind, type) and issubclass(kind, SamplerHead)):
-        raise RunError(f"the checkpoint's sampler head {settings['class_path']} is no SamplerHead.")
+        raise RunError(f"the sampler head {settings['class_path']} is no SamplerHead.")
     return kind(**settings["init_args"])

@@ -7,18 +7,41 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from mtp_lightning.errors import MTPError, RunError, UsageError
 
+
+class Command(NamedTuple):
+    """A command, imported when it is called.
+
+    Attributes:
+        help: what ``mtp --help`` says.
+        module: where its function is, below this package.
+        function: takes the options.
+    """
+
+    help: str
+    module: str
+    function: str
+
+
 COMMANDS = {
-    "fit": "train",
-    "validate": "losses, NTP figure and acceptance on the validation set",
-    "test": "the same on the test set",
-    "predict": "speculative generation over the test prompts, one JSON line a prompt",
-    "generate": "generate text with a trained model",
-    "data": "show a few rows with the role of every token, and the shares",
-    "distill": "write the base model's own answers to prompts, to train on",
+    "fit": Command("train", "lightning_cli", "run_trainer"),
+    "validate": Command("losses, NTP figure and acceptance on the validation set", "lightning_cli", "run_trainer"),
+    "test": Command("the same on the test set", "lightning_cli", "run_trainer"),
+    "predict": Command(
+        "speculative generation over the test prompts, one JSON line a prompt", "lightning_cli", "run_predict"
+    ),
+    "generate": Command("generate text with a trained model", "commands", "run_generate"),
+    "chat": Command("talk with a trained model", "chat_command", "run_chat"),
+    "data": Command("show a few rows with the role of every token, and the shares", "lightning_cli", "run_data"),
+    "distill": Command("write the base model's own answers to prompts, to train on", "distill.command", "run_distill"),
+    "export": Command("checkpoint to saved folder (safetensors and JSON)", "export_command", "run_export"),
+    "benchmark": Command(
+        "tokens a step by domain and number of masks, speed-up, losslessness", "benchmark_command", "run_benchmark"
+    ),
 }
 
 
@@ -30,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: with 2 where the command or the configuration is wrong, 1 at any other error; one line on standard
-            error says what to change. ``--debug`` or ``MTP_DEBUG=1`` shows the traceback.
+            error says what to change. ``--debug`` or ``MTP_DEBUG=1`` shows the traceback. With 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words or os.environ.get("MTP_DEBUG", "") not in ("", "0")
@@ -40,6 +63,10 @@ def main(args: list[str] | None = None) -> None:
         sys.path.append(os.getcwd())
     try:
         _run(words)
+    except KeyboardInterrupt:
+        # What was said is on standard output already: every piece is written at once.
+        print("\nmtp: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -51,8 +78,8 @@ def main(args: list[str] | None = None) -> None:
 def _run(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print("usage: mtp COMMAND [options]\n\ncommands:")
-        for name, text in COMMANDS.items():
-            print(f"  {name:10} {text}")
+        for name, command in COMMANDS.items():
+            print(f"  {name:10} {command.help}")
         print("\nmtp COMMAND --help shows a command's options. --debug shows the traceback of an error.")
         return
     if words[0] == "--version":
@@ -64,26 +91,10 @@ def _run(words: list[str]) -> None:
         raise UsageError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}.")
     _missing_files(words)
     _quiet()
-    if words[0] in ("fit", "validate", "test"):
-        from mtp_lightning.lightning_cli import run_trainer
-
-        run_trainer(words)
-    elif words[0] == "predict":
-        from mtp_lightning.lightning_cli import run_predict
-
-        run_predict(words[1:])
-    elif words[0] == "data":
-        from mtp_lightning.lightning_cli import run_data
-
-        run_data(words[1:])
-    elif words[0] == "distill":
-        from mtp_lightning.distill.command import run_distill
-
-        run_distill(words[1:])
-    else:
-        from mtp_lightning.commands import run_generate
-
-        run_generate(words[1:])
+    command = COMMANDS[words[0]]
+    getattr(import_module(f"mtp_lightning.{command.module}"), command.function)(
+        words if command.function == "run_trainer" else words[1:]  # Lightning's own subcommands
+    )
 
 
 def _quiet() -> None:

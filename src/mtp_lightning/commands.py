@@ -9,16 +9,18 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
 
-from mtp_lightning.decoding import DecodingOptions, decode, end_tokens, trained_masks
+from mtp_lightning.decoding import DecodingOptions, decode_rows, trained_masks
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.noise import row_seeds
 from mtp_lightning.prompts import Prompt, encode_prompt, read_prompts
+from mtp_lightning.text_stream import GrowingText
 
 
 @dataclass
@@ -31,7 +33,12 @@ class DecodingArguments:
         sampler_head: draft with the sampler head; false: from the base head.
         max_new_tokens: at most so many tokens a prompt.
         max_steps: at most so many forward passes of the base a prompt.
-        temperature: 0, greedy; sampling is not built yet.
+        temperature: 0, greedy; else the logits are divided by it and tokens are drawn.
+        top_k: draw from the so many likeliest tokens.
+        top_p: draw from the likeliest tokens that together have this probability.
+        seed: seed of the draws; each prompt of a file has its own, made from this one and its number. Not given: any.
+        verification: coupled (the text depends on prompt and seed alone) or rejection (a few more drafts are kept).
+        batch_size: prompts decoded together.
         stop: a text that ends the generation; it is cut off.
         dtype: dtype of the model; not given: the one the base was saved in.
         device: cpu, cuda, ..; not given: cuda where there is one.
@@ -45,6 +52,11 @@ class DecodingArguments:
     max_new_tokens: int = 256
     max_steps: int | None = None
     temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    verification: Literal["coupled", "rejection"] = "coupled"
+    batch_size: int = 1
     stop: str | None = None
     dtype: str | None = None
     device: str | None = None
@@ -52,10 +64,11 @@ class DecodingArguments:
     base_model: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_steps"):
+        for name in ("max_new_tokens", "max_steps", "top_k", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be 1 or more, got {value}. Change --{name}.")
+        self.options()
 
     def chosen_device(self) -> str:
         """The device to decode on."""
@@ -70,6 +83,10 @@ class DecodingArguments:
             self.max_new_tokens,
             self.max_steps,
             temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            verification=self.verification,
         )
 
 
@@ -78,7 +95,7 @@ class OneLineParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line."""
-        known = [*DecodingArguments.__dataclass_fields__, "prompt", "prompts", "json"]
+        known = [action.dest for action in self._actions if action.dest != "help"]
         raise UsageError(clear_message(str(message), known)) from ex
 
 
@@ -134,21 +151,9 @@ def clear_message(message: str, known: Iterable[str]) -> str:
     return f"{key}: {text.rstrip('.')}{value}."
 
 
-def stable_text(tokenizer: Any, tokens: list[int]) -> str:
-    """The text of tokens, less a character that is not complete yet."""
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.rstrip("\ufffd")
-
-
-def possible_stop(text: str, stop: str) -> int:
-    """How many characters at the end of a text may be the beginning of the stop text: not to be shown yet.
-
-    ``"one t", "two" -> 1``
-    """
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def stream(model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record: dict[str, Any]) -> Iterator[str]:
+def stream(
+    model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record: dict[str, Any], seed: int | None = None
+) -> Iterator[str]:
     """Generate for one prompt and yield text as it is verified.
 
     Args:
@@ -156,51 +161,45 @@ def stream(model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record
         prompt: the prompt.
         arguments: how to decode.
         record: filled with the fields of the JSON line.
+        seed: seed of this prompt's draws; None: the arguments'.
 
     Yields:
         Pieces of text.
     """
-    options = arguments.options()
-    ends = end_tokens(model, options)
-    tokens: list[int] = []
-    accepted: list[int] = []
-    now, text, reason, seconds = "", "", "length", 0.0
-    steps = decode(model, torch.tensor(prompt.input_ids), options)
-    while True:
+    for pieces in _stream_together(model, [prompt], arguments, [record], None if seed is None else [seed]):
+        yield pieces[0]
+
+
+def _stream_together(
+    model: MTPModel,
+    prompts: list[Prompt],
+    arguments: DecodingArguments,
+    records: list[dict[str, Any]],
+    seeds: list[int] | None,
+) -> Iterator[list[str]]:
+    """The same for several prompts; one piece a prompt each time."""
+    options = arguments.options() if seeds is None else replace(arguments.options(), seed=seeds)
+    stops = [arguments.stop] if arguments.stop else []
+    texts = [GrowingText(model, prompt, options, stops) for prompt in prompts]
+    finished: set[int] = set()
+    steps = decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished)
+    seconds = 0.0
+    while len(finished) < len(prompts):
         # Decoding alone is timed, not the text made of it nor what the reader does with it.
         begin = time.perf_counter()
-        step = next(steps, None)
+        gained = next(steps)
         seconds += time.perf_counter() - begin
-        if step is None:
-            break
-        tokens += step.tokens
-        accepted.append(len(step.tokens) - 1)
-        now = stable_text(model.tokenizer, tokens)
-        if arguments.stop and arguments.stop in now:
-            now, reason = now[: now.index(arguments.stop)], "stop"
-            break
-        safe = len(now) - possible_stop(now, arguments.stop or "")
-        if safe > len(text):
-            yield now[len(text) : safe]
-            text = now[:safe]
-    if len(now) > len(text):
-        yield now[len(text) :]
-        text = now
-    if tokens[-1] in ends:
-        reason = "stop"
-    record.update(
-        prompt=prompt.text,
-        text=text,
-        token_ids=tokens,
-        num_steps=len(accepted),
-        acceptance_length=len(tokens) / len(accepted),
-        accepted_per_step=accepted,
-        seconds=seconds,
-        tokens_per_second=len(tokens) / seconds,
-        decoding=options.decoding,
-        num_masks=trained_masks(model, options),
-        finish_reason=reason,
-    )
+        pieces = [""] * len(prompts)
+        for row, step, reason in gained:
+            text = texts[row]
+            pieces[row] = text.add(step.tokens)
+            text.seconds = seconds
+            if reason is not None or text.stopped:
+                pieces[row] += text.rest()
+                finished.add(row)
+        yield pieces
+    for text, record in zip(texts, records, strict=True):
+        record.update(text.record())
 
 
 def print_generations(model: MTPModel, prompts: list[Prompt], arguments: DecodingArguments, as_json: bool) -> None:
@@ -222,16 +221,21 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
                 f"prompt {number} has {len(prompt.input_ids)} tokens and the model's context is {model.context}:"
                 f" shorten it to {model.context - 1} or less."
             )
-    for number, prompt in enumerate(prompts):
-        record: dict[str, Any] = {}
-        if not as_json:
-            print(("\n\n" if number else "") + prompt.text, end="", flush=True)
-        for piece in stream(model, prompt, arguments, record):
-            if not as_json:
-                print(piece, end="", flush=True)
-        if as_json:
-            print(json.dumps(record, ensure_ascii=False), flush=True)
-        else:
+    seeds = row_seeds(arguments.seed, len(prompts))
+    for begin in range(0, len(prompts), arguments.batch_size):
+        batch = prompts[begin : begin + arguments.batch_size]
+        records: list[dict[str, Any]] = [{} for _ in batch]
+        if not as_json and len(batch) == 1:
+            print(("\n\n" if begin else "") + batch[0].text, end="", flush=True)
+        for pieces in _stream_together(model, batch, arguments, records, seeds[begin : begin + len(batch)]):
+            if not as_json and len(batch) == 1:
+                print(pieces[0], end="", flush=True)
+        for number, record in enumerate(records, begin):
+            if as_json:
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+                continue
+            if len(batch) > 1:  # several texts at a time can't be shown as they grow
+                print(("\n\n" if number else "") + record["prompt"] + record["text"], end="", flush=True)
             print(
                 f"\n[{len(record['token_ids'])} tokens in {record['num_steps']} steps, acceptance length"
                 f" {record['acceptance_length']:.2f}, {record['tokens_per_second']:.1f} tokens/s]",

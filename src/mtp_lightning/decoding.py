@@ -8,18 +8,21 @@ full draft; the paper leaves it out of its count.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from mtp_lightning.attention import text_config
-from mtp_lightning.decoding_step import StepInput, StepOutput
+from mtp_lightning.decoding_step import Drafts, StepInput, StepOutput
 from mtp_lightning.errors import UsageError
-from mtp_lightning.step_masks import StepMasks, StepShape
+from mtp_lightning.noise import row_seeds
+from mtp_lightning.row_cache import RowCache
+from mtp_lightning.step_masks import StepLayout, StepMasks
+from mtp_lightning.token_choice import TokenChoice
 
 if TYPE_CHECKING:
     from mtp_lightning.model import MTPModel
@@ -39,11 +42,15 @@ class DecodingOptions:
         max_new_tokens: at most so many tokens are generated.
         max_steps: at most so many steps (forward passes of the base), the prompt's included; None: no limit.
         eos_token_id: token or tokens that end the text; None: the base's own.
-        temperature: 0, greedy. Sampling is not built yet, so anything else is refused.
-        top_k: sampling's; no effect on greedy decoding.
-        top_p: sampling's.
-        seed: sampling's; an int, or one a row.
-        verification: sampling's: ``coupled`` or ``rejection``.
+        temperature: 0: greedy; else the logits are divided by it and tokens are drawn.
+        top_k: draw from the so many likeliest tokens; None: all. No effect on greedy decoding.
+        top_p: draw from the likeliest tokens that together have this probability; None: all. No effect on greedy decoding.
+        repetition_penalty: transformers' penalty on tokens that the text or its prompt has; 1: none.
+        logits_processor: transformers' processors of the base's logits (greedy too). They are called for one row and one
+            position at a time, with the row's tokens before that position, the draft's included.
+        seed: of sampling: an int; or one a row; None: one is drawn from torch's generator.
+        verification: of sampling: ``coupled`` (the text is a function of prompt and seed, the same for every way to decode)
+            or ``rejection`` (keeps a few more drafts; only the distribution of the text is the base's).
     """
 
     decoding: Decoding = "quadratic"
@@ -55,8 +62,26 @@ class DecodingOptions:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    repetition_penalty: float = 1.0
+    logits_processor: Any = None
     seed: int | Sequence[int] | None = None
     verification: Literal["coupled", "rejection"] = "coupled"
+
+    def __post_init__(self) -> None:
+        if self.decoding not in ("quadratic", "linear", "autoregressive"):
+            raise UsageError(f"decoding must be quadratic, linear or autoregressive, got {self.decoding!r}.")
+        if self.verification not in ("coupled", "rejection"):
+            raise UsageError(f"verification must be coupled or rejection, got {self.verification!r}.")
+        for name in ("max_new_tokens", "max_steps", "top_k"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise UsageError(f"{name} must be 1 or more, got {value}.")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
 
 
 class StepTokens(NamedTuple):
@@ -71,14 +96,29 @@ class StepTokens(NamedTuple):
     num_drafts: int
 
 
-@torch.inference_mode()
-def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions) -> Iterator[StepTokens]:
+class RowStep(NamedTuple):
+    """What a step gained in one row of a batch.
+
+    Attributes:
+        row: number of the row.
+        step: what it gained.
+        finish_reason: ``stop`` after an end token, ``length`` at a limit; None: the row goes on.
+    """
+
+    row: int
+    step: StepTokens
+    finish_reason: str | None
+
+
+def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions, cache: RowCache | None = None) -> Iterator[StepTokens]:
     """Decode one prompt and yield the tokens of each step as they are verified.
 
     Args:
         model: the model.
         prompt: token ids, [n] int64, n at least 1.
         options: how to decode.
+        cache: ``RowCache(model.base, 1)``, to go on from what earlier calls left in it: what the prompt has in common with
+            the text there is not fed again. It stays usable when the reader stops early. None: nothing is kept.
 
     Yields:
         What each step gained, together at most ``max_new_tokens``.
@@ -86,50 +126,207 @@ def decode(model: MTPModel, prompt: Tensor, options: DecodingOptions) -> Iterato
     Raises:
         UsageError: an empty prompt, one that does not fit the context, or a wrong option.
     """
-    n, context = len(prompt), model.context
-    J = trained_masks(model, options)
-    if n == 0:
-        raise UsageError("the prompt is empty: it needs at least one token.")
-    if n >= context:
-        raise UsageError(
-            f"the prompt has {n} tokens and the model's context is {context}: shorten it to {context - 1} or less."
-        )
-    if options.max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens must be 1 or more, got {options.max_new_tokens}.")
-    if options.max_steps is not None and options.max_steps < 1:
-        raise UsageError(f"max_steps must be 1 or more, got {options.max_steps}.")
+    for steps in decode_rows(model, [prompt], options, cache):
+        yield steps[0].step
+
+
+@dataclass
+class _Row:
+    """A row that is being decoded.
+
+    Attributes:
+        number: its place in the batch that was given.
+        length: verified tokens, the prompt's included.
+        limit: how many it may have.
+        drafts: draft tokens that wait to be verified.
+    """
+
+    number: int
+    length: int
+    limit: int
+    drafts: int = 0
+
+
+@torch.inference_mode()
+def decode_rows(
+    model: MTPModel,
+    prompts: Sequence[Tensor],
+    options: DecodingOptions,
+    cache: RowCache | None = None,
+    finished: Set[int] = frozenset(),
+) -> Iterator[list[RowStep]]:
+    """Decode several prompts together and yield what each step gained in each of them.
+
+    Every row gains what it would gain alone. A row that has finished leaves the batch.
+
+    Args:
+        model: the model.
+        prompts: token ids of each prompt, [n] int64, n at least 1.
+        options: how to decode.
+        cache: see ``decode``; with a single prompt.
+        finished: rows that the reader wants no more of; looked at before each step.
+
+    Yields:
+        For each row that took part in the step what it gained.
+
+    Raises:
+        UsageError: an empty prompt, one that does not fit the context, or a wrong option.
+    """
+    J, device, B = trained_masks(model, options), model.base.device, len(prompts)
+    for prompt in prompts:
+        check_prompt(len(prompt), model.context)
+    seeds = row_seeds(options.seed, B)
+    if len(seeds) != B:
+        raise UsageError(f"seed must be an int or one for each of the {B} rows, got {len(seeds)}.")
     stop = end_tokens(model, options)
-    limit = min(n + options.max_new_tokens, context)
-    step_masks = StepMasks(model.base, limit)
-    # Without the configuration no layer drops keys behind its window: the mask does the windowing, and a crop is exact.
-    cache = DynamicCache()
-    tokens, drafts, length, steps = prompt.to(model.base.device), 0, n, 0
-    with evaluating(model):
+    rows = [_Row(r, len(p), min(len(p) + options.max_new_tokens, model.context)) for r, p in enumerate(prompts)]
+    if cache is None:
+        cache = RowCache(model.base, B)
+    else:
+        cache.rewind(prompts[0].tolist())
+    choice = TokenChoice(options, seeds, device)
+    step_masks = StepMasks(model.base, model.context)
+    remaining = [prompt[held:].to(device) for prompt, held in zip(prompts, cache.lengths, strict=True)]
+    tokens, draft_scores = torch.nn.utils.rnn.pad_sequence(remaining, batch_first=True), None
+    plan = prompt_plan(options.decoding, [len(each) for each in remaining], _room(rows, J))
+    slots_ever = max(row.limit for row in rows) + plan.layouts[0].size
+    steps = 0
+    with evaluating(model), model.lean.use(model):
         while True:
-            # Masks past the last token that may still be generated would be for nothing.
-            masks = max(0, min(J, limit - length - 2, context - length - drafts))
-            blocks = drafts + 1 if options.decoding == "quadratic" else 1
-            shape = StepShape(len(tokens), blocks if masks else 0, masks)
-            positions, mask = step_masks.get(shape, cache.get_seq_length())
-            out: StepOutput = model(StepInput(tokens, drafts, shape, positions, mask, cache, options.sampler_head))
+            c, size = plan.num_drafts, plan.layouts[0].size
+            cache.reserve(max(cache.lengths) + size, slots_ever)
+            slots = None if min(cache.lengths) == max(cache.lengths) else torch.tensor(cache.lengths, device=device)[:, None]
+            layout_of = None if len(plan.layouts) == 1 else torch.tensor(plan.choice, device=device)
+            positions, mask = step_masks.get(plan.layouts, layout_of, cache, slots)
+            cache.begin_step(size, tokens, slots)
+            ends = [row.length for row in rows]
+            drafted = None
+            if min(plan.drafted) < c:
+                drafted = torch.arange(c, device=device) < torch.tensor(plan.drafted, device=device)[:, None]
+            first = torch.tensor(ends, device=device)
+            out: StepOutput = model(
+                StepInput(
+                    tokens, c, drafted, draft_scores, plan.layouts, layout_of, positions, mask, ends, first, cache, choice,
+                    options.sampler_head,
+                )
+            )  # fmt: skip
             # The one place in a step that waits for the device.
-            kept, *own = torch.cat([out.num_accepted[None], out.own]).tolist()
-            rejected = shape.num_mtp + drafts - kept
-            if rejected:
-                cache.crop(-rejected)
-            gained = own[: kept + 1]
-            for index, token in enumerate(gained):
-                if token in stop:
-                    gained = gained[: index + 1]
-                    break
-            length += len(gained)
+            read = torch.cat([out.num_accepted[:, None], out.own], dim=1).tolist()
             steps += 1
-            yield StepTokens(gained, drafts)
-            if gained[-1] in stop or length >= limit or steps == options.max_steps:
+            gained: list[RowStep] = []
+            for r, (row, (kept, *own)) in enumerate(zip(rows, read, strict=True)):
+                layout = plan.layouts[plan.choice[r]]
+                cache.lengths[r] += layout.last + 1 + kept
+                new = own[: kept + 1]
+                end = next((i for i, token in enumerate(new, 1) if token in stop), None)
+                row.length += kept + 1
+                reason = "stop" if end else "length" if row.length >= row.limit or steps == options.max_steps else None
+                gained.append(RowStep(row.number, StepTokens(new[:end], plan.drafted[r]), reason))
+                row.drafts = min(layout.block_after(kept)[1], row.limit - row.length - 1)
+            yield gained
+            going = [r for r, each in enumerate(gained) if each.finish_reason is None and each.row not in finished]
+            if not going:
                 return
-            whole = kept == drafts or options.decoding == "quadratic"
-            draft = out.draft[: limit - length - 1] if whole else out.draft[:0]
-            tokens, drafts = torch.cat([out.own[kept : kept + 1], draft]), len(draft)
+            kept, own, draft = out.num_accepted, out.own, out.draft
+            if len(going) < len(rows):
+                going = _filled(going)
+                cache.keep_rows(going)
+                rows = [rows[r] for r in going]
+                index = torch.tensor(going, device=device)
+                choice.select(index)
+                kept, own = kept.index_select(0, index), own.index_select(0, index)
+                draft = Drafts(*(None if each is None else each.index_select(0, index) for each in draft))
+            plan = step_plan(options.decoding, [row.drafts for row in rows], _room(rows, J))
+            tokens = torch.cat([own.gather(1, kept[:, None]), draft.tokens[:, : plan.num_drafts]], dim=1)
+            draft_scores = None if draft.scores is None else draft.scores[:, : plan.num_drafts]
+
+
+def _room(rows: Sequence[_Row], num_masks: int) -> int:
+    """Masks that a block may have: those past the last token that a row may still gain would be for nothing."""
+    return max(0, min(num_masks, max(row.limit - row.length for row in rows) - 2))
+
+
+def _filled(going: list[int]) -> list[int]:
+    """Rows that go on, ordered so that as many as can be stay in their places: ``[0, 3, 4] -> [0, 4, 3]``."""
+    staying = {r for r in going if r < len(going)}
+    moving = [r for r in going if r >= len(going)]
+    return [r if r in staying else moving.pop() for r in range(len(going))]
+
+
+class StepPlan(NamedTuple):
+    """What a step feeds for every row.
+
+    Attributes:
+        num_drafts: draft tokens fed for each row, c.
+        drafted: how many of them are to be verified, one a row.
+        layouts: the different layouts, of one size.
+        choice: which one each row has.
+    """
+
+    num_drafts: int
+    drafted: list[int]
+    layouts: tuple[StepLayout, ...]
+    choice: list[int]
+
+
+def _plan(num_drafts: int, drafted: list[int], each: list[StepLayout]) -> StepPlan:
+    layouts = tuple(dict.fromkeys(each))
+    return StepPlan(num_drafts, drafted, layouts, [layouts.index(layout) for layout in each])
+
+
+def prompt_plan(decoding: Decoding, lengths: list[int], num_masks: int) -> StepPlan:
+    """The first step: prompts, padded at their ends, and one block after each prompt's last token.
+
+    Args:
+        decoding: the kind of decoding.
+        lengths: tokens of each prompt.
+        num_masks: masks in a block.
+
+    Returns:
+        The plan.
+    """
+    blocks = num_masks > 0 and decoding != "autoregressive"
+    each = [StepLayout(max(lengths), n - 1, ((n - 1, num_masks),) if blocks else ()) for n in lengths]
+    return _plan(0, [0] * len(lengths), each)
+
+
+def step_plan(decoding: Decoding, drafts: list[int], num_masks: int) -> StepPlan:
+    """A later step: the last verified token, the drafts, and blocks.
+
+    Args:
+        decoding: quadratic: a block after each of these tokens; linear: one after the row's last draft.
+        drafts: draft tokens of each row.
+        num_masks: masks in a block.
+
+    Returns:
+        The plan.
+    """
+    c = max(drafts)
+    if decoding == "autoregressive" or num_masks == 0:
+        each = [StepLayout(1 + c, 0, ())] * len(drafts)
+    elif decoding == "quadratic":
+        each = [StepLayout(1 + c, 0, tuple((start, num_masks) for start in range(c + 1)))] * len(drafts)
+    else:
+        each = [StepLayout(1 + c, 0, ((count, num_masks),)) for count in drafts]
+    return _plan(c, drafts, each)
+
+
+def check_prompt(length: int, context: int) -> None:
+    """Refuse a prompt that can't be decoded.
+
+    Args:
+        length: its tokens.
+        context: the model's context.
+
+    Raises:
+        UsageError: it is empty or leaves no room in the context.
+    """
+    if length == 0:
+        raise UsageError("the prompt is empty: it needs at least one token.")
+    if length >= context:
+        raise UsageError(
+            f"the prompt has {length} tokens and the model's context is {context}: shorten it to {context - 1} or less."
+        )
 
 
 def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
@@ -143,12 +340,8 @@ def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
         J, 0 for autoregressive decoding.
 
     Raises:
-        UsageError: an unknown decoding, or J outside 1..k.
+        UsageError: J outside 1..k.
     """
-    if options.decoding not in ("quadratic", "linear", "autoregressive"):
-        raise UsageError(f"decoding must be quadratic, linear or autoregressive, got {options.decoding!r}.")
-    if options.temperature != 0:
-        raise UsageError(f"temperature must be 0 (greedy): sampling is not built yet, got {options.temperature}.")
     if options.decoding == "autoregressive":
         return 0
     if options.num_masks == "auto":
@@ -198,10 +391,11 @@ class Generation:
 
     Attributes:
         sequences: prompt and generated tokens, right-padded, [B, L] int64.
-        num_steps: forward passes of the base for each row, [B] int64.
+        num_steps: forward passes of the base that each row took part in, [B] int64.
         acceptance_length: tokens generated over steps for each row, [B] float64.
         accepted_per_step: draft tokens kept in each step, one list a row. A row generated their sum plus its steps.
         finish_reasons: ``stop`` at an end token, else ``length``, one a row.
+        seeds: each row's seed, with which it can be generated again by itself; None when decoding was greedy.
     """
 
     sequences: Tensor
@@ -209,15 +403,19 @@ class Generation:
     acceptance_length: Tensor
     accepted_per_step: list[list[int]]
     finish_reasons: list[str]
+    seeds: list[int] | None = None
 
 
-def generate(model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
-    """Generate for each row of a batch, one row after another.
+def generate(
+    model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None = None, streamer: Any = None, **options: Any
+) -> Generation:
+    """Generate for the rows of a batch together. Each row gets the text that it would get alone.
 
     Args:
         model: the model.
         input_ids: prompts, padded on either side, [B, L] int64.
         attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
+        streamer: transformers' streamer, given the prompt and then the tokens of each step; for one row. None: none.
         **options: see ``DecodingOptions``.
 
     Returns:
@@ -227,17 +425,31 @@ def generate(model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None =
         UsageError: a wrong option or a prompt that does not fit.
     """
     settings = DecodingOptions(**options)
-    stop = end_tokens(model, settings)
-    rows, accepted, reasons = [], [], []
-    for r in range(input_ids.shape[0]):
-        prompt = input_ids[r] if attention_mask is None else input_ids[r][attention_mask[r].bool()]
-        steps = list(decode(model, prompt, settings))
-        new = [token for step in steps for token in step.tokens]
-        rows.append(torch.cat([prompt.cpu(), torch.tensor(new)]))
-        accepted.append([len(step.tokens) - 1 for step in steps])
-        reasons.append("stop" if new[-1] in stop else "length")
+    stop, B = end_tokens(model, settings), input_ids.shape[0]
+    settings = replace(settings, seed=row_seeds(settings.seed, B))
+    prompts = [
+        input_ids[r] if attention_mask is None else input_ids[r][attention_mask[r].bool().to(input_ids.device)]
+        for r in range(B)
+    ]
+    if streamer is not None:
+        if B != 1:
+            raise UsageError(f"a streamer takes one row, got {B}. Leave streamer out or give one prompt.")
+        streamer.put(prompts[0].cpu())
+    new: list[list[int]] = [[] for _ in prompts]
+    accepted: list[list[int]] = [[] for _ in prompts]
+    reasons = [""] * B
+    for steps in decode_rows(model, prompts, settings):
+        for row, step, reason in steps:
+            new[row] += step.tokens
+            accepted[row].append(len(step.tokens) - 1)
+            reasons[row] = reason or ""
+            if streamer is not None:
+                streamer.put(torch.tensor(step.tokens))
+    if streamer is not None:
+        streamer.end()
+    rows = [torch.cat([prompt.cpu(), torch.tensor(tokens)]) for prompt, tokens in zip(prompts, new, strict=True)]
     num_steps = torch.tensor([len(row) for row in accepted])
-    totals = torch.tensor([sum(row) + len(row) for row in accepted])
+    totals = torch.tensor([len(tokens) for tokens in new])
     padding = next(iter(stop), 0)
     return Generation(
         torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(input_ids.device),
@@ -245,4 +457,5 @@ def generate(model: MTPModel, input_ids: Tensor, attention_mask: Tensor | None =
         totals.double() / num_steps,
         accepted,
         reasons,
+        None if settings.temperature == 0 else list(settings.seed or []),
     )

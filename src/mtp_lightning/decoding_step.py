@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoding step: one forward pass of the base that verifies a draft and makes the next one. No loop, no options.
+"""One decoding step: one forward pass of the base that verifies each row's draft and makes the next one. No loop.
 
 Source: Samragh et al. 2025, §2.4.
 """
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from mtp_lightning.step_masks import StepShape
+from mtp_lightning.row_cache import RowCache
+from mtp_lightning.step_masks import StepLayout
+from mtp_lightning.token_choice import Prefixes, TokenChoice
 
 if TYPE_CHECKING:
     from mtp_lightning.model import MTPModel
@@ -22,108 +23,176 @@ class StepInput(NamedTuple):
     """What one decoding step feeds.
 
     Attributes:
-        tokens: the prompt, or the last verified token and the draft, [T] int64.
-        num_drafts: how many of the last tokens are drafts.
-        shape: tokens, blocks and masks fed.
-        position_ids: [1, Q] int64.
+        tokens: the prompts, or each row's last verified token and its draft, [B, T] int64.
+        num_drafts: how many of the last tokens are drafts, c.
+        drafted: which of them are to be verified, [B, c] bool; None: all. A row may have fewer than others.
+        draft_scores: what drafts were drawn from, [B, c, V], for the rejection rule; else None.
+        layouts: layouts of the rows, of one size; a single one is all rows'.
+        choice: which of the layouts each row has, [B] int64; None with a single one.
+        position_ids: [B or 1, Q] int64.
         attention_mask: the decoder's mask argument.
+        ends: tokens of each row up to the last verified one, so the absolute position of the first token to choose.
+        first: the same on the device, [B] int64.
         cache: keys and values of the verified tokens before ``tokens``.
+        token_choice: how tokens are chosen.
         sampler_head: whether to draft with the sampler head.
     """
 
     tokens: Tensor
     num_drafts: int
-    shape: StepShape
+    drafted: Tensor | None
+    draft_scores: Tensor | None
+    layouts: tuple[StepLayout, ...]
+    choice: Tensor | None
     position_ids: Tensor
     attention_mask: Any
-    cache: DynamicCache
+    ends: list[int]
+    first: Tensor
+    cache: RowCache
+    token_choice: TokenChoice
     sampler_head: bool
+
+
+class Drafts(NamedTuple):
+    """The next draft of each row.
+
+    Attributes:
+        tokens: [B, J] int64.
+        scores: what they were chosen from, [B, J, V]; None where nothing will ask.
+    """
+
+    tokens: Tensor
+    scores: Tensor | None
 
 
 class StepOutput(NamedTuple):
     """What one decoding step gives. All on the device: nothing here waits for it.
 
     Attributes:
-        own: the base model's own token after each verified position, [num_drafts + 1] int64.
-        num_accepted: draft tokens kept, a, scalar int64; ``own[: a + 1]`` are the tokens gained.
-        draft: the draft for the next step, [J] int64. Linear decoding: valid only if the whole draft was kept.
+        own: the base model's own token after each verified position, [B, c + 1] int64.
+        num_accepted: draft tokens kept in each row, a, [B] int64; ``own[:, : a + 1]`` are the tokens gained.
+        draft: the draft for the next step; as many of a row's tokens hold as the block after its last kept token has masks.
     """
 
     own: Tensor
     num_accepted: Tensor
-    draft: Tensor
+    draft: Drafts
 
 
-def num_accepted(draft: Tensor, own: Tensor) -> Tensor:
+def num_accepted(draft: Tensor, own: Tensor, drafted: Tensor | None = None) -> Tensor:
     """How many draft tokens are kept: the run of equal tokens from the front.
 
-    ``draft [5, 6, 7], own [5, 6, 9, 2] -> 2``
+    ``draft [[5, 6, 7]], own [[5, 6, 9, 2]] -> [2]``
 
     Args:
-        draft: [c] int64.
-        own: the base model's tokens, [c + 1] int64.
+        draft: [B, c] int64.
+        own: the base model's tokens, [B, c + 1] int64.
+        drafted: which draft tokens count, [B, c] bool; None: all.
 
     Returns:
-        Scalar int64.
+        [B] int64.
     """
-    return (draft == own[: len(draft)]).long().cumprod(0).sum()
+    equal = draft == own[:, : draft.shape[1]]
+    if drafted is not None:
+        equal = equal & drafted
+    return equal.long().cumprod(1).sum(1)
 
 
-def draft_block(model: MTPModel, hidden: Tensor, verified: Tensor, sampler_head: bool) -> Tensor:
-    """Draft the tokens of one block, one after another; greedy.
+def draft_block(
+    model: MTPModel, hidden: Tensor, verified: Tensor, positions: Tensor, choice: TokenChoice, sampler_head: bool
+) -> Drafts:
+    """Draft the tokens of one block a row, one after another.
 
     Args:
         model: the model.
-        hidden: hidden states of m_1..m_J, [J, D].
-        verified: the token that stands at m_1's position, drawn by the base head, [1] int64.
+        hidden: hidden states of m_1..m_J, [B, J, D].
+        verified: the token that stands at m_1's position, chosen by the base head, [B] int64.
+        positions: its absolute position, [B] int64.
+        choice: how tokens are chosen.
         sampler_head: whether to use the sampler head.
 
     Returns:
-        Draft tokens, [J] int64.
+        The drafts.
     """
-    unembed, head = model.unembed, model.sampler_head
+    unembed, head, J = model.unembed, model.sampler_head, hidden.shape[1]
+    places = positions[:, None] + torch.arange(1, J + 1, device=positions.device)
     if not sampler_head or head is None:
-        return unembed(hidden).argmax(-1)
-    wide = next(head.parameters()).dtype
-    drawn, state, previous = [], None, verified
-    for j in range(hidden.shape[0]):
-        output, state = head.step(hidden[j : j + 1].to(wide), model.embed(previous).to(wide), state)
-        previous = unembed(output.to(hidden.dtype)).argmax(-1)
-        drawn.append(previous)
-    return torch.cat(drawn)
+        tokens, scores = choice.draft(unembed(hidden), places)
+        return Drafts(tokens, scores if choice.rejects else None)
+    chain = model.lean.chain(model)
+    chain.begin(hidden)
+    tokens, scores, previous = [], [], verified
+    for j in range(J):
+        drawn, score = choice.draft(unembed(chain.next(j, previous))[:, None], places[:, j : j + 1])
+        previous = drawn[:, 0]
+        tokens.append(previous)
+        scores.append(score)
+    return Drafts(torch.stack(tokens, 1), torch.cat(scores, 1) if choice.rejects else None)
+
+
+def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The base model's own tokens, and how many drafts of each row are kept.
+
+    Args:
+        step: what was fed.
+        logits: at the last verified token and the drafts, [B, c + 1, V].
+
+    Returns:
+        Tokens [B, c + 1] and counts [B].
+    """
+    c, choice = step.num_drafts, step.token_choice
+    scores = choice.target(logits, Prefixes(step.cache.tokens, step.ends))
+    draft = step.tokens[:, step.tokens.shape[1] - c :]
+    positions = step.first[:, None] + torch.arange(c + 1, device=step.first.device)
+    if choice.rejects:
+        drafted = torch.ones_like(draft, dtype=torch.bool) if step.drafted is None else step.drafted
+        own = choice.reject(scores, draft, drafted, step.draft_scores, positions)
+    else:
+        own = choice.draw(scores, positions)
+    return own, num_accepted(draft, own, step.drafted)
 
 
 def decode_step(model: MTPModel, step: StepInput) -> StepOutput:
-    """One forward pass of the base: verify the draft, and draft again from the block after the last kept token.
+    """One forward pass of the base: verify the drafts, and draft again from the block after the last kept token.
 
     Args:
         model: the model.
         step: what to feed.
 
     Returns:
-        Tokens, count and the next draft.
+        Tokens, counts and the next drafts.
     """
-    shape, T = step.shape, step.shape.num_tokens
-    inputs = model.embed(step.tokens)[None]
-    if shape.num_mtp:
-        masks = model.mask_embeddings[: shape.num_masks].to(inputs.dtype).repeat(shape.num_blocks, 1)
-        inputs = torch.cat([inputs, masks[None]], dim=1)
-    with model.gate.open(shape.num_mtp if model.lora.gated else shape.size):
+    B, T = step.tokens.shape
+    layouts, c = step.layouts, step.num_drafts
+    num_mtp, size, depth = layouts[0].num_mtp, layouts[0].size, max(layout.depth for layout in layouts)
+    inputs = model.embed(step.tokens)
+    if num_mtp:
+        # All layouts have the same masks, block after block, at the same indices.
+        masks = model.mask_embeddings.to(inputs.dtype)
+        masks = torch.cat([masks[:count] for _, count in layouts[0].blocks])
+        inputs = torch.cat([inputs, masks.expand(B, -1, -1)], dim=1)
+    with model.gate.open(num_mtp if model.lora.gated else size):
         hidden = model.base.get_decoder()(
             inputs_embeds=inputs,
             attention_mask=step.attention_mask,
             position_ids=step.position_ids,
             past_key_values=step.cache,
             use_cache=True,
-        ).last_hidden_state[0]
-    own = model.unembed(hidden[T - 1 - step.num_drafts : T]).argmax(-1)
-    kept = num_accepted(step.tokens[T - step.num_drafts :], own)
-    if not shape.num_mtp:
-        return StepOutput(own, kept, own[:0])
-    blocks = hidden[T:].view(shape.num_blocks, shape.num_masks, -1)
-    # With one block (linear, and the prompt) it stands after the last token: its draft holds if everything was kept.
-    at = kept[None]
-    block = at if shape.num_blocks > 1 else torch.zeros_like(at)
-    # index_select: indexing with a tensor that holds one number reads the number, and so waits for the device.
-    draft = draft_block(model, blocks.index_select(0, block)[0], own.index_select(0, at), step.sampler_head)
+        ).last_hidden_state
+    rows = torch.arange(B, device=hidden.device)
+    if step.choice is None:
+        verified = hidden[:, layouts[0].last : layouts[0].last + c + 1]
+    else:
+        last = torch.tensor([layout.last for layout in layouts], device=hidden.device).index_select(0, step.choice)
+        verified = hidden[rows[:, None], last[:, None] + torch.arange(c + 1, device=hidden.device)]
+    own, kept = verify(step, model.unembed(verified))
+    if not depth:
+        return StepOutput(own, kept, Drafts(own[:, :0], None))
+    # Where there is no block after the last kept token some other one is read, and the draft does not count.
+    begins = torch.tensor([[layout.block_after(a)[0] for a in range(c + 1)] for layout in layouts], device=hidden.device)
+    begin = begins[0].index_select(0, kept) if step.choice is None else begins[step.choice, kept]
+    index = (begin[:, None] + torch.arange(depth, device=hidden.device)).clamp_(max=num_mtp - 1)
+    block = hidden[:, T:].gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    chosen = own.gather(1, kept[:, None])[:, 0]
+    draft = draft_block(model, block, chosen, step.first + kept, step.token_choice, step.sampler_head)
     return StepOutput(own, kept, draft)

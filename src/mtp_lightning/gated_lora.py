@@ -205,10 +205,20 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
     variant = GatedVariant(gate)
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
     for layer in lora_layers(base):
+        _place(layer)
         layer.lora_variant[ADAPTER] = variant
         layer.lora_A[ADAPTER].to(wide)
         layer.lora_B[ADAPTER].to(wide)
     return config
+
+
+def _place(layer: Any) -> None:
+    """Give an adapter memory where its layer runs: PEFT leaves it without, as its offloaded base layer is."""
+    hook = getattr(layer.base_layer, "_hf_hook", None)
+    if hook is not None and layer.lora_A[ADAPTER].weight.is_meta:
+        for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            part.to_empty(device=hook.execution_device)
+        layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
 
 def lora_layers(base: nn.Module) -> list[Any]:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,21 +12,29 @@ from typing import Any, Literal, NoReturn, cast
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in its __all__, though documented
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 import mtp_lightning.callbacks
 import mtp_lightning.losses
 import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
+from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
+from mtp_lightning.callbacks.run_guards import explain, unwritable
+from mtp_lightning.callbacks.together import checkpoint_folders
 from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
+from mtp_lightning.checkpoint_files import newest_checkpoint
 from mtp_lightning.commands import DecodingArguments, clear_message, print_generations
 from mtp_lightning.data import MTPDataModule
-from mtp_lightning.errors import UsageError, one_line
+from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.module import MTPModule
 from mtp_lightning.prompts import read_prompts
+from mtp_lightning.trainer import BesideCheckpointIO, MetricsWriter
+
+COMPARED = ("seed_everything", "model", "data", "trainer")
+"""Parts of a configuration that all processes of a run must have in common."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -44,6 +52,18 @@ def known_keys() -> list[str]:
     return [*names, "seed_everything", "ckpt_path", "config", "prompts", *DecodingArguments.__dataclass_fields__]
 
 
+def as_text(config: Any) -> dict[str, str]:
+    """A configuration as key -> value, to compare it between processes.
+
+    Args:
+        config: a parsed configuration.
+
+    Returns:
+        Texts; without the values that may differ from process to process.
+    """
+    return {key: str(value) for key, value in vars(config.as_flat()).items() if key.split(".")[0] in COMPARED}
+
+
 class SaveConfig(SaveConfigCallback):
     """Saves the configuration of a training run, once all that it names was loaded and fits together."""
 
@@ -55,33 +75,6 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
-class MetricsWriter(ExperimentWriter):
-    """Writes ``metrics.csv``. Lightning's own deletes the file that is there as soon as a trainer is started on its folder.
-
-    Args:
-        log_dir: the run's folder.
-        append: add to the file that is there, if any; else replace it when the first figures are written.
-    """
-
-    def __init__(self, log_dir: str, append: bool) -> None:
-        self.append = append
-        super().__init__(log_dir)
-
-    def _check_log_dir_exists(self) -> None:
-        """Delete nothing."""
-
-    def save(self) -> None:
-        """Write what was logged since the last time."""
-        path = Path(self.metrics_file_path)
-        if self.metrics and not self.metrics_keys and path.is_file():
-            if self.append:
-                with path.open(newline="") as file:
-                    self.metrics_keys = next(csv.reader(file), [])
-            else:
-                path.unlink()
-        super().save()
-
-
 class MTPCLI(LightningCLI):
     """LightningCLI over ``MTPModule`` and ``MTPDataModule``."""
 
@@ -91,6 +84,7 @@ class MTPCLI(LightningCLI):
             MTPDataModule,
             args=args,
             seed_everything_default=0,
+            trainer_defaults={"callbacks": [RunGuards(), ResumeExactly(), SaveOnSignal()]},
             auto_configure_optimizers=False,
             **{"save_config_callback": SaveConfig, "save_config_kwargs": {"overwrite": True}, **options},
         )
@@ -112,11 +106,48 @@ class MTPCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
         path = self._get(self.config, "ckpt_path")
-        if path and path not in ("best", "last", "hpc", "registry"):
+        if path == "last":
+            path = self._last_checkpoint()
+        if path and path not in ("best", "hpc", "registry"):
             check_settings(read_checkpoint(path), checkpoint_settings(self.model))
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
-                logger._experiment = MetricsWriter(logger.log_dir, append=self.subcommand != "fit" or bool(path))
+                try:
+                    logger._experiment = MetricsWriter(logger.log_dir, append=self.subcommand != "fit" or bool(path))
+                except OSError as error:
+                    raise RunError(unwritable(Path(logger.log_dir)) or one_line(error)) from error
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
+            self.trainer.strategy.checkpoint_io = BesideCheckpointIO()
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, RunGuards):
+                callback.configuration = as_text(self.config[self.subcommand]) | {"ckpt_path": str(path)}
+
+    def _last_checkpoint(self) -> str | None:
+        """The newest complete checkpoint of the run's folder, put in the place of ``last``."""
+        folders = checkpoint_folders(self.trainer)
+        found = newest_checkpoint(folders, lambda message: print(f"mtp: {message}", file=sys.stderr))
+        if found is None:
+            missing = f"no complete checkpoint in {str(folders[-1])!r}"
+            if self.subcommand != "fit":
+                raise RunError(f"{missing}. Give the path of a .ckpt file with --ckpt_path.")
+            print(f"mtp: {missing}: training begins at step 0.", file=sys.stderr)
+        path = None if found is None else str(found)
+        for config in (self.config, self.config_init):
+            config[self.subcommand].ckpt_path = path
+        return path
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, with a sentence for what may happen to any long run."""
+        try:
+            super()._run_subcommand(subcommand)
+        except MTPError:
+            raise
+        except Exception as error:
+            guards = next((each for each in self.trainer.callbacks if isinstance(each, RunGuards)), None)
+            known = explain(error, guards, self.trainer)
+            if known is None:
+                raise
+            raise known from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with one-line errors."""
@@ -124,7 +155,7 @@ class MTPCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except UsageError:
             raise
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
             raise UsageError(
                 f"the trainer can't be made: {one_line(error)} Change trainer.* in the configuration."
             ) from error

@@ -49,6 +49,21 @@ def find_difference(model: MTPModel, prompt: Prompt, options: DecodingOptions, t
     """
     same_length = autoregressive(options, None if options.max_steps is None else len(tokens))
     expected = [token for step in decode(model, torch.tensor(prompt.input_ids), same_length) for token in step.tokens]
+    return first_difference(model, prompt, expected, tokens)
+
+
+def first_difference(model: MTPModel, prompt: Prompt, expected: list[int], tokens: list[int]) -> Difference | None:
+    """Compare two texts.
+
+    Args:
+        model: the model that wrote them.
+        prompt: their prompt.
+        expected: the text of autoregressive decoding.
+        tokens: the other text.
+
+    Returns:
+        The first difference, or None.
+    """
     if expected == tokens:
         return None
     shorter = min(len(expected), len(tokens))

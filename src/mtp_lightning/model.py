@@ -7,24 +7,29 @@ sharded strategies gather parameters there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from mtp_lightning.attention import attention_mask, check_layers
+from mtp_lightning.attention import attention_mask, check_layer_types, text_config
 from mtp_lightning.base import FrozenUnembedding, context_length
 from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding_step import StepInput, StepOutput, decode_step
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import Gate, LoRA, add_gated_lora
+from mtp_lightning.lean import LeanWeights
 from mtp_lightning.losses.base import LossTerm
 from mtp_lightning.masking import AttentionPattern, attention_pattern, gather_anchors
 from mtp_lightning.measurement import Measurement, measure
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.types import HiddenStates, LossSum, MaskedInput
+
+if TYPE_CHECKING:
+    from mtp_lightning.text_stream import TextStream
 
 
 class ForwardOutput(NamedTuple):
@@ -53,6 +58,10 @@ class MTPModel(nn.Module):
 
     Attributes:
         context: how many positions the base was made for.
+        base_model: what the base is called: a folder, a hub id, or ``package://...``; empty if it was not loaded.
+        revision: hub commit of the base, or None.
+        acceptance: figures of decoding for the model card, or None.
+        lean: weights made ready for decoding.
     """
 
     def __init__(
@@ -66,14 +75,18 @@ class MTPModel(nn.Module):
         super().__init__()
         if num_masks < 1:
             raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
-        check_layers(base)
+        check_layer_types(text_config(base), getattr(base, "_is_stateful", False))
         self.num_masks = num_masks
         self.lora = lora or LoRA()
         self.gate = Gate()
+        self.lean = LeanWeights()
         self.base = base
         self.adapter_config = add_gated_lora(base, self.lora, self.gate)
         self.context = context_length(base)
         self.tokenizer = tokenizer
+        self.base_model: str = base.name_or_path
+        self.revision: str | None = None
+        self.acceptance: dict[str, Any] | None = None
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
         # As the decoder sees it: Gemma's embedding layer scales, so a few rows are passed through it.
         ids = torch.arange(min(1000, int(base.get_input_embeddings().weight.shape[0])), device=base.device)
@@ -88,22 +101,71 @@ class MTPModel(nn.Module):
             sampler_head.to(device=base.device, dtype=wide)
 
     @classmethod
-    def from_pretrained(cls, name: str, **options: Any) -> MTPModel:
+    def from_pretrained(cls, name: str | Path, **options: Any) -> MTPModel:
         """Load a trained model, in evaluation mode.
 
         Args:
-            name: a ``.ckpt`` file that ``mtp fit`` wrote.
-            **options: ``base_model`` (where the base lies now, if it moved), ``revision``, ``dtype``, ``device``.
+            name: a folder that ``save_pretrained`` or ``mtp export`` wrote, a ``.ckpt`` file that ``mtp fit`` wrote, or a
+                hub id, which may end in ``@`` and a revision.
+            **options: ``base_model`` (where the base lies now, if it moved), ``revision`` (of the base), ``dtype``,
+                ``device`` or ``device_map``, ``attention``, ``quantization``, or ``base``, a base that is loaded already.
+                For a folder also ``trust_remote_code``: import a sampler head that is no part of this package.
 
         Returns:
             The model.
 
         Raises:
-            RunError: the file can't be used, or the base is another one.
+            RunError: the file or folder can't be used, or the base is another one.
+            UsageError: a wrong option.
         """
-        from mtp_lightning.checkpoint import load_model  # it imports this file
+        from mtp_lightning.checkpoint import load_model  # they import this file
+        from mtp_lightning.saved_folder import load_folder
 
-        return load_model(name, **options)
+        path = Path(name)
+        if path.is_file() or (path.suffix == ".ckpt" and not path.is_dir()):
+            options.pop("trust_remote_code", None)  # a checkpoint is the user's own
+            return load_model(path, **options)
+        return load_folder(str(name), **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Save what is trained, and the base's name, to a folder that ``from_pretrained`` opens.
+
+        Args:
+            folder: the folder; one that was saved before is replaced.
+            **options: ``base_model`` and ``revision``, what to name as the base where that is not what it was loaded from,
+                and ``acceptance``, figures for the model card.
+
+        Raises:
+            RunError: the folder is something else, or can't be written.
+            UsageError: nothing says what the base is called.
+        """
+        from mtp_lightning.export import save_model  # it imports this file
+
+        save_model(self, folder, **options)
+
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Upload what ``save_pretrained`` writes to a hub repository, which is made if it is not there.
+
+        Args:
+            name: the repository's id.
+            **options: those of ``save_pretrained``, ``private``, ``token``, ``commit_message``.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            UsageError: the base is a folder of this machine, which nobody else has.
+        """
+        from mtp_lightning.export import push_model
+
+        return push_model(self, name, **options)
+
+    @property
+    def custom_generate(self) -> Callable[..., Any]:
+        """For transformers: ``model.base.generate(**inputs, custom_generate=model.custom_generate, num_masks=4)``."""
+        from mtp_lightning.custom_generate import generate_function  # it imports this file
+
+        return generate_function(self)
 
     @property
     def unembed(self) -> FrozenUnembedding:
@@ -229,13 +291,33 @@ class MTPModel(nn.Module):
                 measurement = measure(states, batch, unembed)
         return ForwardOutput(sums, measurement, states)
 
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Tensor | Sequence[dict[str, Any]],
+        stop: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> TextStream:
+        """Generate for one prompt as an iterator over pieces of text; its attributes have tokens and counts.
+
+        Args:
+            prompt: text, token ids, or messages for the base's chat template.
+            stop: a text that ends the generation, or several; it is cut off.
+            **options: ``max_new_tokens``, ``decoding``, ``num_masks`` and others.
+
+        Returns:
+            The iterator. It may be left at any time; ``text`` and ``token_ids`` keep what came.
+        """
+        from mtp_lightning.text_stream import stream_text  # tokens alone need no text
+
+        return stream_text(self, prompt, stop, **options)
+
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
         """Generate with speculative decoding; see ``mtp_lightning.decoding.generate`` for the options.
 
         Args:
             input_ids: prompts, [B, L] int64.
             attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
-            **options: ``max_new_tokens``, ``decoding``, ``num_masks`` and others.
+            **options: ``max_new_tokens``, ``decoding``, ``num_masks``, ``streamer`` and others.
 
         Returns:
             Sequences, steps and acceptance lengths.

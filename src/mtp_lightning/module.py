@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torchmetrics import MetricCollection, SumMetric
 
@@ -24,6 +24,8 @@ from mtp_lightning.metrics.functional import share_of_reference
 from mtp_lightning.model import ForwardOutput, MTPModel
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
 from mtp_lightning.schedules import WarmupConstant, WarmupCosine
+from mtp_lightning.sharding import shard_model
+from mtp_lightning.trainer import FullyShardedStrategy
 from mtp_lightning.types import NTP, MaskedInput
 
 ATTENTION = ("sdpa", "eager", "flex_attention")
@@ -154,20 +156,53 @@ class MTPModule(LightningModule):
         """Load the base and put the trained parts on it; once, on the strategy's terms."""
         if self.model is not None:
             return
-        device = self.device
+        device: Any = self.device
+        strategy: Any = None if self._trainer is None else self._trainer.strategy
         if self._trainer is not None:
             if str(self._trainer.precision) in ("bf16-true", "16-true"):
                 raise UsageError(
                     f"trainer.precision {self._trainer.precision} would round the weights of the losses. Set model.dtype"
                     " for the frozen base, and trainer.precision 32-true or bf16-mixed for what is trained."
                 )
-            if isinstance(self._trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-                device = self._trainer.strategy.root_device  # straight to where it is used, not through the host's memory
+            if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+                device = strategy.root_device  # straight to where it is used, not through the host's memory
+            if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+                self._check_sharding(strategy)
+        in_turns = isinstance(strategy, FullyShardedStrategy) and strategy.load_in_turns
+        for turn in range(strategy.num_processes if in_turns else 1):
+            if not in_turns or turn == strategy.local_rank:
+                self._build(device, strategy)
+            if in_turns:
+                strategy.barrier("the next process loads the base")
+
+    def _check_sharding(self, strategy: Any) -> None:
+        """Refuse what can't be sharded."""
+        if not isinstance(strategy, FullyShardedStrategy):
+            raise UsageError(
+                f"trainer.strategy {type(strategy).__name__} can't shard a frozen base with trained float32 weights"
+                " and write checkpoints of these. Use --config configs/strategies/fsdp2.yaml, whose strategy is"
+                " mtp_lightning.trainer.FullyShardedStrategy."
+            )
+        if self.quantization is not None:
+            raise UsageError(
+                f"model.quantization {self.quantization} can't be sharded. Set model.quantization: null, or"
+                " trainer.strategy: ddp."
+            )
+        if any(True for _ in self.losses.parameters()):
+            raise UsageError(
+                "a loss term has weights of its own, which FullyShardedStrategy would not average over the processes. Use"
+                " trainer.strategy: ddp."
+            )
+
+    def _build(self, device: Any, strategy: Any) -> None:
+        """Load the base and put the trained parts on it."""
         base = load_base(self.base_model, self.revision, self.dtype_name, self.attention, self.quantization, device)
         self.model = MTPModel(base, self.num_masks, self.lora, self.sampler_head, self.tokenizer)
         if self.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.train()  # from_pretrained gives evaluation mode, where dropout and checkpointing are silently off
+        if isinstance(strategy, FullyShardedStrategy):
+            shard_model(self.model, strategy.mesh, strategy.cpu_offload)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trained parameters and its schedule."""
@@ -185,8 +220,11 @@ class MTPModule(LightningModule):
         output: ForwardOutput = self.model(batch, self.terms)
         values = {name: term_value(sums, counts) * parts for name, sums in output.sums.items()}
         loss = self.weighted(values)
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log_dict({f"train/loss/{name}": value.detach() for name, value in values.items()})
+        shown = torch.stack([loss.detach(), *(value.detach() for value in values.values())])
+        if self.trainer.world_size > 1:  # each process has a share of the sums: their mean is the loss of the whole batch
+            shown = self.trainer.strategy.reduce(shown, reduce_op="mean")
+        self.log("train/loss", shown[0], prog_bar=True)
+        self.log_dict({f"train/loss/{name}": value for name, value in zip(values, shown[1:], strict=True)})
         return loss
 
     def weighted(self, values: dict[str, Tensor]) -> Tensor:

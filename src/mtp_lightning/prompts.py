@@ -209,6 +209,22 @@ def open_messages(content: str | list[Any]) -> list[Any]:
     return messages[:-1] if answered else messages
 
 
+def render_messages(messages: list[Any], tokenizer: Any) -> Prompt:
+    """A conversation as a prompt, by the tokenizer's chat template; an assistant's answer at the end is left out.
+
+    Args:
+        messages: objects with ``role`` and ``content``.
+        tokenizer: the base's tokenizer.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        RunError: there is no chat template, or it does not take these messages.
+    """
+    return encode_prompt_row(PromptRow("messages", messages, "", 0), tokenizer)
+
+
 def _render(row: PromptRow, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise RunError(

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Positions and attention masks of decoding steps, made once a shape and sliced as the cache grows.
+"""What decoding steps feed: their layout, and its positions and attention masks, made once a layout.
 
-A step feeds T tokens (the last verified one and the draft, or the whole prompt) and then blocks of J masks, one after
-each of the last ``num_blocks`` tokens. It is the masked input of training with a cache in front, so the rule is
-``masking.dense_mask``'s.
+A step feeds T tokens (the last verified one and the draft, or the whole prompt) and then blocks of masks, each after one
+of the tokens. It is the masked input of training with a cache in front, so the rule is ``masking.dense_mask``'s.
 """
 
 from __future__ import annotations
@@ -16,51 +15,70 @@ from transformers import PreTrainedModel
 
 from mtp_lightning.attention import kernel_mask, per_layer_type
 from mtp_lightning.masking import AttentionPattern, dense_mask
+from mtp_lightning.row_cache import RowCache
 
 
-class StepShape(NamedTuple):
-    """What a step feeds.
+class StepLayout(NamedTuple):
+    """What a step feeds for a row.
 
     Attributes:
         num_tokens: T, tokens fed.
-        num_blocks: blocks; block b starts at token T - num_blocks + b.
-        num_masks: J, masks in a block.
+        last: index of the last verified token; drafts come after it.
+        blocks: start (index of a token) and number of masks of each block, starts ascending.
     """
 
     num_tokens: int
-    num_blocks: int
-    num_masks: int
+    last: int
+    blocks: tuple[tuple[int, int], ...]
 
     @property
     def num_mtp(self) -> int:
         """Mask positions fed."""
-        return self.num_blocks * self.num_masks
+        return sum(masks for _, masks in self.blocks)
 
     @property
     def size(self) -> int:
-        """Positions fed."""
+        """Positions fed, Q."""
         return self.num_tokens + self.num_mtp
 
+    @property
+    def depth(self) -> int:
+        """Masks in the largest block."""
+        return max((masks for _, masks in self.blocks), default=0)
 
-def step_pattern(shape: StepShape, device: torch.device) -> AttentionPattern:
+    def block_after(self, num_accepted: int) -> tuple[int, int]:
+        """The block that drafts on if so many drafts are kept: index of its first mask among the masks, and its size.
+
+        ``StepLayout(3, 0, ((0, 4), (2, 4))).block_after(2) -> (4, 4)``, and of 1: ``(0, 0)``
+        """
+        first = 0
+        for start, masks in self.blocks:
+            if start == self.last + num_accepted:
+                return first, masks
+            first += masks
+        return 0, 0
+
+
+def step_pattern(layout: StepLayout, device: torch.device) -> AttentionPattern:
     """Who sees whom among the positions that a step feeds; position ids count from the step's first token.
 
     Args:
-        shape: the step's shape.
+        layout: the step's layout.
         device: device of the result.
 
     Returns:
         The pattern, [1, Q] each.
     """
-    T, blocks, J = shape
-    tokens = torch.arange(T, device=device)
-    starts = (T - blocks + torch.arange(blocks, device=device)).repeat_interleave(J)
-    offsets = torch.arange(1, J + 1, device=device).repeat(blocks)
+    limits, blocks, positions = (list(range(layout.num_tokens)), [-1] * layout.num_tokens, list(range(layout.num_tokens)))
+    for number, (start, masks) in enumerate(layout.blocks):
+        limits += [start] * masks
+        blocks += [number] * masks
+        positions += [start + j for j in range(1, masks + 1)]
     return AttentionPattern(
-        documents=torch.zeros(1, shape.size, dtype=torch.int64, device=device),
-        limits=torch.cat([tokens, starts])[None],
-        blocks=torch.cat([torch.full_like(tokens, -1), torch.arange(blocks, device=device).repeat_interleave(J)])[None],
-        position_ids=torch.cat([tokens, starts + offsets])[None],
+        documents=torch.zeros(1, layout.size, dtype=torch.int64, device=device),
+        limits=torch.tensor([limits], device=device),
+        blocks=torch.tensor([blocks], device=device),
+        position_ids=torch.tensor([positions], device=device),
     )
 
 
@@ -69,44 +87,82 @@ class StepMasks:
 
     Args:
         base: the base model.
-        capacity: the longest cache that a step sees.
+        context: how many positions the base was made for.
     """
 
-    def __init__(self, base: PreTrainedModel, capacity: int) -> None:
+    def __init__(self, base: PreTrainedModel, context: int) -> None:
         self.base = base
-        self.capacity = capacity
-        self._made: dict[StepShape, tuple[Tensor, Any]] = {}
+        self.context = context
+        self._capacity = 0
+        self._positions: dict[tuple[StepLayout, ...], Tensor] = {}
+        self._tables: dict[tuple[tuple[StepLayout, ...], int | None], Tensor] = {}
 
-    def get(self, shape: StepShape, cached: int) -> tuple[Tensor, Any]:
+    def get(
+        self, layouts: tuple[StepLayout, ...], choice: Tensor | None, cache: RowCache, slots: Tensor | None
+    ) -> tuple[Tensor, Any]:
         """Position ids and the decoder's mask argument.
 
         Args:
-            shape: the step's shape.
-            cached: tokens in the cache.
+            layouts: the layouts of the rows, of one size; a single one is all rows'.
+            choice: which of them each row has, [B] int64; None with a single one.
+            cache: the keys and values before the step's.
+            slots: tokens of each row in the cache, [B, 1] int64; None where all have equally many.
 
         Returns:
-            Position ids [1, Q], and a mask over ``cached + Q`` keys, or a dict of masks by layer type.
+            Position ids [B or 1, Q], and a mask [B or 1, 1, Q, W] over the slots that the cache will hand out, or a dict of
+            masks by layer type.
         """
-        if cached == 0:
-            return self._make(shape, 0)
-        if shape not in self._made:
-            self._made[shape] = self._make(shape, self.capacity)
-        positions, masks = self._made[shape]
-        unused = self.capacity - cached
-        if isinstance(masks, dict):
-            return positions + cached, {name: mask[..., unused:] for name, mask in masks.items()}
-        return positions + cached, masks[..., unused:]
-
-    def _make(self, shape: StepShape, capacity: int) -> tuple[Tensor, Any]:
-        pattern = step_pattern(shape, self.base.device)
-        # Column c of the context is the key `capacity - c` tokens before the step's first token, so that the last
-        # columns are always the nearest keys and any shorter cache is a slice.
-        behind = torch.arange(capacity, 0, -1, device=self.base.device)
+        if cache.capacity != self._capacity:
+            self._capacity = cache.capacity
+            self._tables.clear()
+        first = cache.first_slots()
+        longest, Q = max(cache.lengths), layouts[0].size
+        positions = self._position_table(layouts)
+        if choice is not None:
+            positions = positions.index_select(0, choice)
+        # A position past the context belongs to a mask or draft that can no longer become text.
+        positions = (positions + (cache.lengths[0] if slots is None else slots)).clamp_(max=self.context - 1)
 
         def make(window: int | None) -> Tensor:
+            table = self._table(layouts, window, longest)
+            behind = table.shape[-1] - Q - 1
+            if choice is not None:
+                table = table.index_select(0, choice)
+            if slots is None:
+                return table[:, None, :, behind - longest + first[window] : behind + Q]
+            columns = torch.arange(first[window] + behind, longest + Q + behind, device=slots.device) - slots
+            columns = columns.clamp_(max=behind + Q)  # behind a short row's own positions is nothing that it sees
+            index = columns[:, None, :].expand(-1, Q, -1)
+            return table.expand(len(slots), -1, -1).gather(2, index)[:, None]
+
+        return positions, per_layer_type(self.base, make)
+
+    def _position_table(self, layouts: tuple[StepLayout, ...]) -> Tensor:
+        if layouts not in self._positions:
+            made = [step_pattern(layout, self.base.device).position_ids for layout in layouts]
+            self._positions[layouts] = torch.cat(made)
+        return self._positions[layouts]
+
+    def _table(self, layouts: tuple[StepLayout, ...], window: int | None, longest: int) -> Tensor:
+        """For each layout what its positions see: [n, Q, capacity + Q + 1], cached keys, the step's own, and nothing.
+
+        Column c of the cached ones is the key ``capacity - c`` tokens before the step's first token, so that a shorter
+        cache is a slice.
+        """
+        key = (layouts, window)
+        if key in self._tables:
+            return self._tables[key]
+        # An empty cache is a prompt's, whose layout comes once.
+        capacity = self._capacity if longest else 0
+        made = []
+        behind = torch.arange(capacity, 0, -1, device=self.base.device)
+        for layout in layouts:
+            pattern = step_pattern(layout, self.base.device)
             distance = pattern.position_ids[0, :, None] + behind
             context = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
-            local = dense_mask(pattern, shape.num_tokens, window)
-            return kernel_mask(self.base, torch.cat([context[None, None], local], dim=-1))
-
-        return pattern.position_ids, per_layer_type(self.base, make)
+            local = dense_mask(pattern, layout.num_tokens, window)[0, 0]
+            made.append(torch.cat([context, local, torch.zeros_like(local[:, :1])], dim=1))
+        table = kernel_mask(self.base, torch.stack(made))
+        if longest:
+            self._tables[key] = table
+        return table

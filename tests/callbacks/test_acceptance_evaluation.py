@@ -140,7 +140,7 @@ def test_a_lossy_decoder_is_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Every draft is believed.
-    monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, own: torch.tensor(len(draft)))
+    monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, *others: torch.full((len(draft),), draft.shape[1]))
     fit(module, AcceptanceEvaluation(prompts, max_new_tokens=12, num_lossless=9))
     lossless = read(tmp_path)["latest"]["overall"]["lossless"]
     assert lossless["checked"] == 5 and lossless["equal"] < 5
@@ -170,9 +170,26 @@ def test_ranks_share_the_prompts(module: MTPModule, prompts: str, monkeypatch: p
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
     assert summarise(acceptance_evaluation.gather_results(shares[1])) == summarise(alone)
-    # Where parameters are sharded every process decodes everything, and nothing is gathered.
+
+
+def test_with_shards_all_processes_time_the_same_prompts(
+    module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module.configure_model()
+    callback = AcceptanceEvaluation(prompts, max_new_tokens=6, num_speed_pairs=2)
+    trainer: Any = SimpleNamespace(global_rank=0, world_size=1, global_step=1, is_global_zero=False)
+    callback.setup(trainer, module, "validate")
+    timed: list[list[int]] = []
+
+    def pairs(model: Any, chosen: list[Any], options: Any) -> list[float]:
+        timed.append([len(prompt.input_ids) for prompt in chosen])
+        return [1.5] * len(chosen)
+
+    monkeypatch.setattr(acceptance_evaluation, "speed_pairs", pairs)
     monkeypatch.setattr(acceptance_evaluation, "is_sharded", lambda model: True)
-    assert evaluate(1, 2) == alone
+    callback._evaluate(trainer, module)
+    assert len(timed) == 1 and [r.prompt_index for r in callback.results] == list(range(len(callback.loaded)))
+    assert sum(r.speed_up == 1.5 for r in callback.results) == 2
 
 
 def test_a_resumed_run_continues_the_history(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:

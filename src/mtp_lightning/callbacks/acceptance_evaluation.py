@@ -11,12 +11,14 @@ import torch.distributed
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mtp_lightning.acceptance import Progress, PromptResult, evaluate_prompts, summarise
+from mtp_lightning.acceptance import Progress, PromptResult, evaluate_prompts, speed_pairs, summarise
 from mtp_lightning.acceptance_report import print_notes, print_table, save_json, save_plot
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
-from mtp_lightning.decoding import Decoding
+from mtp_lightning.decoding import Decoding, DecodingOptions
 from mtp_lightning.errors import UsageError
+from mtp_lightning.lockstep import in_step
 from mtp_lightning.losslessness import is_sharded
+from mtp_lightning.prompts import Prompt, round_robin
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -26,7 +28,7 @@ class AcceptanceEvaluation(DecodingCallback):
 
     Logs ``val/acceptance_length``, ``val/acceptance_length/<domain>`` and, with ``num_speed_pairs``, ``val/speed_up``
     (``test/...`` under ``mtp test``). Writes ``acceptance.json`` and ``acceptance.png`` to the run's folder. Processes
-    share the prompts; where parameters are sharded they decode all of them together.
+    share the prompts; where parameters are sharded, a process that is done early keeps the others company.
 
     Args:
         prompts: ``.txt`` (one prompt a line) or ``.jsonl`` file (``prompt`` or ``messages``, optional ``domain``) that
@@ -129,17 +131,21 @@ class AcceptanceEvaluation(DecodingCallback):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
         together = is_sharded(model)
-        mine = evaluate_prompts(
-            model,
-            self.loaded,
-            self.options,
-            self._progress(trainer),
-            check=self.num_lossless,
-            timed=self.num_speed_pairs,
-            rank=0 if together else trainer.global_rank,
-            world=1 if together else trainer.world_size,
-        )
-        self.results = mine if together else gather_results(mine)
+        with in_step(model):
+            mine = evaluate_prompts(
+                model,
+                self.loaded,
+                self.options,
+                self._progress(trainer),
+                check=self.num_lossless,
+                timed=0 if together else self.num_speed_pairs,
+                rank=trainer.global_rank,
+                world=trainer.world_size,
+            )
+        self.results = gather_results(mine)
+        if together and self.num_speed_pairs:  # of one text at a time: another process's steps would be in the timing
+            with in_step(model):
+                self.results = with_speed_pairs(model, self.loaded, self.options, self.num_speed_pairs, self.results)
         self._evaluated_at = trainer.global_step
 
     def _progress(self, trainer: Trainer) -> Progress | None:
@@ -187,6 +193,28 @@ class AcceptanceEvaluation(DecodingCallback):
         count = summary["overall"]["num_prompts"]
         title = f"Tokens gained per step: {count} held-out prompts, greedy{after}"
         save_plot(summary, folder / "acceptance.png", title)
+
+
+def with_speed_pairs(
+    model: Any, prompts: list[Prompt], options: DecodingOptions, count: int, results: list[PromptResult]
+) -> list[PromptResult]:
+    """The results, some of them with a speed-up, timed on the same prompt in all processes at once.
+
+    Args:
+        model: a sharded model.
+        prompts: all prompts.
+        options: how to decode.
+        count: how many to time, evenly from the domains.
+        results: of all prompts.
+
+    Returns:
+        The results in the order of the prompts.
+    """
+    by_index = {result.prompt_index: result for result in results}
+    timed = round_robin([prompt.domain for prompt in prompts])[:count]
+    for index, ratio in zip(timed, speed_pairs(model, [prompts[i] for i in timed], options), strict=True):
+        by_index[index] = by_index[index]._replace(speed_up=ratio)
+    return [by_index[index] for index in sorted(by_index)]
 
 
 def gather_results(mine: list[PromptResult]) -> list[PromptResult]:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
 from mtp_lightning.decoding import Decoding, decode
+from mtp_lightning.lockstep import in_step
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
 """Around kept drafts where there is no colour."""
@@ -63,7 +64,8 @@ class SampleText(DecodingCallback):
         module: Any = pl_module
         for number, prompt in enumerate(self.loaded):
             # All processes decode, with sharded parameters they have to; one shows.
-            steps = [step.tokens for step in decode(module.model, torch.tensor(prompt.input_ids), self.options)]
+            with in_step(module.model):
+                steps = [step.tokens for step in decode(module.model, torch.tensor(prompt.input_ids), self.options)]
             if not trainer.is_global_zero:
                 continue
             spans = mark_drafts(steps, module.tokenizer)

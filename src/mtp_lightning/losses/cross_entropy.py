@@ -11,7 +11,13 @@ from torch import Tensor
 from mtp_lightning.losses.base import TokenLoss, TokenTargets
 
 
-class BaseCrossEntropy(TokenLoss):
+class _CrossEntropy(TokenLoss):
+    def per_position(self, logits: Tensor, targets: TokenTargets) -> Tensor:
+        """-log softmax(logits)[label]."""
+        return F.cross_entropy(logits, targets.labels, reduction="none")
+
+
+class BaseCrossEntropy(_CrossEntropy):
     """L^b: -log softmax(W z)[y], with the decoder's hidden state z and the label y of the text.
 
     Args:
@@ -25,12 +31,8 @@ class BaseCrossEntropy(TokenLoss):
     ) -> None:
         super().__init__(weight, "base", positions, joint_mean)
 
-    def per_position(self, logits: Tensor, targets: TokenTargets) -> Tensor:
-        """-log softmax(logits)[label]."""
-        return F.cross_entropy(logits, targets.labels, reduction="none")
 
-
-class SamplerCrossEntropy(TokenLoss):
+class SamplerCrossEntropy(_CrossEntropy):
     """L^s: -log softmax(W h)[y], with the sampler head's output h, teacher-forced with the true previous token.
 
     Args:
@@ -43,7 +45,3 @@ class SamplerCrossEntropy(TokenLoss):
         self, weight: float = 1.0, positions: Literal["mtp", "ntp", "all"] = "mtp", joint_mean: bool = False
     ) -> None:
         super().__init__(weight, "sampler", positions, joint_mean)
-
-    def per_position(self, logits: Tensor, targets: TokenTargets) -> Tensor:
-        """-log softmax(logits)[label]."""
-        return F.cross_entropy(logits, targets.labels, reduction="none")

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a long run holds its memory: the resident size through 500 steps with an evaluation every 50, on the demo's base.
+
+    python benchmarks/steady_memory.py [--steps 500] [--every 50]
+
+Validation, real decoding, checkpoints and all guards run, as in ``mtp fit``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback
+
+from mtp_lightning.cli import main
+
+CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+
+
+def resident() -> float:
+    """Resident size of this process in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class Resident(Callback):
+    """Prints the resident size every so many steps."""
+
+    every = 50
+    seen: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        """Note it after each ``every``-th step."""
+        step = trainer.global_step
+        if step % self.every == 0 and step not in self.seen:
+            self.seen[step] = resident()
+            print(f"step {step}: {self.seen[step]:.0f} MB", flush=True)
+
+
+def run() -> None:
+    """Train and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--every", type=int, default=50)
+    arguments = parser.parse_args()
+    Resident.every = arguments.every
+    config = CONFIG.resolve()
+    sys.modules["steady_memory"] = sys.modules["__main__"]  # a class of the script can be named in the configuration
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        words = ["fit", "--config", str(config), f"--trainer.max_steps={arguments.steps}"]
+        words += [f"--trainer.val_check_interval={arguments.every}", "--trainer.enable_progress_bar=false"]
+        words += ["--trainer.callbacks.num_prompts=3", "--trainer.callbacks.max_new_tokens=24"]
+        words += ["--trainer.callbacks.num_speed_pairs=0", "--data.eval_max_rows=32"]
+        main([*words, "--trainer.callbacks+=steady_memory.Resident"])
+    early, late = Resident.seen[min(100, arguments.steps)], Resident.seen[max(Resident.seen)]
+    print(
+        f"resident size: {early:.0f} MB after 100 steps, {late:.0f} MB after {max(Resident.seen)} ({late / early - 1:+.1%})"
+    )
+
+
+if __name__ == "__main__":
+    run()

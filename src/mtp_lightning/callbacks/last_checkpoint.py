@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LastCheckpoint: keeps ``last.ckpt``, the state to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from mtp_lightning.callbacks.together import LAST, checkpoint_folders, validation_is_due
+from mtp_lightning.errors import UsageError
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes ``last.ckpt`` after every validation, every so many optimizer steps between them, and at the end.
+
+    Where a validation is due it is written after it, so that a resumed run has every validation once. It belongs after the
+    callback that keeps the best checkpoint.
+
+    Args:
+        every_n_steps: also write it every so many optimizer steps. None: after validations and at the end alone.
+        dirpath: the folder. None: ``checkpoints`` in the run's folder.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, dirpath: str | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UsageError(f"every_n_steps of LastCheckpoint must be 1 or more, got {every_n_steps}.")
+        self.every_n_steps = every_n_steps
+        self.dirpath = dirpath
+        self._saved_at = 0
+        self._folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder."""
+        self._folder = Path(self.dirpath) if self.dirpath else checkpoint_folders(trainer)[-1]
+        self._saved_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A step that a run is resumed at was saved."""
+        self._saved_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every so many steps, and at the last one."""
+        step = trainer.global_step
+        regular = self.every_n_steps is not None and step % self.every_n_steps == 0
+        if step != self._saved_at and (regular or is_last_step(trainer)) and not validation_is_due(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        assert self._folder is not None
+        trainer.save_checkpoint(self._folder / LAST, weights_only=False)
+        self._saved_at = trainer.global_step
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether training ends after the batch that has just ended, as far as the configuration decides it."""
+    if 0 < trainer.max_steps <= trainer.global_step:
+        return True
+    last_epoch = trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+    return last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch

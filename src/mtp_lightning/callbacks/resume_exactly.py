@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ResumeExactly: puts into a checkpoint what Lightning leaves out of it. Part of every ``mtp fit``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from mtp_lightning.callbacks.together import gather
+from mtp_lightning.random_state import random_state, set_random_state
+from mtp_lightning.trainer.metrics_writer import MetricsWriter
+
+ENTRY = "mtp_resume"
+
+
+class ResumeExactly(Callback):
+    """Saves the random state of every process, how far ``metrics.csv`` was, and the figures that were about to be logged.
+
+    On resume the file is cut back to there, so that each figure stands in it once. The random state is put back before the
+    first batch; a run with another number of processes draws anew.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the entry. All processes come here; one of them writes."""
+        states = gather(random_state())
+        lines = [writer.num_lines() if trainer.is_global_zero else 0 for writer in writers(trainer)]
+        checkpoint[ENTRY] = {"random": states, "lines": lines, "pending": pending_figures(trainer)}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the entry until training begins."""
+        self._loaded = checkpoint.get(ENTRY)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cut ``metrics.csv`` back, and log what was about to be."""
+        if self._loaded is None or not trainer.is_global_zero:
+            return
+        for writer, lines in zip(writers(trainer), self._loaded["lines"], strict=False):
+            writer.keep(lines)
+        if self._loaded["pending"] is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(self._loaded["pending"]["figures"]), step=self._loaded["pending"]["step"])
+                logger.save()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put the random state back, once: what ran before this batch has drawn from it."""
+        if self._loaded is None:
+            return
+        states, self._loaded = self._loaded["random"], None
+        if len(states) == trainer.world_size:
+            set_random_state(states[trainer.global_rank])
+
+
+def writers(trainer: Trainer) -> list[MetricsWriter]:
+    """The writers of ``metrics.csv``, of the loggers that have ours."""
+    found = [logger._experiment for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+    return [writer for writer in found if isinstance(writer, MetricsWriter)]
+
+
+def pending_figures(trainer: Trainer) -> dict[str, Any] | None:
+    """Figures of a training step that Lightning logs only after ``on_train_batch_end``, where checkpoints may be written.
+
+    Args:
+        trainer: the trainer.
+
+    Returns:
+        ``step`` and ``figures``, or None where nothing is about to be logged.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    progress = loop.batch_progress.total
+    logs = trainer._logger_connector
+    if progress.completed == progress.processed or loop._should_accumulate() or not logs.should_update_logs:
+        return None
+    figures = {name: float(value) for name, value in logs.metrics["log"].items()}
+    return {"step": loop._batches_that_stepped, "figures": {**figures, "epoch": trainer.current_epoch}} if figures else None

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What callbacks of long runs share: stopping all processes with one message, and where a run's checkpoints lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed
+from lightning import Trainer
+
+from mtp_lightning.errors import RunError
+
+LAST = "last.ckpt"
+"""Name of the checkpoint to go on from."""
+
+
+def gather(value: Any) -> list[Any]:
+    """A value of every process, in each of them. All processes must call it.
+
+    Args:
+        value: this process's; plain types.
+
+    Returns:
+        One of each process, by rank.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def stop_all(trainer: Trainer, message: str) -> NoReturn:
+    """Stop, where all processes know that they must; one of them says why.
+
+    Args:
+        trainer: the trainer.
+        message: what is wrong.
+
+    Raises:
+        RunError: in the first process.
+        SystemExit: in the others, with 0: Lightning kills the first as soon as another one ends with an error, and then
+            nothing would be said.
+    """
+    if trainer.is_global_zero:
+        raise RunError(message)
+    raise SystemExit(0)
+
+
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """Folders that a run writes checkpoints to; the first one is where ``last.ckpt`` goes. All processes must call it.
+
+    Args:
+        trainer: the trainer.
+
+    Returns:
+        Folders; they may not be there yet.
+    """
+    named = [Path(folder) for each in trainer.checkpoint_callbacks if (folder := getattr(each, "dirpath", None))]
+    return [*named, Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"]
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether a validation follows the training batch that has just ended.
+
+    A checkpoint that is written before it would make a resumed run leave it out.
+
+    Args:
+        trainer: the trainer, in ``on_train_batch_end``.
+
+    Returns:
+        Whether Lightning is about to validate.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mtp chat``: a conversation in the terminal. Answers go to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.chat import PLAIN, PLAIN_STOP, Conversation
+from mtp_lightning.commands import DecodingArguments, OneLineParser
+from mtp_lightning.decoding import trained_masks
+from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
+from mtp_lightning.model import MTPModel
+
+MAX_NEW_TOKENS = 1024
+HELP = """/reset          forget what was said
+/undo           forget the last message and its answer
+/system TEXT    set the system message (without TEXT: none) and forget what was said
+/exit           leave; so does Ctrl-D
+A line that ends with a backslash goes on in the next one. // at the beginning says a /.
+Ctrl-C stops an answer, which is kept as far as it came."""
+OWN = {"batch_size"}
+
+
+def run_chat(args: list[str]) -> None:
+    """``mtp chat MODEL``.
+
+    Args:
+        args: options.
+
+    Raises:
+        UsageError: a wrong option, or a base without a chat template and none given.
+    """
+    parser = OneLineParser(prog="mtp chat", description="A conversation with a trained model.")
+    parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
+    parser.add_argument("--system", type=str | None, default=None, help="the system message")
+    parser.add_argument(
+        "--chat_template",
+        type=str | None,
+        default=None,
+        help="a jinja file; plain: names before lines, for a base without a template; not given: the base's own",
+    )
+    parser.add_class_arguments(DecodingArguments, None, skip=OWN)
+    parser.set_defaults({"max_new_tokens": MAX_NEW_TOKENS})
+    config = parser.parse_args(args)
+    names = [name for name in DecodingArguments.__dataclass_fields__ if name not in OWN]
+    arguments = DecodingArguments(**{name: config[name] for name in names})
+    template = _template(config.chat_template)
+    model = MTPModel.from_pretrained(
+        config.model,
+        base_model=arguments.base_model,
+        revision=arguments.revision,
+        dtype=arguments.dtype or "auto",
+        device=arguments.chosen_device(),
+    )
+    converse(conversation(model, arguments, template, config.system))
+
+
+def _template(name: str | None) -> str | None:
+    if name is None or name == "plain":
+        return None if name is None else PLAIN
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"chat_template {name} can't be read: {one_line(error)}. Give a jinja file, or plain.") from error
+
+
+def conversation(
+    model: MTPModel, arguments: DecodingArguments, template: str | None, system: str | None = None
+) -> Conversation:
+    """A conversation with the options of the command line.
+
+    Args:
+        model: the model.
+        arguments: how to decode.
+        template: text of a chat template, or None for the base's own.
+        system: the system message.
+
+    Returns:
+        The conversation.
+
+    Raises:
+        UsageError: there is no chat template, or a wrong option.
+    """
+    trained_masks(model, arguments.options())  # what is wrong shows before anything is said
+    if model.tokenizer is None:
+        raise UsageError("mtp chat needs a tokenizer, and the model was saved without one. Save it with its tokenizer.")
+    if template is not None:
+        model.tokenizer.chat_template = template
+    elif not model.tokenizer.chat_template:
+        raise UsageError(
+            "the base's tokenizer has no chat template: it was not made for chat. Give --chat_template FILE, or"
+            " --chat_template plain for a simple dialogue."
+        )
+    stops = [arguments.stop] if arguments.stop else []
+    return Conversation(model, arguments.options(), stops + ([PLAIN_STOP] if template == PLAIN else []), system)
+
+
+def converse(talk: Conversation) -> None:
+    """Read messages from standard input and print answers until there are no more.
+
+    Args:
+        talk: the conversation.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C where standard input is no terminal and no answer is being written.
+    """
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):  # arrow keys and history; not on every system
+            importlib.import_module("readline")
+        _note("/help lists the commands, Ctrl-D leaves.")
+    while True:
+        try:
+            text = _read(terminal)
+        except EOFError:
+            if terminal:
+                print(flush=True)
+            return
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            _note("\nCtrl-D or /exit leaves.")
+            continue
+        if text == "/exit":
+            return
+        if text.startswith("/") and not text.startswith("//"):
+            _command(talk, text)
+        elif text.strip():
+            _answer(talk, text.removeprefix("/") if text.startswith("//") else text)
+
+
+def _read(terminal: bool) -> str:
+    """One message, of several lines where they end with a backslash."""
+    lines = [input("> " if terminal else "")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input(". " if terminal else ""))
+    return "\n".join(lines)
+
+
+def _command(talk: Conversation, text: str) -> None:
+    name, _, rest = text.partition(" ")
+    if name == "/help":
+        _note(HELP)
+    elif name == "/reset":
+        talk.reset()
+        _note("Forgotten.")
+    elif name == "/undo":
+        _note("The last message is forgotten." if talk.undo() else "Nothing was said yet.")
+    elif name == "/system":
+        talk.system = rest.strip() or None
+        talk.reset()
+        _note("The system message is set." if talk.system else "There is no system message.")
+    else:
+        _note(f"There is no command {name}. /help lists them; // at the beginning says a /.")
+
+
+def _answer(talk: Conversation, text: str) -> None:
+    """Print an answer as it comes. Ctrl-C stops it; what was said stays in the conversation."""
+    pieces = talk.say(text)
+    begun = False
+    try:
+        for piece in pieces:
+            # The space or newline that stands between the template's last word and the answer is not for the reader.
+            shown = piece if begun else piece.lstrip()
+            begun = begun or bool(shown)
+            print(shown, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()  # type: ignore[attr-defined] # it is a generator
+        print(flush=True)
+        _note("[stopped; the answer is kept as far as it came]")
+        return
+    except MTPError as error:
+        _note(f"mtp: {error}")
+        return
+    print(flush=True)
+    if talk.dropped:
+        _note(f"[the {talk.dropped} oldest messages no longer fit the context and are forgotten]")
+    if talk.growing is not None:
+        _note(talk.growing.summary())
+
+
+def _note(text: Any) -> None:
+    print(text, file=sys.stderr, flush=True)

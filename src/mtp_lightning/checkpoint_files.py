@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints as files: written to the side and renamed, and the newest complete one of a folder. No Lightning."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from mtp_lightning.errors import RunError, one_line
+
+PART = ".part"
+"""Ending of a file that is being written. A killed run may leave one; the next write to the same name replaces it."""
+
+
+class _Watched:
+    """A file that remembers the first error of the operating system: torch's writer reports it as one of its own.
+
+    Args:
+        file: the file.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write, or raise again what has once failed."""
+        if self.error is not None:
+            raise self.error
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        if self.error is None:
+            try:
+                self.file.flush()
+            except OSError as error:
+                self.error = error
+                raise
+
+
+def write_beside(path: str | Path, write: Callable[[Any], None], what: str = "checkpoint") -> None:
+    """Write a file so that its name never stands for half of it: beside it, to the disk, then renamed.
+
+    Args:
+        path: the file; one that is there is replaced at the end, or left as it is.
+        write: writes the content to a binary file.
+        what: what the file is, for the message.
+
+    Raises:
+        RunError: it could not be written: the disk is full, or the folder can't be written.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + PART)
+    watched = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            watched = _Watched(file)
+            write(watched)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except Exception as error:
+        reason = watched.error if watched is not None and watched.error is not None else error
+        part.unlink(missing_ok=True)
+        if not isinstance(reason, OSError):
+            raise
+        kept = (
+            f"The {what} that was there before is whole." if path.exists() else f"No {what} of that name was there before."
+        )
+        raise RunError(
+            f"{what} {str(path)!r} could not be written: {reason.strerror or one_line(reason)}. {kept}"
+            " Make room or give another folder, and go on with --ckpt_path last."
+        ) from reason
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming last through a power cut, where the system can."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:  # a folder is no file there
+        return
+    try:
+        os.fsync(number)
+    except OSError:
+        pass
+    finally:
+        os.close(number)
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint file, every byte of it read.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A few words, or None for a complete checkpoint of ``mtp fit`` that training can go on from.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (broken := archive.testzip()) is not None:
+                return f"its entry {broken} is damaged"
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        return f"it can't be read ({error.strerror or one_line(error, 80)})"
+    except Exception:  # the unpickler raises anything
+        return "it is cut short or no checkpoint"
+    if not isinstance(checkpoint, dict) or "mtp_settings" not in checkpoint:
+        return "it was not written by mtp fit"
+    if "optimizer_states" not in checkpoint:
+        return "it holds weights alone, without the state of the training"
+    return None
+
+
+def newest_checkpoint(folders: list[Path], warn: Callable[[str], None] = lambda message: None) -> Path | None:
+    """The newest complete checkpoint; a damaged one is passed over.
+
+    Args:
+        folders: where to look; those that are not there are fine.
+        warn: told of each checkpoint that is passed over.
+
+    Returns:
+        The file, or None where there is none.
+    """
+    found = [path for folder in dict.fromkeys(folders) for path in folder.glob("*.ckpt") if path.is_file()]
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        warn(f"checkpoint {str(path)!r} is passed over: {wrong}.")
+    return None

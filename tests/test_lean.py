@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lean layers and unrolled heads compute what PEFT's layers and the heads' own steps do, and leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model, token_row
+from torch import Tensor, nn
+
+from mtp_lightning.decoding import DecodingOptions, decode
+from mtp_lightning.draft_chain import DraftChain, GRUChain, MLPChain, unrolled
+from mtp_lightning.gated_lora import LoRA, lora_layers
+from mtp_lightning.lean import is_plain
+from mtp_lightning.model import MTPModel
+from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
+
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
+"""float64 sums in another order, through a few layers."""
+
+
+@torch.inference_mode()
+def hidden_states(model: MTPModel, num_mtp: int, rows: int) -> Tensor:
+    ids = torch.stack([token_row([9], seed=r).input_ids for r in range(rows)])
+    inputs = torch.cat([model.embed(ids), model.mask_embeddings.expand(rows, -1, -1)], dim=1)
+    with model.gate.open(num_mtp):
+        return model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lean_layers_compute_what_pefts_do(architecture: str) -> None:
+    model = tiny_model(architecture, 4)
+    for rows, num_mtp in ((1, 4), (3, 4), (2, 13), (2, 0)):
+        expected = hidden_states(model, num_mtp, rows)
+        with model.lean.use(model):
+            covered = [layer for layer in lora_layers(model.base) if "forward" in vars(layer)]
+            assert covered == lora_layers(model.base)
+            torch.testing.assert_close(hidden_states(model, num_mtp, rows), expected, **EXACT)
+        if num_mtp == 4:  # and the adapters do something
+            assert (hidden_states(model, 0, rows) - expected)[:, -4:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_keep_the_bases_bits(dtype: torch.dtype) -> None:
+    """Adapters open or shut, NTP positions are the same to the last bit."""
+    model = tiny_model("llama", 4, dtype=dtype)
+    model.mask_embeddings.data = model.mask_embeddings.data.to(dtype)
+    with model.lean.use(model):
+        assert torch.equal(hidden_states(model, 4, 2)[:, :9], hidden_states(model, 0, 2)[:, :9])
+
+
+HEADS: dict[str, Any] = {
+    "mlp": MLPSamplerHead,
+    "gru": GRUSamplerHead,
+    "gru that reads": lambda: GRUSamplerHead(24, read_hidden=True),
+    "wide gru": lambda: GRUSamplerHead(48),
+}
+
+
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", HEADS)
+def test_unrolled_heads_compute_what_their_steps_do(
+    name: str, architecture: str, table: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not table:
+        monkeypatch.setattr("mtp_lightning.draft_chain.LARGEST_TABLE", 0)
+    model = tiny_model(architecture, 4, sampler_head=HEADS[name]())
+    head, embedding = model.sampler_head, model.base.get_input_embeddings()
+    assert head is not None
+    fast = unrolled(head, embedding, model.unembed.vocab_size, torch.float64)
+    assert isinstance(fast, GRUChain if "gru" in name else MLPChain) and (fast.table is not None) == table
+    slow = DraftChain(head, embedding)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for rows in (1, 3):
+            hidden = torch.randn(rows, 5, 32, generator=generator, dtype=torch.float64)
+            fast.begin(hidden)
+            slow.begin(hidden)
+            for j in range(5):
+                tokens = torch.randint(97, (rows,), generator=generator)
+                torch.testing.assert_close(fast.next(j, tokens), slow.next(j, tokens), **EXACT)
+
+
+class Doubled(GRUSamplerHead):
+    """Somebody's own head."""
+
+    def step(self, hidden: Tensor, previous: Tensor, state: Any) -> tuple[Tensor, Any]:
+        output, state = super().step(hidden, previous, state)
+        return 2 * output, state
+
+
+def test_another_head_drafts_through_its_step() -> None:
+    model = tiny_model("llama", 3, sampler_head=Doubled())
+    assert isinstance(model.sampler_head, SamplerHead)
+    chain = unrolled(model.sampler_head, model.base.get_input_embeddings(), 97, torch.float64)
+    assert type(chain) is DraftChain
+    with model.lean.use(model):
+        assert type(model.lean.chain(model)) is DraftChain
+
+
+def drafts(model: MTPModel) -> list[Any]:
+    prompt = token_row([6]).input_ids
+    return list(decode(model, prompt, DecodingOptions(num_masks=3, max_new_tokens=12)))
+
+
+def test_nothing_is_left_behind_and_new_weights_are_noticed() -> None:
+    model = tiny_model("llama", 3, sampler_head=GRUSamplerHead())
+    keys = [set(vars(module)) for module in model.modules()]
+    drafts(model)
+    assert [set(vars(module)) for module in model.modules()] == keys
+    first = model.lean._forwards
+    drafts(model)
+    assert model.lean._forwards is first  # made once
+    paused = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
+    next(paused)
+    drafts(model)  # another text in the middle of one
+    next(paused)
+    paused.close()
+    assert [set(vars(module)) for module in model.modules()] == keys
+    layer = lora_layers(model.base)[0]
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(3.0)
+    for _ in range(2):
+        expected = hidden_states(model, 3, 1)
+        with model.lean.use(model):
+            torch.testing.assert_close(hidden_states(model, 3, 1), expected, **EXACT)
+        layer.lora_A["default"].weight = nn.Parameter(torch.randn_like(layer.lora_A["default"].weight))
+    assert model.lean._forwards is not first
+
+
+def test_training_while_a_reader_has_paused() -> None:
+    model = tiny_model("llama", 3)
+    paused = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
+    next(paused)
+    layer = lora_layers(model.base)[0]
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    with model.gate.open(2), torch.enable_grad(), torch.inference_mode(False):
+        layer(x.clone()).sum().backward()
+    assert layer.lora_B["default"].weight.grad is not None
+    paused.close()
+
+
+def test_a_copied_or_pickled_model_makes_its_own() -> None:
+    model = tiny_model("llama", 3, sampler_head=GRUSamplerHead())
+    expected = drafts(model)
+    assert drafts(copy.deepcopy(model)) == expected
+    assert pickle.loads(pickle.dumps(model.lean))._forwards == []
+
+
+def test_what_is_not_plain_keeps_pefts_path() -> None:
+    def layers(**options: Any) -> tuple[MTPModel, list[Any]]:
+        model = tiny_model("llama", 3, **options)
+        return model, lora_layers(model.base)
+
+    model, found = layers()
+    assert all(is_plain(layer, model.gate) for layer in found)
+    found[0].register_forward_hook(lambda *_: None)
+    found[1].base_layer.register_forward_pre_hook(lambda *_: None)
+    found[2].base_layer.__class__ = type("Linear4bit", (nn.Linear,), {})
+    found[3].base_layer.forward = found[3].base_layer.forward  # as accelerate does to load weights late
+    found[4].enable_adapters(False)
+    assert [is_plain(layer, model.gate) for layer in found[:6]] == [False] * 5 + [True]
+    assert not is_plain(found[6], tiny_model("llama", 3).gate)
+    expected = hidden_states(model, 3, 2)
+    with model.lean.use(model):
+        torch.testing.assert_close(hidden_states(model, 3, 2), expected, **EXACT)
+    always, found = layers(lora=LoRA(rank=4, gated=False))
+    assert all(is_plain(layer, always.gate) for layer in found)

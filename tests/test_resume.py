@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are killed and resumed are the uninterrupted run, bit for bit; signals save; damage is passed over."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import read_metrics
+from tiny_run import LAST, assert_same_run, write_run
+from zygote import Zygote
+
+from mtp_lightning.checkpoint_files import newest_checkpoint, write_beside
+from mtp_lightning.errors import RunError
+from mtp_lightning.random_state import random_state, set_random_state
+from mtp_lightning.trainer import MetricsWriter
+
+FIT = ("fit", "--config", "config.yaml", "--ckpt_path", "last")
+
+KILL = """
+import os, signal, threading, time
+
+def dies():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+left = @NUMBER
+
+def passes(name, when):
+    global left
+    if name == @EVENT:
+        left -= 1
+        if left == 0:
+            dies()
+
+def hook(owner, name, event, after=False):
+    whole = getattr(owner, name)
+    def wrapped(*arguments, **options):
+        if not after:
+            passes(event, name)
+        result = whole(*arguments, **options)
+        if after:
+            passes(event, name)
+        return result
+    setattr(owner, name, wrapped)
+
+from pathlib import Path
+from mtp_lightning.module import MTPModule
+from mtp_lightning.trainer.metrics_writer import MetricsWriter
+from mtp_lightning import acceptance, checkpoint_files
+import torch
+
+hook(MTPModule, "training_step", "forward")
+hook(torch.optim.AdamW, "step", "optimizer", after=True)
+hook(checkpoint_files._Watched, "write", "checkpoint")
+hook(Path, "replace", "rename")
+hook(checkpoint_files, "_sync_folder", "renamed")
+hook(MTPModule, "validation_step", "validation")
+hook(acceptance, "_decode", "decoding", after=True)
+hook(MetricsWriter, "save", "metrics")
+if @EVENT == "time":
+    def later(*arguments):
+        threading.Thread(target=lambda: (time.sleep(@SECONDS), dies()), daemon=True).start()
+    first = MTPModule.on_train_start
+    MTPModule.on_train_start = lambda self: (later(), first(self))[1]
+"""
+MOST = {
+    "forward": 6,
+    "optimizer": 6,
+    "checkpoint": 200,
+    "rename": 3,
+    "renamed": 3,
+    "validation": 3,
+    "decoding": 6,
+    "metrics": 12,
+}
+"""Each moment of a run where it may be killed, and how often it comes in a few steps."""
+
+
+@pytest.fixture(scope="module")
+def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_run(folder)
+    ended = zygote.run(folder, *FIT)
+    assert ended.code == 0, ended.err
+    assert "no complete checkpoint in 'run/checkpoints': training begins at step 0." in ended.err
+    return folder
+
+
+def fresh(whole: Path, folder: Path) -> Path:
+    """A folder to run in from the beginning."""
+    shutil.copytree(whole, folder, ignore=lambda at, names: {"run"} & set(names))
+    return folder
+
+
+def killed_runs(zygote: Zygote, whole: Path, parent: Path, kills: int, seed: int) -> Counter[str]:
+    """Kill runs at random moments and resume them until they end; gives how often each moment was met."""
+    draw, met, number = random.Random(seed), Counter[str](), 0
+    order = [*MOST, "time"]
+    draw.shuffle(order)
+    folder = fresh(whole, parent / "0")
+    for _ in range(4 * kills):
+        done = sum(met.values())
+        event = order[done % len(order)] if done < kills else ""
+        choice = {"EVENT": event, "NUMBER": draw.randint(1, MOST.get(event, 1)), "SECONDS": draw.uniform(0, 1.5)}
+        prelude = KILL
+        for name, value in choice.items():
+            prelude = prelude.replace(f"@{name}", repr(value))
+        ended = zygote.run(folder, *FIT, prelude=prelude)
+        assert ended.code in (0, -signal.SIGKILL), ended.err
+        if ended.code:
+            met[event] += 1
+            continue
+        assert_same_run(folder, whole)
+        if done == kills:
+            break
+        number += 1
+        folder = fresh(whole, parent / str(number))
+    return met
+
+
+def test_three_kills_and_the_run_is_the_uninterrupted_one(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    assert sum(killed_runs(zygote, whole, tmp_path, 3, seed=1).values()) == 3
+
+
+@pytest.mark.slow
+def test_twenty_kills(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    met = killed_runs(zygote, whole, tmp_path, 20, seed=0)
+    assert sum(met.values()) == 20 and len(met) == len(MOST) + 1, met
+
+
+SIGNAL_AT = """
+import os, signal
+from mtp_lightning.module import MTPModule
+whole, calls = MTPModule.training_step, 0
+
+def training_step(self, *arguments):
+    global calls
+    calls += 1
+    if calls == @AT:
+        os.kill(os.getpid(), signal.@NAME)
+    return whole(self, *arguments)
+
+MTPModule.training_step = training_step
+"""
+
+
+def told(at: int, name: str = "SIGTERM") -> str:
+    return SIGNAL_AT.replace("@AT", str(at)).replace("@NAME", name)
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path, at: int) -> None:
+    """At 6 a validation is due: it is finished first, and the step after it too."""
+    folder = fresh(whole, tmp_path / "run")
+    ended = zygote.run(folder, *FIT, prelude=told(at))
+    step = 7 if at == 6 else at
+    assert ended.code == 143
+    assert ended.err.splitlines()[-1] == (f"mtp: SIGTERM: saved '{LAST}' after step {step}. Go on with --ckpt_path last.")
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
+    assert zygote.run(folder, *FIT).code == 0
+    assert_same_run(folder, whole)
+
+
+def test_slurm_is_asked_to_run_the_job_again(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = fresh(whole, tmp_path / "run")
+    command = folder / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text('#!/bin/sh\necho "$@" > requeued\n')
+    command.chmod(0o755)
+    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_NTASKS_PER_NODE": "1"}
+    slurm["PATH"] = f"{command.parent}:{os.environ['PATH']}"
+    ended = zygote.run(folder, *FIT, prelude=told(3, "SIGUSR1"), **slurm)
+    assert ended.code == 143, ended.err
+    assert f"mtp: SIGUSR1: saved '{LAST}' after step 3, job 77 requeued." in ended.err
+    assert (folder / "requeued").read_text() == "requeue 77\n"
+    assert zygote.run(folder, *FIT, **slurm).code == 0
+    assert_same_run(folder, whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = fresh(whole, tmp_path / "run")
+    assert zygote.run(folder, *FIT, prelude=told(9)).code == 143
+    last, best = folder / LAST, folder / LAST.replace("last", "best")
+    assert best.is_file()
+    last.write_bytes(last.read_bytes()[:-1000])
+    (last.parent / "last.ckpt.part").write_bytes(b"half")  # what a killed run may leave
+    ended = zygote.run(folder, *FIT)
+    assert ended.code == 0
+    assert f"mtp: checkpoint '{LAST}' is passed over: it is cut short or no checkpoint." in ended.err
+    assert "Restoring states from the checkpoint path at run/checkpoints/best.ckpt" in ended.err
+    assert_same_run(folder, whole)
+
+
+def test_commands_that_only_read_need_a_checkpoint(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = fresh(whole, tmp_path / "run")
+    ended = zygote.run(folder, "validate", "--config", "config.yaml", "--ckpt_path", "last")
+    assert ended.code == 1
+    assert ended.error == "no complete checkpoint in 'run/checkpoints'. Give the path of a .ckpt file with --ckpt_path."
+
+
+def test_every_damage_is_seen(whole: Path, tmp_path: Path) -> None:
+    good = (whole / LAST).read_bytes()
+    middle = len(good) // 2
+    kinds = {
+        "cut": good[:middle],
+        "empty": b"",
+        "text": b"hello",
+        "flipped": good[:middle] + bytes([good[middle] ^ 255]) + good[middle + 1 :],
+    }
+    now = time.time_ns()
+    for number, (name, content) in enumerate(kinds.items(), 1):
+        (tmp_path / f"{name}.ckpt").write_bytes(content)
+        os.utime(tmp_path / f"{name}.ckpt", ns=(now, now + number * 10**9))
+    shutil.copy(whole / LAST, tmp_path / "good.ckpt")
+    os.utime(tmp_path / "good.ckpt", ns=(now, now))
+    torch.save({"mtp_settings": {}, "state_dict": {}}, tmp_path / "weights.ckpt")
+    os.utime(tmp_path / "weights.ckpt", ns=(now, now + 10**11))
+    said: list[str] = []
+    assert newest_checkpoint([tmp_path / "no folder", tmp_path], said.append) == tmp_path / "good.ckpt"
+    assert [line.split("'")[1].rpartition("/")[2].partition(".")[0] for line in said] == ["weights", *reversed(kinds)]
+    assert "it holds weights alone" in said[0] and "is damaged" in said[1]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"before")
+
+    def fails(file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match="could not be written: No space left on device. The checkpoint that"):
+        write_beside(path, fails)
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["last.ckpt"]
+    write_beside(path, lambda file: file.write(b"after"))
+    assert path.read_bytes() == b"after" and os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_random_state_comes_back() -> None:
+    def draws() -> list[float]:
+        return [random.random(), random.gauss(0, 1), float(np.random.standard_normal()), torch.rand(()).item()]
+
+    draws()
+    state = random_state()
+    first = draws()
+    draws()
+    set_random_state(state)
+    assert draws() == first
+
+
+def test_figures_that_a_resumed_run_measures_again_are_dropped(tmp_path: Path) -> None:
+    writer = MetricsWriter(str(tmp_path), append=False)
+    for step in range(3):
+        writer.log_metrics({"a": step}, step)
+    assert writer.num_lines() == 3
+    writer.log_metrics({"b": 1.5}, 3)  # a new name: the first line changes
+    assert writer.num_lines() == 4
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("4,")  # a line that a kill cut short
+    again = MetricsWriter(str(tmp_path), append=True)
+    again.keep(3)
+    again.log_metrics({"a": 3.0, "c": 1.0}, 3)
+    again.save()
+    assert read_metrics(tmp_path) == [
+        {"a": "0", "step": "0"},
+        {"a": "1", "step": "1"},
+        {"a": "2", "step": "2"},
+        {"a": "3.0", "c": "1.0", "step": "3"},
+    ]
+    other = MetricsWriter(str(tmp_path), append=False)
+    other.log_metrics({"a": 9}, 0)
+    other.save()
+    assert read_metrics(tmp_path) == [{"a": "9", "step": "0"}]

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch is its rows alone, token for token; the cache grows, is kept between calls, and costs what it holds."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_decoding import RUNS, InjectedDrafts, K, expected_steps, shared_model
+from tiny import ARCHITECTURES, CONTEXT, greedy_text, tiny_base, tiny_model, token_row
+from torch import Tensor
+
+from mtp_lightning import decoding_step, row_cache
+from mtp_lightning.decoding import DecodingOptions, decode, decode_rows
+from mtp_lightning.model import MTPModel
+from mtp_lightning.row_cache import RowCache
+from mtp_lightning.sampler_heads import GRUSamplerHead
+
+LENGTHS = [9, 1, 14, 4, 9, 7, 2, 22]
+G = 20
+
+
+def prompts(count: int = len(LENGTHS), seed: int = 50) -> list[Tensor]:
+    return [token_row([n], seed=seed + r).input_ids for r, n in enumerate((LENGTHS * 2)[:count])]
+
+
+@pytest.fixture
+def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InjectedDrafts]]:
+    models = []
+
+    def start(model: MTPModel, *args: Any) -> InjectedDrafts:
+        model._forward_pre_hooks.clear()
+        monkeypatch.setattr(decoding_step, "draft_block", drafts := InjectedDrafts(model, *args))
+        models.append(model)
+        return drafts
+
+    yield start
+    for model in models:
+        model._forward_pre_hooks.clear()
+
+
+def together(model: MTPModel, rows: list[Tensor], **options: Any) -> tuple[list[list[int]], list[list[int]], list[str]]:
+    """Tokens, drafts kept in each step, and finish reasons of each row."""
+    tokens: list[list[int]] = [[] for _ in rows]
+    kept: list[list[int]] = [[] for _ in rows]
+    reasons = [""] * len(rows)
+    for steps in decode_rows(model, rows, DecodingOptions(**options)):
+        for row, step, reason in steps:
+            tokens[row] += step.tokens
+            kept[row].append(len(step.tokens) - 1)
+            reasons[row] = reason or ""
+    return tokens, kept, reasons
+
+
+def cut(text: list[int], stop: list[int]) -> list[int]:
+    """A text up to its first end token."""
+    return text[: next((i for i, token in enumerate(text, 1) if token in stop), len(text))]
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_that_keep_different_numbers_and_finish_early(
+    architecture: str, kind: str, inject: Callable[..., InjectedDrafts]
+) -> None:
+    """Greedy, against transformers' own text; drafts are injected, so that every row keeps other numbers."""
+    model, base, rows = shared_model(architecture), tiny_base(architecture), prompts()
+    texts = [greedy_text(base, row, G + K + 2) for row in rows]
+    run: Callable[[int], int] = lambda at: (at * 5) % (K + 1)  # noqa: E731
+    inject(model, [[*row.tolist(), *text] for row, text in zip(rows, texts, strict=True)], run)
+    stop = [texts[0][5], texts[3][0], texts[5][11]]
+    options = {"decoding": kind, "num_masks": 5, "max_new_tokens": G, "eos_token_id": stop, "seed": list(range(len(rows)))}
+    tokens, kept, reasons = together(model, rows, **options)
+    expected = [cut(text[:G], stop) for text in texts]
+    assert tokens == expected
+    assert reasons == ["stop" if text[-1] in stop else "length" for text in expected]
+    assert len({len(text) for text in expected}) > 3
+    for r, row in enumerate(rows):  # and the very steps that it takes alone
+        alone = together(model, [row], **{**options, "seed": [r]})
+        assert (tokens[r], kept[r], reasons[r]) == (alone[0][0], alone[1][0], alone[2][0])
+        if reasons[r] == "length":
+            assert kept[r] == expected_steps(run, 0 if kind == "autoregressive" else 5, kind, G, len(row))
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sampled_batches_are_their_rows(architecture: str, kind: str) -> None:
+    model, rows = shared_model(architecture, "gru"), prompts(16)
+    options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 8, "num_masks": 3}
+    seeds = list(range(100, 116))
+    plain, _, _ = together(model, rows, **options, decoding="autoregressive", seed=seeds)
+    stop = [plain[4][2], plain[9][5]]
+    expected = [cut(text, stop) for text in plain]
+    assert together(model, rows, **options, decoding=kind, seed=seeds, eos_token_id=stop)[0] == expected
+    for r in (0, 4, 9, 15):
+        assert together(model, rows[r : r + 1], **options, decoding=kind, seed=seeds[r], eos_token_id=stop)[0] == [
+            expected[r]
+        ]
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", "flex_attention"])
+def test_attention_kernels_of_ragged_batches(kernel: str, kind: str, inject: Callable[..., InjectedDrafts]) -> None:
+    model, base, rows = tiny_model("gemma3", 3, attn_implementation=kernel), tiny_base("gemma3"), prompts(5)
+    texts = [greedy_text(base, row, G + 5) for row in rows]
+    inject(model, [[*row.tolist(), *text] for row, text in zip(rows, texts, strict=True)], RUNS["sometimes"])
+    found, _, _ = together(model, rows, decoding=kind, max_new_tokens=G, seed=list(range(5)), num_masks=3)
+    assert found == [text[:G] for text in texts]
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+def test_rows_near_the_whole_context(kind: str, inject: Callable[..., InjectedDrafts]) -> None:
+    """One row's context ends while others go on: no position past it is fed."""
+    model, base = shared_model("mistral-window"), tiny_base("mistral-window")
+    rows = [token_row([n], seed=n).input_ids for n in (CONTEXT - 1, CONTEXT - 4, 30, CONTEXT - 9)]
+    texts = [greedy_text(base, row, min(G, CONTEXT - len(row))) for row in rows]
+    drafts = inject(model, [[*row.tolist(), *text] for row, text in zip(rows, texts, strict=True)], RUNS["always"])
+    assert together(model, rows, decoding=kind, num_masks=5, max_new_tokens=G, seed=list(range(4)))[0] == texts
+    assert all(int(step.position_ids.max()) < CONTEXT for step in drafts.steps)
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
+def test_a_growing_cache_keeps_its_rows(
+    kind: str, inject: Callable[..., InjectedDrafts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_cache, "CHUNK", 3)
+    model, base, rows = shared_model("gemma3"), tiny_base("gemma3"), prompts(4)
+    texts = [greedy_text(base, row, 33) for row in rows]
+    inject(model, [[*row.tolist(), *text] for row, text in zip(rows, texts, strict=True)], RUNS["sometimes"])
+    assert together(model, rows, decoding=kind, num_masks=2, max_new_tokens=30, seed=list(range(4)))[0] == [
+        text[:30] for text in texts
+    ]
+
+
+# --- A cache that is kept -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "mistral-window"])
+def test_a_kept_cache_goes_on_from_the_common_beginning(architecture: str, kind: str) -> None:
+    model, base = tiny_model(architecture, 3, sampler_head=GRUSamplerHead()), tiny_base(architecture)
+    fed: list[int] = []
+    model.register_forward_pre_hook(lambda _, args: fed.append(args[0].tokens.shape[1]))
+    cache, options = RowCache(model.base, 1), DecodingOptions(kind, 3, max_new_tokens=9)
+
+    def say(prompt: list[int], num_tokens: int = 9) -> list[int]:
+        fed.clear()
+        found: list[int] = []
+        for step in decode(model, torch.tensor(prompt), options, cache):
+            found += step.tokens
+            if len(found) >= num_tokens:
+                break  # a reader that stops early
+        assert found == greedy_text(base, torch.tensor(prompt), 9)[: len(found)]
+        return found
+
+    first = token_row([8], seed=1).input_ids.tolist()
+    answer = say(first)
+    assert fed[0] == 8
+    history = [*first, *answer, 4, 5, 6]
+    answer = say(history, 4)
+    assert fed[0] == 4  # the last token said was not fed before
+    history += [*answer, 7]
+    say(history)
+    assert fed[0] == 2
+    say(history)  # the same once more: one token has to be fed
+    assert fed[0] == 1
+    say([*history[:6], 90, 91, *history[6:12]])  # another history
+    assert fed[0] == 8
+    say([history[0] + 1, 3])
+    assert fed[0] == 2
+
+
+# --- What it costs ------------------------------------------------------------------------------------------------------
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors' memory that Python holds."""
+    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if isinstance(t, Tensor)}
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("num_tokens", [800, pytest.param(4000, marks=pytest.mark.slow)])
+def test_memory_of_long_texts_is_the_caches(num_tokens: int) -> None:
+    """Between steps nothing is held that grows with their number, but the cache and the masks of the layouts."""
+    model = tiny_model("llama", 3, sampler_head=GRUSamplerHead(), max_position_embeddings=5000)
+    prompt = token_row([5]).input_ids
+    cache, beyond, at = RowCache(model.base, 1), [], []
+    length = 0
+    for number, step in enumerate(decode(model, prompt, DecodingOptions(max_new_tokens=num_tokens, num_masks=3), cache)):
+        length += len(step.tokens)
+        if number % (num_tokens // 10) == 10:
+            gc.collect()
+            beyond.append(live_bytes() - cache.num_bytes)
+            at.append(length)
+    assert length == num_tokens and len(at) > 5
+    # A table of the masks, 16 positions by capacity of one byte each, and the token ids are what else grows.
+    assert beyond[-1] - beyond[0] <= (at[-1] - at[0]) * 1.5 * (16 + 8)
+    assert cache.num_bytes < 1.3 * (num_tokens + 100) * 2 * 2 * 2 * 8 * 8
+
+
+def test_buffers_are_moved_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, grown = tiny_model("llama", 3, max_position_embeddings=700), []
+    original = row_cache._grown
+    monkeypatch.setattr(row_cache, "_grown", lambda *args: grown.append(args[2]) or original(*args))
+    steps = sum(1 for _ in decode(model, token_row([5]).input_ids, DecodingOptions("autoregressive", max_new_tokens=600)))
+    assert steps == 600 and len(set(grown)) < 12

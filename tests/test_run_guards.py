@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guards of a run: what is not finite, memory, processes that disagree, and bad days."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import (
+    leave_no_trace,  # noqa: F401 - a fixture
+    mtp,
+    own_cache,  # noqa: F401 - a fixture
+    read_metrics,
+)
+from tiny_run import LAST, write_config, write_run
+
+from mtp_lightning.callbacks.run_guards import disagreement, gradient_norm, not_finite, unwritable
+
+SPOILED = """
+import torch
+import torch.nn.functional as F
+from mtp_lightning.losses import BaseCrossEntropy
+
+
+class Spoiled(BaseCrossEntropy):
+    def __init__(self, how: str, at: int = 6):
+        super().__init__()
+        self.how, self.at, self.calls = how, at, 0
+
+    def per_position(self, logits, targets):
+        loss = super().per_position(logits, targets)
+        self.calls += self.training
+        if not self.training or self.calls != self.at:
+            return loss
+        if self.how == "memory":
+            torch.empty(2**55)
+        if self.how == "gradient":
+            return loss + torch.sqrt(logits.sum(-1) * 0)  # 0, with the derivative of a root at 0
+        return loss * float(self.how)
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The current folder holds everything but a run; gives the configuration."""
+    config = write_run(tmp_path)
+    (tmp_path / "my_losses.py").write_text(SPOILED)
+    monkeypatch.chdir(tmp_path)
+    yield config
+
+
+def spoil(config: dict[str, Any], how: str, at: int = 6, **trainer: Any) -> None:
+    config["model"]["losses"] = {
+        "sampler": {"class_path": "SamplerCrossEntropy"},
+        "spoiled": {"class_path": "my_losses.Spoiled", "init_args": {"how": how, "at": at}},
+    }
+    config["trainer"] |= trainer
+    write_config(Path(), config)
+
+
+FIT = ("fit", "--config", "config.yaml")
+
+
+def failed(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a run that must stop."""
+    assert mtp(*FIT) == 1
+    err = capsys.readouterr().err
+    assert err.count("mtp: error: ") == 1 and "Traceback" not in err
+    return err.splitlines()[-1].removeprefix("mtp: error: ")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("nan", "the loss is nan"), ("inf", "the loss is inf"), ("gradient", "a gradient is not finite, though")],
+)
+def test_what_is_not_finite_stops_before_it_reaches_a_weight(here: dict[str, Any], capsys, how: str, said: str) -> None:
+    spoil(here, how)
+    found = failed(capsys)
+    assert found.startswith(said) and " at step 6 (epoch 0, rows " in found
+    rows = {int(row) for row in found.partition("rows ")[2].partition(" of data.train")[0].split(", ")}
+    assert len(rows) == 2 and max(rows) < 22  # the rows of one batch
+    assert f"The last good checkpoint is '{LAST}', of step 4." in found and found.endswith("go on with --ckpt_path last.")
+    saved = torch.load(LAST, weights_only=True)
+    assert saved["global_step"] == 4 and all(value.isfinite().all() for value in saved["state_dict"].values())
+    assert max(int(line["step"]) for line in read_metrics(Path("run"))) == 4
+    if how == "nan":  # and it can be gone on from, with the spoiled loss mended
+        spoil(here, "1.0", max_steps=5)
+        assert mtp(*FIT, "--ckpt_path", "last") == 0
+
+
+def test_all_rows_of_an_accumulated_step_are_looked_at(here: dict[str, Any], capsys) -> None:
+    spoil(here, "nan", at=4, accumulate_grad_batches=3)  # the first batch of the second step
+    found = failed(capsys)
+    assert " at step 2 (epoch 0, rows " in found and "No checkpoint was written before." in found
+    assert len(found.partition("rows ")[2].partition(" of data.train")[0].split(", ")) == 2
+
+
+def test_the_estimate_is_printed_and_memory_that_runs_out_gets_advice(here: dict[str, Any], capsys) -> None:
+    spoil(here, "memory")
+    assert mtp(*FIT) == 1
+    err = capsys.readouterr().err
+    # 2 rows of 12 tokens, blocks after half of the 10 starts, 2 masks each.
+    assert "memory: up to 44 positions a step (24 tokens and 20 masks); base 0." in err
+    last = err.splitlines()[-1]
+    assert last.startswith("mtp: error: memory ran out in step 6 (") and "The estimate was: up to 44 positions" in last
+    assert "Lower data.batch_size from 2 to 1, or data.block_fraction from 0.5 to 0." in last
+    assert last.endswith("Go on with --ckpt_path last.") and torch.load(LAST, weights_only=True)["global_step"] == 4
+
+
+def test_disagreement_by_hand() -> None:
+    same = {"model.num_masks": "2", "data.train": "3 rows"}
+    assert disagreement([same]) is None and disagreement([same, dict(same)]) is None
+    found = disagreement([same, same, {**same, "data.train": "4 rows"}])
+    assert found is not None and "disagree on data.train: 3 rows in process 0, 4 rows in process 2." in found
+    assert "on new: nothing in process 0, 1 in process 1" in str(disagreement([{}, {"new": "1"}]))
+
+
+def test_the_message_names_rows_of_all_processes(tmp_path: Path) -> None:
+    good = {"losses": [], "rows": [], "all_rows": [1, 2]}
+    found = not_finite([good, {"losses": [math.inf], "rows": [7, 3], "all_rows": [3, 4, 7]}], 5, 1, [tmp_path])
+    assert found.startswith("the loss is inf at step 5 (epoch 1, rows 3, 7 of data.train)")
+    assert "rows 1, 2 of data.train" in not_finite([good], 5, 0, [tmp_path])
+
+
+def test_the_norm_of_gradients() -> None:
+    a, b, none = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert gradient_norm([a, b, none]) == 5 and gradient_norm([none]) == 0
+    b.grad[0] = math.nan
+    assert not gradient_norm([a, b]).isfinite()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    found = unwritable(tmp_path / "file" / "run")
+    assert found is not None and found.startswith(
+        f"the run's folder '{tmp_path}/file/run' can't be written: Not a directory."
+    )
+    assert unwritable(tmp_path / "new") is None and os.listdir(tmp_path / "new") == []

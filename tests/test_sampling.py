@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampled text is a function of prompt and seed alone, the same for every way to decode, and has the base's distribution."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from reference_sampling import sampled_text
+from tiny import greedy_text, tiny_base, tiny_model, token_row
+from torch import Tensor
+from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+from mtp_lightning import token_choice
+from mtp_lightning.decoding import DecodingOptions, decode_rows
+from mtp_lightning.errors import UsageError
+from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy, term_value
+from mtp_lightning.masking import build_masked_input
+from mtp_lightning.model import MTPModel
+from mtp_lightning.noise import row_seeds
+from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
+from mtp_lightning.types import TokenRow
+
+ROWS, G, K, SEED = 16, 14, 8, 11
+LENGTHS = [1 + 3 * r % 11 for r in range(ROWS)]
+SETTINGS: list[dict[str, Any]] = [{"temperature": 0.7, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}]
+
+
+def prompts() -> list[Tensor]:
+    return [token_row([n], seed=30 + r).input_ids for r, n in enumerate(LENGTHS)]
+
+
+def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    return ids, mask
+
+
+@functools.cache
+def reference(setting: int) -> tuple[tuple[int, ...], ...]:
+    """The texts of all rows, by the slow reference."""
+    base, seeds = tiny_base("qwen3"), row_seeds(SEED, ROWS)
+    texts = [sampled_text(base, p, G, s, **SETTINGS[setting]) for p, s in zip(prompts(), seeds, strict=True)]
+    return tuple(map(tuple, texts))
+
+
+@functools.cache
+def fitted(head: str) -> MTPModel:
+    """A model that has learnt a half of the texts: its drafts are often right and often not."""
+    model = tiny_model("qwen3", K, sampler_head={"mlp": MLPSamplerHead, "gru": GRUSamplerHead}[head]())
+    texts = [torch.tensor([*p.tolist(), *t]) for s in (0, 1) for p, t in zip(prompts(), reference(s), strict=True)][::2]
+    batch = build_masked_input([TokenRow(t, t, torch.zeros_like(t), r) for r, t in enumerate(texts)], K)
+    terms = {"base": BaseCrossEntropy(), "sampler": SamplerCrossEntropy()}
+    optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=1e-2)
+    for _ in range(60):
+        sums = model(batch, terms).sums
+        optimizer.zero_grad()
+        torch.stack([term_value(s, batch.counts) for s in sums.values()]).sum().backward()
+        optimizer.step()
+    return model
+
+
+def rows_of(out: Any) -> list[list[int]]:
+    return [out.sequences[r, n : n + G].tolist() for r, n in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("setting", [0, 1])
+def test_autoregressive_sampling_is_the_documented_rule(setting: int) -> None:
+    model, (ids, mask) = fitted("gru"), padded(prompts())
+    out = model.generate(ids, mask, decoding="autoregressive", max_new_tokens=G, seed=SEED, **SETTINGS[setting])
+    assert rows_of(out) == [list(text) for text in reference(setting)]
+    assert out.seeds == row_seeds(SEED, ROWS) and out.num_steps.tolist() == [G] * ROWS
+
+
+@pytest.mark.parametrize("setting", [0, 1])
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+@pytest.mark.parametrize("head", ["mlp", "gru"])
+def test_every_decoding_draws_the_same_text(head: str, kind: str, setting: int) -> None:
+    model, expected, kept = fitted(head), [list(text) for text in reference(setting)], []
+    seeds = row_seeds(SEED, ROWS)
+    for J in [*range(1, K + 1), "auto"]:
+        options = {"decoding": kind, "num_masks": J, "max_new_tokens": G, **SETTINGS[setting]}
+        out = model.generate(*padded(prompts()), seed=SEED, **options)
+        assert rows_of(out) == expected, J
+        kept += [count for row in out.accepted_per_step for count in row]
+        for r in (0, 5, 10) if J in (1, 3, 8, "auto") else (3,):  # a row by itself
+            alone = model.generate(prompts()[r][None], seed=seeds[r], **options)
+            assert alone.sequences[0, LENGTHS[r] :].tolist() == expected[r]
+            if J != "auto":  # what pays depends on the whole batch
+                assert alone.accepted_per_step[0] == out.accepted_per_step[r]
+    assert {0, 1, 2, 4} <= set(kept)  # the drafts are of all kinds
+    without = model.generate(
+        *padded(prompts()), seed=SEED, sampler_head=False, decoding=kind, **SETTINGS[setting], max_new_tokens=G
+    )
+    assert rows_of(without) == expected
+
+
+def test_seeds() -> None:
+    model, prompt = fitted("mlp"), prompts()[3]
+    batch = prompt.expand(4, -1)
+    options = {"max_new_tokens": 8, "temperature": 1.0}
+    same = model.generate(batch, seed=[5, 5, 6, 5], **options).sequences.tolist()
+    assert same[0] == same[1] == same[3] != same[2]
+    derived = model.generate(batch, seed=5, **options)
+    assert derived.sequences[0].tolist() == same[0] and len(set(map(tuple, derived.sequences.tolist()))) == 4
+    torch.manual_seed(3)
+    drawn = model.generate(batch, **options)
+    assert drawn.seeds is not None
+    assert torch.equal(model.generate(batch, seed=drawn.seeds, **options).sequences, drawn.sequences)
+    assert not torch.equal(model.generate(batch, **options).sequences, drawn.sequences)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(batch, **options).sequences, drawn.sequences)
+    assert model.generate(batch, max_new_tokens=2).seeds is None
+    with pytest.raises(UsageError, match="seed must be an int or one for each of the 4 rows, got 2"):
+        model.generate(batch, seed=[1, 2], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"top_k": 0}, "top_k must be 1 or more, got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
+        ({"verification": "hope"}, "verification must be coupled or rejection, got 'hope'"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DecodingOptions(**options)
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
+def test_top_k_and_processors(kind: str) -> None:
+    """Processors see the row's own tokens up to the position, drafts included, and come before the temperature."""
+    model, base, rows = fitted("gru"), tiny_base("qwen3"), prompts()[:4]
+    seeds = row_seeds(SEED, 4)
+    penalty, no_pairs = RepetitionPenaltyLogitsProcessor(1.4), NoRepeatNGramLogitsProcessor(2)
+    expected = []
+    for prompt, seed in zip(rows, seeds, strict=True):
+        both: Callable[[Tensor, Tensor], Tensor] = lambda text, scores: no_pairs(text, penalty(text, scores))  # noqa: E731
+        expected.append(sampled_text(base, prompt, 10, seed, 0.8, 0.95, 20, both))
+    out = model.generate(
+        *padded(rows),
+        decoding=kind,
+        num_masks=4,
+        max_new_tokens=10,
+        temperature=0.8,
+        top_p=0.95,
+        top_k=20,
+        seed=SEED,
+        repetition_penalty=1.4,
+        logits_processor=LogitsProcessorList([no_pairs]),
+    )
+    assert [out.sequences[r, len(p) : len(p) + 10].tolist() for r, p in enumerate(rows)] == expected
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
+def test_greedy_decoding_with_processors_is_transformers_own(kind: str) -> None:
+    model, base, rows = fitted("gru"), tiny_base("qwen3"), prompts()[:4]
+    processors = LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])
+    out = model.generate(
+        *padded(rows), decoding=kind, num_masks=4, max_new_tokens=12, repetition_penalty=1.3, logits_processor=processors
+    )
+    for r, prompt in enumerate(rows):
+        expected = greedy_text(base, prompt, 12, repetition_penalty=1.3, no_repeat_ngram_size=2)
+        assert out.sequences[r, len(prompt) : len(prompt) + 12].tolist() == expected
+        assert expected != greedy_text(base, prompt, 12)
+
+
+# --- Distribution: sequences of three tokens against their exactly enumerated probabilities ----------------------------
+
+SMALL = 5
+"""Vocabulary: 125 sequences of three tokens."""
+
+
+@functools.cache
+def small_model() -> MTPModel:
+    return tiny_model("llama", 2, sampler_head=GRUSamplerHead(), vocab_size=SMALL, initializer_range=0.2)
+
+
+@torch.no_grad()
+def enumerated(prompt: Tensor, temperature: float) -> Tensor:
+    """The probability of each sequence of three tokens, [V, V, V]."""
+    base, probabilities = small_model().base, torch.ones((), dtype=torch.float64)
+    for n in range(3):
+        prefixes = (
+            torch.cartesian_prod(*[torch.arange(SMALL)] * n).view(-1, n) if n else torch.empty(1, 0, dtype=torch.int64)
+        )
+        texts = torch.cat([prompt.expand(len(prefixes), -1), prefixes], dim=1)
+        next_token = (base(texts, use_cache=False).logits[:, -1] / temperature).softmax(-1)
+        probabilities = probabilities[..., None] * next_token.view(*[SMALL] * n, SMALL)
+    return probabilities
+
+
+def p_value(count: int, batch: int, **options: Any) -> tuple[float, float]:
+    """Of a chi-square test of so many sequences, and the share of verified drafts that were kept."""
+    model, prompt = small_model(), torch.tensor([1, 3, 0])
+    counts, drafted, kept = torch.zeros(SMALL**3, dtype=torch.float64), 0, 0
+    for first in range(0, count, batch):
+        seeds = row_seeds(77, batch, first)
+        texts: list[list[int]] = [[] for _ in seeds]
+        # A fourth token: else the third would never be a draft.
+        settings = DecodingOptions(temperature=2.0, seed=seeds, max_new_tokens=4, **options)
+        for steps in decode_rows(model, [prompt] * batch, settings):
+            for row, step, _ in steps:
+                texts[row] += step.tokens
+                drafted += step.num_drafts
+                kept += len(step.tokens) - 1
+        codes = torch.tensor(texts)[:, :3] @ torch.tensor([SMALL**2, SMALL, 1])
+        counts += codes.bincount(minlength=SMALL**3)
+    expected = enumerated(prompt, 2.0).flatten() * count
+    assert expected.min() > 5  # else the statistic is not a chi-square
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor(SMALL**3 - 1, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom / 2, statistic / 2)), kept / max(1, drafted)
+
+
+def planted(bias: float) -> Callable[..., Tensor]:
+    """Noise that favours token 2 by so much of log-probability."""
+    original = token_choice.gumbel_noise
+
+    def noise(keys: Tensor, vocab_size: int) -> Tensor:
+        out = original(keys, vocab_size)
+        out[..., 2] += bias
+        return out
+
+    return noise
+
+
+TESTS = 4
+"""Tests of the distribution below that must pass: Bonferroni's correction."""
+
+
+@pytest.mark.parametrize("count", [40_000, pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+def test_sequences_have_the_bases_probabilities(verification: str, count: int) -> None:
+    p, share = p_value(count, 5_000, num_masks=2, verification=verification)
+    assert p > 0.01 / TESTS
+    assert 0.2 < share < 0.8  # both outcomes are frequent
+
+
+@pytest.mark.parametrize("count", [pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+def test_a_bias_of_one_percentage_point_is_caught(verification: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = enumerated(torch.tensor([1, 3, 0]), 2.0).sum((1, 2))[2]
+    bias = torch.log((first + 0.01) / (1 - first - 0.01) / (first / (1 - first)))
+    monkeypatch.setattr(token_choice, "gumbel_noise", planted(float(bias)))
+    p, _ = p_value(count, 5_000, num_masks=2, verification=verification)
+    assert p < 0.001 / TESTS

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many processes are one: DDP and FSDP2 on a CPU with gloo against one process on the same global batch, and its files."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_processes
+import yaml
+from command_line import ParseOnly, leave_no_trace, read_metrics  # noqa: F401 - the second is a fixture
+from tiny import tiny_model
+from tiny_run import LAST, write_config, write_run
+from zygote import Ended, Zygote
+
+from mtp_lightning.acceptance import evaluate_prompts
+from mtp_lightning.decoding import DecodingOptions
+from mtp_lightning.errors import UsageError
+from mtp_lightning.lockstep import in_step
+from mtp_lightning.model import MTPModel
+from mtp_lightning.prompts import Prompt
+
+ROOT = Path(__file__).parents[1]
+STRATEGIES = ROOT / "configs" / "strategies"
+FSDP2 = ["--config", STRATEGIES / "fsdp2.yaml", "--model.gradient_checkpointing", "false"]
+STEPS, ROWS = 6, 4
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+"""float64 sums in another order: rounding of 1e-16 through six optimizer steps with gains well below 1e5."""
+
+
+@pytest.fixture(scope="module")
+def here(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that a run needs, and in ``one`` what one process with the whole global batch wrote."""
+    folder = tmp_path_factory.mktemp("strategies")
+    config = write_run(folder)
+    config["model"]["lora"]["dropout"] = 0.0  # processes draw their own
+    config["trainer"] |= {"max_steps": STEPS, "val_check_interval": 3, "num_sanity_val_steps": 0}
+    write_config(folder, config)
+    assert run(zygote, folder, 1, "one")[0].code == 0
+    return folder
+
+
+def run(zygote: Zygote, folder: Path, world: int, name: str, *words: object) -> list[Ended]:
+    """Train on ``world`` processes, each with its share of the global batch, into ``name``."""
+    common = ["fit", "--config", "config.yaml", *words, "--trainer.devices", world, "--data.batch_size", ROWS // world]
+    common += ["--trainer.logger.save_dir", name]
+    if world == 1:
+        return [zygote.run(folder, *common)]
+    return [process.wait() for process in zygote.ranks(folder, free_port(), *([common] * world))]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    """The lines of metrics.csv as numbers; the losses of one step and of a validation."""
+    return [{name: float(value) for name, value in line.items()} for line in read_metrics(folder)]
+
+
+def assert_alike(one: Path, many: Path) -> None:
+    """The same figures and weights, to rounding."""
+    lines, others = figures(one), figures(many)
+    assert len(lines) == len(others) and lines
+    for line, other in zip(lines, others, strict=True):
+        assert line.keys() == other.keys()
+        for name in line:
+            # Acceptance lengths and what metrics keep are float32 somewhere on their way.
+            loose = 1e-6 if name.startswith("val/") else CLOSE["rtol"]
+            assert other[name] == pytest.approx(line[name], rel=loose, abs=1e-11, nan_ok=True), name
+    same_state(one / "checkpoints/last.ckpt", many / "checkpoints/last.ckpt")
+
+
+def same_state(one: Path, many: Path) -> None:
+    """The same trained weights and optimizer state, in the same form."""
+    expected, found = (torch.load(path, weights_only=True) for path in (one, many))
+    assert expected["state_dict"].keys() == found["state_dict"].keys()
+    for name, value in expected["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][name], value, **CLOSE)
+    states, others = expected["optimizer_states"][0]["state"], found["optimizer_states"][0]["state"]
+    assert states.keys() == others.keys()
+    for number, state in states.items():
+        for name, value in state.items():
+            torch.testing.assert_close(others[number][name], value, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "words"),
+    [
+        ("ddp2", 2, ["--config", STRATEGIES / "ddp.yaml"]),
+        pytest.param("ddp4", 4, ["--config", STRATEGIES / "ddp.yaml"], marks=pytest.mark.slow),
+        ("fsdp2", 2, FSDP2),
+        ("fsdp2_offload", 2, ["--config", STRATEGIES / "fsdp2_offload.yaml", "--trainer.strategy.load_in_turns", "false"]),
+    ],
+)
+def test_many_processes_are_one(zygote: Zygote, here: Path, name: str, world: int, words: Sequence[Any]) -> None:
+    for ended in run(zygote, here, world, name, *words):
+        assert ended.code == 0, ended.err
+    assert_alike(here / "one", here / name)
+
+
+def test_checkpoints_go_from_one_strategy_to_another(zygote: Zygote, here: Path, tmp_path: Path) -> None:
+    """One process stops at step 3; two sharded ones go on, and one process ends it: the uninterrupted run."""
+    folder = tmp_path / "here"
+    shutil.copytree(here, folder, ignore=lambda at, names: {"one", "ddp2", "fsdp2", "ddp4", "fsdp2_offload"} & set(names))
+    last = ("--ckpt_path", "last")
+    assert run(zygote, folder, 1, "run", "--trainer.max_steps", 2)[0].code == 0
+    for ended in run(zygote, folder, 2, "run", *FSDP2, "--trainer.max_steps", 4, *last):
+        assert ended.code == 0, ended.err
+    sharded = torch.load(folder / LAST, weights_only=True)
+    assert sharded["global_step"] == 4
+    model = MTPModel.from_pretrained(str(folder / LAST), base_model=str(folder / "base"))  # and it is a model by itself
+    weights = dict(model.trained_parameters())
+    assert weights and all(sharded["state_dict"][f"model.{name}"].equal(weights[name].data) for name in weights)
+    assert run(zygote, folder, 1, "run", *last)[0].code == 0
+    same_state(here / "one/checkpoints/last.ckpt", folder / LAST)
+
+
+def test_recomputed_layers_accumulation_and_turns(zygote: Zygote, here: Path) -> None:
+    words = ["--config", STRATEGIES / "fsdp2.yaml", "--trainer.accumulate_grad_batches", 2, "--trainer.max_steps", 2]
+    words += ["--data.packing", "true", "--data.max_length", 24, "--trainer.val_check_interval", 2]
+    for ended in run(zygote, here, 2, "turns", *words, "--trainer.strategy.load_in_turns", "true"):
+        assert ended.code == 0, ended.err
+    plain = [*words[2:], "--trainer.strategy", "auto"]
+    assert run(zygote, here, 1, "plain", *plain)[0].code == 0
+    same_state(here / "plain/checkpoints/last.ckpt", here / "turns/checkpoints/last.ckpt")
+
+
+# one sentence for all processes
+
+
+def two(zygote: Zygote, folder: Path, first: Sequence[object], second: Sequence[object], *preludes: str) -> list[Ended]:
+    """Two DDP processes with words of their own."""
+    words = ["fit", "--config", "config.yaml", "--trainer.strategy", "ddp", "--trainer.devices", 2]
+    started = zygote.ranks(folder, free_port(), [*words, *first], [*words, *second], preludes=preludes)
+    return [process.wait() for process in started]
+
+
+def test_processes_that_disagree_stop_at_the_start(zygote: Zygote, here: Path, tmp_path: Path) -> None:
+    run_folder = ["--trainer.logger.save_dir", tmp_path / "run"]
+    first, second = two(zygote, here, run_folder, [*run_folder, "--data.block_fraction", 0.25])
+    assert (first.code, second.code) == (1, 0) and "mtp: error" not in second.err
+    assert first.error == (
+        "the processes of this run disagree on data.block_fraction: 0.5 in process 0, 0.25 in process 1. Start all of them"
+        " with the same configuration, code and data."
+    )
+    other = tmp_path / "other.jsonl"
+    lines = (here / "train.jsonl").read_text().splitlines()
+    other.write_text("\n".join(lines[:-1]) + "\n")
+    (here / "same.jsonl").unlink(missing_ok=True)
+    (here / "same.jsonl").symlink_to(other)
+    prelude = f"import os; os.chdir({str(tmp_path)!r})"  # the same words, but another file of that name
+    shutil.copytree(here / "base", tmp_path / "base")
+    for name in ("config.yaml", "validation.jsonl", "prompts.jsonl"):
+        shutil.copy(here / name, tmp_path / name)
+    shutil.copy(here / "train.jsonl", tmp_path / "same.jsonl")
+    data = [*run_folder, "--data.train", "same.jsonl"]
+    first, second = two(zygote, here, data, data, "", prelude)
+    assert (first.code, second.code) == (1, 0)
+    assert first.error.startswith("the processes of this run disagree on data.train: 21 rows, ")
+    assert " in process 0, 22 rows, " in first.error
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+
+def test_a_signal_to_one_process_saves_in_all(zygote: Zygote, here: Path, tmp_path: Path) -> None:
+    from test_resume import told
+
+    words = ["--trainer.logger.save_dir", tmp_path / "run"]
+    first, second = two(zygote, here, words, words, "", told(2))
+    assert (first.code, second.code) == (143, 0), first.err
+    assert "after step 2. Go on with --ckpt_path last." in first.err and "mtp: SIGTERM" not in second.err
+    assert torch.load(tmp_path / LAST, weights_only=True)["global_step"] == 2
+
+
+def test_strategies_that_can_not_shard_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
+    from mtp_lightning.module import MTPModule
+    from mtp_lightning.trainer import FullyShardedStrategy
+
+    with pytest.raises(UsageError, match="Use --config configs/strategies/fsdp2.yaml"):
+        MTPModule("nowhere")._check_sharding(ModelParallelStrategy())
+    with pytest.raises(UsageError, match="model.quantization 4bit can't be sharded"):
+        MTPModule("nowhere", quantization="4bit")._check_sharding(FullyShardedStrategy())
+    heavy = BaseCrossEntropy()
+    heavy.temperature = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(UsageError, match="a loss term has weights of its own"):
+        MTPModule("nowhere", losses={"a": heavy, "b": SamplerCrossEntropy()})._check_sharding(FullyShardedStrategy())
+
+
+# decoding
+
+
+PROMPTS = [Prompt("", list(range(1, 2 + length)), "") for length in (1, 40, 2, 3, 30)]
+OPTIONS = DecodingOptions(max_new_tokens=20)
+
+
+def decoded(model: MTPModel, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
+    results = evaluate_prompts(model, PROMPTS, OPTIONS, check=2, rank=rank, world=world)
+    return [{name: value for name, value in r._asdict().items() if name != "seconds"} for r in results]
+
+
+def decode_sharded(rank: int) -> tuple[list[dict[str, Any]], int, int]:
+    """Two processes decode the prompts of their share with a sharded model; also how many passes each made."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from mtp_lightning.sharding import shard_model
+
+    model = tiny_model("llama")
+    shard_model(model, init_device_mesh("cpu", (2,)))
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.register_forward_pre_hook(count)
+    with in_step(model):
+        mine = decoded(model, rank, 2)
+        own = calls
+    return mine, own, calls
+
+
+def test_sharded_processes_decode_different_numbers_of_steps(tmp_path: Path) -> None:
+    (first, own_0, calls_0), (second, own_1, calls_1) = two_processes.run(decode_sharded, tmp_path)
+    assert own_0 != own_1 and calls_0 == calls_1 == max(own_0, own_1)  # one process kept the other company
+    together = sorted(first + second, key=lambda each: each["prompt_index"])
+    assert together == decoded(tiny_model("llama"))
+
+
+# the files
+
+
+@pytest.mark.parametrize("path", sorted(STRATEGIES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("config", ["demo.yaml", "qwen.yaml", "tulu3_8b.yaml"])
+def test_a_strategy_fits_every_configuration(path: Path, config: str) -> None:
+    whole = ROOT / "configs" / config
+    own, together = ParseOnly("--config", whole).settings, ParseOnly("--config", whole, "--config", path).settings
+    expected = yaml.safe_load(path.read_text())
+    assert together.trainer.strategy.class_path == expected["trainer"]["strategy"]["class_path"]
+    for name, value in expected["trainer"]["strategy"]["init_args"].items():
+        assert getattr(together.trainer.strategy.init_args, name) == value
+    assert together.model.gradient_checkpointing == expected.get("model", {}).get(
+        "gradient_checkpointing", own.model.gradient_checkpointing
+    )
+    assert together.data == own.data
