@@ -66,6 +66,10 @@ def test_a_cycle_holds_what_reading_everything_holds(folder: str, packing: bool)
         report, other = first.report, everything.report
         assert (report.rows_read, report.skipped, report.cut) == (33, {"shorter than two tokens": 1}, 1)
         assert (report.tokens, report.eligible_starts) == (other.tokens, other.eligible_starts)
+        parts = stream(folder)
+        reports = [parts.take(3).report for _ in range(11)]  # of 8 rows read together, some go over to the next epoch
+        assert sum(report.rows_read for report in reports) == 33 and sum(report.cut for report in reports) == 1
+        assert sum(sum(report.skipped.values()) for report in reports) == 1
         return
     rows = found.take(12).rows
     assert rows.lengths.max() <= 16 and max(len(rows.documents_of(row)) for row in range(12)) > 1

@@ -49,9 +49,9 @@ class MTPDataModule(LightningDataModule):
         seed: seed of the order of the rows, of the mix and of the block starts.
         max_rows: read at most so many training rows, evenly spaced over the sources. For quick runs.
         eval_max_rows: the same for validation and testing.
+        chat_template: a jinja file for rows with messages, best with {% generation %} markers. None: the base's own.
         streaming_rows: read the training data as a stream that is never whole in memory or on disk; so many rows form an
             epoch, shuffled among themselves, and the next epoch goes on where it ended. None: read all of it first.
-        chat_template: a jinja file for rows with messages, best with {% generation %} markers. None: the base's own.
 
     Attributes:
         rows: split -> its token rows, after ``setup``.

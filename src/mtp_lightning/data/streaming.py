@@ -172,13 +172,15 @@ class RowStream:
         from datasets import concatenate_datasets
 
         parts: list[Dataset] = []
+        fresh: list[np.ndarray] = []  # a batch that goes over from one epoch to the next is reported once
         rows: list[np.ndarray] = []
         read = documents = barren = 0
         while len(rows) < count:
-            if self._batch is None:
+            if new := self._batch is None:
                 self._batch, self._used = self._next_batch(), 0
                 read += self._batch.read
             batch = self._batch
+            assert batch is not None
             barren = 0 if batch.rows else barren + batch.read
             if barren and min(source.cycle for source in self.sources) > 0:
                 raise RunError(
@@ -189,6 +191,7 @@ class RowStream:
             chosen = batch.rows[self._used : self._used + count - len(rows)]
             rows += [documents + row for row in chosen]
             parts.append(batch.documents)
+            fresh.append(np.full(len(batch.documents), new))
             documents += len(batch.documents)
             self._used += len(chosen)
             if self._used == len(batch.rows):
@@ -197,8 +200,8 @@ class RowStream:
         offsets = np.cumsum([0] + [len(row) for row in rows])
         table = concatenate_datasets(parts)
         token_rows = TokenRows(table, order, offsets if self.packing else None)
-        everything = np.ones(len(table), bool)
-        return Prepared(token_rows, report_of(table, column(table, "outcome"), everything, read, order, len(token_rows)))
+        side = np.concatenate(fresh)
+        return Prepared(token_rows, report_of(table, column(table, "outcome"), side, read, order, len(token_rows)))
 
     def _position(self) -> dict[str, Any]:
         return {"sources": [source.state() for source in self.sources], "taken": list(self.taken)}
