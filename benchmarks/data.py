@@ -30,14 +30,14 @@ WORDS = "the a of and to in is that it for was on are as with they be at one hav
 
 
 def write_rows(path: Path, number: int) -> None:
-    """Conversations of 1 to 5 turns, of 5 to 120 words each."""
+    """Conversations of 1 to 3 turns, of 5 to 60 words each."""
     chance = random.Random(0)
     with path.open("w") as file:
         for _ in range(number):
             messages = []
-            for _ in range(chance.randint(1, 5)):
+            for _ in range(chance.randint(1, 3)):
                 for role in ("user", "assistant"):
-                    words = chance.choices(WORDS, k=chance.randint(5, 120))
+                    words = chance.choices(WORDS, k=chance.randint(5, 60))
                     messages.append({"role": role, "content": " ".join(words)})
             file.write(json.dumps({"messages": messages}) + "\n")
 
@@ -149,10 +149,8 @@ def throughput(rounds: int, steps: int) -> None:
     ratios = [a / b for a, b in zip(loaded, trained, strict=True)]
     print(f"one worker makes {statistics.median(loaded):,.0f} tokens/s ({min(loaded):,.0f} to {max(loaded):,.0f})")
     print(f"the demo's training step takes {statistics.median(trained):,.0f} ({min(trained):,.0f} to {max(trained):,.0f})")
-    print(
-        f"ratio {statistics.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f})"
-        f" in {rounds} rounds, {os.cpu_count()} cores"
-    )
+    spread = f"{min(ratios):.0f} to {max(ratios):.0f} in {rounds} rounds, {os.cpu_count()} cores"
+    print(f"ratio {statistics.median(ratios):.0f} ({spread})")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     monkeypatch.setattr("mtp_lightning.benchmark_command.measure", lambda *args: reached.append("benchmark"))
     monkeypatch.setattr("mtp_lightning.chat_command.conversation", lambda *args: None)
     monkeypatch.setattr("mtp_lightning.chat_command.converse", lambda *args: reached.append("chat"))
+    monkeypatch.setattr("mtp_lightning.distill.command.chosen_shard", lambda *args: reached.append("distill") or sys.exit())
+    monkeypatch.setattr(lightning_cli.DataCLI, "instantiate_classes", lambda self: reached.append("data") or sys.exit())
     for module in (commands, lightning_cli):
         monkeypatch.setattr(module, "read_prompts", lambda *args: [])
         monkeypatch.setattr(module, "print_generations", lambda *args, **options: reached.append("text"))

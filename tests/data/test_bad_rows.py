@@ -39,7 +39,7 @@ def read(folder: Path, data: bytes, name: str = "a.jsonl") -> Prepared:
     ("data", "message"),
     [
         (b'{"text": "one"}\n{"text": "\xff\xfe"}\n', ", row 2: expected UTF-8 text, 'utf-8' codec can't decode byte 0xff"),
-        (b'{"text": "caf\xe9"}\n', ", row 1: expected UTF-8 text, 'utf-8' codec can't decode byte 0xe9 in position 3"),
+        (b'{"text": "fin\xe9"}\n', ", row 1: expected UTF-8 text, 'utf-8' codec can't decode byte 0xe9 in position 3"),
         (lines(GOOD) + lines(GOOD).replace(b"one", b"\xff"), ", row 2: expected UTF-8 text, 'utf-8' codec can't decode"),
         (lines({"text": "one"}, {"text": 5}), ", row 2: text must be text, got int."),
         (lines({"text": {"a": 1}}), ", row 1: text must be text, got dict."),
@@ -49,7 +49,7 @@ def read(folder: Path, data: bytes, name: str = "a.jsonl") -> Prepared:
             lines(GOOD, {"messages": [says("user", 5)]}),
             ", row 2: content of a message must be text, got int: {'role': ",
         ),
-        (lines(GOOD, {"messages": [says("asistant", "x")]}), ", row 2: message 1 has the role 'asistant', which the chat"),
+        (lines(GOOD, {"messages": [says("gtp4", "x")]}), ", row 2: message 1 has the role 'gtp4', which the chat"),
         (lines(GOOD, {"messages": [says("user", None)]}), ", row 2: each of messages must be {role, content}, got {'role'"),
         (lines({"input_ids": ["a"]}), ": input_ids must be lists of token ids, got list<item: string>."),
         (lines({"input_ids": [1.5, 2]}), ": input_ids must be lists of token ids, got list<item: double>."),
@@ -71,7 +71,7 @@ def test_rows_that_are_refused(tmp_path: Path, data: bytes, message: str) -> Non
 
 def test_text_that_is_no_utf_8_in_other_files(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"a.json: expected a .json file, it cannot be read: Invalid octet in UTF-8"):
-        read(tmp_path, b'[{"text": "caf\xe9"}]', "a.json")
+        read(tmp_path, b'[{"text": "fin\xe9"}]', "a.json")
     column = pa.array([b"one", b"\xff"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(RunError, match="a.parquet, row 2: expected UTF-8 text, 'utf-8' codec can't decode byte 0xff"):

@@ -288,8 +288,8 @@ def test_all_loss_where_there_are_user_turns_is_an_error() -> None:
     ("message", "error"),
     [
         (
-            says("asistant", "x"),
-            "^message 2 has the role 'asistant', which the chat template does not name; expected one of",
+            says("gtp4", "x"),
+            "^message 2 has the role 'gtp4', which the chat template does not name; expected one of",
         ),
         (says("gpt", "x"), "^message 2 has the role 'gpt', .* Rename it: turns of 'assistant' carry loss.$"),
         ({"role": 3, "content": "x"}, "^role of a message must be text, got int: {'role': 3, 'content': 'x'}.$"),

@@ -109,4 +109,4 @@ def test_mistakes(config: Path, capsys) -> None:
     assert "rows must be 1 or more, got 0. Change --rows." in error_of(capsys, 2, "data", "--config", config, "--rows", 0)
     message = error_of(capsys, 2, "data", "--config", config, "--split", "test")
     assert message == "data.test must name a source for this command, got nothing. Set data.test."
-    assert "split" in error_of(capsys, 2, "data", "--config", config, "--split", "trian")
+    assert "split" in error_of(capsys, 2, "data", "--config", config, "--split", "training")

@@ -20,7 +20,7 @@ from mtp_lightning.data.chat import encode_chat_prompt
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.distill.base_answers import AnswerOptions
 from mtp_lightning.distill.command import base_of, chosen_shard, shard_path
-from mtp_lightning.errors import UsageError
+from mtp_lightning.errors import RunError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +185,18 @@ def test_ids_must_differ(tmp_path: Path, base: str, capsys) -> None:
     assert "line 1: expected id as text or a number, got list." in error_of(capsys, 1, *words)
 
 
-def test_base_of_a_checkpoint_and_of_a_saved_folder(tmp_path: Path) -> None:
+def test_base_of_a_checkpoint_and_of_a_saved_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"mtp_settings": {"base_model": "owner/base", "revision": "r"}}, tmp_path / "a.ckpt")
     assert base_of(str(tmp_path / "a.ckpt")) == ("owner/base", "r")
     assert base_of(str(tmp_path / "a.ckpt"), "moved", "s") == ("moved", "s")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "revision": null}')
     assert base_of(str(tmp_path)) == ("owner/base", None)
     assert base_of("owner/base") == ("owner/base", None)
+    monkeypatch.setattr("transformers.utils.find_adapter_config_file", lambda name: str(tmp_path / "adapter_config.json"))
+    assert base_of("owner/saved") == ("owner/base", None)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(RunError, match="adapter_config.json: expected base_model_name_or_path, found none. Give"):
+        base_of(str(tmp_path))
 
 
 def test_shards(monkeypatch: pytest.MonkeyPatch) -> None:

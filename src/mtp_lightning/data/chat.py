@@ -59,7 +59,7 @@ def encode_messages(
         text = render(messages, tokenizer, template)
         ids, offsets = _tokenize(text, tokenizer)
         spans = _assistant_spans(messages, text, tokenizer, template)
-        loss = [any(start <= begin < end for start, end in spans) for begin, _ in offsets]
+        loss = _inside([begin for begin, _ in offsets], spans)
     if all(loss) and any(message["role"] != "assistant" for message in messages):
         roles = ", ".join(str(message["role"]) for message in messages)
         raise RunError(
@@ -276,6 +276,17 @@ def _turn_end(turn: str, tokenizer: PreTrainedTokenizerBase) -> int:
     special = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     trimmed = turn.rstrip()
     return len(trimmed) if any(trimmed.endswith(token) for token in special if token) else len(turn)
+
+
+def _inside(places: list[int], spans: list[tuple[int, int]]) -> list[bool]:
+    """Which places, in order, lie in one of the spans, in order and apart."""
+    borders = [border for span in spans for border in span]
+    inside, crossed = [], 0
+    for place in places:
+        while crossed < len(borders) and place >= borders[crossed]:
+            crossed += 1
+        inside.append(crossed % 2 == 1)
+    return inside
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:

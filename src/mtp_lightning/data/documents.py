@@ -60,7 +60,7 @@ def encode_rows(
         with cache_errors():
             folder.mkdir(parents=True, exist_ok=True)
             return rows.with_format("arrow" if tokenized else None).map(
-                _encode_table if tokenized else _encode_fields,
+                _encode_table if tokenized else encode_fields,
                 batched=True,
                 with_indices=True,
                 remove_columns=rows.column_names,
@@ -85,7 +85,7 @@ def _undecodable(rows: Dataset) -> int:
     raise AssertionError("one of the rows was not decoded before")
 
 
-def _encode_fields(
+def encode_fields(
     batch: dict[str, list[Any]],
     indices: Sequence[int],
     name: str,
@@ -93,6 +93,22 @@ def _encode_fields(
     max_length: int,
     chat_template: str | None,
 ) -> pa.Table:
+    """The documents of some rows of fields.
+
+    Args:
+        batch: field -> its value in each row.
+        indices: numbers of the rows, for messages and for the column ``row``.
+        name: where they come from, for messages.
+        tokenizer: the base's tokenizer.
+        max_length: most tokens in a document.
+        chat_template: text of a chat template, or None for the base's own.
+
+    Returns:
+        A table with a document a row, as ``encode_rows`` says.
+
+    Raises:
+        RunError: a row cannot be encoded; the message names it.
+    """
     encoded = []
     for place, number in enumerate(indices):
         try:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
 
 from mtp_lightning.data.collator import MaskedInputCollator
-from mtp_lightning.data.loader import WindowedLoader, load_rows
+from mtp_lightning.data.loader import RowSampler, WindowedLoader, load_rows
 from mtp_lightning.data.preparing import Prepared, Sources, prepare
 from mtp_lightning.data.rows import TokenRows
+from mtp_lightning.data.streaming import RowStream, StreamedLoader
 from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.paths import resolve
 
@@ -48,6 +50,8 @@ class MTPDataModule(LightningDataModule):
         max_rows: read at most so many training rows, evenly spaced over the sources. For quick runs.
         eval_max_rows: the same for validation and testing.
         chat_template: a jinja file for rows with messages, best with {% generation %} markers. None: the base's own.
+        streaming_rows: read the training data as a stream that is never whole in memory or on disk; so many rows form an
+            epoch, shuffled among themselves, and the next epoch goes on where it ended. None: read all of it first.
 
     Attributes:
         rows: split -> its token rows, after ``setup``.
@@ -72,6 +76,7 @@ class MTPDataModule(LightningDataModule):
         max_rows: int | None = None,
         eval_max_rows: int | None = None,
         chat_template: str | None = None,
+        streaming_rows: int | None = None,
     ) -> None:
         super().__init__()
         self.train = train
@@ -90,6 +95,8 @@ class MTPDataModule(LightningDataModule):
         self.max_rows = max_rows
         self.eval_max_rows = eval_max_rows
         self.chat_template = chat_template
+        self.streaming_rows = streaming_rows
+        self._streamed: StreamedLoader | None = None
         self.rows: dict[str, TokenRows] = {}
         self.report: dict[str, dict[str, Any]] = {}
         self._ready: set[str] = set()
@@ -97,7 +104,9 @@ class MTPDataModule(LightningDataModule):
 
     def _check(self) -> None:
         at_least = {"max_length": 2, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
-        at_least |= dict.fromkeys(("max_blocks_per_row", "eval_max_blocks_per_row", "max_rows", "eval_max_rows"), 1)
+        at_least |= dict.fromkeys(
+            ("max_blocks_per_row", "eval_max_blocks_per_row", "max_rows", "eval_max_rows", "streaming_rows"), 1
+        )
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -113,6 +122,11 @@ class MTPDataModule(LightningDataModule):
             )
         if self.validation is not None and self.validation_fraction:
             raise UsageError("data.validation and data.validation_fraction are both set: leave one of them out.")
+        for name in ("validation_fraction", "max_rows"):
+            if self.streaming_rows is not None and getattr(self, name):
+                raise UsageError(
+                    f"data.{name} needs all rows, and data.streaming_rows reads a stream: leave one of them out."
+                )
 
     def prepare_data(self) -> None:
         """Read and encode everything once, on one process of each machine; ``setup`` then finds it in the cache."""
@@ -139,6 +153,8 @@ class MTPDataModule(LightningDataModule):
 
     def _prepare(self, stage: str) -> dict[str, Prepared]:
         wanted = _SPLITS.get(stage, ())
+        if self.streaming_rows is not None:
+            wanted = tuple(split for split in wanted if split != "train")
         hold_out = self.validation_fraction > 0 and "validation" in wanted
         prepared = {}
         if "train" in wanted or hold_out:
@@ -153,15 +169,8 @@ class MTPDataModule(LightningDataModule):
         return {split: prepared[split] for split in wanted if split in prepared}
 
     def _rows_of(self, split: str, max_rows: int | None, held_out: float = 0.0) -> tuple[Prepared, Prepared | None]:
-        sources = getattr(self, split)
-        if sources is None:
-            raise UsageError(f"data.{split} must name a source for this command, got nothing. Set data.{split}.")
+        sources = self._check_source(split)
         _, module = self._attached()
-        if module.context is not None and self.max_length > module.context:
-            raise UsageError(
-                f"max_length must be at most the base's context, {module.context}, got {self.max_length}."
-                " Set data.max_length."
-            )
         return prepare(
             sources,
             module.tokenizer,
@@ -175,6 +184,25 @@ class MTPDataModule(LightningDataModule):
             max_held_out=self.eval_max_rows,
             workers=self.num_workers,
         )
+
+    def _check_source(self, split: str) -> Sources:
+        sources: Sources | None = getattr(self, split)
+        if sources is None:
+            raise UsageError(f"data.{split} must name a source for this command, got nothing. Set data.{split}.")
+        _, module = self._attached()
+        if module.context is not None and self.max_length > module.context:
+            raise UsageError(
+                f"max_length must be at most the base's context, {module.context}, got {self.max_length}."
+                " Set data.max_length."
+            )
+        return sources
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of this rank and how many there are."""
+        trainer, _ = self._attached()
+        # The strategy knows better than rank and world size where several devices share the work on one batch.
+        ranks = trainer.distributed_sampler_kwargs or {"rank": trainer.global_rank, "num_replicas": trainer.world_size}
+        return ranks["rank"], ranks["num_replicas"]
 
     def _attached(self) -> tuple[Trainer, Any]:
         """The trainer and its module, which owns tokenizer, num_masks and context: none of them is an argument here."""
@@ -196,8 +224,7 @@ class MTPDataModule(LightningDataModule):
     def _loader(self, split: str) -> WindowedLoader:
         trainer, module = self._attached()
         training = split == "train"
-        # The strategy knows better than rank and world size where several devices share the work on one batch.
-        ranks = trainer.distributed_sampler_kwargs or {"rank": trainer.global_rank, "num_replicas": trainer.world_size}
+        rank, world = self._ranks()
         collator = MaskedInputCollator(
             num_masks=module.num_masks,
             block_fraction=self.block_fraction if training else 1.0,
@@ -210,8 +237,8 @@ class MTPDataModule(LightningDataModule):
             collator,
             self.batch_size if training else self.eval_batch_size,
             seed=self.seed if training else _EVALUATION_SEED,
-            rank=ranks["rank"],
-            world=ranks["num_replicas"],
+            rank=rank,
+            world=world,
             bucketed=not self.packing,
             num_workers=self.num_workers,
         )
@@ -226,9 +253,38 @@ class MTPDataModule(LightningDataModule):
             epoch=trainer.current_epoch,
         )
 
-    def train_dataloader(self) -> WindowedLoader:
+    def train_dataloader(self) -> WindowedLoader | StreamedLoader:
         """Training batches, a new order and new block starts every epoch."""
-        return self._loader("train")
+        if self.streaming_rows is None:
+            return self._loader("train")
+        if self._streamed is None:  # it holds the position, so there is one
+            self._streamed = self._stream(self.streaming_rows)
+        return self._streamed
+
+    def _stream(self, rows: int) -> StreamedLoader:
+        _, module = self._attached()
+        self._check_source("train")
+        stream = RowStream(
+            self.train or [],
+            module.tokenizer,
+            max_length=self.max_length,
+            chat_template=self._template_text(),
+            packing=self.packing,
+        )
+
+        def windowed(token_rows: TokenRows) -> WindowedLoader:
+            self.rows["train"] = token_rows
+            return self._loader("train")
+
+        def started(epoch: int, prepared: Prepared, loader: DataLoader[Any]) -> None:
+            sampler = loader.batch_sampler
+            assert isinstance(sampler, RowSampler)
+            prepared.report.padding_share = sampler.padding_share()
+            self.report["train"] = prepared.report.as_dict()
+            if self._attached()[0].is_global_zero:
+                print(f"data.train, epoch {epoch}: {prepared.report}", file=sys.stderr)
+
+        return StreamedLoader(stream, rows, windowed, -(-rows // (self.batch_size * self._ranks()[1])), started)
 
     def val_dataloader(self) -> WindowedLoader | list[Any]:
         """Validation batches, the same every time; none where there is no validation source."""

@@ -114,7 +114,7 @@ def prepare(
     Raises:
         RunError: the sources cannot be read, or no row is left.
     """
-    weights = _weights(sources, name)
+    weights = weights_of(sources, name)
     mixed = isinstance(sources, dict)
     parts = [(source, part) for source in weights for part in read_source(source)]
     if max_rows is not None:
@@ -139,7 +139,7 @@ def prepare(
 
     def prepared(order: np.ndarray, side: np.ndarray, rows_read: int) -> Prepared:
         token_rows = _rows(documents, order, packing, max_length)
-        return Prepared(token_rows, _report(documents, outcomes, side, rows_read, order, len(token_rows)))
+        return Prepared(token_rows, report_of(documents, outcomes, side, rows_read, order, len(token_rows)))
 
     order = _mixed(usable & ~apart, owners, rows, weights, seed, name) if mixed else np.flatnonzero(usable & ~apart)
     for_use = prepared(order, ~apart, read - number_apart)
@@ -151,7 +151,19 @@ def prepare(
     return for_use, prepared(order, apart, number_apart)
 
 
-def _weights(sources: Sources, name: str) -> dict[str, float]:
+def weights_of(sources: Sources, name: str) -> dict[str, float]:
+    """Source -> its weight, 1 where none is given.
+
+    Args:
+        sources: one source, several, or a weighted mix.
+        name: the config key, for messages.
+
+    Returns:
+        At least one source.
+
+    Raises:
+        UsageError: there is none, or a weight is not above 0.
+    """
     weights = {sources: 1.0} if isinstance(sources, str) else sources
     if not weights:
         raise UsageError(f"{name} must name at least one source, got {sources!r}.")
@@ -206,9 +218,22 @@ def _skipped(outcomes: np.ndarray) -> dict[str, int]:
     return {reason: number for reason, number in numbers.items() if number}
 
 
-def _report(
+def report_of(
     documents: Dataset, outcomes: np.ndarray, side: np.ndarray, rows_read: int, order: np.ndarray, num_rows: int
 ) -> Report:
+    """What became of rows.
+
+    Args:
+        documents: their documents.
+        outcomes: what became of each document's row, [n].
+        side: which of the documents the report is about, [n] bool.
+        rows_read: rows of fields.
+        order: documents of an epoch, [m] int64.
+        num_rows: token rows of an epoch.
+
+    Returns:
+        The report, without padding.
+    """
     return Report(
         rows_read=rows_read,
         skipped=_skipped(outcomes[side]),

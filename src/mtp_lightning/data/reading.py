@@ -19,8 +19,9 @@ import glob
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mtp_lightning.data.cache import cache_errors, check_cache
 from mtp_lightning.errors import RunError, UsageError, one_line
@@ -83,6 +84,87 @@ def read_source(source: str) -> list[Dataset]:
     return tables + ([_read_texts(texts)] if texts else [])
 
 
+class Part:
+    """Files of one kind, or a hub split, to be read as a stream.
+
+    Args:
+        name: the source, for messages.
+        files: the files; none for a hub split.
+
+    Attributes:
+        rows: an ``IterableDataset``: rows of fields, and where it stands.
+    """
+
+    def __init__(self, name: str, files: list[Path]) -> None:
+        self.name = name
+        self.files = files
+        for file in files:
+            if SUFFIXES[file.suffix] == "json":
+                _check_not_empty(file)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Begin again."""
+        from datasets import IterableDataset, load_dataset
+
+        if self.files and self.files[0].suffix == ".txt":
+            self.rows = IterableDataset.from_generator(_text_rows, gen_kwargs={"files": [self.files]})
+        elif self.files:
+            kind, names = SUFFIXES[self.files[0].suffix], [str(file) for file in self.files]
+            try:
+                with cache_errors():
+                    self.rows = load_dataset(kind, data_files=names, split="train", streaming=True)
+            except RunError:
+                raise
+            except Exception as error:  # it looks at the first rows
+                self.explain(error)
+        else:
+            self.rows = _read_hub(self.name, streaming=True)
+
+    def explain(self, error: Exception) -> NoReturn:
+        """Say which file or line is the reason for an error.
+
+        Args:
+            error: what reading raised.
+
+        Raises:
+            RunError: always.
+        """
+        for file in self.files:
+            if SUFFIXES[file.suffix] == "json":
+                _explain_json(file, error)
+        raise RunError(f"{self.name}: it cannot be read: {one_line(error.__cause__ or error)}") from error
+
+
+def open_parts(source: str) -> list[Part]:
+    """A source as streams, one after another: nothing but their first rows is read.
+
+    Args:
+        source: file, glob, folder, ``package://`` file or hub id, as the module docstring says.
+
+    Returns:
+        Streams in the order of the files' names; all text files, last, are one.
+
+    Raises:
+        UsageError: the source is no name of anything, or a file of a kind that is not read.
+        RunError: it does not exist or cannot be read.
+    """
+    files = _local_files(source)
+    if files is None:
+        return [Part(source, [])]
+    kinds = dict.fromkeys(SUFFIXES[file.suffix] for file in files if file.suffix != ".txt")
+    groups = [[file for file in files if file.suffix != ".txt" and SUFFIXES[file.suffix] == kind] for kind in kinds]
+    texts = [file for file in files if file.suffix == ".txt"]
+    return [Part(source, group) for group in [*groups, texts] if group]
+
+
+def _text_rows(files: list[list[Path]]) -> Iterator[dict[str, str]]:
+    for group in files:
+        for file in group:
+            for text in _read_documents(file)[1]:
+                yield {"text": text}
+
+
 def row_kind(fields: set[str]) -> str | None:
     """Which kind of row has these fields; where several fit, the first of the list in ``ROW_KINDS``.
 
@@ -138,7 +220,7 @@ def _readable(path: Path) -> Path:
     return path
 
 
-def _read_hub(source: str) -> Dataset:
+def _read_hub(source: str, streaming: bool = False) -> Any:
     from datasets import load_dataset
 
     name, _, split = source.partition(":")
@@ -147,7 +229,9 @@ def _read_hub(source: str) -> Dataset:
         raise UsageError(f"{source}: expected a path, or a hub id like owner/name, owner/name/config or owner/name:split.")
     try:
         with cache_errors():
-            rows = load_dataset("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split or "train")
+            options = {"streaming": True} if streaming else {}
+            config = parts[2] if len(parts) == 3 else None
+            rows = load_dataset("/".join(parts[:2]), config, split=split or "train", **options)
     except RunError:
         raise
     except Exception as error:  # the hub's client raises many kinds, none of them in common
@@ -156,7 +240,7 @@ def _read_hub(source: str) -> Dataset:
             f"{one_line(error)}. Check the name, config and split (owner/name/config:split), the network, or"
             " give a local path."
         ) from error
-    return _not_empty(rows, source)
+    return rows if streaming else _not_empty(rows, source)
 
 
 def _read_table(file: Path) -> Dataset:
@@ -164,9 +248,7 @@ def _read_table(file: Path) -> Dataset:
     from datasets import load_dataset
 
     if SUFFIXES[file.suffix] == "json":
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            if not any(line.strip() for line in lines):  # Arrow's message would speak of something else
-                raise RunError(f"{file}: expected at least one row, it is empty.")
+        _check_not_empty(file)
     log = logging.getLogger("datasets")
     level = log.level
     log.setLevel(logging.CRITICAL)  # it logs what it then raises; one line is enough
@@ -186,6 +268,13 @@ def _read_table(file: Path) -> Dataset:
     finally:
         log.setLevel(level)
     return _not_empty(rows, str(file))
+
+
+def _check_not_empty(file: Path) -> None:
+    """Arrow's message about an empty JSON file would speak of something else."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        if not any(line.strip() for line in lines):
+            raise RunError(f"{file}: expected at least one row, it is empty.")
 
 
 def _not_empty(rows: Dataset, name: str) -> Dataset:
@@ -229,19 +318,25 @@ def _read_texts(files: list[Path]) -> Dataset:
 
     documents, digest = [], hashlib.sha256()
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RunError(f"{file}: expected UTF-8 text, it cannot be decoded: {one_line(error)}") from error
-        pieces = text.split(DOCUMENT_MARK) if DOCUMENT_MARK in text else [text]
-        kept = [piece.strip("\n") for piece in pieces if piece.strip()]
-        if not kept:
-            raise RunError(f"{file}: expected at least one document, it is empty.")
-        documents += kept
+        text, found = _read_documents(file)
+        documents += found
         digest.update(text.encode())
         digest.update(b"\0")
     # The fingerprint is the content, so that what is made of these rows can be found again in the cache.
     return Dataset(pa.table({"text": pa.array(documents, pa.large_string())}), fingerprint=digest.hexdigest()[:32])
+
+
+def _read_documents(file: Path) -> tuple[str, list[str]]:
+    """The text of a file, and its documents."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{file}: expected UTF-8 text, it cannot be decoded: {one_line(error)}") from error
+    pieces = text.split(DOCUMENT_MARK) if DOCUMENT_MARK in text else [text]
+    kept = [piece.strip("\n") for piece in pieces if piece.strip()]
+    if not kept:
+        raise RunError(f"{file}: expected at least one document, it is empty.")
+    return text, kept
 
 
 def _with_fields(rows: Dataset, name: str) -> Dataset:

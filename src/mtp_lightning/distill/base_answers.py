@@ -94,7 +94,7 @@ class Answer(NamedTuple):
     ended: bool
 
 
-class SeededNoise(LogitsProcessor):  # type: ignore[misc] # of an untyped library
+class SeededNoise(LogitsProcessor):
     """Gumbel noise from a generator a row: the argmax of the sum is a draw from the row's distribution.
 
     Args:

@@ -23,6 +23,7 @@ from mtp_lightning.distill.answer_file import AnswerFile, checksum
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
 from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Reply
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.paths import PACKAGE
 from mtp_lightning.prompts import Prompt, PromptRow, encode_prompt_row, open_messages, read_prompt_rows
 
 _OPTIONS = "model prompts output shard batch_size dtype device revision base_model".split() + [
@@ -189,7 +190,7 @@ def base_of(model: str, base_model: str | None = None, revision: str | None = No
     """Name and revision of the base that a checkpoint or saved folder is made for; of any other name, the name itself.
 
     Args:
-        model: a base, a ``.ckpt`` file or a saved folder.
+        model: a base, a ``.ckpt`` file, or a saved folder, here or on the hub.
         base_model: where the base lies now, if it moved.
         revision: hub revision, if it is not the one named there.
 
@@ -203,14 +204,26 @@ def base_of(model: str, base_model: str | None = None, revision: str | None = No
     if path.suffix == ".ckpt":
         settings = read_checkpoint(path)[SETTINGS]
         return base_model or settings["base_model"], revision or settings["revision"]
-    adapter = path / "adapter_config.json"  # PEFT's, which every saved folder has
-    if adapter.is_file():
+    if (adapter := _adapter_config(path, model)) is not None:
         try:
             found = json.loads(adapter.read_text(encoding="utf-8"))
             return base_model or found["base_model_name_or_path"], revision or found.get("revision")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(f"{adapter}: expected base_model_name_or_path, found none. Give --base_model.") from error
     return base_model or model, revision
+
+
+def _adapter_config(path: Path, name: str) -> Path | None:
+    """PEFT's file that every saved folder has, on the hub too; None where a name is that of a base."""
+    from transformers.utils import find_adapter_config_file
+
+    if path.is_dir():
+        return path / "adapter_config.json" if (path / "adapter_config.json").is_file() else None
+    try:
+        found = None if name.startswith(PACKAGE) else find_adapter_config_file(name)
+    except OSError:  # no hub id, or out of reach: loading the base says so
+        return None
+    return None if found is None else Path(found)
 
 
 def _device() -> str:

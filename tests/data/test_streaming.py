@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming: the rows that reading all of them gives, from any position on, and no more of them than are needed."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from resume_runs import checkpoints, fit
+from toy_tokenizers import word_tokenizer
+
+from mtp_lightning.data import MTPDataModule, streaming
+from mtp_lightning.data.preparing import Prepared, prepare
+from mtp_lightning.data.streaming import RowStream
+from mtp_lightning.errors import RunError, UsageError
+
+WORDS = "one two three four five six".split()
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "READ", 8)
+
+
+def texts(number: int, first: int = 0) -> list[dict]:
+    return [
+        {"text": " ".join(WORDS[(row // 6**place) % 6] for place in range(3 + row % 4))}
+        for row in range(first, first + number)
+    ]
+
+
+def stream(sources, **options) -> RowStream:
+    return RowStream(sources, word_tokenizer(), **({"max_length": 16} | options))
+
+
+def ids(prepared: Prepared) -> list[list[int]]:
+    return [prepared.rows.row(number).input_ids.tolist() for number in range(len(prepared.rows))]
+
+
+@pytest.fixture
+def folder(write, tmp_path: Path) -> str:
+    """Two JSONL files, a Parquet file, and two texts: 11 + 9 + 10 + 3 rows, one of them unusable, one cut."""
+    write("d/a.jsonl", [*texts(10), {"text": ""}])
+    write("d/b.jsonl", texts(9, 10))
+    pq.write_table(pa.table({"text": [row["text"] for row in texts(10, 19)]}), tmp_path / "d" / "c.parquet")
+    write("d/d.txt", "one one<|endoftext|>" + "two " * 20)
+    write("d/e.txt", "six six")
+    return str(tmp_path / "d")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_cycle_holds_what_reading_everything_holds(folder: str, packing: bool) -> None:
+    everything = prepare(folder, word_tokenizer(), max_length=16)[0]
+    documents = sorted(ids(everything))
+    assert len(documents) == 33  # 31 whole ones, and one in two pieces
+    found = stream(folder, packing=packing)
+    if not packing:
+        first, again = found.take(33), found.take(33)
+        assert ids(first) == ids(again) and sorted(ids(first)) == documents  # and then from the beginning
+        report, other = first.report, everything.report
+        assert (report.rows_read, report.skipped, report.cut) == (33, {"shorter than two tokens": 1}, 1)
+        assert (report.tokens, report.eligible_starts) == (other.tokens, other.eligible_starts)
+        parts = stream(folder)
+        reports = [parts.take(3).report for _ in range(11)]  # of 8 rows read together, some go over to the next epoch
+        assert sum(report.rows_read for report in reports) == 33 and sum(report.cut for report in reports) == 1
+        assert sum(sum(report.skipped.values()) for report in reports) == 1
+        return
+    rows = found.take(12).rows
+    assert rows.lengths.max() <= 16 and max(len(rows.documents_of(row)) for row in range(12)) > 1
+    split = [
+        rows.row(r).input_ids[rows.row(r).document_ids == d].tolist()
+        for r in range(12)
+        for d in range(len(rows.documents_of(r)))
+    ]
+    assert all(document in documents for document in split)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "list", "mix"])
+def test_any_position_can_be_gone_on_from(folder: str, write, kind: str, packing: bool) -> None:
+    """Amounts that end in the middle of batches, files and cycles; positions are what a checkpoint can keep."""
+    other = write("f.jsonl", texts(5, 100))
+    sources = {"folder": folder, "list": [other, folder], "mix": {folder: 3, other: 1}}[kind]
+    amounts = [1, 7, 3, 8, 13, 5, 20, 1]
+    whole, states, expected = stream(sources, packing=packing), [], []
+    for amount in amounts:
+        kept = io.BytesIO()
+        torch.save(whole.state(), kept)
+        states.append(kept)
+        expected.append(ids(whole.take(amount)))
+    assert len({tuple(map(tuple, rows)) for rows in expected}) > 6
+    for place, kept in enumerate(states):
+        kept.seek(0)
+        resumed = stream(sources, packing=packing)
+        resumed.load(torch.load(kept, weights_only=True))
+        assert [ids(resumed.take(amount)) for amount in amounts[place:]] == expected[place:], place
+
+
+def test_sources_one_after_another(write) -> None:
+    a, b = write("a.jsonl", texts(10)), write("b.jsonl", texts(4, 50))
+    found = ids(stream([a, b]).take(28))
+    both = ids(prepare(a, word_tokenizer(), max_length=16)[0]) + ids(prepare(b, word_tokenizer(), max_length=16)[0])
+    assert found == both + both
+
+
+def test_a_mix_has_its_shares(write) -> None:
+    a = write("a.jsonl", [{"input_ids": [9, 9]}] * 30)
+    b = write("b.jsonl", [{"input_ids": [8, 8]}] * 3)  # it begins again and again
+    rows = ids(stream({a: 0.7, b: 0.3}).take(80))
+    # To within what is still to be made up where the short source began again.
+    assert abs(rows.count([9, 9]) - 56) <= 2 and rows.count([8, 8]) + rows.count([9, 9]) == 80
+
+
+def test_no_more_is_read_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+
+    def rows():
+        for number in range(10**9):
+            read.append(number)
+            yield {"input_ids": [number % 17, 1, 2]}
+
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> datasets.IterableDataset:
+        assert (name, config, split, streaming) == ("owner/name", "c", "train", True)
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = stream("owner/name/c:train")
+    assert read == []
+    assert [row[0] for row in ids(found.take(20))] == [number % 17 for number in range(20)]
+    assert len(read) <= 24 + 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"text": "one"}\n{"text": 5}\n', ", row 2: text must be text, got int."),
+        ('{"text": "one"}\n{"text": "two"\n', ", line 2: expected JSON, got Expecting ',' delimiter at column 15."),
+        ('{"question": "one"}\n', ", row 1: expected messages | prompt + completion (or completion_ids) | text"),
+        ('{"text": ""}\n' * 20, "data.train: none of the last 20 rows can be used, and the sources have come to their end."),
+        ("", ": expected at least one row, it is empty."),
+    ],
+)
+def test_rows_that_are_refused(write, rows: str, message: str) -> None:
+    path = write("a.jsonl", rows)
+    expected = message if message.startswith("data") else path + message
+    with pytest.raises(RunError, match="^" + re.escape(expected)):
+        stream(path).take(3)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning's, about small machines and few batches
+@pytest.mark.parametrize("workers", [0, 2])
+def test_fit_and_resume(tmp_path: Path, folder: str, workers: int, capsys) -> None:
+    """Three epochs of 10 rows, resumed after each step: the same rows, starts and counts."""
+    arguments = {"train": folder, "max_length": 16, "batch_size": 3, "block_fraction": 0.5, "streaming_rows": 10}
+    arguments |= {"validation": folder, "num_workers": workers}
+    options = {"accumulate_grad_batches": 2}
+    whole = fit(tmp_path, MTPDataModule(**arguments), save=True, **options)
+    assert [seen[0] for seen in whole.seen] == [0] * 4 + [1] * 4 + [2] * 4
+    assert sorted(number for seen in whole.seen[:4] for number in seen[1]) == list(range(10))
+    assert "data.train, epoch 2: " in capsys.readouterr().err
+    for number, checkpoint in enumerate(checkpoints(tmp_path)[:-1], 1):
+        if workers and number != 3:
+            continue
+        resumed = fit(tmp_path, MTPDataModule(**arguments), ckpt_path=str(checkpoint), **options)
+        assert resumed.seen == whole.seen[2 * number :], checkpoint.name
+
+
+def test_wrong_arguments() -> None:
+    for name, value in (("validation_fraction", 0.1), ("max_rows", 3)):
+        with pytest.raises(UsageError, match=f"data.{name} needs all rows, and data.streaming_rows reads a stream"):
+            MTPDataModule(train="a", streaming_rows=5, **{name: value})
+    with pytest.raises(UsageError, match="streaming_rows must be 1 or more, got 0. Set data.streaming_rows."):
+        MTPDataModule(train="a", streaming_rows=0)
