@@ -14,9 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from mtp_lightning.acceptance import Progress, PromptResult, evaluate_prompts, summarise
 from mtp_lightning.acceptance_report import print_notes, print_table, save_json, save_plot
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
-from mtp_lightning.decoding import Decoding
+from mtp_lightning.decoding import Decoding, is_sharded
 from mtp_lightning.errors import UsageError
-from mtp_lightning.losslessness import is_sharded
 
 SECONDS_BETWEEN_LINES = 10.0
 
