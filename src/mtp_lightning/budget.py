@@ -255,7 +255,8 @@ class Budget:
         self._tokens = 0.95 * self._tokens + sum(kept) + len(kept)
         self._time = 0.95 * self._time + float(seconds)
         for row, a, c, depth, probabilities in zip(self.rows, kept, drafted, depths, new, strict=True):
-            self.record.learn(row.probabilities, a, c)
+            if self.coupled:
+                self.record.learn(row.probabilities, a, c)
             if not self.coupled and c:
                 seen = min(a + 1, c)
                 row.mean[:seen] += FORESIGHT * ((np.arange(seen) < a) - row.mean[:seen])

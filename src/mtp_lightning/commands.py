@@ -28,7 +28,7 @@ class DecodingArguments:
 
     Args:
         decoding: quadratic, linear or autoregressive.
-        num_masks: masks in a block, at most as many as were trained; auto: all of them.
+        num_masks: masks in a block, at most as many as were trained; auto: each step what pays on this machine.
         sampler_head: draft with the sampler head; false: from the base head.
         max_new_tokens: at most so many tokens a prompt.
         max_steps: at most so many forward passes of the base a prompt.
@@ -203,6 +203,7 @@ class GrowingText:
     def record(self) -> dict[str, Any]:
         """The fields of the JSON line."""
         options = self.arguments.options()
+        masks = trained_masks(self.model, options)
         ended = self.stopped or self.tokens[-1] in end_tokens(self.model, options)
         return {
             "prompt": self.prompt.text,
@@ -214,7 +215,7 @@ class GrowingText:
             "seconds": self.seconds,
             "tokens_per_second": len(self.tokens) / self.seconds,
             "decoding": options.decoding,
-            "num_masks": trained_masks(self.model, options),
+            "num_masks": "auto" if options.num_masks == "auto" and masks else masks,
             "finish_reason": "stop" if ended else "length",
         }
 

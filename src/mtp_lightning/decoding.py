@@ -400,7 +400,7 @@ def check_prompt(length: int, context: int) -> None:
 
 
 def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
-    """The number of masks J in a block that the options mean.
+    """The largest number of masks J in a block that the options allow.
 
     Args:
         model: the model.
@@ -422,6 +422,23 @@ def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
             f" got {options.num_masks}."
         )
     return options.num_masks
+
+
+def named_masks(model: MTPModel, options: DecodingOptions) -> DecodingOptions:
+    """The same options with a number of masks in place of ``auto``: k, as the paper's protocol has it.
+
+    Args:
+        model: the model.
+        options: how to decode.
+
+    Returns:
+        Options whose steps do not depend on the machine.
+
+    Raises:
+        UsageError: J outside 1..k.
+    """
+    masks = trained_masks(model, options)
+    return options if options.decoding == "autoregressive" else replace(options, num_masks=masks)
 
 
 def is_sharded(model: MTPModel) -> bool:

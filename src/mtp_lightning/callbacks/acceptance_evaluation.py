@@ -34,7 +34,7 @@ class AcceptanceEvaluation(DecodingCallback):
         max_new_tokens: at most so many tokens a prompt.
         max_steps: at most so many steps a prompt (the paper: 100); None: no limit.
         decoding: ``quadratic``, ``linear`` or ``autoregressive``.
-        num_masks: masks in a block, at most as many as are trained; ``auto``: all.
+        num_masks: masks in a block, at most as many as are trained; ``auto``: all, so that steps depend on no machine.
         sampler_head: draft with the sampler head; false: from the base head.
         every_n_steps: also evaluate every so many optimizer steps of training; None: not.
         at_validation: evaluate at every validation (not in Lightning's sanity check).
@@ -74,7 +74,7 @@ class AcceptanceEvaluation(DecodingCallback):
     @property
     def state_key(self) -> str:
         """Two of these with different settings may run beside each other."""
-        return self._generate_state_key(prompts=self.prompts, options=str(self.options))
+        return self._generate_state_key(prompts=self.prompts, options=str(self.asked))
 
     def state_dict(self) -> dict[str, Any]:
         """The history, so that a resumed run continues it."""
