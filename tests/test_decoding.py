@@ -230,7 +230,7 @@ def test_a_standard_lora_decodes_its_own_text(kind: str, inject: Callable[..., I
             sequence = torch.cat([sequence, model.base(sequence[None], use_cache=False).logits[0, -1:].argmax(-1)])
     assert sequence[N:].tolist() != list(prompt_and_text("llama")[1])
     inject(model, [sequence.tolist()], RUNS["sometimes"])
-    out = model.generate(prompt[None], decoding=kind, max_new_tokens=G)
+    out = model.generate(prompt[None], decoding=kind, num_masks=3, max_new_tokens=G)
     assert out.sequences[0].tolist() == sequence[: N + G].tolist()
     assert out.accepted_per_step[0] == expected_steps(RUNS["sometimes"], 3, kind)
 
@@ -240,7 +240,7 @@ def test_attention_kernels(kernel: str, inject: Callable[..., InjectedDrafts]) -
     model = tiny_model("gemma3", 3, attn_implementation=kernel)
     prompt, text = prompt_and_text("gemma3")
     inject(model, [[*prompt.tolist(), *text]], RUNS["sometimes"])
-    assert new_tokens(model, prompt, max_new_tokens=G) == list(text[:G])
+    assert new_tokens(model, prompt, num_masks=3, max_new_tokens=G) == list(text[:G])
     assert model.base.config._attn_implementation == kernel  # FlexAttention is set aside while decoding, and put back
 
 

@@ -29,7 +29,7 @@ class DecodingArguments:
 
     Args:
         decoding: quadratic, linear or autoregressive.
-        num_masks: masks in a block, at most as many as were trained; auto: all of them.
+        num_masks: masks in a block, at most as many as were trained; auto: each step what pays on this machine.
         sampler_head: draft with the sampler head; false: from the base head.
         max_new_tokens: at most so many tokens a prompt.
         max_steps: at most so many forward passes of the base a prompt.

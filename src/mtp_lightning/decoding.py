@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -17,15 +18,20 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.attention import text_config
+from mtp_lightning.budget import PLAIN, Budget, DraftRecord, Plan
 from mtp_lightning.decoding_step import Drafts, StepInput, StepOutput
 from mtp_lightning.errors import UsageError
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.row_cache import RowCache
+from mtp_lightning.step_costs import measure_step_costs
 from mtp_lightning.step_masks import StepLayout, StepMasks
 from mtp_lightning.token_choice import TokenChoice
 
 if TYPE_CHECKING:
     from mtp_lightning.model import MTPModel
+
+PARTS = 1 << 20
+"""Probabilities travel to the host as whole numbers of this part, beside the tokens."""
 
 Decoding = Literal["quadratic", "linear", "autoregressive"]
 
@@ -37,7 +43,8 @@ class DecodingOptions:
     Args:
         decoding: ``quadratic`` (a block after the verified token and after every draft token), ``linear`` (one block after
             the draft) or ``autoregressive`` (no masks).
-        num_masks: masks in a block, m_1..m_J with J at most the trained k; ``auto`` means k.
+        num_masks: masks in a block, m_1..m_J with J at most the trained k; ``auto``: each step as many drafts and masks as
+            pay on this machine (see ``budget``). The text is the same.
         sampler_head: draft with the sampler head; False: from the base head at the MTP positions.
         max_new_tokens: at most so many tokens are generated.
         max_steps: at most so many steps (forward passes of the base), the prompt's included; None: no limit.
@@ -188,11 +195,17 @@ def decode_rows(
     step_masks = StepMasks(model.base, model.context)
     remaining = [prompt[held:].to(device) for prompt, held in zip(prompts, cache.lengths, strict=True)]
     tokens, draft_scores = torch.nn.utils.rnn.pad_sequence(remaining, batch_first=True), None
-    plan = prompt_plan(options.decoding, [len(each) for each in remaining], _room(rows, J))
-    slots_ever = max(row.limit for row in rows) + plan.layouts[0].size
+    budget, spent = None, PLAIN
     steps = 0
     with evaluating(model), model.lean.use(model):
+        if options.num_masks == "auto" and J and not is_sharded(model):
+            budget = make_budget(model, options, B)
+            choice.confident = budget.coupled
+            spent = budget.choose(_room(rows, J), [0] * B)
+        plan = prompt_plan(options.decoding, [len(each) for each in remaining], spent.masks if budget else _room(rows, J))
+        slots_ever = max(row.limit for row in rows) + (J + 1) ** 2
         while True:
+            begin = time.perf_counter()
             c, size = plan.num_drafts, plan.layouts[0].size
             cache.reserve(max(cache.lengths) + size, slots_ever)
             slots = None if min(cache.lengths) == max(cache.lengths) else torch.tensor(cache.lengths, device=device)[:, None]
@@ -211,10 +224,14 @@ def decode_rows(
                 )
             )  # fmt: skip
             # The one place in a step that waits for the device.
-            read = torch.cat([out.num_accepted[:, None], out.own], dim=1).tolist()
+            counts = [out.num_accepted[:, None], out.own]
+            if out.draft.probabilities is not None:
+                counts.append((out.draft.probabilities * PARTS).long())
+            read = torch.cat(counts, dim=1).tolist()
             steps += 1
             gained: list[RowStep] = []
-            for r, (row, (kept, *own)) in enumerate(zip(rows, read, strict=True)):
+            for r, (row, (kept, *numbers)) in enumerate(zip(rows, read, strict=True)):
+                own = numbers[: c + 1]
                 layout = plan.layouts[plan.choice[r]]
                 cache.lengths[r] += layout.last + 1 + kept
                 new = own[: kept + 1]
@@ -223,6 +240,12 @@ def decode_rows(
                 reason = "stop" if end else "length" if row.length >= row.limit or steps == options.max_steps else None
                 gained.append(RowStep(row.number, StepTokens(new[:end], plan.drafted[r]), reason))
                 row.drafts = min(layout.block_after(kept)[1], row.limit - row.length - 1)
+            if budget is not None:
+                chances = [[part / PARTS for part in numbers[c + 2 :]] for numbers in read]
+                waiting = [max(0, row.drafts) for row in rows]
+                if steps > 1:
+                    budget.observe(spent, time.perf_counter() - begin)
+                budget.learn(spent, [numbers[0] for numbers in read], plan.drafted, waiting, chances)
             yield gained
             going = [r for r, each in enumerate(gained) if each.finish_reason is None and each.row not in finished]
             if not going:
@@ -234,9 +257,16 @@ def decode_rows(
                 rows = [rows[r] for r in going]
                 index = torch.tensor(going, device=device)
                 choice.select(index)
+                if budget is not None:
+                    budget.select(going)
                 kept, own = kept.index_select(0, index), own.index_select(0, index)
                 draft = Drafts(*(None if each is None else each.index_select(0, index) for each in draft))
-            plan = step_plan(options.decoding, [row.drafts for row in rows], _room(rows, J))
+            drafts, room = [row.drafts for row in rows], _room(rows, J)
+            if budget is None:
+                plan = step_plan(options.decoding, drafts, room)
+            else:
+                spent = budget.choose(room, drafts)
+                plan = budgeted_plan(options.decoding, drafts, spent)
             tokens = torch.cat([own.gather(1, kept[:, None]), draft.tokens[:, : plan.num_drafts]], dim=1)
             draft_scores = None if draft.scores is None else draft.scores[:, : plan.num_drafts]
 
@@ -311,6 +341,46 @@ def step_plan(decoding: Decoding, drafts: list[int], num_masks: int) -> StepPlan
     return _plan(c, drafts, each)
 
 
+def budgeted_plan(decoding: Decoding, drafts: list[int], spent: Plan) -> StepPlan:
+    """A later step as a budget wants it.
+
+    Args:
+        decoding: quadratic, or linear, whose block comes after each row's own last draft.
+        drafts: draft tokens that each row has.
+        spent: what to feed.
+
+    Returns:
+        The plan.
+    """
+    c = spent.num_drafts
+    drafted = [min(count, c) for count in drafts]
+    if decoding == "linear" and spent.masks:
+        each = [StepLayout(1 + c, 0, ((count, spent.masks),)) for count in drafted]
+    else:
+        each = [StepLayout(1 + c, 0, spent.blocks())] * len(drafts)
+    return _plan(c, drafted, each)
+
+
+def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int) -> Budget:
+    """The planner of a batch; the costs of steps are measured once a model.
+
+    Args:
+        model: the model, its lean layers in use.
+        options: how to decode.
+        num_rows: rows of the batch.
+
+    Returns:
+        The planner.
+    """
+    known = model.lean.draft_costs
+    if known is None:
+        single = TokenChoice(replace(options, logits_processor=None, repetition_penalty=1.0), [0], model.base.device)
+        known = model.lean.draft_costs = measure_step_costs(model, single), DraftRecord(model.num_masks)
+    costs, record = known
+    coupled = options.temperature == 0 or options.verification == "coupled"
+    return Budget(costs, record, model.num_masks, num_rows, options.decoding == "quadratic", coupled)
+
+
 def check_prompt(length: int, context: int) -> None:
     """Refuse a prompt that can't be decoded.
 
@@ -330,7 +400,7 @@ def check_prompt(length: int, context: int) -> None:
 
 
 def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
-    """The number of masks J in a block that the options mean.
+    """The largest number of masks J in a block that the options allow.
 
     Args:
         model: the model.
@@ -352,6 +422,28 @@ def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
             f" got {options.num_masks}."
         )
     return options.num_masks
+
+
+def named_masks(model: MTPModel, options: DecodingOptions) -> DecodingOptions:
+    """The same options with a number of masks in place of ``auto``: k, as the paper's protocol has it.
+
+    Args:
+        model: the model.
+        options: how to decode.
+
+    Returns:
+        Options whose steps do not depend on the machine.
+
+    Raises:
+        UsageError: J outside 1..k.
+    """
+    masks = trained_masks(model, options)
+    return options if options.decoding == "autoregressive" else replace(options, num_masks=masks)
+
+
+def is_sharded(model: MTPModel) -> bool:
+    """Whether parameters are spread over processes, which must then run every forward pass together."""
+    return any(hasattr(parameter, "placements") for parameter in model.parameters())  # a DTensor
 
 
 def end_tokens(model: MTPModel, options: DecodingOptions) -> set[int]:

@@ -59,10 +59,12 @@ class Drafts(NamedTuple):
     Attributes:
         tokens: [B, J] int64.
         scores: what they were chosen from, [B, J, V]; None where nothing will ask.
+        probabilities: the drafting head's probability of each, [B, J]; None where nothing will ask.
     """
 
     tokens: Tensor
     scores: Tensor | None
+    probabilities: Tensor | None = None
 
 
 class StepOutput(NamedTuple):
@@ -118,16 +120,24 @@ def draft_block(
     places = positions[:, None] + torch.arange(1, J + 1, device=positions.device)
     if not sampler_head or head is None:
         tokens, scores = choice.draft(unembed(hidden), places)
-        return Drafts(tokens, scores if choice.rejects else None)
+        return _drafts(tokens, scores, choice)
     chain = model.lean.chain(model)
     chain.begin(hidden)
-    tokens, scores, previous = [], [], verified
+    drawn, chosen_from, previous = [], [], verified
     for j in range(J):
-        drawn, score = choice.draft(unembed(chain.next(j, previous))[:, None], places[:, j : j + 1])
-        previous = drawn[:, 0]
-        tokens.append(previous)
-        scores.append(score)
-    return Drafts(torch.stack(tokens, 1), torch.cat(scores, 1) if choice.rejects else None)
+        token, score = choice.draft(unembed(chain.next(j, previous))[:, None], places[:, j : j + 1])
+        previous = token[:, 0]
+        drawn.append(previous)
+        chosen_from.append(score)
+    return _drafts(torch.stack(drawn, 1), torch.cat(chosen_from, 1), choice)
+
+
+def _drafts(tokens: Tensor, scores: Tensor, choice: TokenChoice) -> Drafts:
+    probabilities = None
+    if choice.confident:
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        probabilities = (wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)).exp()
+    return Drafts(tokens, scores if choice.rejects else None, probabilities)
 
 
 def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +159,7 @@ def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:
         own = choice.reject(scores, draft, drafted, step.draft_scores, positions)
     else:
         own = choice.draw(scores, positions)
-    return own, num_accepted(draft, own, step.drafted)
+    return own, num_accepted(draft, own, step.drafted) if c else torch.zeros_like(own[:, 0])
 
 
 def decode_step(model: MTPModel, step: StepInput) -> StepOutput:

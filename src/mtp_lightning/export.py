@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mtp_lightning.base_identity import describe
 from mtp_lightning.checkpoint import SETTINGS, class_path, init_args, load_model, read_checkpoint
+from mtp_lightning.decoding import is_sharded
 from mtp_lightning.errors import RunError, UsageError, one_line
-from mtp_lightning.losslessness import is_sharded
 from mtp_lightning.model import MTPModel
 from mtp_lightning.model_card import card, read_figures
 from mtp_lightning.paths import PACKAGE

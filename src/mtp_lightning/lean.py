@@ -21,7 +21,9 @@ from mtp_lightning.draft_chain import Chain, DraftChain, unrolled
 from mtp_lightning.gated_lora import ADAPTER, Gate, GatedVariant, lora_layers
 
 if TYPE_CHECKING:
+    from mtp_lightning.budget import DraftRecord
     from mtp_lightning.model import MTPModel
+    from mtp_lightning.step_costs import StepCosts
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read the same input. Each pass looks again, so a model where they do not only loses time."""
@@ -31,6 +33,9 @@ class LeanWeights:
     """Weights made ready for decoding, and whether they are still those of the model.
 
     A copied or pickled model makes its own.
+
+    Attributes:
+        draft_costs: what steps cost on this machine and how drafts do; None until somebody asks.
     """
 
     def __init__(self) -> None:
@@ -38,6 +43,7 @@ class LeanWeights:
         self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
         self._chain: Chain | None = None
         self._depth = 0
+        self.draft_costs: tuple[StepCosts, DraftRecord] | None = None
 
     def __reduce__(self) -> Any:
         return LeanWeights, ()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed
 
-from mtp_lightning.losslessness import is_sharded
+from mtp_lightning.decoding import is_sharded
 from mtp_lightning.model import MTPModel
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from mtp_lightning.decoding import DecodingOptions, decode, evaluating
+from mtp_lightning.decoding import DecodingOptions, decode, evaluating, is_sharded
 from mtp_lightning.model import MTPModel
 from mtp_lightning.prompts import Prompt
 
@@ -84,8 +84,3 @@ def top_two_gap(model: MTPModel, tokens: list[int]) -> float:
         hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     first, second = model.unembed(hidden[0, -1]).double().topk(2).values.tolist()
     return first - second
-
-
-def is_sharded(model: MTPModel) -> bool:
-    """Whether parameters are spread over processes, which must then run every forward pass together."""
-    return any(hasattr(parameter, "placements") for parameter in model.parameters())  # a DTensor

@@ -51,12 +51,14 @@ class TokenChoice:
         greedy: whether the temperature is 0.
         rejects: whether drafts are verified by the rejection rule.
         processors: processors that read the text before a position.
+        confident: whether drafts come with the probability that the drafting head gave them.
     """
 
     def __init__(self, options: DecodingOptions, seeds: list[int], device: torch.device) -> None:
         self.greedy = options.temperature == 0
         self.rejects = not self.greedy and options.verification == "rejection"
         self.seeds = torch.tensor(seeds, device=device)
+        self.confident = False
         # The order of transformers' generate: penalty, the user's own, then what shapes the distribution.
         self.processors: list[Any] = []
         if options.repetition_penalty != 1.0:
@@ -96,9 +98,10 @@ class TokenChoice:
                         scores = processor(prefixes.tokens[row : row + 1, : length + c], scores)
                     rows.append(scores)
             logits = torch.cat(rows).view(logits.shape)
-        return self._warped(logits)
+        return self.warped(logits)
 
-    def _warped(self, logits: Tensor) -> Tensor:
+    def warped(self, logits: Tensor) -> Tensor:
+        """Logits [B, C, V] after temperature, top-k and top-p; greedy: as they are."""
         if self.greedy:
             return logits
         if logits.dtype != torch.float64:
@@ -133,7 +136,7 @@ class TokenChoice:
         Returns:
             Tokens [B, C], and the scores that they were chosen from.
         """
-        scores = self._warped(logits)
+        scores = self.warped(logits)
         return self.draw(scores, positions), scores
 
     def reject(

@@ -14,10 +14,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from mtp_lightning.acceptance import Progress, PromptResult, evaluate_prompts, speed_pairs, summarise
 from mtp_lightning.acceptance_report import print_notes, print_table, save_json, save_plot
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
-from mtp_lightning.decoding import Decoding, DecodingOptions
+from mtp_lightning.decoding import Decoding, DecodingOptions, is_sharded
 from mtp_lightning.errors import UsageError
 from mtp_lightning.lockstep import in_step
-from mtp_lightning.losslessness import is_sharded
 from mtp_lightning.prompts import Prompt, round_robin
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -37,7 +36,7 @@ class AcceptanceEvaluation(DecodingCallback):
         max_new_tokens: at most so many tokens a prompt.
         max_steps: at most so many steps a prompt (the paper: 100); None: no limit.
         decoding: ``quadratic``, ``linear`` or ``autoregressive``.
-        num_masks: masks in a block, at most as many as are trained; ``auto``: all.
+        num_masks: masks in a block, at most as many as are trained; ``auto``: all, so that steps depend on no machine.
         sampler_head: draft with the sampler head; false: from the base head.
         every_n_steps: also evaluate every so many optimizer steps of training; None: not.
         at_validation: evaluate at every validation (not in Lightning's sanity check).
@@ -77,7 +76,7 @@ class AcceptanceEvaluation(DecodingCallback):
     @property
     def state_key(self) -> str:
         """Two of these with different settings may run beside each other."""
-        return self._generate_state_key(prompts=self.prompts, options=str(self.options))
+        return self._generate_state_key(prompts=self.prompts, options=str(self.asked))
 
     def state_dict(self) -> dict[str, Any]:
         """The history, so that a resumed run continues it."""

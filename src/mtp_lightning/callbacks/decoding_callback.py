@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.console import Console
 
-from mtp_lightning.decoding import Decoding, DecodingOptions, trained_masks
+from mtp_lightning.decoding import Decoding, DecodingOptions, named_masks
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.prompts import Prompt, read_prompts
 
@@ -50,7 +50,7 @@ class DecodingCallback(Callback):
                 raise UsageError(f"{name} of {type(self).__name__} must be 1 or more, got {value}.")
         self.prompts = prompts
         self.num_prompts = num_prompts
-        self.options = DecodingOptions(decoding, num_masks, sampler_head, max_new_tokens, max_steps)
+        self.options = self.asked = DecodingOptions(decoding, num_masks, sampler_head, max_new_tokens, max_steps)
         self.loaded: list[Prompt] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,7 +68,7 @@ class DecodingCallback(Callback):
         if stage == "predict":
             return
         module: Any = pl_module
-        trained_masks(module, self.options)
+        self.options = named_masks(module, self.options)
         prompts = read_prompts(self.prompts, module.tokenizer, self.num_prompts)
         for prompt in prompts:
             if len(prompt.input_ids) >= module.context:

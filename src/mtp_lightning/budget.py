@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Budgeted drafting: which drafts to verify and which masks to feed, so that a second gains the most tokens.
+
+Beyond the paper, and lossless, for verification does not care which drafts there are. Before each step all plans of a
+small set are valued. A plan verifies the first c drafts and places blocks of m masks after some of the tokens: after the
+last draft (as linear decoding does), after the last verified token and the last draft, or after all of them (as quadratic).
+
+* What it gains now: 1 + the chances that the first 1, 2, .., c drafts are all kept. A draft's chance is the drafting
+  head's probability for it, corrected by how often drafts with such a probability were kept so far.
+* What it gains later: for each number of drafts that may be kept, its chance times what the draft of the block there is
+  worth: the tokens that drafts of that depth were expected to add lately, less the time that verifying them takes.
+* What it costs: the measured time of its positions, verifications and draft tokens (``step_costs``), in tokens at the rate
+  that is reached at present.
+
+Where drafting does not pay, the best plan is a plain step; then now and then a small block looks whether it would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mtp_lightning.step_costs import Pace, StepCosts
+
+BINS = 20
+MEMORY = 400.0
+"""Kept and verified drafts in a bin of the correction are forgotten beyond about so many."""
+FORESIGHT = 0.12
+"""Weight of the newest block in a row's mean chances."""
+LOOK_SHARE = 0.01
+"""Share of the time of plain steps that is spent on looking whether drafting pays."""
+REFRESH, PLAIN_EVERY, PLAIN_FIRST = 16, 256, 2
+"""Steps between corrections of the costs by what steps really take; and plain steps taken to know what those take."""
+
+
+class DraftRecord:
+    """How often drafts of a probability were kept, and how blocks of this model do in general. Shared by all texts.
+
+    Args:
+        num_masks: k.
+    """
+
+    def __init__(self, num_masks: int) -> None:
+        middles = (np.arange(BINS) + 0.5) / BINS
+        weight = 8.0  # drafts that the head's own word counts for
+        self._verified = np.full(BINS, weight)
+        self._kept = middles * weight
+        self.usual = np.linspace(0.6, 0.4, num_masks)
+        self.pace = Pace()
+
+    def chance(self, probability: np.ndarray) -> np.ndarray:
+        """The corrected chance that a draft of this probability is kept, once it is reached."""
+        place = np.clip(probability * BINS - 0.5, 0, BINS - 1)
+        return np.interp(place, np.arange(BINS), self._kept / self._verified)
+
+    def learn(self, probabilities: Sequence[float], kept: int, verified: int) -> None:
+        """Take note of one row's step: of the drafts that were looked at all but the last were kept."""
+        for j in range(min(kept + 1, verified)):
+            bin_ = min(int(probabilities[j] * BINS), BINS - 1)
+            if self._verified[bin_] > MEMORY:
+                self._verified[bin_] *= 0.5
+                self._kept[bin_] *= 0.5
+            self._verified[bin_] += 1
+            self._kept[bin_] += j < kept
+
+
+@dataclass
+class RowRecord:
+    """What is known of one row.
+
+    Attributes:
+        mean: chance of each draft of a block, given that the ones before are kept; lately, in this text.
+        probabilities: the head's probabilities of the drafts that wait.
+    """
+
+    mean: np.ndarray
+    probabilities: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to feed.
+
+    Attributes:
+        num_drafts: drafts to verify, c.
+        masks: masks in a block.
+        where: ``last``, ``ends`` or ``all``: the tokens that get a block.
+    """
+
+    num_drafts: int
+    masks: int
+    where: str
+
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Starts and sizes, as a layout has them."""
+        if not self.masks:
+            return ()
+        c = self.num_drafts
+        starts = {"last": [c], "ends": sorted({0, c}), "all": list(range(c + 1))}[self.where]
+        return tuple((start, self.masks) for start in starts)
+
+
+PLAIN = Plan(0, 0, "last")
+
+
+class Budget:
+    """Plans the steps of one batch.
+
+    Args:
+        costs: what steps cost.
+        record: how drafts of this model do; it learns.
+        num_masks: the largest block.
+        num_rows: rows B.
+        anywhere: whether blocks may stand elsewhere than after the last draft.
+        coupled: whether plans may depend on the drafts. The rejection rule forbids it: whether a token is verified must
+            not depend on the token. Then only what earlier steps kept counts.
+        timed: whether ``observe`` will be told what steps take.
+    """
+
+    def __init__(
+        self,
+        costs: StepCosts,
+        record: DraftRecord,
+        num_masks: int,
+        num_rows: int,
+        anywhere: bool,
+        coupled: bool,
+        timed: bool = True,
+    ) -> None:
+        self.costs, self.record, self.num_masks, self.coupled, self.timed = costs, record, num_masks, coupled, timed
+        self.rows = [RowRecord(record.usual.copy()) for _ in range(num_rows)]
+        self.places = ("last", "ends", "all") if anywhere else ("last",)
+        k = num_masks
+        c, m = np.arange(k + 1)[:, None, None], np.arange(k + 1)[None, :, None]
+        blocks = np.stack([np.ones(k + 1), 1 + (np.arange(k + 1) > 0), 1 + np.arange(k + 1)], axis=1)[:, : len(self.places)]
+        self._positions = (1 + c + blocks[:, None, :] * m).astype(np.int64)  # [c, m, place]
+        self._parts = costs.verified * c + costs.drafted * m
+        self._curve = costs.curve(int(self._positions.max()) * num_rows)
+        self._seconds: dict[int, np.ndarray] = {}
+        self._raw: dict[int, np.ndarray] = {}
+        self._steps = 0
+        self._since_plain = 0
+        self._tokens, self._time = 0.0, 0.0
+        self._owed = 0.0
+        self._looks = 1
+        self._resting = False
+
+    def seconds(self, num_rows: int) -> np.ndarray:
+        """What every plan costs, [c, m, place]."""
+        if num_rows not in self._seconds:
+            factors = self.record.pace.factors(len(self._curve) - 1)
+            self._seconds[num_rows] = self._expected(num_rows) * factors[self._positions * num_rows]
+        return self._seconds[num_rows]
+
+    def _expected(self, num_rows: int) -> np.ndarray:
+        return self._curve[self._positions * num_rows] + self._parts * num_rows**0.5
+
+    def observe(self, plan: Plan, seconds: float) -> None:
+        """Take note of what a step took; the plans depend on it, the text does not."""
+        B, place = len(self.rows), (plan.num_drafts, plan.masks, self.places.index(plan.where))
+        if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
+            return
+        if B not in self._raw:
+            self._raw[B] = self._expected(B)
+        self.record.pace.observe(int(self._positions[place]) * B, float(self._raw[B][place]), seconds)
+        self._steps += 1
+        if self._steps % REFRESH == 0:
+            self._seconds.clear()
+
+    def worth(self, rate: float) -> np.ndarray:
+        """What a draft of 0, 1, .., k tokens is worth to each row in the step after, in tokens, [B, k + 1]."""
+        B = len(self.rows)
+        more = np.stack([row.mean for row in self.rows]).cumprod(1)  # chances that 1, 2, .. are all kept
+        seconds = self.seconds(B)[:, 0, 0]
+        value = np.zeros((B, self.num_masks + 1))
+        value[:, 1:] = more.cumsum(1) - rate / B * (seconds[1:] - seconds[0])
+        return np.maximum.accumulate(np.maximum(value, 0), axis=1)
+
+    def choose(self, room: int, limits: Sequence[int]) -> Plan:
+        """The best plan for the next step.
+
+        Args:
+            room: largest block that is of use.
+            limits: drafts that each row has, as far as they may be verified.
+
+        Returns:
+            The plan.
+        """
+        B, k = len(self.rows), self.num_masks
+        if self._resting:
+            return self._rest(B, room)
+        self._since_plain += 1
+        known = self.record.pace.counts[B.bit_length() - 1]
+        if self.timed and (known < PLAIN_FIRST or self._since_plain >= PLAIN_EVERY):
+            self._since_plain = 0
+            self._seconds.clear()
+            return PLAIN
+        seconds = self.seconds(B)
+        plain = float(seconds[0, 0, 0])
+        # Never below what plain steps reach.
+        rate = max(self._tokens / self._time if self._time else 0.0, B / plain)
+        chances = np.zeros((B, k))
+        for r, (row, limit) in enumerate(zip(self.rows, limits, strict=True)):
+            if limit > 0:
+                chances[r, :limit] = (
+                    self.record.chance(np.array(row.probabilities[:limit])) if self.coupled else row.mean[:limit]
+                )
+        reached = np.concatenate([np.ones((B, 1)), chances.cumprod(1)], axis=1)  # that the first a are all kept
+        now = reached.cumsum(1).sum(0)  # tokens of verifying c drafts, [c]
+        worth = self.worth(rate)  # [B, m]
+        # A block after the last draft serves rows that keep all c; one after the last verified token those that keep none.
+        last = reached.T @ worth  # [c, m]
+        later = [last]
+        if len(self.places) > 1:
+            none = (1 - reached[:, 1]) if k else np.zeros(B)
+            ends = last + (none @ worth)[None]
+            ends[0] = last[0]
+            later += [ends, np.broadcast_to(worth.sum(0), last.shape)]
+        value = now[:, None, None] + np.stack(later, axis=2) - rate * seconds
+        c, room = max(limits, default=0), min(room, k)
+        best = value[: c + 1, : room + 1]
+        place = np.unravel_index(int(best.argmax()), best.shape)
+        plan = Plan(int(place[0]), int(place[1]), self.places[int(place[2])])
+        # With no drafts at hand a plain step teaches nothing, so what is best after it is the same again.
+        self._resting = plan == PLAIN and c == 0
+        return self._rest(B, room) if self._resting else plan
+
+    def _rest(self, num_rows: int, room: int) -> Plan:
+        """A plain step, or once there is time for it a small block, to look whether drafting pays by now."""
+        seconds, look = self.seconds(num_rows), min(2, room)
+        plain = float(seconds[0, 0, 0])
+        self._owed += LOOK_SHARE * plain
+        if look < 1 or self._owed < (float(seconds[0, look, 0]) - plain) * self._looks:
+            return PLAIN
+        self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
+        return Plan(0, look, "last")
+
+    def learn(
+        self, plan: Plan, kept: Sequence[int], drafted: Sequence[int], depths: Sequence[int], new: Sequence[Sequence[float]]
+    ) -> None:
+        """Take note of a step.
+
+        Args:
+            plan: what was fed.
+            kept: drafts kept in each row.
+            drafted: drafts verified in each row.
+            depths: drafts that each row has now.
+            new: the head's probabilities of them.
+        """
+        if self._resting:
+            return
+        seconds = self.seconds(len(self.rows))[plan.num_drafts, plan.masks, self.places.index(plan.where)]
+        self._tokens = 0.95 * self._tokens + sum(kept) + len(kept)
+        self._time = 0.95 * self._time + float(seconds)
+        for row, a, c, depth, probabilities in zip(self.rows, kept, drafted, depths, new, strict=True):
+            if self.coupled:
+                self.record.learn(row.probabilities, a, c)
+            if not self.coupled and c:
+                seen = min(a + 1, c)
+                row.mean[:seen] += FORESIGHT * ((np.arange(seen) < a) - row.mean[:seen])
+            row.probabilities = list(probabilities[:depth])
+            if self.coupled and depth:
+                chances = self.record.chance(np.array(row.probabilities))
+                row.mean[:depth] += FORESIGHT * (chances - row.mean[:depth])
+                row.mean[depth:] += FORESIGHT * (chances[-1] - row.mean[depth:])
+        if plan.num_drafts and sum(kept) > 0:
+            self._looks = 1
+        usual = np.mean([row.mean for row in self.rows], axis=0)
+        self.record.usual += 0.02 * (usual - self.record.usual)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self.rows = [self.rows[r] for r in rows]

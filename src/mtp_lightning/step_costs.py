@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoding step costs on this machine, by the positions that it feeds; measured once a model, in under a second."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from mtp_lightning import decoding_step
+from mtp_lightning.row_cache import RowCache
+from mtp_lightning.step_masks import StepLayout, StepMasks
+
+if TYPE_CHECKING:
+    from mtp_lightning.model import MTPModel
+    from mtp_lightning.token_choice import TokenChoice
+
+POSITIONS = (1, 2, 3, 5, 9, 17, 33, 81)
+"""Where the curve is measured, in the order of importance: a slow model's last ones are extrapolated."""
+SECONDS, ROUNDS = 0.6, 5
+CONTEXT = 64
+"""Tokens in the cache while measuring."""
+
+
+class StepCosts(NamedTuple):
+    """Seconds that the parts of a step take. Rows of a batch count together: costs depend on the sum of their positions.
+
+    Attributes:
+        positions: positions fed, ascending from 1.
+        seconds: what the decoder takes for them.
+        verified: what each further verified position adds (unembedding, choice).
+        drafted: what each draft token of a chain adds.
+    """
+
+    positions: tuple[int, ...]
+    seconds: tuple[float, ...]
+    verified: float
+    drafted: float
+
+    def curve(self, largest: int) -> np.ndarray:
+        """Seconds of 0, 1, .., ``largest`` positions, [largest + 1]."""
+        at = np.arange(largest + 1)
+        # More positions never take less, and noise only adds: no point is above any later one.
+        rising = np.minimum.accumulate(self.seconds[::-1])[::-1]
+        inside = np.interp(at, self.positions, rising)
+        if len(self.positions) > 1:
+            slope = (rising[-1] - rising[-2]) / (self.positions[-1] - self.positions[-2])
+            inside = inside + np.maximum(at - self.positions[-1], 0) * slope
+        return inside
+
+
+class Pace:
+    """What steps really take over what the curve says, by powers of two of the positions; a busy machine's curve is wrong.
+
+    Attributes:
+        counts: steps seen, by power of two; at most ``STEPS``, so that old ones are forgotten.
+    """
+
+    STEPS = 24
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(20)
+        self._logs = np.zeros(20)
+
+    def observe(self, positions: int, expected: float, seconds: float) -> None:
+        """Take note of a step that fed so many positions."""
+        place = positions.bit_length() - 1
+        ratio = min(max(math.log(seconds / expected), -1.5), 1.5)
+        self.counts[place] = min(self.counts[place] + 1, self.STEPS)
+        self._logs[place] += (ratio - self._logs[place]) / self.counts[place]
+
+    def factors(self, largest: int) -> np.ndarray:
+        """What to multiply the seconds of 0, 1, .., ``largest`` positions by, [largest + 1]; where unseen, as nearby."""
+        seen = self.counts.nonzero()[0]
+        if not len(seen):
+            return np.ones(largest + 1)
+        at = np.log2(np.maximum(np.arange(largest + 1), 1))
+        return np.exp(np.interp(at, seen + 0.3, self._logs[seen]))
+
+
+def _best(calls: dict[int, Callable[[], object]], budget: float, synchronize: Callable[[], None]) -> dict[int, float]:
+    """The least seconds of each call over a few rounds, in turn, so that a busy moment hits all alike."""
+    best: dict[int, float] = {}
+    begin = time.perf_counter()
+    for number in range(ROUNDS + 1):
+        for key, call in calls.items():
+            if best and time.perf_counter() - begin > budget:
+                return best
+            if number == 0:
+                call()  # the first of a shape also allocates
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            best[key] = min(best.get(key, float("inf")), time.perf_counter() - start)
+    return best
+
+
+@torch.inference_mode()
+def measure_step_costs(model: MTPModel, choice: TokenChoice) -> StepCosts:
+    """Measure them, with the decoder as it is while decoding.
+
+    Args:
+        model: the model, its lean layers in use.
+        choice: how tokens are chosen; of one row.
+
+    Returns:
+        The costs.
+    """
+    device, k = model.base.device, model.num_masks
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    decoder, cache, masks = model.base.get_decoder(), RowCache(model.base, 1), StepMasks(model.base, model.context)
+    largest = min(POSITIONS[-1], model.context // 2)
+    cached = min(CONTEXT, model.context - largest)
+    cache.reserve(cached + largest, cached + largest)
+
+    def forward(num_positions: int) -> Callable[[], object]:
+        tokens = torch.zeros(1, num_positions, dtype=torch.int64, device=device)
+        inputs, layouts = model.embed(tokens), (StepLayout(num_positions, 0, ()),)
+
+        def call() -> object:
+            positions, mask = masks.get(layouts, None, cache, None)
+            cache.begin_step(num_positions, tokens, None)
+            with model.gate.open(num_positions - 1 if model.lora.gated else num_positions):
+                return decoder(
+                    inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                )
+
+        return call
+
+    cache.lengths = [cached]
+    if cached:
+        forward(1)()  # allocates the buffers
+    seconds = _best({n: forward(n) for n in POSITIONS if n <= largest}, SECONDS, synchronize)
+    hidden = forward(2)().last_hidden_state  # type: ignore[attr-defined]
+    deep = min(k, 4)
+    at = torch.tensor([cached], device=device)
+    verified = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def choose(count: int) -> Callable[[], object]:
+        states, places = hidden[:, :1].expand(-1, count, -1), at[:, None] + torch.arange(count, device=device)
+        return lambda: choice.draw(choice.warped(model.unembed(states)), places)
+
+    def chain(depth: int) -> Callable[[], object]:
+        states = hidden[:, 1:].expand(-1, depth, -1)
+        return lambda: decoding_step.draft_block(model, states, verified, at, choice, True)
+
+    parts = _best({1: choose(1), 9: choose(9), -1: chain(1), -deep - 1: chain(deep + 1)}, SECONDS / 3, synchronize)
+    drafted = max(0.0, (parts.get(-deep - 1, 0.0) - parts.get(-1, 0.0)) / deep)
+    points = tuple(sorted(seconds))
+    return StepCosts(points, tuple(seconds[n] for n in points), max(0.0, (parts.get(9, 0.0) - parts[1]) / 8), drafted)

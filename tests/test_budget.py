@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Budgeted drafting: any plan gives the same text, and the plans chosen are those that pay by the costs they are given."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from test_sampling import LENGTHS, SEED, SETTINGS, TESTS, G, fitted, p_value, padded, prompts, reference, rows_of
+from tiny import CONTEXT, greedy_text, tiny_base, tiny_model, token_row
+
+from mtp_lightning import budget as budget_file
+from mtp_lightning import decoding
+from mtp_lightning.budget import PLAIN, Budget, DraftRecord, Plan
+from mtp_lightning.decoding import DecodingOptions, decode
+from mtp_lightning.model import MTPModel
+from mtp_lightning.noise import row_seeds
+from mtp_lightning.sampler_heads import GRUSamplerHead
+from mtp_lightning.step_costs import Pace, StepCosts
+
+FREE = StepCosts((1, 81), (1.0, 1.01), 0.0, 0.0)
+"""A large model on a large GPU: positions cost next to nothing."""
+STEEP = StepCosts((1, 2, 81), (1.0, 1.5, 41.0), 0.01, 0.1)
+"""A small model on a CPU: a mask, and the draft to verify, each cost half a plain step; so even sure drafts do not pay."""
+MIDDLING = StepCosts((1, 81), (1.0, 17.0), 0.01, 0.05)
+"""A token costs a quarter of a plain step, whether it is kept or not."""
+GENTLE = StepCosts((1, 81), (1.0, 3.0), 0.005, 0.02)
+
+
+def use_plans(monkeypatch: pytest.MonkeyPatch, seed: int, costs: StepCosts = GENTLE) -> list[Plan]:
+    """Plans drawn at random, whatever pays; gives the list that they are noted in."""
+    generator, seen = random.Random(seed), []
+
+    def choose(self: Budget, room: int, limits: list[int]) -> Plan:
+        c, m = generator.randint(0, max(limits, default=0)), generator.choice([0, 1, 2, 3, min(8, self.num_masks)])
+        seen.append(Plan(c, min(room, m), generator.choice(self.places)))
+        return seen[-1]
+
+    monkeypatch.setattr(Budget, "choose", choose)
+    monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: costs)
+    return seen
+
+
+@pytest.mark.parametrize("setting", [0, 1])
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+@pytest.mark.parametrize("head", ["mlp", "gru"])
+def test_any_plan_draws_the_same_text(head: str, kind: str, setting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, expected, seeds = fitted(head), [list(text) for text in reference(setting)], row_seeds(SEED, len(LENGTHS))
+    kept: set[int] = set()
+    for seed in range(4):
+        seen = use_plans(monkeypatch, seed)
+        options = {"decoding": kind, "max_new_tokens": G, **SETTINGS[setting]}
+        out = model.generate(*padded(prompts()), seed=SEED, **options)
+        assert rows_of(out) == expected
+        kept |= {count for row in out.accepted_per_step for count in row}
+        assert len(set(seen)) > 5
+        for r in (3, 10):
+            alone = model.generate(prompts()[r][None], seed=seeds[r], **options)
+            assert alone.sequences[0, LENGTHS[r] :].tolist() == expected[r]
+    assert {0, 1, 2} <= kept
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "mistral-window", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+def test_any_plan_writes_the_greedy_text(architecture: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, base = tiny_model(architecture, 5, sampler_head=GRUSamplerHead()), tiny_base(architecture)
+    rows = [token_row([n], seed=n).input_ids for n in (6, 1, 12, CONTEXT - 7)]
+    ids, mask = padded(rows)
+    for seed in range(3):
+        use_plans(monkeypatch, seed)
+        out = model.generate(ids, mask, decoding=kind, max_new_tokens=20)
+        for r, row in enumerate(rows):
+            text = greedy_text(base, row, min(20, CONTEXT - len(row)))
+            assert out.sequences[r, len(row) : len(row) + len(text)].tolist() == text
+
+
+def test_the_rejection_rule_keeps_its_distribution_under_any_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_plans(monkeypatch, 0)
+    p, share = p_value(40_000, 5_000, verification="rejection")
+    assert p > 0.01 / TESTS and 0.1 < share < 0.9
+
+
+def make(costs: StepCosts, num_rows: int = 1, coupled: bool = True, anywhere: bool = True) -> Budget:
+    return Budget(costs, DraftRecord(8), 8, num_rows, anywhere, coupled, timed=False)
+
+
+def settled(budget: Budget, probability: float, kept: int, steps: int = 60) -> list[Plan]:
+    """Plans of a text whose drafts always have a probability and of which so many are kept."""
+    plans, drafts = [], [0] * len(budget.rows)
+    for _ in range(steps):
+        plan = budget.choose(8, drafts)
+        plans.append(plan)
+        drafted = [min(count, plan.num_drafts) for count in drafts]
+        run = [min(kept, count) for count in drafted]
+        depth = dict(plan.blocks())
+        drafts = [depth.get(a, 0) for a in run]
+        budget.learn(plan, run, drafted, drafts, [[probability] * 8 for _ in drafts])
+    return plans
+
+
+def test_where_positions_are_free_everything_is_drafted() -> None:
+    for num_rows in (1, 4):
+        assert set(settled(make(FREE, num_rows), 0.9, 8)[20:]) <= {Plan(8, 8, "all"), Plan(8, 8, "ends"), Plan(8, 8, "last")}
+        assert settled(make(FREE, num_rows), 0.6, 2)[-1].where == "all"
+    assert {plan.where for plan in settled(make(FREE, anywhere=False), 0.6, 2)} == {"last"}
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_where_drafts_are_never_kept_steps_are_plain(coupled: bool) -> None:
+    budget = make(STEEP, coupled=coupled)
+    plans = settled(budget, 0.3, 0, 3000)
+    assert plans[100:200].count(PLAIN) >= 95
+    # Looking whether it pays by now costs little.
+    spent = sum(float(budget.seconds(1)[p.num_drafts, p.masks, budget.places.index(p.where)]) for p in plans)
+    assert spent < 1.03 * len(plans) * 1.0
+    assert any(plan != PLAIN for plan in plans[1000:])
+
+
+def test_drafting_is_taken_up_again_when_it_pays_by_now() -> None:
+    budget = make(MIDDLING)
+    assert settled(budget, 0.1, 0, 300)[-1] == PLAIN
+    assert settled(budget, 0.98, 8, 600)[-1].num_drafts >= 2
+
+
+def test_confidence_decides_what_is_verified() -> None:
+    budget = make(MIDDLING)
+    settled(budget, 0.95, 8, 100)
+    budget.learn(PLAIN, [0], [0], [8], [[0.97, 0.97, 0.97, 0.03, 0.9, 0.9, 0.9, 0.9]])
+    assert budget.choose(8, [8]).num_drafts == 3
+    budget.learn(PLAIN, [0], [0], [8], [[0.03] * 8])
+    assert budget.choose(8, [8]).num_drafts == 0
+
+
+def test_plans_of_the_rejection_rule_do_not_see_the_drafts() -> None:
+    plans = []
+    for probability in (0.02, 0.98):
+        budget = make(GENTLE, coupled=False)
+        plans.append(settled(budget, probability, 3))
+    assert plans[0] == plans[1] and max(plan.num_drafts for plan in plans[0]) > 1
+
+
+def test_chances_are_corrected_by_what_was_kept() -> None:
+    record, generator = DraftRecord(4), np.random.default_rng(0)
+    before = record.chance(np.array([0.1, 0.5, 0.9]))
+    np.testing.assert_allclose(before, [0.1, 0.5, 0.9], atol=0.03)
+    for _ in range(4000):
+        probability = float(generator.uniform())
+        record.learn([probability], int(generator.uniform() < probability**2), 1)
+    found = record.chance(np.array([0.2, 0.5, 0.8]))
+    np.testing.assert_allclose(found, [0.04, 0.25, 0.64], atol=0.12)  # bins hold a hundred draws or so
+    assert (np.diff(record.chance(np.linspace(0, 1, 50))) > -0.2).all()
+
+
+def test_blocks_of_plans() -> None:
+    assert Plan(3, 2, "last").blocks() == ((3, 2),)
+    assert Plan(3, 2, "ends").blocks() == ((0, 2), (3, 2)) and Plan(0, 2, "ends").blocks() == ((0, 2),)
+    assert Plan(2, 1, "all").blocks() == ((0, 1), (1, 1), (2, 1)) and Plan(2, 0, "all").blocks() == ()
+
+
+def test_room_and_limits_are_kept_to() -> None:
+    budget = make(FREE, 2)
+    settled(budget, 0.9, 8)
+    for room in range(9):
+        for limits in ([0, 0], [1, 0], [3, 8]):
+            plan = budget.choose(room, limits)
+            assert plan.masks <= room and plan.num_drafts <= max(limits)
+
+
+# --- Costs --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_rises_and_goes_on() -> None:
+    curve = StepCosts((1, 3, 9), (2.0, 1.5, 3.0), 0, 0).curve(15)
+    assert (np.diff(curve[1:]) >= 0).all() and curve[1] == 1.5 and curve[9] == 3.0
+    np.testing.assert_allclose(np.diff(curve[9:]), 0.25)
+
+
+def test_pace_corrects_the_curve() -> None:
+    pace = Pace()
+    assert (pace.factors(90) == 1).all()
+    for _ in range(100):
+        pace.observe(1, 1.0, 2.0)
+        pace.observe(40, 1.0, 0.5)
+    factors = pace.factors(90)
+    np.testing.assert_allclose([factors[1], factors[60]], [2.0, 0.5], rtol=0.01)
+    assert 0.5 < factors[8] < 2.0
+    pace.observe(1, 1.0, 1e9)  # a machine that slept
+    assert pace.factors(1)[1] < 3
+
+
+def test_costs_are_measured_once_and_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = tiny_model("gemma3", 3, sampler_head=GRUSamplerHead()), []
+    original = decoding.measure_step_costs
+    monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: calls.append(args) or original(*args))
+    for _ in range(3):
+        list(decode(model, token_row([4]).input_ids, DecodingOptions(max_new_tokens=4)))
+    assert len(calls) == 1 and model.lean.draft_costs is not None
+    costs = model.lean.draft_costs[0]
+    assert costs.positions[0] == 1 and all(second > 0 for second in costs.seconds)
+    assert max(costs.positions) <= CONTEXT // 2
+    list(decode(model, token_row([4]).input_ids, DecodingOptions(num_masks=2, max_new_tokens=4)))
+    assert len(calls) == 1  # fixed masks need none
+
+
+def plan_counts(model: MTPModel, monkeypatch: pytest.MonkeyPatch, costs: StepCosts, **options: Any) -> list[int]:
+    monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: costs)
+    monkeypatch.setattr(Budget, "observe", lambda *args: None)
+    monkeypatch.setattr(budget_file, "PLAIN_FIRST", 0)
+    model.lean.draft_costs = None
+    out = model.generate(*padded(prompts()), seed=SEED, max_new_tokens=G, **options)
+    assert rows_of(out) == [list(text) for text in reference(0)]
+    return out.num_steps.tolist()
+
+
+def test_free_positions_take_fewer_steps_than_steep_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fitted("gru")
+    free = plan_counts(model, monkeypatch, FREE, **SETTINGS[0])
+    steep = plan_counts(model, monkeypatch, STEEP, **SETTINGS[0])
+    assert sum(free) < sum(steep) <= G * len(LENGTHS)
+    model.lean.draft_costs = None
