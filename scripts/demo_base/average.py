@@ -4,7 +4,7 @@
     python scripts/demo_base/average.py --states early middle late --prose TALES.jsonl STORIES.txt --output base
 
 States of one run lie close enough for that. Here each later one knew its training text better and held-out text worse; their
-mean was better on held-out text than any of them.
+mean was better on held-out code and prose than any of them.
 """
 
 from __future__ import annotations
