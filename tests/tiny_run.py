@@ -63,7 +63,7 @@ CONFIG: dict[str, Any] = {
             {"class_path": "mtp_lightning.callbacks.LastCheckpoint", "init_args": {"every_n_steps": 4}},
             {
                 "class_path": "mtp_lightning.callbacks.AcceptanceEvaluation",
-                "init_args": {"prompts": "prompts.jsonl", "max_new_tokens": 6, "every_n_steps": 5},
+                "init_args": {"prompts": "prompts.jsonl", "max_new_tokens": 6, "every_n_steps": 5, "num_masks": 2},
             },
         ],
     },
