@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step time against positions for random models of large shapes, and the speed-up that the paper's acceptance would give.
 
-``python benchmarks/large_shapes.py --shape qwen3-0.6b`` prints the measured curve and two projections for each benchmark of the
-paper's Table 1: quadratic decoding with k masks, whose step feeds (k + 1)^2 positions, and budgeted drafting. The chance that
-the first j drafts are kept is what the j-th mask added to the acceptance length there; drafts are simulated with these chances,
-and plans are made by the same planner as in decoding. Nothing is decoded: a random model has no text.
+``python benchmarks/large_shapes.py --shape qwen3-0.6b`` prints the measured curve and two projections for each benchmark of
+the paper's Table 1: quadratic decoding with k masks, whose step feeds (k + 1)^2 positions, and budgeted drafting. The chance
+that the first j drafts are kept is what the j-th mask added to the acceptance length there; drafts are simulated with these
+chances, and plans are made by the same planner as in decoding. Nothing is decoded: a random model has no text.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def fixed(costs: StepCosts, lengths: list[float], masks: int) -> float:
 
 
 def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: int = 0) -> tuple[float, float]:
-    """Projected speed-up and acceptance length of budgeted drafting. The head's probabilities are taken to be the chances."""
+    """Projected speed-up and acceptance length of budgeted drafting. The head's probabilities are these chances."""
     generator, chance = np.random.default_rng(seed), chances(lengths)
     budget = Budget(costs, DraftRecord(8), 8, 1, True, True, timed=False)
     tokens, seconds, waiting = 0, 0.0, 0
@@ -74,10 +74,10 @@ def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: in
         while kept < plan.num_drafts and generator.uniform() < chance[kept]:
             kept += 1
         drafted, waiting = plan.num_drafts, dict(plan.blocks()).get(kept, 0)
-        budget.learn(plan, [kept], [drafted], [waiting], [chance.tolist()])
+        budget.learn(plan, plan.masks, [kept], [drafted], [waiting], [chance.tolist()])
         if number >= steps // 5:  # once the planner knows the text
             tokens += kept + 1
-            seconds += float(budget.seconds(1)[plan.num_drafts, plan.masks, budget.places.index(plan.where)])
+            seconds += budget.spent(plan, plan.masks)
     return tokens / seconds * float(costs.curve(1)[1]), tokens / (steps - steps // 5)
 
 
@@ -113,9 +113,7 @@ def main() -> None:
     print("| positions | ms | over 1 position |\n|---|---|---|")
     for n, seconds in zip(costs.positions, costs.seconds, strict=True):
         print(f"| {n} | {1e3 * seconds:.1f} | {seconds / costs.seconds[0]:.2f} |")
-    print(
-        f"\none draft token of the sampler head: {1e3 * costs.drafted:.2f} ms; one more verified: {1e3 * costs.verified:.2f} ms\n"
-    )
+    print(f"\none draft token: {1e3 * costs.drafted:.2f} ms; one more verified: {1e3 * costs.verified:.2f} ms\n")
     print("| benchmark | " + " | ".join(f"{k}" for k in range(1, 9)) + " | auto (acceptance length) |\n|---|" + "---|" * 9)
     for name, lengths in PAPER.items():
         speed, length = budgeted(costs, lengths)

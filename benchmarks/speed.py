@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wall-clock speed-up over autoregressive decoding, transformers' generate and its prompt-lookup decoding.
 
-``python benchmarks/speed.py MODEL --prompts F.jsonl`` decodes batches of prompts of one domain with every number of masks and
-``auto``, and with the three others, one after another; then the next batch, beginning with another one. The ratio of two
+``python benchmarks/speed.py MODEL --prompts F.jsonl`` decodes batches of prompts of one domain with every number of masks
+and ``auto``, and with the three others, one after another; then the next batch, beginning with another one. The ratio of two
 ways is taken within a batch, so a busy moment hits neighbours alike. All write as many tokens (no end token), greedily.
 Prints medians of the ratios with quartiles, by domain; writes ``speed.json`` and ``speed.png`` into ``--output``.
 Prompt-lookup decoding takes one row, so it has no figure for larger batches.
@@ -125,7 +125,7 @@ def measure(
 def report(name: str, figures: dict[str, Any]) -> None:
     """Print one setting's table."""
     print(
-        f"\n{name}: {figures['texts_that_differ_from_autoregressive']} of {figures['texts']} texts differ from our own loop's\n"
+        f"\n{name}: {figures['texts_that_differ_from_autoregressive']} of {figures['texts']} texts differ from our loop's\n"
     )
     others = [other for other in OTHERS if any(other in o for d in figures["speed_up"].values() for o in d.values())]
     print(

@@ -75,9 +75,7 @@ def main() -> None:
     model = MTPModel.from_pretrained(args.model, dtype=args.dtype)
     base = load_base(model.base.name_or_path, dtype=args.dtype)
     prompt = model.tokenizer(args.prompt, return_tensors="pt").input_ids[0]
-    print(
-        "| decoding | positions | pairs | step, ms | forward, ms | ratio, median | quartiles |\n|---|---|---|---|---|---|---|"
-    )
+    print("| decoding | positions | pairs | step, ms | forward, ms | ratio | quartiles |\n|---|---|---|---|---|---|---|")
     rows: list[tuple[str, DecodingOptions]] = [("autoregressive", DecodingOptions("autoregressive", eos_token_id=[]))]
     for masks in args.masks:
         for head in (True, False):
