@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning import decoding_step
+from mtp_lightning.decoding_step import Drafts
 from mtp_lightning.model import MTPModel
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -40,29 +41,22 @@ class Difference(NamedTuple):
 
 
 @contextmanager
-def injected_drafts(model: MTPModel, sequence: Tensor, num_masks: int) -> Iterator[None]:
+def injected_drafts(sequence: Tensor, num_masks: int) -> Iterator[None]:
     """Drafts that follow ``sequence`` for a number of tokens that changes from place to place, and then err."""
-    steps: list[Any] = []
-    handle = model.register_forward_pre_hook(lambda _, args: steps.append(args[0]))
 
-    def draft(model: MTPModel, hidden: Tensor, verified: Tensor, sampler_head: bool) -> Tensor:
-        step, J = steps[-1], len(hidden)
-        T, c = step.shape.num_tokens, step.num_drafts
-        last = int(step.position_ids[0, T - 1 - c])
-        kept = int(decoding_step.num_accepted(step.tokens[T - c :], sequence[last + 1 : last + 2 + c]))
-        at = last + kept + 1
+    def draft(model: MTPModel, hidden: Tensor, verified: Tensor, positions: Tensor, *others: Any) -> Drafts:
+        at, J = int(positions[0]), hidden.shape[1]
         out = torch.cat([sequence[at + 1 : at + 1 + J], sequence.new_zeros(J)])[:J]
         run = at * 7 % (num_masks + 2)
         if run < J:
             out[run] = (out[run] + 1) % VOCAB
-        return out
+        return Drafts(out[None], None)
 
     original, decoding_step.draft_block = decoding_step.draft_block, draft
     try:
         yield
     finally:
         decoding_step.draft_block = original
-        handle.remove()
 
 
 @torch.no_grad()
@@ -96,7 +90,7 @@ def measure(
     for prompt, expected in references:
         for kind in ("quadratic", "linear"):
             for J in masks:
-                with injected_drafts(model, torch.tensor([*prompt.tolist(), *expected]), J):
+                with injected_drafts(torch.tensor([*prompt.tolist(), *expected]), J):
                     out = model.generate(prompt[None], decoding=kind, num_masks=J, max_new_tokens=tokens)
                 found = out.sequences[0, len(prompt) :].tolist()
                 texts, steps = texts + 1, steps + int(out.num_steps[0])

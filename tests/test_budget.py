@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_sampling import LENGTHS, SEED, SETTINGS, TESTS, G, fitted, p_value, padded, prompts, reference, rows_of
 from tiny import CONTEXT, greedy_text, tiny_base, tiny_model, token_row
 
@@ -15,10 +16,12 @@ from mtp_lightning import budget as budget_file
 from mtp_lightning import decoding
 from mtp_lightning.budget import PLAIN, Budget, DraftRecord, Plan
 from mtp_lightning.decoding import DecodingOptions, decode
+from mtp_lightning.decoding_step import draft_block
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.step_costs import Pace, StepCosts
+from mtp_lightning.token_choice import TokenChoice
 
 FREE = StepCosts((1, 81), (1.0, 1.01), 0.0, 0.0)
 """A large model on a large GPU: positions cost next to nothing."""
@@ -35,6 +38,7 @@ def use_plans(monkeypatch: pytest.MonkeyPatch, seed: int, costs: StepCosts = GEN
 
     def choose(self: Budget, room: int, limits: list[int]) -> Plan:
         c, m = generator.randint(0, max(limits, default=0)), generator.choice([0, 1, 2, 3, min(8, self.num_masks)])
+        self.least = generator.choice([0.0, 0.05, 0.5]) if self.coupled else 0.0  # drafts also end early
         seen.append(Plan(c, min(room, m), generator.choice(self.places)))
         return seen[-1]
 
@@ -96,7 +100,7 @@ def settled(budget: Budget, probability: float, kept: int, steps: int = 60) -> l
         run = [min(kept, count) for count in drafted]
         depth = dict(plan.blocks())
         drafts = [depth.get(a, 0) for a in run]
-        budget.learn(plan, run, drafted, drafts, [[probability] * 8 for _ in drafts])
+        budget.learn(plan, plan.masks, run, drafted, drafts, [[probability] * 8 for _ in drafts])
     return plans
 
 
@@ -113,7 +117,7 @@ def test_where_drafts_are_never_kept_steps_are_plain(coupled: bool) -> None:
     plans = settled(budget, 0.3, 0, 3000)
     assert plans[100:200].count(PLAIN) >= 95
     # Looking whether it pays by now costs little.
-    spent = sum(float(budget.seconds(1)[p.num_drafts, p.masks, budget.places.index(p.where)]) for p in plans)
+    spent = sum(budget.spent(p, p.masks) for p in plans)
     assert spent < 1.03 * len(plans) * 1.0
     assert any(plan != PLAIN for plan in plans[1000:])
 
@@ -127,9 +131,9 @@ def test_drafting_is_taken_up_again_when_it_pays_by_now() -> None:
 def test_confidence_decides_what_is_verified() -> None:
     budget = make(MIDDLING)
     settled(budget, 0.95, 8, 100)
-    budget.learn(PLAIN, [0], [0], [8], [[0.97, 0.97, 0.97, 0.03, 0.9, 0.9, 0.9, 0.9]])
+    budget.learn(PLAIN, 0, [0], [0], [8], [[0.97, 0.97, 0.97, 0.03, 0.9, 0.9, 0.9, 0.9]])
     assert budget.choose(8, [8]).num_drafts == 3
-    budget.learn(PLAIN, [0], [0], [8], [[0.03] * 8])
+    budget.learn(PLAIN, 0, [0], [0], [8], [[0.03] * 8])
     assert budget.choose(8, [8]).num_drafts == 0
 
 
@@ -166,6 +170,28 @@ def test_room_and_limits_are_kept_to() -> None:
         for limits in ([0, 0], [1, 0], [3, 8]):
             plan = budget.choose(room, limits)
             assert plan.masks <= room and plan.num_drafts <= max(limits)
+
+
+def test_drafts_end_early_where_going_on_does_not_pay() -> None:
+    model = tiny_model("llama", 8, sampler_head=GRUSamplerHead())
+    choice = TokenChoice(DecodingOptions(), [0, 0], torch.device("cpu"))
+    choice.confident = True
+    hidden = torch.randn(2, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    arguments = (model, hidden, torch.tensor([3, 4]), torch.tensor([9, 9]), choice, True)
+    with torch.inference_mode():
+        whole = draft_block(*arguments)
+        assert whole.tokens.shape == (2, 8) and whole.probabilities is not None
+        chance = whole.probabilities.cumprod(1).max(0).values  # of the row that goes on longest
+        for count in (1, 3, 7):
+            choice.least = float(chance[count - 1]) * 1.0001
+            part = draft_block(*arguments)
+            length = int((chance >= choice.least).sum()) + 1
+            assert 1 <= length <= count and torch.equal(part.tokens, whole.tokens[:, :length])
+    assert make(GENTLE).least == 0
+    budget = make(GENTLE)
+    budget.stops_early = True
+    budget.choose(8, [0])
+    assert 0 < budget.least < 0.1
 
 
 # --- Costs --------------------------------------------------------------------------------------------------------------

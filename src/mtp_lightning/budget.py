@@ -73,10 +73,12 @@ class RowRecord:
     Attributes:
         mean: chance of each draft of a block, given that the ones before are kept; lately, in this text.
         probabilities: the head's probabilities of the drafts that wait.
+        blocks: blocks that the mean is over, what other texts say counting as one.
     """
 
     mean: np.ndarray
     probabilities: list[float] = field(default_factory=list)
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ class Budget:
         coupled: whether plans may depend on the drafts. The rejection rule forbids it: whether a token is verified must
             not depend on the token. Then only what earlier steps kept counts.
         timed: whether ``observe`` will be told what steps take.
+
+    Attributes:
+        stops_early: whether a draft ends once its chance is below ``least``.
+        least: the chance below which another draft token costs more than it can bring.
     """
 
     def __init__(
@@ -136,7 +142,8 @@ class Budget:
         c, m = np.arange(k + 1)[:, None, None], np.arange(k + 1)[None, :, None]
         blocks = np.stack([np.ones(k + 1), 1 + (np.arange(k + 1) > 0), 1 + np.arange(k + 1)], axis=1)[:, : len(self.places)]
         self._positions = (1 + c + blocks[:, None, :] * m).astype(np.int64)  # [c, m, place]
-        self._parts = costs.verified * c + costs.drafted * m
+        self._parts = np.broadcast_to(costs.verified * c, self._positions.shape)
+        self.stops_early, self.least = False, 0.0
         self._curve = costs.curve(int(self._positions.max()) * num_rows)
         self._seconds: dict[int, np.ndarray] = {}
         self._raw: dict[int, np.ndarray] = {}
@@ -148,7 +155,7 @@ class Budget:
         self._resting = False
 
     def seconds(self, num_rows: int) -> np.ndarray:
-        """What every plan costs, [c, m, place]."""
+        """What every plan costs but for drafting, [c, m, place]."""
         if num_rows not in self._seconds:
             factors = self.record.pace.factors(len(self._curve) - 1)
             self._seconds[num_rows] = self._expected(num_rows) * factors[self._positions * num_rows]
@@ -157,22 +164,57 @@ class Budget:
     def _expected(self, num_rows: int) -> np.ndarray:
         return self._curve[self._positions * num_rows] + self._parts * num_rows**0.5
 
-    def observe(self, plan: Plan, seconds: float) -> None:
+    def spent(self, plan: Plan, links: int) -> float:
+        """What a step costs that drafts so many tokens one after another."""
+        seconds = self.seconds(len(self.rows))[plan.num_drafts, plan.masks, self.places.index(plan.where)]
+        return float(seconds) + links * self._link()
+
+    def _link(self) -> float:
+        """What one more token of a draft costs."""
+        return self.costs.drafted * len(self.rows) ** 0.5
+
+    def observe(self, plan: Plan, links: int, seconds: float) -> None:
         """Take note of what a step took; the plans depend on it, the text does not."""
         B, place = len(self.rows), (plan.num_drafts, plan.masks, self.places.index(plan.where))
         if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
             return
         if B not in self._raw:
             self._raw[B] = self._expected(B)
-        self.record.pace.observe(int(self._positions[place]) * B, float(self._raw[B][place]), seconds)
+        expected = float(self._raw[B][place]) + links * self._link()
+        self.record.pace.observe(int(self._positions[place]) * B, expected, seconds)
         self._steps += 1
         if self._steps % REFRESH == 0:
             self._seconds.clear()
 
+    def _more(self) -> np.ndarray:
+        """The chances that the first 1, 2, .. of a draft are all kept, [B, k]."""
+        return np.stack([row.mean for row in self.rows]).cumprod(1)
+
+    def _drafting(self) -> np.ndarray:
+        """What drafting 0, 1, .., k tokens costs, [k + 1]."""
+        links = np.ones(self.num_masks + 1)
+        links[0] = 0.0
+        if self.stops_early and self.num_masks > 1:
+            links[2:] = self._more().max(0)[:-1]  # about as often as it is reached, a token is drafted
+        return links.cumsum() * self._link()
+
+    def first(self, room: int) -> Plan:
+        """The prompt's step. Beside a whole prompt a small block costs little, and it tells what to expect of the text.
+
+        Args:
+            room: largest block that is of use.
+
+        Returns:
+            The plan.
+        """
+        plan = self.choose(room, [0] * len(self.rows))
+        self._resting = False
+        return Plan(0, min(room, max(plan.masks, 2)), "last")
+
     def worth(self, rate: float) -> np.ndarray:
         """What a draft of 0, 1, .., k tokens is worth to each row in the step after, in tokens, [B, k + 1]."""
         B = len(self.rows)
-        more = np.stack([row.mean for row in self.rows]).cumprod(1)  # chances that 1, 2, .. are all kept
+        more = self._more()
         seconds = self.seconds(B)[:, 0, 0]
         value = np.zeros((B, self.num_masks + 1))
         value[:, 1:] = more.cumsum(1) - rate / B * (seconds[1:] - seconds[0])
@@ -218,7 +260,10 @@ class Budget:
             ends = last + (none @ worth)[None]
             ends[0] = last[0]
             later += [ends, np.broadcast_to(worth.sum(0), last.shape)]
-        value = now[:, None, None] + np.stack(later, axis=2) - rate * seconds
+        price = seconds + self._drafting()[None, :, None]
+        value = now[:, None, None] + np.stack(later, axis=2) - rate * price
+        # A token that is reached more seldom than this brings less than the time to draft it would elsewhere.
+        self.least = rate * self._link() if self.stops_early else 0.0
         c, room = max(limits, default=0), min(room, k)
         best = value[: c + 1, : room + 1]
         place = np.unravel_index(int(best.argmax()), best.shape)
@@ -232,18 +277,26 @@ class Budget:
         seconds, look = self.seconds(num_rows), min(2, room)
         plain = float(seconds[0, 0, 0])
         self._owed += LOOK_SHARE * plain
-        if look < 1 or self._owed < (float(seconds[0, look, 0]) - plain) * self._looks:
+        price = float(seconds[0, max(look, 0), 0]) - plain + look * self._link()
+        if look < 1 or self._owed < price * self._looks:
             return PLAIN
         self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
         return Plan(0, look, "last")
 
     def learn(
-        self, plan: Plan, kept: Sequence[int], drafted: Sequence[int], depths: Sequence[int], new: Sequence[Sequence[float]]
+        self,
+        plan: Plan,
+        links: int,
+        kept: Sequence[int],
+        drafted: Sequence[int],
+        depths: Sequence[int],
+        new: Sequence[Sequence[float]],
     ) -> None:
         """Take note of a step.
 
         Args:
             plan: what was fed.
+            links: draft tokens drawn one after another.
             kept: drafts kept in each row.
             drafted: drafts verified in each row.
             depths: drafts that each row has now.
@@ -251,24 +304,28 @@ class Budget:
         """
         if self._resting:
             return
-        seconds = self.seconds(len(self.rows))[plan.num_drafts, plan.masks, self.places.index(plan.where)]
         self._tokens = 0.95 * self._tokens + sum(kept) + len(kept)
-        self._time = 0.95 * self._time + float(seconds)
+        self._time = 0.95 * self._time + self.spent(plan, links)
         for row, a, c, depth, probabilities in zip(self.rows, kept, drafted, depths, new, strict=True):
             if self.coupled:
                 self.record.learn(row.probabilities, a, c)
             if not self.coupled and c:
                 seen = min(a + 1, c)
-                row.mean[:seen] += FORESIGHT * ((np.arange(seen) < a) - row.mean[:seen])
+                row.mean[:seen] += self._weight(row) * ((np.arange(seen) < a) - row.mean[:seen])
             row.probabilities = list(probabilities[:depth])
             if self.coupled and depth:
                 chances = self.record.chance(np.array(row.probabilities))
-                row.mean[:depth] += FORESIGHT * (chances - row.mean[:depth])
-                row.mean[depth:] += FORESIGHT * (chances[-1] - row.mean[depth:])
+                weight = self._weight(row)
+                row.mean[:depth] += weight * (chances - row.mean[:depth])
+                row.mean[depth:] += weight * (chances[-1] - row.mean[depth:])
         if plan.num_drafts and sum(kept) > 0:
             self._looks = 1
         usual = np.mean([row.mean for row in self.rows], axis=0)
-        self.record.usual += 0.02 * (usual - self.record.usual)
+        self.record.usual += 0.05 * (usual - self.record.usual)
+
+    def _weight(self, row: RowRecord) -> float:
+        row.blocks += 1
+        return max(FORESIGHT, 1 / row.blocks)
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""

@@ -201,7 +201,8 @@ def decode_rows(
         if options.num_masks == "auto" and J and not is_sharded(model):
             budget = make_budget(model, options, B)
             choice.confident = budget.coupled
-            spent = budget.choose(_room(rows, J), [0] * B)
+            budget.stops_early = budget.coupled and device.type == "cpu" and model.sampler_head is not None
+            spent = budget.first(_room(rows, J))
         plan = prompt_plan(options.decoding, [len(each) for each in remaining], spent.masks if budget else _room(rows, J))
         slots_ever = max(row.limit for row in rows) + (J + 1) ** 2
         while True:
@@ -213,6 +214,8 @@ def decode_rows(
             positions, mask = step_masks.get(plan.layouts, layout_of, cache, slots)
             cache.begin_step(size, tokens, slots)
             ends = [row.length for row in rows]
+            if budget is not None:
+                choice.least = budget.least
             drafted = None
             if min(plan.drafted) < c:
                 drafted = torch.arange(c, device=device) < torch.tensor(plan.drafted, device=device)[:, None]
@@ -239,13 +242,15 @@ def decode_rows(
                 row.length += kept + 1
                 reason = "stop" if end else "length" if row.length >= row.limit or steps == options.max_steps else None
                 gained.append(RowStep(row.number, StepTokens(new[:end], plan.drafted[r]), reason))
-                row.drafts = min(layout.block_after(kept)[1], row.limit - row.length - 1)
+                depth = min(layout.block_after(kept)[1], out.draft.tokens.shape[1])
+                row.drafts = min(depth, row.limit - row.length - 1)
             if budget is not None:
                 chances = [[part / PARTS for part in numbers[c + 2 :]] for numbers in read]
                 waiting = [max(0, row.drafts) for row in rows]
+                links = out.draft.tokens.shape[1]
                 if steps > 1:
-                    budget.observe(spent, time.perf_counter() - begin)
-                budget.learn(spent, [numbers[0] for numbers in read], plan.drafted, waiting, chances)
+                    budget.observe(spent, links, time.perf_counter() - begin)
+                budget.learn(spent, links, [numbers[0] for numbers in read], plan.drafted, waiting, chances)
             yield gained
             going = [r for r, each in enumerate(gained) if each.finish_reason is None and each.row not in finished]
             if not going:

@@ -6,6 +6,7 @@ Source: Samragh et al. 2025, §2.4.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ class Drafts(NamedTuple):
     """The next draft of each row.
 
     Attributes:
-        tokens: [B, J] int64.
+        tokens: [B, J] int64; fewer where going on was not worth it.
         scores: what they were chosen from, [B, J, V]; None where nothing will ask.
         probabilities: the drafting head's probability of each, [B, J]; None where nothing will ask.
     """
@@ -124,19 +125,26 @@ def draft_block(
     chain = model.lean.chain(model)
     chain.begin(hidden)
     drawn, chosen_from, previous = [], [], verified
+    reached = torch.ones(len(verified), device=hidden.device)
     for j in range(J):
         token, score = choice.draft(unembed(chain.next(j, previous))[:, None], places[:, j : j + 1])
         previous = token[:, 0]
         drawn.append(previous)
         chosen_from.append(score)
+        if choice.least > 0 and j + 1 < J:
+            reached = reached * _probability(score, token)[:, 0]
+            if float(reached.max()) < choice.least:  # only where nothing has to wait for the number: see TokenChoice
+                break
     return _drafts(torch.stack(drawn, 1), torch.cat(chosen_from, 1), choice)
 
 
+def _probability(scores: Tensor, tokens: Tensor) -> Tensor:
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return (wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)).exp()
+
+
 def _drafts(tokens: Tensor, scores: Tensor, choice: TokenChoice) -> Drafts:
-    probabilities = None
-    if choice.confident:
-        wide = scores if scores.dtype == torch.float64 else scores.float()
-        probabilities = (wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)).exp()
+    probabilities = _probability(scores, tokens) if choice.confident else None
     return Drafts(tokens, scores if choice.rejects else None, probabilities)
 
 
@@ -162,6 +170,31 @@ def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:
     return own, num_accepted(draft, own, step.drafted) if c else torch.zeros_like(own[:, 0])
 
 
+@functools.lru_cache(maxsize=1024)
+def mask_index(layout: StepLayout, device: torch.device) -> Tensor:
+    """Which mask embedding each mask position has, [M] int64."""
+    return torch.tensor([j for _, masks in layout.blocks for j in range(masks)], device=device)
+
+
+@functools.lru_cache(maxsize=1024)
+def block_index(layouts: tuple[StepLayout, ...], num_drafts: int, device: torch.device) -> Tensor:
+    """For each layout and number of drafts kept, where the block that drafts on stands among the masks.
+
+    Where there is no block after the last kept token some other one is read, and the draft does not count.
+
+    Args:
+        layouts: layouts with as many masks.
+        num_drafts: c.
+        device: device of the result.
+
+    Returns:
+        [layouts, c + 1, J] int64.
+    """
+    depth, last = max(layout.depth for layout in layouts), layouts[0].num_mtp - 1
+    begins = [[layout.block_after(a)[0] for a in range(num_drafts + 1)] for layout in layouts]
+    return torch.tensor([[[min(b + j, last) for j in range(depth)] for b in row] for row in begins], device=device)
+
+
 def decode_step(model: MTPModel, step: StepInput) -> StepOutput:
     """One forward pass of the base: verify the drafts, and draft again from the block after the last kept token.
 
@@ -178,8 +211,7 @@ def decode_step(model: MTPModel, step: StepInput) -> StepOutput:
     inputs = model.embed(step.tokens)
     if num_mtp:
         # All layouts have the same masks, block after block, at the same indices.
-        masks = model.mask_embeddings.to(inputs.dtype)
-        masks = torch.cat([masks[:count] for _, count in layouts[0].blocks])
+        masks = model.mask_embeddings.to(inputs.dtype).index_select(0, mask_index(layouts[0], inputs.device))
         inputs = torch.cat([inputs, masks.expand(B, -1, -1)], dim=1)
     with model.gate.open(num_mtp if model.lora.gated else size):
         hidden = model.base.get_decoder()(
@@ -189,19 +221,17 @@ def decode_step(model: MTPModel, step: StepInput) -> StepOutput:
             past_key_values=step.cache,
             use_cache=True,
         ).last_hidden_state
-    rows = torch.arange(B, device=hidden.device)
     if step.choice is None:
         verified = hidden[:, layouts[0].last : layouts[0].last + c + 1]
     else:
         last = torch.tensor([layout.last for layout in layouts], device=hidden.device).index_select(0, step.choice)
+        rows = torch.arange(B, device=hidden.device)
         verified = hidden[rows[:, None], last[:, None] + torch.arange(c + 1, device=hidden.device)]
     own, kept = verify(step, model.unembed(verified))
     if not depth:
         return StepOutput(own, kept, Drafts(own[:, :0], None))
-    # Where there is no block after the last kept token some other one is read, and the draft does not count.
-    begins = torch.tensor([[layout.block_after(a)[0] for a in range(c + 1)] for layout in layouts], device=hidden.device)
-    begin = begins[0].index_select(0, kept) if step.choice is None else begins[step.choice, kept]
-    index = (begin[:, None] + torch.arange(depth, device=hidden.device)).clamp_(max=num_mtp - 1)
+    index = block_index(layouts, c, hidden.device)
+    index = index[0].index_select(0, kept) if step.choice is None else index[step.choice, kept]
     block = hidden[:, T:].gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
     chosen = own.gather(1, kept[:, None])[:, 0]
     draft = draft_block(model, block, chosen, step.first + kept, step.token_choice, step.sampler_head)

@@ -80,6 +80,7 @@ class MTPModel(nn.Module):
         self.lora = lora or LoRA()
         self.gate = Gate()
         self.lean = LeanWeights()
+        self._unembedding: FrozenUnembedding | None = None
         self.base = base
         self.adapter_config = add_gated_lora(base, self.lora, self.gate)
         self.context = context_length(base)
@@ -170,7 +171,10 @@ class MTPModel(nn.Module):
     @property
     def unembed(self) -> FrozenUnembedding:
         """The base's unembedding."""
-        return FrozenUnembedding(self.base)
+        # Made once: a step asks for it several times, and reading a configuration is slow.
+        if self._unembedding is None or self._unembedding.head is not self.base.get_output_embeddings():
+            self._unembedding = FrozenUnembedding(self.base)
+        return self._unembedding
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings of token ids as the decoder sees them, [..., D]."""

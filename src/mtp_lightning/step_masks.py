@@ -93,6 +93,7 @@ class StepMasks:
     def __init__(self, base: PreTrainedModel, context: int) -> None:
         self.base = base
         self.context = context
+        self._windows = per_layer_type(base, lambda window: window)
         self._capacity = 0
         self._positions: dict[tuple[StepLayout, ...], Tensor] = {}
         self._tables: dict[tuple[tuple[StepLayout, ...], int | None], Tensor] = {}
@@ -135,7 +136,9 @@ class StepMasks:
             index = columns[:, None, :].expand(-1, Q, -1)
             return table.expand(len(slots), -1, -1).gather(2, index)[:, None]
 
-        return positions, per_layer_type(self.base, make)
+        if isinstance(self._windows, dict):
+            return positions, {name: make(window) for name, window in self._windows.items()}
+        return positions, make(self._windows)
 
     def _position_table(self, layouts: tuple[StepLayout, ...]) -> Tensor:
         if layouts not in self._positions:

@@ -52,6 +52,8 @@ class TokenChoice:
         rejects: whether drafts are verified by the rejection rule.
         processors: processors that read the text before a position.
         confident: whether drafts come with the probability that the drafting head gave them.
+        least: a draft ends early once the chance that it is kept so far is below this in every row. 0: never; reading it
+            makes the host wait, so it is for devices where the host computes.
     """
 
     def __init__(self, options: DecodingOptions, seeds: list[int], device: torch.device) -> None:
@@ -59,6 +61,7 @@ class TokenChoice:
         self.rejects = not self.greedy and options.verification == "rejection"
         self.seeds = torch.tensor(seeds, device=device)
         self.confident = False
+        self.least = 0.0
         # The order of transformers' generate: penalty, the user's own, then what shapes the distribution.
         self.processors: list[Any] = []
         if options.repetition_penalty != 1.0:

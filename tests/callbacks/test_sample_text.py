@@ -58,7 +58,7 @@ def test_samples_are_printed_and_logged(
     (first, last) = events.Tensors(tags[0])
     assert (first.step, last.step) == (1, 3)
     text = last.tensor_proto.string_val[0].decode()
-    options = DecodingOptions(max_new_tokens=12)
+    options = DecodingOptions(num_masks=module.model.num_masks, max_new_tokens=12)
     steps = [step.tokens for step in decode(module.model, torch.tensor(module.tokenizer("a")["input_ids"]), options)]
     marked = "a" + plain(mark_drafts(steps, module.tokenizer))
     assert "\u27e6" in marked and text.endswith(f"\n\n````\n{marked}\n````")

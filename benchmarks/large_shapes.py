@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step time against positions for random models of large shapes, and the speed-up that the paper's acceptance would give.
+
+``python benchmarks/large_shapes.py --shape qwen3-0.6b`` prints the measured curve and two projections for each benchmark of
+the paper's Table 1: quadratic decoding with k masks, whose step feeds (k + 1)^2 positions, and budgeted drafting. The chance
+that the first j drafts are kept is what the j-th mask added to the acceptance length there; drafts are simulated with these
+chances, and plans are made by the same planner as in decoding. Nothing is decoded: a random model has no text.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mtp_lightning.budget import Budget, DraftRecord
+from mtp_lightning.decoding import DecodingOptions
+from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.model import MTPModel
+from mtp_lightning.sampler_heads import GRUSamplerHead
+from mtp_lightning.step_costs import StepCosts, measure_step_costs
+from mtp_lightning.token_choice import TokenChoice
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny": ("qwen3", {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                       "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3-0.6b": ("qwen3", {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                             "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}),
+    "qwen3-4b": ("qwen3", {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+                           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}),
+    "llama-8b": ("llama", {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                           "num_attention_heads": 32, "num_key_value_heads": 8}),
+}  # fmt: skip
+
+PAPER = {
+    "MMLU": [1.54, 1.87, 2.06, 2.18, 2.26, 2.32, 2.36, 2.38],
+    "PopQA": [1.48, 1.69, 1.80, 1.85, 1.88, 1.90, 1.91, 1.91],
+    "TruthfulQA": [1.55, 1.84, 2.00, 2.08, 2.13, 2.16, 2.18, 2.19],
+    "GSM8k": [1.84, 2.58, 3.21, 3.75, 4.20, 4.60, 4.95, 5.22],
+    "HumanEval": [1.86, 2.63, 3.30, 3.87, 4.40, 4.79, 5.14, 5.35],
+    "AlpacaEval": [1.61, 1.97, 2.18, 2.31, 2.40, 2.45, 2.49, 2.52],
+    "IFEval": [1.55, 1.86, 2.05, 2.16, 2.24, 2.30, 2.36, 2.39],
+    "XSTest": [1.70, 2.11, 2.38, 2.52, 2.67, 2.73, 2.76, 2.79],
+    "HarmBench": [1.78, 2.35, 2.76, 2.99, 3.28, 3.39, 3.45, 3.51],
+    "average": [1.67, 2.14, 2.48, 2.69, 2.88, 2.99, 3.10, 3.17],
+}
+"""Acceptance length for 1..8 masks (Samragh et al. 2025, Table 1)."""
+
+
+def chances(lengths: list[float]) -> np.ndarray:
+    """Chance that draft j is kept once the ones before are, [8]."""
+    reached = np.diff([0.0, 1.0, *lengths])[1:]
+    return np.clip(reached / np.concatenate([[1.0], reached[:-1]]), 0.0, 1.0)
+
+
+def fixed(costs: StepCosts, lengths: list[float], masks: int) -> float:
+    """Projected speed-up of quadratic decoding."""
+    curve = costs.curve((masks + 1) ** 2)
+    step = curve[(masks + 1) ** 2] + masks * (costs.verified + costs.drafted)
+    return float(lengths[masks - 1] * curve[1] / step)
+
+
+def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: int = 0) -> tuple[float, float]:
+    """Projected speed-up and acceptance length of budgeted drafting. The head's probabilities are these chances."""
+    generator, chance = np.random.default_rng(seed), chances(lengths)
+    budget = Budget(costs, DraftRecord(8), 8, 1, True, True, timed=False)
+    tokens, seconds, waiting = 0, 0.0, 0
+    for number in range(steps):
+        plan = budget.choose(8, [waiting])
+        kept = 0
+        while kept < plan.num_drafts and generator.uniform() < chance[kept]:
+            kept += 1
+        drafted, waiting = plan.num_drafts, dict(plan.blocks()).get(kept, 0)
+        budget.learn(plan, plan.masks, [kept], [drafted], [waiting], [chance.tolist()])
+        if number >= steps // 5:  # once the planner knows the text
+            tokens += kept + 1
+            seconds += budget.spent(plan, plan.masks)
+    return tokens / seconds * float(costs.curve(1)[1]), tokens / (steps - steps // 5)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5, help="the curve is the least of so many measurements")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    kind, sizes = SHAPES[args.shape]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, max_position_embeddings=4096, tie_word_embeddings=False, **sizes)
+    with torch.device(args.device):
+        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
+    model = MTPModel(base, 8, LoRA(rank=args.rank), GRUSamplerHead()).eval()
+    choice = TokenChoice(DecodingOptions(), [0], base.device)
+    measured = []
+    with model.lean.use(model):
+        for _ in range(args.repeats):
+            measured.append(measure_step_costs(model, choice))
+    longest = max((each.positions for each in measured), key=len)
+    best = {n: min(e.seconds[e.positions.index(n)] for e in measured if n in e.positions) for n in longest}
+    costs = StepCosts(
+        longest, tuple(best.values()), min(each.verified for each in measured), min(each.drafted for each in measured)
+    )
+    print(f"{args.shape}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, rank {args.rank}\n")
+    print("| positions | ms | over 1 position |\n|---|---|---|")
+    for n, seconds in zip(costs.positions, costs.seconds, strict=True):
+        print(f"| {n} | {1e3 * seconds:.1f} | {seconds / costs.seconds[0]:.2f} |")
+    print(f"\none draft token: {1e3 * costs.drafted:.2f} ms; one more verified: {1e3 * costs.verified:.2f} ms\n")
+    print("| benchmark | " + " | ".join(f"{k}" for k in range(1, 9)) + " | auto (acceptance length) |\n|---|" + "---|" * 9)
+    for name, lengths in PAPER.items():
+        speed, length = budgeted(costs, lengths)
+        cells = " | ".join(f"{fixed(costs, lengths, k):.2f}" for k in range(1, 9))
+        print(f"| {name} | {cells} | {speed:.2f} ({length:.2f}) |")
+
+
+if __name__ == "__main__":
+    main()
