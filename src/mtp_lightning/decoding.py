@@ -8,23 +8,25 @@ full draft; the paper leaves it out of its count.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtp_lightning.attention import text_config
-from mtp_lightning.budget import PLAIN, Budget, DraftRecord, Plan
+from mtp_lightning.budget import PLAIN, Budget, DraftRecord
+from mtp_lightning.decoding_options import Decoding as Decoding
+from mtp_lightning.decoding_options import DecodingOptions as DecodingOptions
 from mtp_lightning.decoding_step import Drafts, StepInput, StepOutput
 from mtp_lightning.errors import UsageError
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.step_costs import measure_step_costs
-from mtp_lightning.step_masks import StepLayout, StepMasks
+from mtp_lightning.step_masks import StepMasks
+from mtp_lightning.step_plan import budgeted_plan, prompt_plan, step_plan
 from mtp_lightning.token_choice import TokenChoice
 
 if TYPE_CHECKING:
@@ -32,63 +34,6 @@ if TYPE_CHECKING:
 
 PARTS = 1 << 20
 """Probabilities travel to the host as whole numbers of this part, beside the tokens."""
-
-Decoding = Literal["quadratic", "linear", "autoregressive"]
-
-
-@dataclass
-class DecodingOptions:
-    """How to decode.
-
-    Args:
-        decoding: ``quadratic`` (a block after the verified token and after every draft token), ``linear`` (one block after
-            the draft) or ``autoregressive`` (no masks).
-        num_masks: masks in a block, m_1..m_J with J at most the trained k; ``auto``: each step as many drafts and masks as
-            pay on this machine (see ``budget``). The text is the same.
-        sampler_head: draft with the sampler head; False: from the base head at the MTP positions.
-        max_new_tokens: at most so many tokens are generated.
-        max_steps: at most so many steps (forward passes of the base), the prompt's included; None: no limit.
-        eos_token_id: token or tokens that end the text; None: the base's own.
-        temperature: 0: greedy; else the logits are divided by it and tokens are drawn.
-        top_k: draw from the so many likeliest tokens; None: all. No effect on greedy decoding.
-        top_p: draw from the likeliest tokens that together have this probability; None: all. No effect on greedy decoding.
-        repetition_penalty: transformers' penalty on tokens that the text or its prompt has; 1: none.
-        logits_processor: transformers' processors of the base's logits (greedy too). They are called for one row and one
-            position at a time, with the row's tokens before that position, the draft's included.
-        seed: of sampling: an int; or one a row; None: one is drawn from torch's generator.
-        verification: of sampling: ``coupled`` (the text is a function of prompt and seed, the same for every way to decode)
-            or ``rejection`` (keeps a few more drafts; only the distribution of the text is the base's).
-    """
-
-    decoding: Decoding = "quadratic"
-    num_masks: int | Literal["auto"] = "auto"
-    sampler_head: bool = True
-    max_new_tokens: int = 256
-    max_steps: int | None = None
-    eos_token_id: int | Sequence[int] | None = None
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    logits_processor: Any = None
-    seed: int | Sequence[int] | None = None
-    verification: Literal["coupled", "rejection"] = "coupled"
-
-    def __post_init__(self) -> None:
-        if self.decoding not in ("quadratic", "linear", "autoregressive"):
-            raise UsageError(f"decoding must be quadratic, linear or autoregressive, got {self.decoding!r}.")
-        if self.verification not in ("coupled", "rejection"):
-            raise UsageError(f"verification must be coupled or rejection, got {self.verification!r}.")
-        for name in ("max_new_tokens", "max_steps", "top_k"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise UsageError(f"{name} must be 1 or more, got {value}.")
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
 
 
 class StepTokens(NamedTuple):
@@ -265,7 +210,8 @@ def decode_rows(
                 if budget is not None:
                     budget.select(going)
                 kept, own = kept.index_select(0, index), own.index_select(0, index)
-                draft = Drafts(*(None if each is None else each.index_select(0, index) for each in draft))
+                scores = None if draft.scores is None else draft.scores.index_select(0, index)
+                draft = Drafts(draft.tokens.index_select(0, index), scores)
             drafts, room = [row.drafts for row in rows], _room(rows, J)
             if budget is None:
                 plan = step_plan(options.decoding, drafts, room)
@@ -286,84 +232,6 @@ def _filled(going: list[int]) -> list[int]:
     staying = {r for r in going if r < len(going)}
     moving = [r for r in going if r >= len(going)]
     return [r if r in staying else moving.pop() for r in range(len(going))]
-
-
-class StepPlan(NamedTuple):
-    """What a step feeds for every row.
-
-    Attributes:
-        num_drafts: draft tokens fed for each row, c.
-        drafted: how many of them are to be verified, one a row.
-        layouts: the different layouts, of one size.
-        choice: which one each row has.
-    """
-
-    num_drafts: int
-    drafted: list[int]
-    layouts: tuple[StepLayout, ...]
-    choice: list[int]
-
-
-def _plan(num_drafts: int, drafted: list[int], each: list[StepLayout]) -> StepPlan:
-    layouts = tuple(dict.fromkeys(each))
-    return StepPlan(num_drafts, drafted, layouts, [layouts.index(layout) for layout in each])
-
-
-def prompt_plan(decoding: Decoding, lengths: list[int], num_masks: int) -> StepPlan:
-    """The first step: prompts, padded at their ends, and one block after each prompt's last token.
-
-    Args:
-        decoding: the kind of decoding.
-        lengths: tokens of each prompt.
-        num_masks: masks in a block.
-
-    Returns:
-        The plan.
-    """
-    blocks = num_masks > 0 and decoding != "autoregressive"
-    each = [StepLayout(max(lengths), n - 1, ((n - 1, num_masks),) if blocks else ()) for n in lengths]
-    return _plan(0, [0] * len(lengths), each)
-
-
-def step_plan(decoding: Decoding, drafts: list[int], num_masks: int) -> StepPlan:
-    """A later step: the last verified token, the drafts, and blocks.
-
-    Args:
-        decoding: quadratic: a block after each of these tokens; linear: one after the row's last draft.
-        drafts: draft tokens of each row.
-        num_masks: masks in a block.
-
-    Returns:
-        The plan.
-    """
-    c = max(drafts)
-    if decoding == "autoregressive" or num_masks == 0:
-        each = [StepLayout(1 + c, 0, ())] * len(drafts)
-    elif decoding == "quadratic":
-        each = [StepLayout(1 + c, 0, tuple((start, num_masks) for start in range(c + 1)))] * len(drafts)
-    else:
-        each = [StepLayout(1 + c, 0, ((count, num_masks),)) for count in drafts]
-    return _plan(c, drafts, each)
-
-
-def budgeted_plan(decoding: Decoding, drafts: list[int], spent: Plan) -> StepPlan:
-    """A later step as a budget wants it.
-
-    Args:
-        decoding: quadratic, or linear, whose block comes after each row's own last draft.
-        drafts: draft tokens that each row has.
-        spent: what to feed.
-
-    Returns:
-        The plan.
-    """
-    c = spent.num_drafts
-    drafted = [min(count, c) for count in drafts]
-    if decoding == "linear" and spent.masks:
-        each = [StepLayout(1 + c, 0, ((count, spent.masks),)) for count in drafted]
-    else:
-        each = [StepLayout(1 + c, 0, spent.blocks())] * len(drafts)
-    return _plan(c, drafted, each)
 
 
 def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int) -> Budget:
@@ -523,7 +391,8 @@ def generate(
     """
     settings = DecodingOptions(**options)
     stop, B = end_tokens(model, settings), input_ids.shape[0]
-    settings = replace(settings, seed=row_seeds(settings.seed, B))
+    seeds = row_seeds(settings.seed, B)
+    settings = replace(settings, seed=seeds)
     prompts = [
         input_ids[r] if attention_mask is None else input_ids[r][attention_mask[r].bool().to(input_ids.device)]
         for r in range(B)
@@ -554,5 +423,5 @@ def generate(
         totals.double() / num_steps,
         accepted,
         reasons,
-        None if settings.temperature == 0 else list(settings.seed or []),
+        None if settings.temperature == 0 else seeds,
     )

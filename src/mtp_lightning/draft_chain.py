@@ -143,8 +143,9 @@ class MLPChain(_Unrolled):
     """
 
     def __init__(self, head: MLPSamplerHead, embedding: nn.Module, vocab_size: int, dtype: torch.dtype) -> None:
-        first, _, first_norm, second, _, second_norm = (layer for layer in head.layers)
-        width = second.weight.shape[1]
+        layers: Any = head.layers
+        first, _, first_norm, second, _, second_norm = layers
+        width: int = second.weight.shape[1]
         super().__init__(first.weight[:, :width], embedding, vocab_size, dtype)
 
         def ready(weight: Tensor) -> Tensor:

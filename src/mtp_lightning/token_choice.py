@@ -24,7 +24,7 @@ from transformers import (
 from mtp_lightning.noise import KEEP_STREAM, OWN_STREAM, TOKEN_STREAM, gumbel_noise, noise_keys, uniform_noise
 
 if TYPE_CHECKING:
-    from mtp_lightning.decoding import DecodingOptions
+    from mtp_lightning.decoding_options import DecodingOptions
 
 
 class Prefixes(NamedTuple):

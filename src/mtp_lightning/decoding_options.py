@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How to decode: the options, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mtp_lightning.errors import UsageError
+
+Decoding = Literal["quadratic", "linear", "autoregressive"]
+
+
+@dataclass
+class DecodingOptions:
+    """How to decode.
+
+    Args:
+        decoding: ``quadratic`` (a block after the verified token and after every draft token), ``linear`` (one block after
+            the draft) or ``autoregressive`` (no masks).
+        num_masks: masks in a block, m_1..m_J with J at most the trained k; ``auto``: each step as many drafts and masks as
+            pay on this machine (see ``budget``). The text is the same.
+        sampler_head: draft with the sampler head; False: from the base head at the MTP positions.
+        max_new_tokens: at most so many tokens are generated.
+        max_steps: at most so many steps (forward passes of the base), the prompt's included; None: no limit.
+        eos_token_id: token or tokens that end the text; None: the base's own.
+        temperature: 0: greedy; else the logits are divided by it and tokens are drawn.
+        top_k: draw from the so many likeliest tokens; None: all. No effect on greedy decoding.
+        top_p: draw from the likeliest tokens that together have this probability; None: all. No effect on greedy decoding.
+        repetition_penalty: transformers' penalty on tokens that the text or its prompt has; 1: none.
+        logits_processor: transformers' processors of the base's logits (greedy too). They are called for one row and one
+            position at a time, with the row's tokens before that position, the draft's included.
+        seed: of sampling: an int; or one a row; None: one is drawn from torch's generator.
+        verification: of sampling: ``coupled`` (the text is a function of prompt and seed, the same for every way to decode)
+            or ``rejection`` (keeps a few more drafts; only the distribution of the text is the base's).
+    """
+
+    decoding: Decoding = "quadratic"
+    num_masks: int | Literal["auto"] = "auto"
+    sampler_head: bool = True
+    max_new_tokens: int = 256
+    max_steps: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+    logits_processor: Any = None
+    seed: int | Sequence[int] | None = None
+    verification: Literal["coupled", "rejection"] = "coupled"
+
+    def __post_init__(self) -> None:
+        if self.decoding not in ("quadratic", "linear", "autoregressive"):
+            raise UsageError(f"decoding must be quadratic, linear or autoregressive, got {self.decoding!r}.")
+        if self.verification not in ("coupled", "rejection"):
+            raise UsageError(f"verification must be coupled or rejection, got {self.verification!r}.")
+        for name in ("max_new_tokens", "max_steps", "top_k"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise UsageError(f"{name} must be 1 or more, got {value}.")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
