@@ -25,7 +25,7 @@ from mtp_lightning.prompts import Prompt
 
 VOCAB = 96
 PROMPTS = [Prompt("", [1 + i, 5], domain) for i, domain in enumerate(("code", "code", "maths", "code", "maths"))]
-OPTIONS = DecodingOptions(max_new_tokens=20)
+OPTIONS = DecodingOptions(num_masks=3, max_new_tokens=20)
 
 
 @pytest.fixture
