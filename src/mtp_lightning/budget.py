@@ -312,7 +312,8 @@ class Budget:
             if not self.coupled and c:
                 seen = min(a + 1, c)
                 row.mean[:seen] += self._weight(row) * ((np.arange(seen) < a) - row.mean[:seen])
-            row.probabilities = list(probabilities[:depth])
+            # A head of one's own may draft without saying how sure it is: then what this text's drafts do in general counts.
+            row.probabilities = list(probabilities[:depth]) if len(probabilities) >= depth else row.mean[:depth].tolist()
             if self.coupled and depth:
                 chances = self.record.chance(np.array(row.probabilities))
                 weight = self._weight(row)
