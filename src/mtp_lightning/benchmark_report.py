@@ -198,7 +198,7 @@ def save_benchmark_plot(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(3.4 * max(columns, 2), 3.2 * (height + timed)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(height + timed, columns)
-    shared = None
+    shared: Any = None
     for index, domain in enumerate(panels):
         axes = figure.add_subplot(grid[index // columns, index % columns], sharey=shared)
         shared = shared or axes
@@ -211,9 +211,8 @@ def save_benchmark_plot(report: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         if index % columns == 0:
             axes.set_ylabel("acceptance length (tokens a step)")
-        if index == 0:
-            axes.legend(fontsize=7)
-            axes.set_ylim(bottom=0.95)
+    shared.set_ylim(bottom=0.95)  # last, with all curves drawn: a limit set ends the fitting to what is drawn
+    figure.legend(*shared.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     if timed:
         _draw_speed(figure.add_subplot(grid[height, :]), report["speed"])
     figure.suptitle(f"{report['model']}: {_count(report['texts']['overall']['num_prompts'])}", fontsize=11)
