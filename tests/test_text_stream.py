@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from bigram import bigram_base, bigram_text
 from command_line import leave_no_trace, mtp  # noqa: F401 - the first is a fixture
 from saved import PROMPT, model_on_disk
 from tiny import tiny_model
 from toy_tokenizers import byte_tokenizer, word_tokenizer
 from transformers import TextIteratorStreamer, TextStreamer
 
-from mtp_lightning import MTPModel
+from mtp_lightning import MTPModel, decoding_step
+from mtp_lightning.decoding_step import Drafts
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
 
 LIMIT = {"max_new_tokens": 24, "num_masks": 2}
@@ -132,3 +135,31 @@ def test_trust_on_the_command_line(
     for words in commands:
         assert mtp(*words) == 1 and mtp(*words, "--trust_remote_code", "true") == 1
     assert asked == [False, True] * 3
+
+
+@pytest.mark.parametrize("stops", [["bcd", "c"], ["c", "bcd"], ["cd"], ["d", "ab"]])
+def test_stops_cut_the_same_tokens_however_many_come_in_a_step(stops: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer(["<a>"], "<a>")
+    a = tokenizer("a").input_ids[-1]
+    # The base counts up: the letters of the alphabet where the vocabulary has them in order.
+    assert tokenizer.decode([a, a + 1, a + 2, a + 3, a + 4]) == "abcde"
+    V = len(tokenizer)
+    seen: list[int] = []
+
+    def right_drafts(model: Any, hidden: torch.Tensor, verified: torch.Tensor, *others: Any) -> Drafts:
+        return Drafts(torch.tensor([bigram_text(token, hidden.shape[1], V, V) for token in verified.tolist()]), None)
+
+    monkeypatch.setattr(decoding_step, "draft_block", right_drafts)
+    model = MTPModel(bigram_base(V, V), 6, LoRA(rank=2)).eval()
+    model.tokenizer = tokenizer
+    found = []
+    for options in ({"decoding": "autoregressive"}, {"num_masks": 2}, {"num_masks": 6}):
+        stream = model.stream([a - 2], stop=stops, max_new_tokens=20, **options)
+        text = "".join(stream)
+        seen.append(max(stream.accepted_per_step))
+        record = stream.growing.record()
+        assert record["acceptance_length"] * record["num_steps"] == len(record["token_ids"])
+        assert sum(record["accepted_per_step"]) + record["num_steps"] == len(record["token_ids"])
+        found.append((text, stream.token_ids, stream.finish_reason))
+    assert found == found[:1] * 3 and found[0][2] == "stop"
+    assert seen[0] == 0 < min(seen[1:])  # drafts were kept

@@ -21,7 +21,7 @@ from mtp_lightning.metrics.functional import repeated_ngrams
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.prompts import Prompt
-from mtp_lightning.text_stream import stable_text
+from mtp_lightning.text_stream import stop_index
 
 
 class Setting(NamedTuple):
@@ -87,20 +87,13 @@ def decode_batch(model: MTPModel, prompts: Sequence[Prompt], options: DecodingOp
     for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished):
         for row, step, _ in steps:
             tokens = step.tokens
-            if stop and (end := stop_index(model.tokenizer, out.tokens[row], tokens, stop)) is not None:
+            if stop and (end := stop_index(model.tokenizer, out.tokens[row], tokens, [stop])) is not None:
                 tokens = tokens[: end + 1]
                 finished.add(row)
             out.tokens[row].extend(tokens)
             out.accepted[row].append(len(tokens) - 1)
             out.drafted[row].append(step.num_drafts)
     return out._replace(seconds=time.perf_counter() - begin)
-
-
-def stop_index(tokenizer: Any, before: list[int], tokens: list[int], stop: str) -> int | None:
-    """Which of a step's tokens completes a stop text, or None; the same token however the text is cut into steps."""
-    if stop not in stable_text(tokenizer, before + tokens):
-        return None
-    return next((i for i in range(len(tokens)) if stop in stable_text(tokenizer, before + tokens[: i + 1])), None)
 
 
 def settings_of(
