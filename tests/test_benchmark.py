@@ -195,6 +195,12 @@ def test_contenders_write_the_same_text(batch_size: int) -> None:
     ]
 
 
+def test_texts_that_are_timed_are_whole_whatever_max_steps_says() -> None:
+    model = tiny_model(sampler_head=GRUSamplerHead(8))
+    field = contenders(model, DecodingOptions(max_new_tokens=20, max_steps=2), [2], 1)
+    assert len({str(run_one(PROMPTS[:1], 20).texts) for run_one in field.values()}) == 1
+
+
 def test_transformers_is_timed_without_our_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     names = list(model.state_dict())

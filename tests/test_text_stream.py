@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from tiny import tiny_model
 from toy_tokenizers import byte_tokenizer, word_tokenizer
 from transformers import TextIteratorStreamer, TextStreamer
 
-from mtp_lightning import MTPModel, decoding_step
+from mtp_lightning import MTPModel, acceptance, benchmark, commands, decoding, decoding_step, text_stream
 from mtp_lightning.decoding_step import Drafts
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.prompts import Prompt
 from mtp_lightning.sampler_heads import GRUSamplerHead
+from mtp_lightning.step_costs import StepCosts
 
 LIMIT = {"max_new_tokens": 24, "num_masks": 2}
 
@@ -163,3 +166,30 @@ def test_stops_cut_the_same_tokens_however_many_come_in_a_step(stops: list[str],
         found.append((text, stream.token_ids, stream.finish_reason))
     assert found == found[:1] * 3 and found[0][2] == "stop"
     assert seen[0] == 0 < min(seen[1:])  # drafts were kept
+
+
+def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+
+    def slow_measurement(model: MTPModel, choice: Any) -> StepCosts:
+        clock.now += 1000.0
+        return StepCosts((1, 81), (1.0, 1.5), 0.0, 0.0)
+
+    monkeypatch.setattr(decoding, "measure_step_costs", slow_measurement)
+    for module in (text_stream, commands, acceptance, benchmark):
+        monkeypatch.setattr(module, "time", clock)
+    prompt, options = Prompt("", [9, 10], ""), {"max_new_tokens": 2}
+
+    def fresh() -> MTPModel:
+        model = tiny_model(vocab_size=17)
+        model.tokenizer = word_tokenizer()
+        return model
+
+    stream = fresh().stream(prompt.input_ids, **options)
+    list(stream)
+    record: dict[str, Any] = {}
+    with pytest.raises(ZeroDivisionError):  # tokens over no time
+        list(commands.stream(fresh(), prompt, commands.DecodingArguments(**options), record))
+    (result,) = acceptance.evaluate_prompts(fresh(), [prompt], decoding.DecodingOptions(**options))
+    batch = benchmark.decode_batch(fresh(), [prompt], decoding.DecodingOptions(**options))
+    assert clock.now == 4000.0 and stream.growing.seconds == result.seconds == batch.seconds == 0.0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtp_lightning.decoding import DecodingOptions, decode
+from mtp_lightning.decoding import DecodingOptions, decode, prepare
 from mtp_lightning.losslessness import Difference, autoregressive, find_difference
 from mtp_lightning.metrics.functional import kept_by_position, repeated_ngrams, share_of_reference
 from mtp_lightning.model import MTPModel
@@ -94,6 +94,7 @@ def evaluate_prompts(
     checked = {index for index in range(len(prompts)) if domains[:index].count(domains[index]) < check}
     mine = share(len(prompts), rank, world)
     results = {}
+    prepare(model, options)
     for done, index in enumerate(mine, 1):
         results[index] = _evaluate(model, index, prompts[index], options, index in checked)
         if progress is not None:

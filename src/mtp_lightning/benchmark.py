@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mtp_lightning.acceptance import PromptResult, summarise
-from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows
+from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows, prepare
 from mtp_lightning.losslessness import autoregressive, first_difference
 from mtp_lightning.metrics.functional import repeated_ngrams
 from mtp_lightning.model import MTPModel
@@ -82,6 +82,7 @@ def decode_batch(model: MTPModel, prompts: Sequence[Prompt], options: DecodingOp
     """
     out = BatchText([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts], 0.0)
     finished: set[int] = set()
+    prepare(model, options)
     begin = time.perf_counter()
     # Each step ends by reading its tokens from the device, so no work is left when the clock is read.
     for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding import DecodingOptions, decode, end_tokens, trained_masks
+from mtp_lightning.decoding import DecodingOptions, decode, end_tokens, prepare, trained_masks
 from mtp_lightning.errors import UsageError
 from mtp_lightning.prompts import Prompt, encode_prompt, render_messages
 from mtp_lightning.row_cache import RowCache
@@ -168,6 +168,7 @@ class TextStream:
 
     def _run(self, steps: Iterator[Any]) -> Iterator[str]:
         text = self.growing
+        prepare(text.model, text.options)
         while True:
             # Decoding alone is timed, not the text made of it nor what the reader does with it.
             begin = time.perf_counter()
