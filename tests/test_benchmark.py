@@ -334,6 +334,7 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
         ("--prompts prompts.jsonl --speed_rounds -1", 2, "speed_rounds must be 0 or more, got -1. Change --speed_rounds."),
         ("--prompts prompts.jsonl --num_prompts 0", 2, "the number of prompts must be 1 or more, got 0."),
         ("--prompts prompts.jsonl --num_masks 4", 2, "num_masks must be auto or from 1 to 3, the number this model was"),
+        ("--prompts prompts.jsonl --decoding autoregressive", 2, "autoregressive decoding is what all others are compared"),
         ("--prompts prompts.jsonl --decoding cubic", 2, "decoding: expected"),
         (
             "--prompts prompts.jsonl --max_new_tokenz 3",

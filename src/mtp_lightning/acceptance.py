@@ -191,7 +191,7 @@ def summarise(results: Iterable[PromptResult], forced: dict[str, float] | None =
 def _figures(results: Sequence[PromptResult], num_masks: int) -> dict[str, Any]:
     steady = [result for result in results if result.repeated_8grams < NON_REPEATING]
     checked = [result for result in results if result.lossless is not None]
-    drafted = sum(drafts > 0 for result in results for drafts in result.drafted_per_step)
+    drafted = kept_by_position([drafts for result in results for drafts in result.drafted_per_step], num_masks)
     kept = kept_by_position([accepted for result in results for accepted in result.accepted_per_step], num_masks)
     return {
         "num_prompts": len(results),
@@ -200,7 +200,7 @@ def _figures(results: Sequence[PromptResult], num_masks: int) -> dict[str, Any]:
         "acceptance_length": _acceptance_length(results),
         "repeated_8grams": sum(result.repeated_8grams for result in results) / len(results) if results else None,
         "non_repeating": {"num_prompts": len(steady), "acceptance_length": _acceptance_length(steady)},
-        "kept_by_position": [count / drafted if drafted else 0.0 for count in kept.tolist()],
+        "kept_by_position": [count / max(1, of) for count, of in zip(kept.tolist(), drafted.tolist(), strict=True)],
         "lossless": {
             "equal": sum(result.lossless is True for result in checked),
             "checked": len(checked),
@@ -221,7 +221,6 @@ def _acceptance_length(results: Sequence[PromptResult]) -> float | None:
 
 
 def spread(values: list[float]) -> dict[str, Any] | None:
-    """Median and quartiles of paired ratios, or None where there are none."""
     """Median and quartiles of paired ratios, or None without any."""
     if not values:
         return None

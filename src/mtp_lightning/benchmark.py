@@ -193,7 +193,8 @@ def _results(
         if compared:
             # With max_steps a text may stop anywhere.
             length = len(expected[index]) if options.max_steps is None else len(tokens)
-            difference = first_difference(model, prompt, expected[index][:length], tokens)
+            seeded = replace(options, seed=row_seed(options, index, 1))
+            difference = first_difference(model, prompt, expected[index][:length], tokens, seeded)
         found.append(
             PromptResult(
                 index,

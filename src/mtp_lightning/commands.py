@@ -95,6 +95,9 @@ class DecodingArguments:
 class OneLineParser(ArgumentParser):
     """A parser whose errors are raised for ``main`` to print as one line."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line."""
         known = [action.dest for action in self._actions if action.dest != "help"]
