@@ -18,9 +18,11 @@ from tiny import greedy_text, tiny_model
 from mtp_lightning import acceptance, decoding, decoding_step, losslessness
 from mtp_lightning.acceptance import PromptResult, evaluate_prompts, share, speed_pairs, summarise
 from mtp_lightning.decoding import DecodingOptions
+from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.losslessness import Difference
 from mtp_lightning.model import MTPModel
+from mtp_lightning.noise import TOKEN_STREAM, gumbel_noise, noise_keys
 from mtp_lightning.prompts import Prompt
 
 VOCAB = 96
@@ -112,7 +114,7 @@ def test_the_model_that_verifies_is_the_reference(gated: bool) -> None:
     tokens = [t for step in decoding.decode(model, torch.tensor(PROMPTS[0].input_ids), OPTIONS) for t in step.tokens]
     assert (tokens == text) == gated
     # The gap is of the same logits: the likeliest token there is the next of the text.
-    gap = losslessness.top_two_gap(model, PROMPTS[0].input_ids + tokens[:5])
+    gap = losslessness.top_two_gap(model, PROMPTS[0].input_ids + tokens[:5], OPTIONS)
     with model.gate.open(0 if gated else 7):
         logits = model.base(torch.tensor([PROMPTS[0].input_ids + tokens[:5]])).logits[0, -1]
     assert logits.argmax() == tokens[5]
@@ -195,6 +197,11 @@ def test_summary_by_hand() -> None:
     json.dumps(summary, allow_nan=False)
 
 
+def test_a_position_counts_only_where_it_was_drafted() -> None:
+    mixed = result(0)._replace(accepted_per_step=[0, 1, 3, 1], drafted_per_step=[0, 1, 3, 2])
+    assert summarise([mixed])["overall"]["kept_by_position"] == [3 / 3, 1 / 2, 1 / 1]
+
+
 def test_summary_where_there_is_little() -> None:
     summary = summarise([result(0, accepted=(0, 0))])
     assert (summary["domains"], summary["forced"], summary["overall"]["speed_up"]) == ({}, None, None)
@@ -214,3 +221,28 @@ def test_looping_text_counts_as_repeating(cycle: int) -> None:
     assert r.repeated_8grams == sum(grams[i] in grams[:i] for i in range(33)) / 33
     assert (r.repeated_8grams > 0.6) == (cycle < VOCAB)
     assert summarise([r])["overall"]["non_repeating"]["num_prompts"] == (cycle == VOCAB)
+
+
+def test_the_gap_is_of_what_the_token_is_chosen_from() -> None:
+    model = tiny_model()
+    options = DecodingOptions(max_new_tokens=6, temperature=1.5, top_k=20, repetition_penalty=1.7, seed=[11])
+    tokens = [t for step in decoding.decode(model, torch.tensor(PROMPTS[0].input_ids), options) for t in step.tokens]
+    text = PROMPTS[0].input_ids + tokens[:5]
+    logits = model.base(torch.tensor([text])).logits[0, -1].detach()
+    seen = torch.tensor(sorted(set(text)))
+    logits[seen] = torch.where(logits[seen] < 0, logits[seen] * 1.7, logits[seen] / 1.7)
+    noise = gumbel_noise(noise_keys(torch.tensor([11]), torch.tensor([[len(text)]]), TOKEN_STREAM), len(logits))[0, 0]
+    scores = logits / 1.5 + noise
+    scores[logits < logits.topk(20).values[-1]] = -math.inf
+    assert scores.argmax() == tokens[5]
+    first, second = scores.topk(2).values.tolist()
+    # 1e-12: sums in another order.
+    assert losslessness.top_two_gap(model, text, options) == pytest.approx(first - second, abs=1e-12)
+    assert losslessness.top_two_gap(model, text, replace(options, top_k=1)) is None
+
+
+@pytest.mark.parametrize("wrong", [{"seed": None}, {"verification": "rejection"}])
+def test_texts_that_are_other_draws_are_not_compared(wrong: dict[str, Any]) -> None:
+    options = replace(DecodingOptions(temperature=1.0, seed=3, max_new_tokens=6), **wrong)
+    with pytest.raises(UsageError, match="sampled texts can be compared only with a seed and coupled verification"):
+        losslessness.find_difference(tiny_model(), PROMPTS[0], options, [1, 2])

@@ -16,6 +16,7 @@ from mtp_lightning import acceptance_report
 from mtp_lightning.acceptance import summarise
 from mtp_lightning.acceptance_report import print_table, save_json, save_plot
 from mtp_lightning.losslessness import Difference
+from mtp_lightning.model_card import acceptance_text, card_figures
 
 
 def printed(summary: dict[str, Any]) -> str:
@@ -61,3 +62,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         save_json({"a": 2}, path)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_card_says_how_tokens_were_chosen() -> None:
+    options = {"decoding": "linear", "num_masks": 2, "sampler_head": True, "max_new_tokens": 9}
+    latest = {"prompts": "p.txt", "options": options, **summarise([result(0)])}
+    assert "at most 9 tokens each: linear decoding, 2 masks, sampler head, greedy." in acceptance_text(card_figures(latest))
+    options |= {"max_steps": 5, "temperature": 0.7}
+    text = acceptance_text(card_figures(latest))
+    assert "at most 9 tokens and 5 steps each: linear decoding, 2 masks, sampler head, temperature 0.7." in text

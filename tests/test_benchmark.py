@@ -195,6 +195,12 @@ def test_contenders_write_the_same_text(batch_size: int) -> None:
     ]
 
 
+def test_texts_that_are_timed_are_whole_whatever_max_steps_says() -> None:
+    model = tiny_model(sampler_head=GRUSamplerHead(8))
+    field = contenders(model, DecodingOptions(max_new_tokens=20, max_steps=2), [2], 1)
+    assert len({str(run_one(PROMPTS[:1], 20).texts) for run_one in field.values()}) == 1
+
+
 def test_transformers_is_timed_without_our_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     names = list(model.state_dict())
@@ -328,6 +334,7 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
         ("--prompts prompts.jsonl --speed_rounds -1", 2, "speed_rounds must be 0 or more, got -1. Change --speed_rounds."),
         ("--prompts prompts.jsonl --num_prompts 0", 2, "the number of prompts must be 1 or more, got 0."),
         ("--prompts prompts.jsonl --num_masks 4", 2, "num_masks must be auto or from 1 to 3, the number this model was"),
+        ("--prompts prompts.jsonl --decoding autoregressive", 2, "autoregressive decoding is what all others are compared"),
         ("--prompts prompts.jsonl --decoding cubic", 2, "decoding: expected"),
         (
             "--prompts prompts.jsonl --max_new_tokenz 3",

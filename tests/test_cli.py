@@ -444,7 +444,7 @@ WRONG_CONFIGURATION = {
     "--model.num_masks -1": "num_masks must be 1 or more, got -1. Set model.num_masks in the YAML.",
     "--model.lora.rank 0": "rank must be 1 or more, got 0. Set model.lora.rank in the YAML.",
     "--model.dtype float12": (
-        "dtype must be auto or one of float64, float32, bfloat16, float16, got 'float12'. Set model.dtype."
+        "dtype must be auto or one of float64, float32, bfloat16, float16, got 'float12'. Set model.dtype, or --dtype."
     ),
     "--model.attention flash9": (
         "attention must be one of sdpa, eager, flex_attention, or null, got 'flash9'. Set model.attention."
@@ -735,3 +735,18 @@ def test_a_share_without_reference_is_no_number(here: Path) -> None:
     write_rows(here / "short.jsonl", [{"input_ids": [9, 10]}])  # a block needs an anchor after its start
     assert fit("--data.validation", "short.jsonl", "--trainer.max_steps", 2) == 0
     assert math.isnan(float(validations(here / "run")[0]["val/share_of_reference"]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["generate m --prompt a --num_mask 3", "chat m --num_mask 3", "benchmark m --prompts p --num_mask 3",
+     "export --ckpt_pat c --output o", "distill --base_mode b --prompts p --output o", "fit --confi c.yaml"],
+)  # fmt: skip
+def test_options_are_not_abbreviated(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    short = next(word for word in words.split()[1:] if word in ("--num_mask", "--ckpt_pat", "--base_mode", "--confi"))
+    assert error_of(capsys, 2, *words.split()).startswith(f"unknown key or option '{short}'")
+
+
+def test_benchmark_does_not_vary_autoregressive_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    found = error_of(capsys, 2, "benchmark", "m", "--prompts", "p", "--decoding", "autoregressive")
+    assert found.startswith("autoregressive decoding is what all others are compared with")

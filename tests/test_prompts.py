@@ -11,7 +11,7 @@ import pytest
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.errors import MTPError, RunError, UsageError
-from mtp_lightning.prompts import Prompt, read_prompts, round_robin
+from mtp_lightning.prompts import Prompt, PromptRow, encode_prompt, encode_prompt_row, read_prompts, round_robin
 
 BOS, EOS, START, END, NEWLINE, ONE, TWO = 1, 2, 3, 4, 5, 9, 10
 USER, ASSISTANT = 7, 8
@@ -164,3 +164,11 @@ def test_wrong_sources(write, tmp_path: Path) -> None:
         read_prompts(str(latin), word_tokenizer())
     with pytest.raises(UsageError, match="must be 1 or more, got 0"):
         read_prompts(write("one", "p.txt"), word_tokenizer(), 0)
+
+
+def test_a_model_without_a_tokenizer() -> None:
+    for content in ("one", [{"role": "user", "content": "one"}]):
+        with pytest.raises(UsageError, match="a prompt needs a tokenizer, and the model was saved without one"):
+            encode_prompt_row(PromptRow("here", content, "", 1), None)
+    with pytest.raises(UsageError, match="a prompt needs a tokenizer"):
+        encode_prompt("one", None)

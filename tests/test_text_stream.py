@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from bigram import bigram_base, bigram_text
 from command_line import leave_no_trace, mtp  # noqa: F401 - the first is a fixture
 from saved import PROMPT, model_on_disk
 from tiny import tiny_model
 from toy_tokenizers import byte_tokenizer, word_tokenizer
 from transformers import TextIteratorStreamer, TextStreamer
 
-from mtp_lightning import MTPModel
+from mtp_lightning import MTPModel, acceptance, benchmark, commands, decoding, decoding_step, text_stream
+from mtp_lightning.decoding_step import Drafts
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.prompts import Prompt
 from mtp_lightning.sampler_heads import GRUSamplerHead
+from mtp_lightning.step_costs import StepCosts
 
 LIMIT = {"max_new_tokens": 24, "num_masks": 2}
 
@@ -132,3 +138,58 @@ def test_trust_on_the_command_line(
     for words in commands:
         assert mtp(*words) == 1 and mtp(*words, "--trust_remote_code", "true") == 1
     assert asked == [False, True] * 3
+
+
+@pytest.mark.parametrize("stops", [["bcd", "c"], ["c", "bcd"], ["cd"], ["d", "ab"]])
+def test_stops_cut_the_same_tokens_however_many_come_in_a_step(stops: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer(["<a>"], "<a>")
+    a = tokenizer("a").input_ids[-1]
+    # The base counts up: the letters of the alphabet where the vocabulary has them in order.
+    assert tokenizer.decode([a, a + 1, a + 2, a + 3, a + 4]) == "abcde"
+    V = len(tokenizer)
+    seen: list[int] = []
+
+    def right_drafts(model: Any, hidden: torch.Tensor, verified: torch.Tensor, *others: Any) -> Drafts:
+        return Drafts(torch.tensor([bigram_text(token, hidden.shape[1], V, V) for token in verified.tolist()]), None)
+
+    monkeypatch.setattr(decoding_step, "draft_block", right_drafts)
+    model = MTPModel(bigram_base(V, V), 6, LoRA(rank=2)).eval()
+    model.tokenizer = tokenizer
+    found = []
+    for options in ({"decoding": "autoregressive"}, {"num_masks": 2}, {"num_masks": 6}):
+        stream = model.stream([a - 2], stop=stops, max_new_tokens=20, **options)
+        text = "".join(stream)
+        seen.append(max(stream.accepted_per_step))
+        record = stream.growing.record()
+        assert record["acceptance_length"] * record["num_steps"] == len(record["token_ids"])
+        assert sum(record["accepted_per_step"]) + record["num_steps"] == len(record["token_ids"])
+        found.append((text, stream.token_ids, stream.finish_reason))
+    assert found == found[:1] * 3 and found[0][2] == "stop"
+    assert seen[0] == 0 < min(seen[1:])  # drafts were kept
+
+
+def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+
+    def slow_measurement(model: MTPModel, choice: Any) -> StepCosts:
+        clock.now += 1000.0
+        return StepCosts((1, 81), (1.0, 1.5), 0.0, 0.0)
+
+    monkeypatch.setattr(decoding, "measure_step_costs", slow_measurement)
+    for module in (text_stream, commands, acceptance, benchmark):
+        monkeypatch.setattr(module, "time", clock)
+    prompt, options = Prompt("", [9, 10], ""), {"max_new_tokens": 2}
+
+    def fresh() -> MTPModel:
+        model = tiny_model(vocab_size=17)
+        model.tokenizer = word_tokenizer()
+        return model
+
+    stream = fresh().stream(prompt.input_ids, **options)
+    list(stream)
+    record: dict[str, Any] = {}
+    with pytest.raises(ZeroDivisionError):  # tokens over no time
+        list(commands.stream(fresh(), prompt, commands.DecodingArguments(**options), record))
+    (result,) = acceptance.evaluate_prompts(fresh(), [prompt], decoding.DecodingOptions(**options))
+    batch = benchmark.decode_batch(fresh(), [prompt], decoding.DecodingOptions(**options))
+    assert clock.now == 4000.0 and stream.growing.seconds == result.seconds == batch.seconds == 0.0

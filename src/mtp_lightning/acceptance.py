@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtp_lightning.decoding import DecodingOptions, decode
+from mtp_lightning.decoding import DecodingOptions, decode, prepare
 from mtp_lightning.losslessness import Difference, autoregressive, find_difference
 from mtp_lightning.metrics.functional import kept_by_position, repeated_ngrams, share_of_reference
 from mtp_lightning.model import MTPModel
@@ -94,6 +94,7 @@ def evaluate_prompts(
     checked = {index for index in range(len(prompts)) if domains[:index].count(domains[index]) < check}
     mine = share(len(prompts), rank, world)
     results = {}
+    prepare(model, options)
     for done, index in enumerate(mine, 1):
         results[index] = _evaluate(model, index, prompts[index], options, index in checked)
         if progress is not None:
@@ -190,7 +191,7 @@ def summarise(results: Iterable[PromptResult], forced: dict[str, float] | None =
 def _figures(results: Sequence[PromptResult], num_masks: int) -> dict[str, Any]:
     steady = [result for result in results if result.repeated_8grams < NON_REPEATING]
     checked = [result for result in results if result.lossless is not None]
-    drafted = sum(drafts > 0 for result in results for drafts in result.drafted_per_step)
+    drafted = kept_by_position([drafts for result in results for drafts in result.drafted_per_step], num_masks)
     kept = kept_by_position([accepted for result in results for accepted in result.accepted_per_step], num_masks)
     return {
         "num_prompts": len(results),
@@ -199,7 +200,7 @@ def _figures(results: Sequence[PromptResult], num_masks: int) -> dict[str, Any]:
         "acceptance_length": _acceptance_length(results),
         "repeated_8grams": sum(result.repeated_8grams for result in results) / len(results) if results else None,
         "non_repeating": {"num_prompts": len(steady), "acceptance_length": _acceptance_length(steady)},
-        "kept_by_position": [count / drafted if drafted else 0.0 for count in kept.tolist()],
+        "kept_by_position": [count / max(1, of) for count, of in zip(kept.tolist(), drafted.tolist(), strict=True)],
         "lossless": {
             "equal": sum(result.lossless is True for result in checked),
             "checked": len(checked),
@@ -220,7 +221,6 @@ def _acceptance_length(results: Sequence[PromptResult]) -> float | None:
 
 
 def spread(values: list[float]) -> dict[str, Any] | None:
-    """Median and quartiles of paired ratios, or None where there are none."""
     """Median and quartiles of paired ratios, or None without any."""
     if not values:
         return None

@@ -31,7 +31,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
-        raise UsageError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}. Set model.dtype.")
+        raise UsageError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}. Set model.dtype, or --dtype.")
     return DTYPES[dtype]
 
 

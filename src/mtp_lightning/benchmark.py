@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mtp_lightning.acceptance import PromptResult, summarise
-from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows
+from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows, prepare
 from mtp_lightning.losslessness import autoregressive, first_difference
 from mtp_lightning.metrics.functional import repeated_ngrams
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.prompts import Prompt
-from mtp_lightning.text_stream import stable_text
+from mtp_lightning.text_stream import stop_index
 
 
 class Setting(NamedTuple):
@@ -82,25 +82,19 @@ def decode_batch(model: MTPModel, prompts: Sequence[Prompt], options: DecodingOp
     """
     out = BatchText([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts], 0.0)
     finished: set[int] = set()
+    prepare(model, options)
     begin = time.perf_counter()
     # Each step ends by reading its tokens from the device, so no work is left when the clock is read.
     for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished):
         for row, step, _ in steps:
             tokens = step.tokens
-            if stop and (end := stop_index(model.tokenizer, out.tokens[row], tokens, stop)) is not None:
+            if stop and (end := stop_index(model.tokenizer, out.tokens[row], tokens, [stop])) is not None:
                 tokens = tokens[: end + 1]
                 finished.add(row)
             out.tokens[row].extend(tokens)
             out.accepted[row].append(len(tokens) - 1)
             out.drafted[row].append(step.num_drafts)
     return out._replace(seconds=time.perf_counter() - begin)
-
-
-def stop_index(tokenizer: Any, before: list[int], tokens: list[int], stop: str) -> int | None:
-    """Which of a step's tokens completes a stop text, or None; the same token however the text is cut into steps."""
-    if stop not in stable_text(tokenizer, before + tokens):
-        return None
-    return next((i for i in range(len(tokens)) if stop in stable_text(tokenizer, before + tokens[: i + 1])), None)
 
 
 def settings_of(
@@ -199,7 +193,8 @@ def _results(
         if compared:
             # With max_steps a text may stop anywhere.
             length = len(expected[index]) if options.max_steps is None else len(tokens)
-            difference = first_difference(model, prompt, expected[index][:length], tokens)
+            seeded = replace(options, seed=row_seed(options, index, 1))
+            difference = first_difference(model, prompt, expected[index][:length], tokens, seeded)
         found.append(
             PromptResult(
                 index,

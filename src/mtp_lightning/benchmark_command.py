@@ -38,7 +38,7 @@ def parser() -> OneLineParser:
     made.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
     made.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
     made.add_argument("--num_prompts", type=int | None, default=None, help="at most so many, evenly from the domains")
-    made.add_argument("--decoding", type=Literal["quadratic", "linear"] | None, default=None, help="not given: both")
+    made.add_argument("--decoding", type=Decoding | None, default=None, help="quadratic or linear; not given: both")
     made.add_argument(
         "--num_masks", type=int | Literal["auto"] | None, default=None, help="not given: 1 to k, and auto in the timing"
     )
@@ -79,6 +79,10 @@ def run_benchmark(args: list[str]) -> None:
     for name, least in (("batch_size", 1), ("speed_rounds", 0)):
         if config[name] < least:
             raise UsageError(f"{name} must be {least} or more, got {config[name]}. Change --{name}.")
+    if config.decoding == "autoregressive":
+        raise UsageError(
+            "autoregressive decoding is what all others are compared with: leave --decoding out or name another."
+        )
     shared = {name: config[name] for name in DecodingArguments.__dataclass_fields__ if name not in OWN}
     arguments = DecodingArguments(**shared)
     measure(config, arguments)

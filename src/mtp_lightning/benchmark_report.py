@@ -129,7 +129,8 @@ def _lossless(report: dict[str, Any]) -> Iterator[str]:
     gaps = [gap for each in counts for difference in each["differences"] if (gap := difference["gap"]) is not None]
     if gaps:
         yield (
-            f"Where a text first differs, the base's two largest logits are at most {max(gaps):.2g} apart: in"
+            f"Where a text first differs, the two largest scores that the token is chosen from"
+            f" {'(noise included) ' * bool(report['options']['temperature'])}are at most {max(gaps):.2g} apart: in"
             f" {report['dtype']} kernels round differently for different shapes, and near ties flip."
         )
 

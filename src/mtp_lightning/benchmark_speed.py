@@ -62,6 +62,7 @@ def contenders(
     Returns:
         Contenders by name; the first ones are what others are compared with.
     """
+    options = replace(options, max_steps=None)  # nobody else's text would end there
     found: dict[str, Contender] = {AUTOREGRESSIVE: _ours(model, autoregressive(options), stop)}
     if options.temperature == 0 and model.lora.gated and not stop:
         found[TRANSFORMERS] = _theirs(model, options)

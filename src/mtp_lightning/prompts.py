@@ -155,6 +155,11 @@ def _row(source: str, number: int, line: str, as_json: bool) -> PromptRow:
     return PromptRow(place, content, domain or "", name)
 
 
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise UsageError("a prompt needs a tokenizer, and the model was saved without one. Save it with its tokenizer.")
+
+
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
     """Token ids of a prompt, with what the tokenizer puts before a text and without an end token that it puts after it.
 
@@ -164,7 +169,11 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
 
     Returns:
         Token ids.
+
+    Raises:
+        UsageError: there is no tokenizer.
     """
+    _check_tokenizer(tokenizer)
     ids = list(tokenizer(text)["input_ids"])
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     appended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != ids[-1])
@@ -182,8 +191,10 @@ def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
         The prompt.
 
     Raises:
+        UsageError: there is no tokenizer.
         RunError: it has no token, or there are messages and no chat template.
     """
+    _check_tokenizer(tokenizer)
     if isinstance(row.content, str):
         text, ids = row.content, encode_prompt(row.content, tokenizer)
     else:

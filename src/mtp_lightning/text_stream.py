@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding import DecodingOptions, decode, end_tokens, trained_masks
+from mtp_lightning.decoding import DecodingOptions, decode, end_tokens, prepare, trained_masks
 from mtp_lightning.errors import UsageError
 from mtp_lightning.prompts import Prompt, encode_prompt, render_messages
 from mtp_lightning.row_cache import RowCache
@@ -33,6 +33,12 @@ def possible_stop(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def stop_index(tokenizer: Any, before: list[int], tokens: list[int], stops: Sequence[str]) -> int | None:
+    """Which of a step's tokens completes a stop text, or None; the same token however the text is cut into steps."""
+    texts = (stable_text(tokenizer, before + tokens[: i + 1]) for i in range(len(tokens) if stops else 0))
+    return next((i for i, text in enumerate(texts) if any(stop in text for stop in stops)), None)
+
+
 class GrowingText:
     """The text of one prompt while it is generated.
 
@@ -43,7 +49,7 @@ class GrowingText:
         stops: texts that end it; they are cut off.
 
     Attributes:
-        tokens: tokens generated so far, those of a stop text included.
+        tokens: tokens generated so far, up to the one that completes a stop text.
         accepted: draft tokens kept in each step.
         shown: the text that was given out.
         stopped: whether a stop text came.
@@ -60,7 +66,9 @@ class GrowingText:
         self.seconds = 0.0
 
     def add(self, tokens: list[int]) -> str:
-        """Take a step's tokens; gives the text that can be shown now."""
+        """Take a step's tokens, up to the one that completes a stop text; gives the text that can be shown now."""
+        if (end := stop_index(self.model.tokenizer, self.tokens, tokens, self.stops)) is not None:
+            tokens = tokens[: end + 1]
         self.tokens += tokens
         self.accepted.append(len(tokens) - 1)
         now = stable_text(self.model.tokenizer, self.tokens)
@@ -160,6 +168,7 @@ class TextStream:
 
     def _run(self, steps: Iterator[Any]) -> Iterator[str]:
         text = self.growing
+        prepare(text.model, text.options)
         while True:
             # Decoding alone is timed, not the text made of it nor what the reader does with it.
             begin = time.perf_counter()

@@ -124,10 +124,13 @@ class TokenChoice:
         Returns:
             [B, C] int64.
         """
+        return self.noisy(scores, positions, stream).argmax(-1)
+
+    def noisy(self, scores: Tensor, positions: Tensor, stream: int = TOKEN_STREAM) -> Tensor:
+        """What the largest is taken of: scores [B, C, V] with the noise of their positions [B, C]; greedy: as they are."""
         if self.greedy:
-            return scores.argmax(-1)
-        noise = gumbel_noise(noise_keys(self.seeds, positions, stream), scores.shape[-1])
-        return noise.add_(scores).argmax(-1)
+            return scores
+        return gumbel_noise(noise_keys(self.seeds, positions, stream), scores.shape[-1]).add_(scores)
 
     def draft(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Draft tokens, drawn as the base's own would be, but from the drafting head's logits.

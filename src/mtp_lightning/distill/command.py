@@ -34,6 +34,9 @@ _OPTIONS = "model prompts output shard batch_size dtype device revision base_mod
 class DistillParser(ArgumentParser):
     """A parser whose errors are raised for ``main`` to print as one line."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line."""
         raise UsageError(clear_message(str(message), _OPTIONS)) from ex
