@@ -145,6 +145,48 @@ def test_training_while_a_reader_has_paused() -> None:
     paused.close()
 
 
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode_decodes() -> None:
+    expected = drafts(shared := tiny_model("llama", 3, sampler_head=GRUSamplerHead()))
+    with torch.inference_mode(False):
+        assert drafts(tiny_model("llama", 3, sampler_head=GRUSamplerHead())) == expected
+    assert shared.mask_embeddings.is_inference()
+
+
+@pytest.mark.parametrize("head", [None, MLPSamplerHead, GRUSamplerHead])
+def test_decoding_under_autocast(head: Any) -> None:
+    """Products are bfloat16 there and weights made ready are not; float64 would not be cast at all."""
+
+    def model() -> MTPModel:
+        return tiny_model("llama", 3, sampler_head=head and head(), dtype=torch.float32)
+
+    one, expected = model(), drafts(model())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast = [token for step in drafts(one) for token in step.tokens]
+        slow = decode(one, token_row([6]).input_ids, DecodingOptions("autoregressive", max_new_tokens=12))
+        assert fast == [token for step in slow for token in step.tokens]
+        paused = decode(one, token_row([6]).input_ids, DecodingOptions(num_masks=3, max_new_tokens=12))
+        next(paused)
+    list(paused)  # it ends under another precision than it began
+    assert drafts(one) == expected  # and nothing that was made ready is rounded
+    if head is not None:
+        other = model()
+        with other.lean.use(other):
+            assert torch.equal(one.lean._chain.table, other.lean._chain.table)  # type: ignore[union-attr]
+
+
+def test_costs_are_those_of_the_device_and_dtype() -> None:
+    model = tiny_model("llama", 3, dtype=torch.float32)
+    options = DecodingOptions(max_new_tokens=4)
+    list(decode(model, token_row([6]).input_ids, options))
+    costs = model.lean.draft_costs
+    list(decode(model, token_row([6]).input_ids, options))
+    assert costs is not None and model.lean.draft_costs is costs
+    model.double()
+    list(decode(model, token_row([6]).input_ids, options))
+    assert model.lean.draft_costs is not None and model.lean.draft_costs is not costs
+
+
 def test_a_copied_or_pickled_model_makes_its_own() -> None:
     model = tiny_model("llama", 3, sampler_head=GRUSamplerHead())
     expected = drafts(model)

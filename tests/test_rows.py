@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -206,3 +207,28 @@ def test_buffers_are_moved_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_cache, "_grown", lambda *args: grown.append(args[2]) or original(*args))
     steps = sum(1 for _ in decode(model, token_row([5]).input_ids, DecodingOptions("autoregressive", max_new_tokens=600)))
     assert steps == 600 and len(set(grown)) < 12
+
+
+def test_a_cache_whose_growth_was_interrupted_is_still_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", 3)
+    prompts = [token_row([n], seed=n).input_ids for n in (5, 40)]
+    expected = [[step.tokens for step in decode(model, p, DecodingOptions(num_masks=3, max_new_tokens=9))] for p in prompts]
+    grown = row_cache._grown
+    for buffers in range(1, 6):  # the tokens, and keys and values of two layers
+        cache, left = RowCache(model.base, 1), [buffers]
+
+        def interrupted(buffer: Tensor, dim: int, size: int, left: list[int] = left) -> Tensor:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return grown(buffer, dim, size)
+
+        list(decode(model, prompts[0], DecodingOptions(num_masks=3, max_new_tokens=2), cache))
+        held = cache.capacity
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(row_cache, "_grown", interrupted)
+            cache.reserve(CONTEXT, 4 * CONTEXT)
+        assert (cache.capacity == held) == (buffers < 5)
+        for prompt, text in zip(prompts, expected, strict=True):
+            steps = decode(model, prompt, DecodingOptions(num_masks=3, max_new_tokens=9), cache)
+            assert [step.tokens for step in steps] == text

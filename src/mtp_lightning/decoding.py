@@ -288,6 +288,39 @@ def check_prompt(length: int, context: int) -> None:
         )
 
 
+def check_input_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
+    """Refuse a batch of prompts that is none.
+
+    Args:
+        input_ids: prompts, [B, L].
+        attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
+        vocab_size: V.
+
+    Raises:
+        UsageError: not a tensor of rows of token ids, a mask of another shape, or ids that the model does not have.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.ndim != 2 or not len(input_ids):
+        got = f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise UsageError(
+            f"input_ids must be a tensor of token ids [rows, tokens], got {got}."
+            " A single prompt is one row: input_ids[None]."
+        )
+    ids = input_ids
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise UsageError(
+                f"attention_mask must have the shape of input_ids, {list(input_ids.shape)},"
+                f" got {list(attention_mask.shape)}."
+            )
+        ids = input_ids[attention_mask.bool().to(input_ids.device)]  # what stands at padding does not matter
+    if not ids.numel():
+        return  # an empty prompt: check_prompt says so
+    least, largest = torch.stack(ids.aminmax()).tolist()
+    if least < 0 or largest >= vocab_size:
+        wrong = least if least < 0 else largest
+        raise UsageError(f"input_ids must be from 0 to {vocab_size - 1}, the model's vocabulary, got {wrong}.")
+
+
 def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
     """The largest number of masks J in a block that the options allow.
 
@@ -305,7 +338,7 @@ def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
         return 0
     if options.num_masks == "auto":
         return model.num_masks
-    if not isinstance(options.num_masks, int) or not 1 <= options.num_masks <= model.num_masks:
+    if type(options.num_masks) is not int or not 1 <= options.num_masks <= model.num_masks:
         raise UsageError(
             f"num_masks must be auto or from 1 to {model.num_masks}, the number this model was trained with,"
             f" got {options.num_masks}."
@@ -405,7 +438,8 @@ def generate(
     Raises:
         UsageError: a wrong option or a prompt that does not fit.
     """
-    settings = DecodingOptions(**options)
+    settings = DecodingOptions.named(options)
+    check_input_ids(input_ids, attention_mask, model.unembed.vocab_size)
     stop, B = end_tokens(model, settings), input_ids.shape[0]
     seeds = row_seeds(settings.seed, B)
     settings = replace(settings, seed=seeds)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mtp_lightning.errors import UsageError
@@ -56,9 +57,15 @@ class DecodingOptions:
             raise UsageError(f"decoding must be quadratic, linear or autoregressive, got {self.decoding!r}.")
         if self.verification not in ("coupled", "rejection"):
             raise UsageError(f"verification must be coupled or rejection, got {self.verification!r}.")
+        for name in ("num_masks", "max_new_tokens", "max_steps", "top_k", "seed", "eos_token_id"):
+            setattr(self, name, _plain(getattr(self, name)))
+        for name in ("seed", "eos_token_id"):
+            value: Any = getattr(self, name)
+            if not all(_is_int(each) for each in ([] if value is None else value if _is_several(value) else [value])):
+                raise UsageError(f"{name} must be an int or several, got {value!r}.")
         for name in ("max_new_tokens", "max_steps", "top_k"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
+            if value is not None and not (_is_int(value) and value >= 1):
                 raise UsageError(f"{name} must be 1 or more, got {value}.")
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
@@ -66,3 +73,39 @@ class DecodingOptions:
             raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if not 0 < self.repetition_penalty < math.inf:
             raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
+
+    @classmethod
+    def named(cls, options: Mapping[str, Any]) -> DecodingOptions:
+        """The options that a call names.
+
+        Args:
+            options: the call's keywords.
+
+        Returns:
+            The options.
+
+        Raises:
+            UsageError: a name that there is not, or a wrong value.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+                raise UsageError(f"unknown option {name!r}: {hint}")
+        return cls(**options)
+
+
+def _plain(value: Any) -> Any:
+    """Python's own numbers and lists in place of tensors and NumPy's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(each) for each in value] if _is_several(value) else value
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset, range))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

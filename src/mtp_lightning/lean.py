@@ -3,7 +3,8 @@
 
 Adapters that read the same input are one matrix; the update is added in place to the tail of the base layer's output;
 nothing is cast. The modules themselves are left as they are: only their ``forward`` is covered, and uncovered afterwards.
-Layers of any other kind (quantised, offloaded, sharded, with hooks, with other adapters) keep PEFT's own path.
+Layers of any other kind (quantised, offloaded, sharded, with hooks, with other adapters) keep PEFT's own path, and under
+``torch.autocast`` all do.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class LeanWeights:
     A copied or pickled model makes its own.
 
     Attributes:
-        draft_costs: what steps cost on this machine and how drafts do; None until somebody asks.
+        draft_costs: what steps cost on this device and in this dtype, and how drafts do; None until somebody asks.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,7 @@ class LeanWeights:
         self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
         self._chain: Chain | None = None
         self._depth = 0
+        self._place: tuple[torch.device, torch.dtype] | None = None
         self.draft_costs: tuple[StepCosts, DraftRecord] | None = None
 
     def __reduce__(self) -> Any:
@@ -74,24 +76,38 @@ class LeanWeights:
     def chain(self, model: MTPModel) -> Chain:
         """The sampler head's chain."""
         assert model.sampler_head is not None
-        if self._depth and self._chain is not None:
+        if self._depth and self._chain is not None and not _autocast(model.base.device):
             return self._chain
         return DraftChain(model.sampler_head, model.base.get_input_embeddings())
 
     def _prepare(self, model: MTPModel) -> None:
+        device, dtype = model.base.device, model.base.dtype
+        if self._place not in (None, (device, dtype)):
+            self.draft_costs = None
+        self._place = (device, dtype)
         layers = [layer for layer in lora_layers(model.base) if is_plain(layer, model.gate)]
         head = model.sampler_head
         weights = [each for layer in layers for each in (*_adapter(layer), layer.base_layer.weight)]
         weights += [] if head is None else [model.base.get_input_embeddings().weight, *head.parameters()]
-        made_from = (head, *((w.data_ptr(), w._version, w.dtype, w.device) for w in weights))
+        made_from = (head, *((w.data_ptr(), _version(w), w.dtype, w.device) for w in weights))
         if made_from == self._made_from:
             return
         self._forwards = lean_forwards(layers, model)
         self._chain = None
-        if head is not None and all(type(p.data) is Tensor and p.device == model.base.device for p in head.parameters()):
+        if head is not None and all(type(p.data) is Tensor and p.device == device for p in head.parameters()):
             vocab_size = model.unembed.vocab_size
-            self._chain = unrolled(head, model.base.get_input_embeddings(), vocab_size, model.base.dtype)
+            with torch.autocast(device.type, enabled=False):
+                self._chain = unrolled(head, model.base.get_input_embeddings(), vocab_size, dtype)
         self._made_from = made_from
+
+
+def _version(weight: Tensor) -> int:
+    """Counts changes in place; a weight made in inference mode has no count, and -1 stands for it."""
+    return -1 if weight.is_inference() else weight._version
+
+
+def _autocast(device: torch.device) -> bool:
+    return torch.is_autocast_enabled(device.type)
 
 
 def _adapter(layer: Any) -> tuple[Tensor, Tensor]:
@@ -158,8 +174,9 @@ def _forward(
 
     def forward(x: Tensor) -> Tensor:
         num_mtp = gate.num_mtp
-        if x.ndim != 3 or torch.is_grad_enabled():
-            # PEFT's path: it says what is wrong, or somebody trains while a reader has paused in the middle of a text.
+        if x.ndim != 3 or torch.is_grad_enabled() or _autocast(x.device):
+            # PEFT's path: it says what is wrong, somebody trains while a reader has paused in the middle of a text, or
+            # products have another dtype than what they are added to.
             return type(layer).forward(layer, x)
         out = F.linear(x, weight, bias)
         if not num_mtp:

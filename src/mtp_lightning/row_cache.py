@@ -133,12 +133,13 @@ class RowCache(Cache):
         if capacity <= old:
             return
         wanted = max(capacity, min(old + old // 4, limit))
-        self._place.capacity = -(-wanted // CHUNK) * CHUNK
-        self.tokens = _grown(self.tokens, 1, self.capacity)
+        size = -(-wanted // CHUNK) * CHUNK
+        self.tokens = _grown(self.tokens, 1, size)
         for layer in self.layers:
             if layer.keys is not None:
-                layer.keys = _grown(layer.keys, 2, self.capacity)
-                layer.values = _grown(layer.values, 2, self.capacity)
+                layer.keys = _grown(layer.keys, 2, size)
+                layer.values = _grown(layer.values, 2, size)
+        self._place.capacity = size  # last: whoever stops it half-way (Ctrl-C, no memory left) may go on later
 
     def first_slots(self) -> dict[int | None, int]:
         """For each window the first slot that the next step's queries can see."""
@@ -199,6 +200,8 @@ class RowCache(Cache):
 
 
 def _grown(buffer: Tensor, dim: int, size: int) -> Tensor:
+    if buffer.shape[dim] >= size:  # grown already, when others were not
+        return buffer
     shape = list(buffer.shape)
     shape[dim] = size
     grown = buffer.new_zeros(shape)
