@@ -93,9 +93,9 @@ def test_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
     model.base.get_decoder().register_forward_pre_hook(lambda *_: steps.append(1))
     common = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
-    found = model.base.generate(PROMPT, **common, custom_generate=model.custom_generate)
+    found = model.base.generate(PROMPT, **common, custom_generate=model.custom_generate, num_masks=3)
     assert found[0, 3:].tolist() == bigram_text(11, 20, 60, 12)
-    assert len(steps) == model.generate(PROMPT, max_new_tokens=20).num_steps.item() < 12
+    assert len(steps) == model.generate(PROMPT, max_new_tokens=20, num_masks=3).num_steps.item() < 12
 
 
 def test_sampling_is_our_sampling(model: MTPModel) -> None:
@@ -173,7 +173,8 @@ def test_a_saved_folder(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
         lambda _, args, given: sizes.append(0 if given.get("inputs_embeds") is None else given["inputs_embeds"].shape[1]),
         with_kwargs=True,
     )
-    for options, most in (({}, 16), ({"num_masks": 1}, 4), ({"decoding": "linear"}, 7), ({"decoding": "autoregressive"}, 3)):
+    ways = (({"num_masks": 3}, 16), ({"num_masks": 1}, 4), ({"num_masks": 3, "decoding": "linear"}, 7))
+    for options, most in (*ways, ({"decoding": "autoregressive"}, 3)):
         sizes.clear()
         assert from_folder(base, folder, mtp_model=str(folder), **options).equal(expected)
         assert max(sizes) == most  # drafts and masks were fed

@@ -75,7 +75,10 @@ def trained(model: MTPModel) -> dict[str, torch.Tensor]:
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head: SamplerHead, lora: LoRA) -> None:
     model = model_on_disk(tmp_path, architecture, head, lora)
-    before = [model.generate(PROMPT, max_new_tokens=24, decoding=name) for name in ("quadratic", "linear")]
+    before = [
+        model.generate(PROMPT, max_new_tokens=24, decoding=name, num_masks=model.num_masks)
+        for name in ("quadratic", "linear")
+    ]
     model.save_pretrained(tmp_path / "saved")
     assert set(files_of(tmp_path / "saved")) == FILES
     loaded = MTPModel.from_pretrained(tmp_path / "saved")
@@ -84,7 +87,10 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head
     assert loaded.lora == model.lora and loaded.num_masks == model.num_masks and not loaded.training
     old, new = trained(model), trained(loaded)
     assert old.keys() == new.keys() and all(new[name].equal(old[name]) for name in old)
-    after = [loaded.generate(PROMPT, max_new_tokens=24, decoding=name) for name in ("quadratic", "linear")]
+    after = [
+        loaded.generate(PROMPT, max_new_tokens=24, decoding=name, num_masks=model.num_masks)
+        for name in ("quadratic", "linear")
+    ]
     for a, b in zip(after, before, strict=True):
         assert a.sequences.equal(b.sequences) and a.accepted_per_step == b.accepted_per_step
     assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()

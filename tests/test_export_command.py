@@ -44,7 +44,7 @@ def test_the_card_has_the_runs_acceptance(here: Path, capsys) -> None:  # noqa: 
     latest = json.loads(Path("run/acceptance.json").read_text())["latest"]
     card = Path("saved/README.md").read_text()
     assert (
-        "Measured on 2 prompts of `prompts.jsonl`, at most 12 tokens each: quadratic decoding, all masks, sampler head,"
+        "Measured on 2 prompts of `prompts.jsonl`, at most 12 tokens each: quadratic decoding, 3 masks, sampler head,"
         " greedy."
     ) in card
     for name, figures in (*latest["domains"].items(), ("overall", latest["overall"])):

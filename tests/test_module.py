@@ -84,10 +84,3 @@ def test_the_context_ends_where_rope_changes() -> None:
     assert config_context(config) == whole
     config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": whole // 2}
     assert config_context(config) == whole // 2
-
-
-def test_sampling_is_refused_until_it_is_built() -> None:
-    model, prompt = tiny_model("llama"), torch.tensor([[1, 2, 3]])
-    model.generate(prompt, max_new_tokens=2, temperature=0.0, top_k=None, top_p=None, seed=None, verification="coupled")
-    with pytest.raises(UsageError, match="temperature must be 0"):
-        model.generate(prompt, temperature=0.7)
