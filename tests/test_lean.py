@@ -165,9 +165,6 @@ def test_decoding_under_autocast(head: Any) -> None:
         fast = [token for step in drafts(one) for token in step.tokens]
         slow = decode(one, token_row([6]).input_ids, DecodingOptions("autoregressive", max_new_tokens=12))
         assert fast == [token for step in slow for token in step.tokens]
-        paused = decode(one, token_row([6]).input_ids, DecodingOptions(num_masks=3, max_new_tokens=12))
-        next(paused)
-    list(paused)  # it ends under another precision than it began
     assert drafts(one) == expected  # and nothing that was made ready is rounded
     if head is not None:
         other = model()
