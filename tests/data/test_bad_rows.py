@@ -51,6 +51,8 @@ def read(folder: Path, data: bytes, name: str = "a.jsonl") -> Prepared:
         ),
         (lines(GOOD, {"messages": [says("gtp4", "x")]}), ", row 2: message 1 has the role 'gtp4', which the chat"),
         (lines(GOOD, {"messages": [says("user", None)]}), ", row 2: each of messages must be {role, content}, got {'role'"),
+        (lines({"text": "one", "domain": 3}), ", row 1: domain must be text, got int."),
+        (lines({"input_ids": [9, 10]}, {"input_ids": [9], "domain": [1]}), ", row 2: domain must be text, got list."),
         (lines({"input_ids": ["a"]}), ": input_ids must be lists of token ids, got list<item: string>."),
         (lines({"input_ids": [1.5, 2]}), ": input_ids must be lists of token ids, got list<item: double>."),
         (
@@ -76,6 +78,11 @@ def test_text_that_is_no_utf_8_in_other_files(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(RunError, match="a.parquet, row 2: expected UTF-8 text, 'utf-8' codec can't decode byte 0xff"):
         prepare(str(tmp_path / "a.parquet"), word_tokenizer(), max_length=64)
+
+
+def test_rows_of_nothing_but_ids(tmp_path: Path) -> None:
+    row = read(tmp_path, lines({"prompt_ids": [9, 10], "completion_ids": [11, 4]})).rows.row(0)
+    assert row.input_ids.tolist() == [9, 10, 11, 4] and row.labels.tolist() == [-100, -100, 11, 4]
 
 
 def test_rows_that_are_counted(tmp_path: Path) -> None:

@@ -142,6 +142,20 @@ def test_generation_markers_by_hand(tokenizer) -> None:
     check({"messages": TWO_TURNS}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS, trimmed)
 
 
+@pytest.mark.parametrize("messages", [TWO_TURNS, TWO_TURNS[1:2]])
+def test_markers_before_the_end_of_the_turn(tokenizer, messages: list[dict]) -> None:
+    """The token that ends the turn carries loss wherever endgeneration stands."""
+    behind = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    before = behind.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    assert before != behind
+    row = encode_row({"messages": messages}, tokenizer, before)
+    assert row == encode_row({"messages": messages}, tokenizer, behind)
+    assert sum(row.loss) == sum(len(m["content"].split()) + 1 for m in messages if m["role"] == "assistant")
+
+
 def test_markers_that_mark_nothing_are_an_error(tokenizer) -> None:
     template = CHATML + "{% generation %}{% endgeneration %}"
     with pytest.raises(

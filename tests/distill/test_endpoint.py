@@ -26,7 +26,7 @@ from mtp_lightning.data.encoding import encode_row
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.distill import endpoint as endpoint_file
 from mtp_lightning.distill.base_answers import AnswerOptions
-from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question
+from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Reply
 from mtp_lightning.errors import RunError, UsageError
 
 
@@ -253,6 +253,51 @@ def test_a_server_that_refuses(tmp_path: Path, base: str, serve, capsys) -> None
     assert message.startswith(f"{server.url}/chat/completions: the server refuses row 0 with status 404: ")
     assert "The model `x` does not exist." in message and "Check --endpoint, --endpoint_model (x), MTP_API_KEY" in message
     assert len(server.requests) == 1  # such a thing does not pass
+
+
+def test_an_error_comes_after_what_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Endpoint(EndpointOptions("http://localhost:1/v1", concurrency=3), "m", AnswerOptions())
+    begun = {name: threading.Event() for name in range(3)}
+    threads: dict[int, threading.Thread] = {}
+
+    def ask(question: Question) -> Reply:
+        threads[question.name] = threading.current_thread()
+        begun[question.name].set()
+        assert begun[1].wait(10) and begun[2].wait(10) and question.name < 3  # a fourth is never asked
+        if question.name:
+            threads[question.name - 1].join(10)  # in order
+        if question.name == 1:
+            raise RunError("refused")
+        return Reply(question.name, "one", True, None, None)
+
+    monkeypatch.setattr(server, "ask", ask)
+    replies = server.replies(Question(name, "one", 3) for name in range(3))
+    assert next(replies).name == 0
+    threads[2].join(10)
+    assert next(replies).name == 2
+    with pytest.raises(RunError, match="refused"):
+        next(replies)
+
+
+def test_an_error_does_not_wait_for_other_requests(tmp_path: Path, base: str, serve, processes) -> None:
+    write_rows(tmp_path / "q.jsonl", questions(4))
+    over = threading.Event()
+
+    def refuse_the_second(number: int, handler: BaseHTTPRequestHandler) -> bool:
+        if number == 2:
+            say(handler, 404, b"no")
+        else:
+            over.wait(120)
+        return number == 2
+
+    server = serve(refuse_the_second)
+    process = processes.Process(target=distill, args=(words(base, tmp_path, server.url, concurrency=4),))
+    process.start()
+    process.join(60)  # seconds: the start of a process on a busy machine; the requests under way would take 120
+    alive = process.is_alive()
+    over.set()
+    process.join()
+    assert not alive and len(server.requests) >= 2
 
 
 def test_a_server_of_another_kind(serve) -> None:

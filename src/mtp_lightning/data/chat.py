@@ -3,7 +3,8 @@
 
 Three ways, the first that fits:
 
-1. The template has ``{% generation %}`` markers: it says itself what the assistant wrote.
+1. The template has ``{% generation %}`` markers: it says itself what the assistant wrote. Where they leave out the
+   end-of-turn token behind it, that is added.
 2. Prefixes: the text of the messages before an assistant turn, with the generation prompt, ends where the turn begins;
    the text up to and with the turn ends where it ends. Both must be prefixes of the whole text, which is checked.
 3. Another content: templates that drop the thinking of earlier turns (Qwen3) write a turn differently once messages
@@ -104,7 +105,7 @@ def end_of_turn(
         RunError: the template does not write the answer as it is.
     """
     answer = {"role": "assistant", "content": _MARK}
-    text = render([*clean_messages(messages), answer], tokenizer, template_of(tokenizer, chat_template))
+    text = render(clean_messages([*messages, answer]), tokenizer, template_of(tokenizer, chat_template))
     if text.count(_MARK) != 1:
         raise RunError("the chat template does not write the assistant's content once and as it is.")
     after = text[text.index(_MARK) + len(_MARK) :]
@@ -219,7 +220,23 @@ def _encode_marked(
                 f"the generation markers of the chat template mark token {loss.index(True)}, which stands before the first"
                 " turn of the assistant. Correct the template: they belong around what the assistant says."
             )
+    if turns:
+        _mark_ends(ids, loss, messages[: turns[-1]], tokenizer, template)
     return ids, loss
+
+
+def _mark_ends(
+    ids: list[int], loss: list[bool], before: list[Message], tokenizer: PreTrainedTokenizerBase, template: str
+) -> None:
+    """Let the end of a turn carry loss where it stands right behind what is marked: else no answer learns to stop."""
+    try:
+        end = end_of_turn(before, tokenizer, template)
+    except RunError:  # the template does not write every content as it is: what it marks is all that is known
+        return
+    borders = [place for place in range(1, len(ids)) if loss[place - 1] and not loss[place]]
+    for place in borders:
+        if end and ids[place : place + len(end)] == end and ids[place - len(end) : place] != end:
+            loss[place : place + len(end)] = [True] * len(end)
 
 
 def _assistant_spans(

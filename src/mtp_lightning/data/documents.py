@@ -15,6 +15,7 @@ from mtp_lightning.data import chat, cutting, encoding
 from mtp_lightning.data.cache import cache_errors, cache_folder
 from mtp_lightning.data.cutting import Documents, Tokens, cut_rows
 from mtp_lightning.data.encoding import encode_row, label_message
+from mtp_lightning.data.reading import row_kind
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.types import IGNORE_INDEX
 
@@ -53,7 +54,7 @@ def encode_rows(
     Raises:
         RunError: a row cannot be encoded; the message names it.
     """
-    tokenized = not {"messages", "prompt", "text"} & set(rows.column_names)
+    tokenized = row_kind(set(rows.column_names)) == "input_ids"
     key = _digest(rows._fingerprint, tokenizer_digest(tokenizer), chat_template, max_length, _code_digest())
     folder = cache_folder() / "mtp_lightning"
     try:
@@ -123,7 +124,7 @@ def encode_fields(
         cuttable=np.array([row.cuttable for row in encoded], bool),
     )
     _check_ids(tokens, indices, name, len(tokenizer))
-    return _table(cut_rows(tokens, max_length), indices, batch.get("domain"))
+    return _table(cut_rows(tokens, max_length), indices, name, batch.get("domain"))
 
 
 def _encode_table(
@@ -151,7 +152,7 @@ def _encode_table(
     tokens = Tokens(ids, loss, lengths, np.full(len(lengths), not labelled))
     _check_ids(tokens, indices, name, len(tokenizer))
     return _table(
-        cut_rows(tokens, max_length), indices, batch["domain"].to_pylist() if "domain" in batch.column_names else None
+        cut_rows(tokens, max_length), indices, name, batch["domain"].to_pylist() if "domain" in batch.column_names else None
     )
 
 
@@ -189,9 +190,12 @@ def _check_ids(tokens: Tokens, indices: Sequence[int], name: str, vocabulary: in
         )
 
 
-def _table(documents: Documents, indices: Sequence[int], domains: list[str | None] | None) -> pa.Table:
+def _table(documents: Documents, indices: Sequence[int], name: str, domains: list[Any] | None) -> pa.Table:
     import pyarrow as pa
 
+    for row, domain in zip(indices, domains or [], strict=False):
+        if not isinstance(domain, str | None):
+            raise RunError(f"{name}, row {row + 1}: domain must be text, got {type(domain).__name__}.")
     offsets = np.concatenate([[0], np.cumsum(documents.lengths)]).astype(np.int32)
     named = [""] * len(documents.rows) if domains is None else [domains[row] or "" for row in documents.rows]
     return pa.table(

@@ -16,9 +16,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from mtp_lightning.distill.base_answers import AnswerOptions
@@ -133,23 +133,37 @@ class Endpoint:
             Replies in the order in which they come.
 
         Raises:
-            RunError: the server refuses a question, or does not answer it after all retries.
+            RunError: the server refuses a question, or does not answer it after all retries; what was answered by then
+                is yielded before.
         """
         waiting = iter(questions)
-        pool = ThreadPoolExecutor(self.options.concurrency)
+        finished: SimpleQueue[Reply | BaseException] = SimpleQueue()
+
+        def answer(question: Question) -> None:
+            try:
+                finished.put(self.ask(question))
+            except BaseException as error:
+                finished.put(error)
+
+        running = 0
         try:
-            running: set[Future[Reply]] = set()
             while True:
-                free = self.options.concurrency - len(running)
-                running |= {pool.submit(self.ask, question) for question in islice(waiting, free)}
+                for question in islice(waiting, self.options.concurrency - running):
+                    # A daemon: the process ends without waiting for the requests under way, after an error and Ctrl-C.
+                    threading.Thread(target=answer, args=(question,), daemon=True).start()
+                    running += 1
                 if not running:
                     return
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
+                reply = finished.get()
+                running -= 1
+                if isinstance(reply, BaseException):
+                    while not finished.empty():
+                        if isinstance(other := finished.get(), Reply):
+                            yield other
+                    raise reply
+                yield reply
         finally:
             self._stopped.set()  # whoever waits for another try gives up
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, question: Question) -> Reply:
         """Ask one question until it is answered.
