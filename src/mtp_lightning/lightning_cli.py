@@ -109,7 +109,10 @@ class MTPCLI(LightningCLI):
         if path == "last":
             path = self._last_checkpoint()
         if path and path not in ("best", "hpc", "registry"):
-            check_settings(read_checkpoint(path), checkpoint_settings(self.model))
+            checkpoint = read_checkpoint(path)
+            check_settings(checkpoint, checkpoint_settings(self.model))
+            if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
+                self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 try:
