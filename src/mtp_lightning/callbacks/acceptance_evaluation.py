@@ -96,6 +96,8 @@ class AcceptanceEvaluation(DecodingCallback):
     ) -> None:
         """Evaluate every ``every_n_steps`` optimizer steps."""
         step = trainer.global_step
+        if trainer.fit_loop._should_accumulate():  # the step is the one before, which a resumed run has evaluated
+            return
         if not self.every_n_steps or step == 0 or step % self.every_n_steps or step == self._evaluated_at:
             return
         self._evaluate(trainer, pl_module)
