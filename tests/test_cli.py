@@ -562,6 +562,11 @@ def test_wrong_data(run: Path, here: Path, capsys, name: str, split: str) -> Non
             "ckpt_path is required: set it in the configuration file",
         ),
         (
+            "predict --config config.yaml --ckpt_path last",
+            2,
+            "mtp predict needs the path of a .ckpt file, got 'last'. Change --ckpt_path.",
+        ),
+        (
             "predict --config config.yaml --ckpt_path {last}",
             2,
             "mtp predict needs prompts: give --prompts FILE or set data.",

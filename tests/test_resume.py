@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -212,6 +213,27 @@ def test_a_damaged_checkpoint_is_passed_over(zygote: Zygote, whole: Path, tmp_pa
     assert f"mtp: checkpoint '{LAST}' is passed over: it is cut short or no checkpoint." in ended.err
     assert "Restoring states from the checkpoint path at run/checkpoints/best.ckpt" in ended.err
     assert_same_run(folder, whole)
+
+
+def test_validate_adds_to_the_history_at_the_checkpoints_step(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    best = LAST.replace("last", "best")
+    step = torch.load(folder / best, weights_only=True)["global_step"]
+
+    def history() -> list[tuple[str, int]]:
+        entries = json.loads((folder / "run/acceptance.json").read_text())["history"]
+        return [(entry["stage"], entry["step"]) for entry in entries]
+
+    before, lines = history(), read_metrics(folder / "run")
+    of_the_step = next(line for line in lines if line.get("val/loss") and int(line["step"]) == step - 1)
+    ended = zygote.run(folder, "validate", "--config", "config.yaml", "--ckpt_path", best)
+    assert ended.code == 0, ended.err
+    assert f"after {step} training steps" in ended.out
+    assert history() == [*(entry for entry in before if entry != ("val", step)), ("val", step)] and len(before) > 2
+    *others, line = read_metrics(folder / "run")
+    assert others == lines and (line["step"], line["epoch"]) == (of_the_step["step"], of_the_step["epoch"])
+    assert line["val/loss"] == of_the_step["val/loss"]
 
 
 def test_commands_that_only_read_need_a_checkpoint(zygote: Zygote, whole: Path, tmp_path: Path) -> None:

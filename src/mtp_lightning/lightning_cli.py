@@ -112,7 +112,10 @@ class MTPCLI(LightningCLI):
         if path == "last":
             path = self._last_checkpoint()
         if path and path not in ("best", "hpc", "registry"):
-            check_settings(read_checkpoint(path), checkpoint_settings(self.model))
+            checkpoint = read_checkpoint(path)
+            check_settings(checkpoint, checkpoint_settings(self.model))
+            if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
+                self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 try:
@@ -187,7 +190,7 @@ class PredictCLI(MTPCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of predict beside the configuration."""
-        parser.add_argument("--ckpt_path", type=str, required=True, help="checkpoint that mtp fit wrote")
+        parser.add_argument("--ckpt_path", type=str, required=True, help="path of a checkpoint that mtp fit wrote")
         parser.add_argument("--weights_only", type=bool | None, default=None, help="not used; a run's config.yaml has it")
         parser.add_argument("--prompts", type=str, default=None, help="prompts file; not given: data.test")
         parser.add_argument("--json", action="store_true", help="one JSON line a prompt, which is what this command prints")
@@ -201,12 +204,14 @@ def run_predict(args: list[str]) -> None:
         args: options.
 
     Raises:
-        UsageError: no prompts are named.
+        UsageError: no prompts are named, or no checkpoint file.
     """
     from mtp_lightning.checkpoint import load_model
 
     cli = PredictCLI(args, run=False, save_config_callback=None)
     config = cli.config
+    if config.ckpt_path == "last":
+        raise UsageError("mtp predict needs the path of a .ckpt file, got 'last'. Change --ckpt_path.")
     arguments = DecodingArguments(**{name: config[name] for name in DecodingArguments.__dataclass_fields__})
     source = config.prompts or config.data.test
     if not isinstance(source, str):

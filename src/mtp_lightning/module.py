@@ -216,7 +216,7 @@ class MTPModule(LightningModule):
         """The weighted loss of a batch, scaled so that accumulated batches and ranks add up to one sum over counts."""
         # Ranks and accumulated batches are averaged by Lightning; each term divides by the count over all of them.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        counts = self.trainer.strategy.reduce(batch.counts.clone(), reduce_op="sum")
+        counts = all_reduce(batch.counts.clone(), "sum")
         output: ForwardOutput = self.model(batch, self.terms)
         values = {name: term_value(sums, counts) * parts for name, sums in output.sums.items()}
         loss = self.weighted(values)

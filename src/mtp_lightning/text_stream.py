@@ -215,6 +215,6 @@ def stream_text(
     else:
         ids: list[Any] = prompt.reshape(-1).tolist() if isinstance(prompt, Tensor) else list(prompt)
         given = Prompt(tokenizer.decode(ids), ids, "")
-    settings = DecodingOptions(**options)
+    settings = DecodingOptions.named(options)
     trained_masks(model, settings)  # what is wrong shows now, not at the first piece
     return TextStream(model, given, settings, [stop] if isinstance(stop, str) else stop or ())

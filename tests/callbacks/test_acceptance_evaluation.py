@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mtp_lightning import decoding_step
 from mtp_lightning.acceptance import PromptResult, summarise
@@ -115,6 +116,16 @@ def test_accumulated_batches_are_one_step(
     assert [entry["step"] for entry in read(tmp_path)["history"]] == [1, 2]
 
 
+def test_a_resumed_run_does_not_repeat_the_evaluation_of_its_step(
+    module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = AcceptanceEvaluation(prompts, every_n_steps=1)
+    monkeypatch.setattr(callback, "_evaluate", lambda *arguments: pytest.fail("evaluated between the batches of a step"))
+    trainer: Any = SimpleNamespace(global_step=1, fit_loop=SimpleNamespace(_should_accumulate=lambda: True))
+    callback.on_fit_start(trainer, module)
+    callback.on_train_batch_end(trainer, module, None, None, 2)
+
+
 def test_validate_and_test(
     fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, batches: Any, evaluated: list[int]
 ) -> None:
@@ -212,6 +223,11 @@ def test_beside_a_progress_bar(
     out = capsys.readouterr().out
     assert out.count("Acceptance by real decoding") == 2
     assert out.count("acceptance: 5 of 5 prompts decoded") == 2
+
+
+def test_training_waits_at_no_barrier_for_counts(fit: Fit, module: MTPModule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SingleDeviceStrategy, "reduce", lambda *arguments, **options: pytest.fail("Lightning's reduce"))
+    fit(module, limit_val_batches=0)
 
 
 def test_fast_dev_run_writes_nothing(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +96,8 @@ class AcceptanceEvaluation(DecodingCallback):
     ) -> None:
         """Evaluate every ``every_n_steps`` optimizer steps."""
         step = trainer.global_step
+        if trainer.fit_loop._should_accumulate():  # the step is the one before, which a resumed run has evaluated
+            return
         if not self.every_n_steps or step == 0 or step % self.every_n_steps or step == self._evaluated_at:
             return
         self._evaluate(trainer, pl_module)
@@ -173,7 +176,9 @@ class AcceptanceEvaluation(DecodingCallback):
     def _report(self, trainer: Trainer, prefix: str, forced: dict[str, float] | None) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
         summary = summarise(self.results, forced)
-        step = trainer.global_step or None  # not known to `mtp validate` and `mtp test`
+        step = trainer.global_step or None  # not known where no checkpoint is evaluated
+        if trainer.state.fn != TrainerFn.FITTING:  # Lightning gives callbacks their state back for training alone
+            self.history = saved_history(folder / "acceptance.json") or self.history
         entry = history_entry(summary, prefix, step)
         # A validation right after an evaluation in training replaces it: the same weights, and more is known.
         self.history = [old for old in self.history if (old["stage"], old["step"]) != (prefix, step)] + [entry]
@@ -247,6 +252,21 @@ def forced_figures(trainer: Trainer, prefix: str) -> dict[str, float] | None:
     if not all(name in logged for name in names.values()):
         return None
     return {key: logged[name].item() for key, name in names.items()}
+
+
+def saved_history(path: Path) -> list[dict[str, Any]]:
+    """The history of the run that a folder holds.
+
+    Args:
+        path: its ``acceptance.json``.
+
+    Returns:
+        One entry an evaluation; none where there is no such file or it can't be read.
+    """
+    try:
+        return list(json.loads(path.read_text())["history"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def history_entry(summary: dict[str, Any], stage: str, step: int | None) -> dict[str, Any]:

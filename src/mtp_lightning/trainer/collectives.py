@@ -13,7 +13,7 @@ def all_reduce(value: Tensor, how: Literal["sum", "mean", "max"]) -> Tensor:
     """A tensor reduced over all processes, in each of them. All must call it; alone it gives the tensor itself.
 
     Args:
-        value: the tensor, of floating point, the same shape everywhere; it is overwritten.
+        value: the tensor, the same shape everywhere, of floating point for a mean; it is overwritten.
         how: sum, mean or max.
 
     Returns:
