@@ -212,6 +212,19 @@ def test_a_new_run_in_the_same_folder_replaces_the_figures(run: Path) -> None:
     assert len(losses(run)) == 1
 
 
+def test_a_configuration_without_a_logger_goes_on_in_the_same_folder(here: Path) -> None:
+    config = yaml.safe_load((here / "config.yaml").read_text())
+    del config["trainer"]["logger"]
+    (here / "config.yaml").write_text(yaml.safe_dump(config))
+    assert fit("--ckpt_path", "last", "--trainer.max_steps", 2) == 0
+    assert fit("--ckpt_path", "last", "--trainer.max_steps", 3) == 0
+    assert len(losses(here / "lightning_logs")) == 3
+    assert list((here / "lightning_logs").glob("events.out.tfevents.*"))
+    assert not list((here / "lightning_logs").glob("version_*"))
+    assert fit("--trainer.logger", "false", "--trainer.max_steps", 1) == 0
+    assert len(losses(here / "lightning_logs")) == 3
+
+
 def test_validate_and_test_give_the_figures_of_the_last_validation(run: Path, capsys) -> None:
     before, configuration = validations(run)[-1], (run / "config.yaml").read_text()
     figures = {name: value for name, value in before.items() if name.startswith("val/")}

@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import mtp_lightning.callbacks
 import mtp_lightning.losses
@@ -159,7 +159,11 @@ class MTPCLI(LightningCLI):
             raise known from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with one-line errors."""
+        """The trainer, with one-line errors; where no logger is named, with CSV and TensorBoard in one folder."""
+        named = self._get(self.config_init, "trainer", default={})
+        if named.get("logger") in (None, True):  # Lightning's own would begin a new folder at each start
+            folder = Path(named.get("default_root_dir") or ".") / "lightning_logs"
+            kwargs["logger"] = [kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
         try:
             return super().instantiate_trainer(**kwargs)
         except UsageError:
