@@ -501,7 +501,7 @@ WRONG_CONFIGURATION = {
     ),
     "--trainer.callbacks+ mtp_lightning.callbacks.AcceptanceEvaluation --trainer.callbacks.prompts prompts.jsonl"
     " --trainer.callbacks.num_masks 4": (
-        "num_masks must be auto or from 1 to 3, the number this model was trained with, got 4."
+        "num_masks must be auto or from 1 to 3, the number this model was trained with, got 4. Change num_masks."
     ),
 }
 WRONG_DATA = {

@@ -261,6 +261,8 @@ def check_device(device: str | torch.device | None) -> None:
     Raises:
         UsageError: no tensor can be put there.
     """
+    if device is not None and str(device).startswith("meta"):
+        raise UsageError("device must be cpu, cuda or another one that holds numbers, got 'meta'. Change --device.")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts

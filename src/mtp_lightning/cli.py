@@ -53,7 +53,8 @@ def main(args: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: with 2 where the command or the configuration is wrong, 1 at any other error; one line on standard
-            error says what to change. ``--debug`` or ``MTP_DEBUG=1`` shows the traceback. With 130 after Ctrl-C.
+            error says what to change. ``--debug`` or ``MTP_DEBUG=1`` shows the traceback. With 130 after Ctrl-C, 141 when
+            the reader of standard output has gone.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words or os.environ.get("MTP_DEBUG", "") not in ("", "0")
@@ -67,6 +68,10 @@ def main(args: list[str] | None = None) -> None:
         # What was said is on standard output already: every piece is written at once.
         print("\nmtp: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader has enough, as `| head` does. Python would complain when it flushes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except Exception as error:
         if debug:
             traceback.print_exc()

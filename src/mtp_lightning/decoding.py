@@ -341,7 +341,7 @@ def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
     if type(options.num_masks) is not int or not 1 <= options.num_masks <= model.num_masks:
         raise UsageError(
             f"num_masks must be auto or from 1 to {model.num_masks}, the number this model was trained with,"
-            f" got {options.num_masks}."
+            f" got {options.num_masks}. Change num_masks."
         )
     return options.num_masks
 

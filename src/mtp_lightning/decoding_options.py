@@ -54,9 +54,11 @@ class DecodingOptions:
 
     def __post_init__(self) -> None:
         if self.decoding not in ("quadratic", "linear", "autoregressive"):
-            raise UsageError(f"decoding must be quadratic, linear or autoregressive, got {self.decoding!r}.")
+            raise UsageError(
+                f"decoding must be quadratic, linear or autoregressive, got {self.decoding!r}. Change decoding."
+            )
         if self.verification not in ("coupled", "rejection"):
-            raise UsageError(f"verification must be coupled or rejection, got {self.verification!r}.")
+            raise UsageError(f"verification must be coupled or rejection, got {self.verification!r}. Change verification.")
         for name in ("num_masks", "max_new_tokens", "max_steps", "top_k", "seed", "eos_token_id"):
             setattr(self, name, _plain(getattr(self, name)))
         for name in ("seed", "eos_token_id"):
@@ -68,11 +70,11 @@ class DecodingOptions:
             if value is not None and not (_is_int(value) and value >= 1):
                 raise UsageError(f"{name} must be 1 or more, got {value}.")
         if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+            raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}. Change temperature.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}. Change top_p.")
         if not 0 < self.repetition_penalty < math.inf:
-            raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
+            raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}. Change it.")
 
     @classmethod
     def named(cls, options: Mapping[str, Any]) -> DecodingOptions:

@@ -151,7 +151,7 @@ def check_target(path: Path) -> None:
             return
         except RunError as error:
             raise RunError(
-                f"{path} is there and was not written by mtp export: {one_line(error)} Choose another folder."
+                f"{path} is there and was not written by mtp export: {str(error).split('. ')[0]}. Choose another folder."
             ) from error
     raise RunError(f"{path} is a file. Choose a folder for the saved model.")
 
