@@ -268,7 +268,8 @@ def test_generate_keeps_what_was_said(slow: Path) -> None:
         started.send_signal(signal.SIGINT)
         rest, err = started.communicate(timeout=240)
     text += rest.decode()
-    assert (started.returncode, err.decode()) == (130, "\nmtp: interrupted\n")
+    # Before it may stand what a library says at its import, as bitsandbytes does.
+    assert started.returncode == 130 and err.decode().endswith("\nmtp: interrupted\n") and "Traceback" not in err.decode()
     model = MTPModel.from_pretrained(slow)
     ids = model.tokenizer("def f(x):", return_tensors="pt").input_ids
     whole = model.tokenizer.decode(model.generate(ids, max_new_tokens=200, num_masks=1).sequences[0])
