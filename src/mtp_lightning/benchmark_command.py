@@ -102,14 +102,7 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
     folder = Path(config.output)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file. Give --output a folder.")
-    model = MTPModel.from_pretrained(
-        config.model,
-        base_model=arguments.base_model,
-        revision=arguments.revision,
-        dtype=arguments.dtype or "auto",
-        device=arguments.chosen_device(),
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    model = arguments.load(config.model)
     prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts)
     for prompt in prompts:
         check_prompt(len(prompt.input_ids), model.context)

@@ -49,14 +49,7 @@ def run_chat(args: list[str]) -> None:
     names = [name for name in DecodingArguments.__dataclass_fields__ if name not in OWN]
     arguments = DecodingArguments(**{name: config[name] for name in names})
     template = _template(config.chat_template)
-    model = MTPModel.from_pretrained(
-        config.model,
-        base_model=arguments.base_model,
-        revision=arguments.revision,
-        dtype=arguments.dtype or "auto",
-        device=arguments.chosen_device(),
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    model = arguments.load(config.model)
     converse(conversation(model, arguments, template, config.system))
 
 

@@ -72,6 +72,24 @@ class DecodingArguments:
                 raise UsageError(f"{name} must be 1 or more, got {value}. Change --{name}.")
         self.options()
 
+    def load(self, name: str) -> MTPModel:
+        """Open a model where and as these options say.
+
+        Args:
+            name: saved folder, checkpoint file or hub id.
+
+        Returns:
+            The model.
+        """
+        return MTPModel.from_pretrained(
+            name,
+            base_model=self.base_model,
+            revision=self.revision,
+            dtype=self.dtype or "auto",
+            device=self.chosen_device(),
+            trust_remote_code=self.trust_remote_code,
+        )
+
     def chosen_device(self) -> str:
         """The device to decode on."""
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -268,14 +286,7 @@ def run_generate(args: list[str]) -> None:
     if (config.prompt is None) == (config.prompts is None):
         raise UsageError("give either --prompt TEXT or --prompts FILE.")
     arguments = DecodingArguments(**{name: config[name] for name in DecodingArguments.__dataclass_fields__})
-    model = MTPModel.from_pretrained(
-        config.model,
-        base_model=arguments.base_model,
-        revision=arguments.revision,
-        dtype=arguments.dtype or "auto",
-        device=arguments.chosen_device(),
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    model = arguments.load(config.model)
     if config.prompt is not None:
         prompts = [Prompt(config.prompt, encode_prompt(config.prompt, model.tokenizer), "")]
     else:
