@@ -31,8 +31,11 @@ def hidden_states(model: MTPModel, num_mtp: int, rows: int) -> Tensor:
         return model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
 
+@pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_lean_layers_compute_what_pefts_do(architecture: str) -> None:
+def test_lean_layers_compute_what_pefts_do(architecture: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not joined:
+        monkeypatch.setattr("mtp_lightning.lean.LARGEST_COPY", 0)
     model = tiny_model(architecture, 4)
     for rows, num_mtp in ((1, 4), (3, 4), (2, 13), (2, 0)):
         expected = hidden_states(model, num_mtp, rows)
@@ -42,6 +45,27 @@ def test_lean_layers_compute_what_pefts_do(architecture: str) -> None:
             torch.testing.assert_close(hidden_states(model, num_mtp, rows), expected, **EXACT)
         if num_mtp == 4:  # and the adapters do something
             assert (hidden_states(model, 0, rows) - expected)[:, -4:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("block", [0, 1 << 16])
+def test_adapters_one_by_one_or_in_one_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_lightning.lean_layers.LARGEST_BLOCK", block)
+    model = tiny_model("qwen2", 4)
+    expected = hidden_states(model, 4, 2)
+    with model.lean.use(model):
+        torch.testing.assert_close(hidden_states(model, 4, 2), expected, **EXACT)
+
+
+def test_packed_layers_compute_what_pefts_do() -> None:
+    """float32 on a CPU, where weights are packed; the sums are rounded otherwise."""
+    model = tiny_model("qwen2", 4, dtype=torch.float32)
+    for rows in (1, 3):
+        expected = hidden_states(model, 4, rows)
+        with model.lean.use(model), torch.inference_mode():
+            found = hidden_states(model, 4, rows)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            logits = model.unembed(found)
+        torch.testing.assert_close(logits, model.unembed(expected).detach(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtp_lightning.packed_linear import PackedLinear
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
 
 LARGEST_TABLE = 1 << 23
@@ -91,22 +92,23 @@ class GRUChain(_Unrolled):
         read = gru.weight_ih_l0[:, width:]
         if not head.read_hidden:
             read = read.new_zeros(0, width)
-        self.from_hidden = ready(torch.cat([read, head.first.weight[:, w:]])).t().contiguous()
+        hidden_bias = torch.cat([gru.bias_ih_l0[: len(read)], head.first.bias])
+        self.from_hidden = PackedLinear(ready(torch.cat([read, head.first.weight[:, w:]])), ready(hidden_bias))
         self.input_bias = ready(gru.bias_ih_l0)
-        self.hidden_bias = ready(torch.cat([gru.bias_ih_l0[: len(read)], head.first.bias]))
-        self.recurrent, self.recurrent_bias = ready(gru.weight_hh_l0).t(), ready(gru.bias_hh_l0)
-        self.first = ready(head.first.weight[:, :w]).t()
+        self.recurrent_bias = ready(gru.bias_hh_l0)
+        self.recurrent = PackedLinear(ready(gru.weight_hh_l0), self.recurrent_bias)
+        self.first = PackedLinear(ready(head.first.weight[:, :w]))
         self.first_norm = (ready(head.first_norm.weight), ready(head.first_norm.bias), head.first_norm.eps)
-        self.second, self.second_bias = ready(head.second.weight).t(), ready(head.second.bias)
+        self.second = PackedLinear(ready(head.second.weight), ready(head.second.bias))
         self.second_norm = (ready(head.second_norm.weight), ready(head.second_norm.bias), head.second_norm.eps)
-        self.output, self.output_bias = ready(head.output.weight).t(), ready(head.output.bias)
+        self.output, self.output_bias = PackedLinear(ready(head.output.weight)), ready(head.output.bias)
         self.dtype = dtype
 
     def begin(self, hidden: Tensor) -> None:
         """See ``DraftChain``."""
         B, J, D = hidden.shape
         self.hidden = hidden
-        read = torch.addmm(self.hidden_bias, hidden.reshape(B * J, D).to(self.dtype), self.from_hidden).view(B, J, -1)
+        read = self.from_hidden(hidden.reshape(B * J, D).to(self.dtype)).view(B, J, -1)
         self.at_first = read[..., -self.w :].unbind(1)
         gates = read[..., : -self.w]
         self.at_gates = gates.unbind(1) if gates.shape[-1] else [self.input_bias.expand(B, -1)] * J
@@ -120,16 +122,16 @@ class GRUChain(_Unrolled):
         if state is None:
             reset_update, new = (inputs[:, : 2 * w] + self.recurrent_bias[: 2 * w]).sigmoid_(), self.recurrent_bias[2 * w :]
         else:
-            recurrent = torch.addmm(self.recurrent_bias, state, self.recurrent)
+            recurrent = self.recurrent(state)
             reset_update, new = (inputs[:, : 2 * w] + recurrent[:, : 2 * w]).sigmoid_(), recurrent[:, 2 * w :]
         candidate = torch.addcmul(inputs[:, 2 * w :], reset_update[:, :w], new).tanh_()
         update = reset_update[:, w:]
         state = candidate - candidate * update if state is None else torch.lerp(candidate, state, update)
         self.state = state
-        u = F.silu(torch.addmm(self.at_first[j], state, self.first))
+        u = F.silu(self.first.plus(self.at_first[j], state))
         u = F.layer_norm(u, (w,), *self.first_norm)
-        second = F.layer_norm(F.silu(torch.addmm(self.second_bias, u, self.second)), (w,), *self.second_norm)
-        return torch.addmm(self.ends[j], u + second, self.output).to(self.hidden.dtype)
+        second = F.layer_norm(F.silu(self.second(u)), (w,), *self.second_norm)
+        return self.output.plus(self.ends[j], u + second).to(self.hidden.dtype)
 
 
 class MLPChain(_Unrolled):
@@ -151,9 +153,9 @@ class MLPChain(_Unrolled):
         def ready(weight: Tensor) -> Tensor:
             return weight.detach().to(dtype)
 
-        self.from_hidden, self.hidden_bias = ready(first.weight[:, width:]).t(), ready(first.bias)
+        self.from_hidden = PackedLinear(ready(first.weight[:, width:]), ready(first.bias))
         self.first_norm = (ready(first_norm.weight), ready(first_norm.bias), first_norm.eps)
-        self.second, self.second_bias = ready(second.weight).t(), ready(second.bias)
+        self.second = PackedLinear(ready(second.weight), ready(second.bias))
         self.second_norm = (ready(second_norm.weight), ready(second_norm.bias), second_norm.eps)
         self.width, self.dtype = width, dtype
 
@@ -161,13 +163,13 @@ class MLPChain(_Unrolled):
         """See ``DraftChain``."""
         B, J, D = hidden.shape
         self.hidden = hidden
-        read = torch.addmm(self.hidden_bias, hidden.reshape(B * J, D).to(self.dtype), self.from_hidden)
+        read = self.from_hidden(hidden.reshape(B * J, D).to(self.dtype))
         self.at_first = read.view(B, J, -1).unbind(1)
 
     def next(self, j: int, previous: Tensor) -> Tensor:
         """See ``DraftChain``."""
         u = F.layer_norm(F.silu(self.added(self.at_first[j], previous)), (self.width,), *self.first_norm)
-        u = F.silu(torch.addmm(self.second_bias, u, self.second))
+        u = F.silu(self.second(u))
         return F.layer_norm(u, (self.width,), *self.second_norm).to(self.hidden.dtype)
 
 

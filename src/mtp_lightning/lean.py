@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lean layers: while decoding, gated LoRA layers over plain linear ones run few operations, from weights made ready once.
 
-Adapters that read the same input are one matrix; the update is added in place to the tail of the base layer's output;
-nothing is cast. The modules themselves are left as they are: only their ``forward`` is covered, and uncovered afterwards.
+The modules themselves are left as they are: only their ``forward`` is covered, and uncovered afterwards.
 Layers of any other kind (quantised, offloaded, sharded, with hooks, with other adapters) keep PEFT's own path, and under
 ``torch.autocast`` all do.
 """
@@ -10,16 +9,17 @@ Layers of any other kind (quantised, offloaded, sharded, with hooks, with other 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from mtp_lightning.draft_chain import Chain, DraftChain, unrolled
 from mtp_lightning.gated_lora import ADAPTER, Gate, GatedVariant, lora_layers
+from mtp_lightning.lean_layers import Forward, JoinedLayers, SharedAdapters, adapter, is_autocast, unembedding_forward
+from mtp_lightning.packed_linear import packed_dtypes
 
 if TYPE_CHECKING:
     from mtp_lightning.budget import DraftRecord
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read the same input. Each pass looks again, so a model where they do not only loses time."""
+LARGEST_COPY = 2 << 30
+"""Bytes of weights that are joined and packed, on a CPU; larger bases are read where they lie."""
 
 
 class LeanWeights:
@@ -41,7 +43,7 @@ class LeanWeights:
 
     def __init__(self) -> None:
         self._made_from: tuple[Any, ...] | None = None
-        self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = []
+        self._forwards: list[tuple[nn.Module, Forward]] = []
         self._chain: Chain | None = None
         self._depth = 0
         self._place: tuple[torch.device, torch.dtype] | None = None
@@ -76,7 +78,7 @@ class LeanWeights:
     def chain(self, model: MTPModel) -> Chain:
         """The sampler head's chain."""
         assert model.sampler_head is not None
-        if self._depth and self._chain is not None and not _autocast(model.base.device):
+        if self._depth and self._chain is not None and not is_autocast(model.base.device):
             return self._chain
         return DraftChain(model.sampler_head, model.base.get_input_embeddings())
 
@@ -87,12 +89,17 @@ class LeanWeights:
         self._place = (device, dtype)
         layers = [layer for layer in lora_layers(model.base) if is_plain(layer, model.gate)]
         head = model.sampler_head
-        weights = [each for layer in layers for each in (*_adapter(layer), layer.base_layer.weight)]
+        weights = [each for layer in layers for each in (*adapter(layer), *layer.base_layer.parameters())]
         weights += [] if head is None else [model.base.get_input_embeddings().weight, *head.parameters()]
+        output: Any = model.base.get_output_embeddings()
+        packs = _packs(output, layers)
+        weights += [*output.parameters()] if packs else []
         made_from = (head, *((w.data_ptr(), _version(w), w.dtype, w.device) for w in weights))
         if made_from == self._made_from:
             return
         self._forwards = lean_forwards(layers, model)
+        if packs:
+            self._forwards.append((output, unembedding_forward(output)))
         self._chain = None
         if head is not None and all(type(p.data) is Tensor and p.device == device for p in head.parameters()):
             vocab_size = model.unembed.vocab_size
@@ -106,91 +113,61 @@ def _version(weight: Tensor) -> int:
     return -1 if weight.is_inference() else weight._version
 
 
-def _autocast(device: torch.device) -> bool:
-    return torch.is_autocast_enabled(device.type)
-
-
-def _adapter(layer: Any) -> tuple[Tensor, Tensor]:
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-
-
 def is_plain(layer: Any, gate: Gate) -> bool:
     """Whether a LoRA layer is a gated adapter on a plain linear layer, and nobody else has a hand in it."""
     modules = (layer, *layer.children(), *layer.lora_A.children(), *layer.lora_B.children())
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) or hasattr(m, "_hf_hook") for m in modules)
-    if hooked or type(layer) is not PeftLinear or type(layer.base_layer) is not nn.Linear:
+    if any(map(_is_touched, modules)) or type(layer) is not PeftLinear or type(layer.base_layer) is not nn.Linear:
         return False
     if layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER] or layer.fan_in_fan_out:
         return False
     variant = layer.lora_variant.get(ADAPTER)
     if not isinstance(variant, GatedVariant) or variant.gate is not gate or layer.lora_B[ADAPTER].bias is not None:
         return False
-    weights = (*_adapter(layer), layer.base_layer.weight)
+    weights = (*adapter(layer), layer.base_layer.weight)
     return all(type(w.data) is Tensor and w.device == weights[0].device and w.device.type != "meta" for w in weights)
 
 
-class _Shared:
-    """The first product of the adapters that read one input, kept until the last of them has it."""
-
-    def __init__(self, down: Tensor) -> None:
-        self.down = down
-        self.input: Tensor | None = None
-        self.product = down
-
-
-def lean_forwards(layers: list[Any], model: MTPModel) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """A forward for each layer.
+def lean_forwards(layers: list[Any], model: MTPModel) -> list[tuple[nn.Module, Forward]]:
+    """A forward pass for each layer.
 
     Args:
         layers: gated LoRA layers on plain linear ones.
         model: the model that they are in.
 
     Returns:
-        Layers and their forwards.
+        Layers and their forward passes.
     """
     names = {id(module): name for name, module in model.base.named_modules()}
-    groups: dict[tuple[str, str], list[Any]] = {}
+    groups: dict[tuple[str, str, Any], list[Any]] = {}
     for layer in layers:
         parent, _, own = names[id(layer)].rpartition(".")
         family = next((siblings[0] for siblings in SIBLINGS if own in siblings), own)
-        groups.setdefault((parent, family), []).append(layer)
-    found = []
-    for members in groups.values():
-        dtype = members[0].base_layer.weight.dtype
-        shared = _Shared(torch.cat([_adapter(layer)[0].detach() for layer in members]).to(dtype).t())
-        begin = 0
-        for layer in members:
-            up = (_adapter(layer)[1].detach() * layer.scaling[ADAPTER]).to(dtype).t()
-            end = begin + up.shape[0]
-            found.append((layer, _forward(layer, shared, begin, end, up, model.gate, layer is members[-1])))
-            begin = end
+        weight = layer.base_layer.weight
+        groups.setdefault((parent, family, (weight.device, weight.dtype)), []).append(layer)
+    small = _copied_bytes(layers) <= LARGEST_COPY
+    found: list[tuple[nn.Module, Forward]] = []
+    for (_, _, (device, _)), members in groups.items():
+        kind = JoinedLayers if small and device.type == "cpu" else SharedAdapters
+        found += kind(members, model.gate).forwards()
     return found
 
 
-def _forward(
-    layer: Any, shared: _Shared, begin: int, end: int, up: Tensor, gate: Gate, last: bool
-) -> Callable[[Tensor], Tensor]:
-    weight, bias = layer.base_layer.weight, layer.base_layer.bias
+def _packs(output: Any, layers: list[Any]) -> bool:
+    """Whether the base's output layer is a plain one, and small enough to be packed beside the others."""
+    if type(output) is not nn.Linear or _is_touched(output) or type(output.weight.data) is not Tensor:
+        return False
+    weight = output.weight
+    if weight.device.type != "cpu" or weight.dtype not in packed_dtypes():
+        return False
+    return _copied_bytes(layers) + weight.numel() * weight.element_size() <= LARGEST_COPY
 
-    def forward(x: Tensor) -> Tensor:
-        num_mtp = gate.num_mtp
-        if x.ndim != 3 or torch.is_grad_enabled() or _autocast(x.device):
-            # PEFT's path: it says what is wrong, somebody trains while a reader has paused in the middle of a text, or
-            # products have another dtype than what they are added to.
-            return type(layer).forward(layer, x)
-        out = F.linear(x, weight, bias)
-        if not num_mtp:
-            return out
-        at = x.shape[1] - num_mtp
-        if shared.input is not x:
-            shared.input, shared.product = x, torch.matmul(x[:, at:], shared.down)
-        product = shared.product[..., begin:end]
-        if out.shape[0] == 1:
-            out[0, at:].addmm_(product[0], up)
-        else:
-            out[:, at:] += torch.matmul(product, up)
-        if last:
-            shared.input, shared.product = None, shared.down
-        return out
 
-    return forward
+def _is_touched(module: nn.Module) -> bool:
+    """Whether somebody else has a hand in a module's forward pass."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks or "forward" in vars(module) or hasattr(module, "_hf_hook"))
+
+
+def _copied_bytes(layers: list[Any]) -> int:
+    weights = [each for layer in layers for each in (layer.base_layer.weight, adapter(layer)[0])]
+    return sum(weight.numel() * weight.element_size() for weight in weights)

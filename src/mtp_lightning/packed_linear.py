@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PackedLinear: a linear layer for few rows at a time, its weight laid out beforehand as the CPU's kernels want it.
+
+A matrix product of two to about twenty rows spends most of its time on laying out the weight: in float32 on x86 as long as
+the whole product of one row takes. oneDNN can be handed a weight that is laid out already (compiled models do that); then a
+few positions cost about what one does, and that is what drafting lives on.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TYPICAL_ROWS = 16
+"""Rows that the layout is chosen for. Measured from 1 to 81 rows: what is best for 16 is best for all, or nearly."""
+SMALL = 1 << 19
+"""Numbers in a float32 weight below which a single row is better off with a plain product, which is called more cheaply."""
+
+
+@functools.cache
+def packed_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes in which a weight laid out beforehand is known to pay on this CPU; elsewhere products are plain ones."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return frozenset()
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+        return frozenset()
+    found = {torch.float32}
+    if getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)():
+        found.add(torch.bfloat16)
+    return frozenset(found)
+
+
+class PackedLinear:
+    """A linear layer without gradients. On other devices and in other dtypes the product is a plain one.
+
+    Args:
+        weight: [N, D].
+        bias: [N], or None.
+        single: whether single rows will be asked for; if not, no plain weight is kept beside a packed one.
+
+    Attributes:
+        plain_single: whether the product of a single row is a plain one.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, single: bool = True) -> None:
+        self.bias = bias
+        self.packed: Tensor | None = None
+        weight = weight.detach()
+        if weight.device.type == "cpu" and weight.dtype in packed_dtypes():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS)
+        self.plain_single = self.packed is None or (weight.dtype == torch.float32 and weight.numel() < SMALL)
+        self.plain = weight if self.packed is None or (self.plain_single and single) else None
+
+    def _is_plain(self, rows: int) -> bool:
+        return self.packed is None or (rows == 1 and self.plain is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The products [..., N] of rows [..., D]."""
+        if self._is_plain(x.numel() // x.shape[-1]):
+            return F.linear(x, self.plain, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def plus(self, base: Tensor, x: Tensor) -> Tensor:
+        """``base`` [B, N] plus the products of rows [B, D]; of a layer without bias."""
+        if self._is_plain(len(x)):
+            assert self.plain is not None
+            return torch.addmm(base, x, self.plain.t())
+        return self(x).add_(base)
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """Add the products of rows [B, m, D] to ``out`` [B, m, N] in place; of a layer without bias."""
+        if self.packed is None or (self.plain is not None and x.dtype == torch.float32 and len(x) == 1):
+            # Also in float32 where a packed one is at hand: adding is the same call.
+            assert self.plain is not None
+            if len(out) == 1:
+                out[0].addmm_(x[0], self.plain.t())
+            else:
+                out += F.linear(x, self.plain)
+        else:
+            out += self(x)
