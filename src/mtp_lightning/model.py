@@ -17,10 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mtp_lightning.attention import attention_mask, check_layer_types, text_config
 from mtp_lightning.base import FrozenUnembedding, context_length
-from mtp_lightning.decoding import Generation, generate
 from mtp_lightning.decoding_step import StepInput, StepOutput, decode_step
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import Gate, LoRA, add_gated_lora
+from mtp_lightning.generation import Generation, generate
 from mtp_lightning.lean import LeanWeights
 from mtp_lightning.losses.base import LossTerm
 from mtp_lightning.masking import AttentionPattern, attention_pattern, gather_anchors
@@ -316,7 +316,7 @@ class MTPModel(nn.Module):
         return stream_text(self, prompt, stop, **options)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
-        """Generate with speculative decoding; see ``mtp_lightning.decoding.generate`` for the options.
+        """Generate with speculative decoding; see ``mtp_lightning.generation.generate`` for the options.
 
         Args:
             input_ids: prompts, [B, L] int64.
