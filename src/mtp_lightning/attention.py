@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from mtp_lightning.errors import UsageError
 from mtp_lightning.masking import AttentionPattern, dense_mask, pattern_function
 
+GROUPED_SDPA = "mtp_grouped_sdpa"
+"""What ``grouped_attention`` is called among transformers' attention functions."""
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -84,7 +86,7 @@ def kernel_mask(base: PreTrainedModel, allowed: Tensor) -> Tensor:
     Returns:
         The same for SDPA; an additive mask in the base's dtype for the eager kernel, which would add True and False.
     """
-    if base.config._attn_implementation == "sdpa":
+    if base.config._attn_implementation in ("sdpa", GROUPED_SDPA):
         return allowed
     # Not -inf: a row that sees nothing would be NaN.
     lowest = torch.finfo(base.dtype).min

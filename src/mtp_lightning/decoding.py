@@ -22,6 +22,7 @@ from mtp_lightning.decoding_options import Decoding as Decoding
 from mtp_lightning.decoding_options import DecodingOptions as DecodingOptions
 from mtp_lightning.decoding_step import Drafts, StepInput, StepOutput
 from mtp_lightning.errors import UsageError
+from mtp_lightning.grouped_attention import grouped
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.step_costs import measure_step_costs
@@ -358,7 +359,8 @@ def evaluating(model: MTPModel) -> Iterator[None]:
         capped = getattr(text_config(model.base), "attn_logit_softcapping", None) is not None
         model.base.set_attn_implementation("eager" if capped else "sdpa")
     try:
-        yield
+        with grouped(model.base):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mtp_lightning.gated_lora import ADAPTER, Gate
 from mtp_lightning.packed_linear import PackedLinear
 
-LARGEST_BLOCK = 1 << 16
+LARGEST_BLOCK = 1 << 17
 """Numbers in a matrix of several adapters that is zeros but for its blocks; larger ones are multiplied one by one."""
 
 Forward = Callable[[Tensor], Tensor]
@@ -57,7 +57,7 @@ class JoinedLayers:
     def __init__(self, members: list[Any], gate: Gate) -> None:
         self.members, self.gate = members, gate
         self.input: Tensor | None = None
-        self.output: Tensor | None = None
+        self.outputs: list[Tensor] = []
         weights = [layer.base_layer.weight.detach() for layer in members]
         biases = [layer.base_layer.bias for layer in members]
         down, ups = _matrices(members)
@@ -67,37 +67,31 @@ class JoinedLayers:
             own = [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
             bias = torch.cat([*own, down.new_zeros(len(down))])
         self.linear = PackedLinear(torch.cat([*weights, down]), bias, single=False)
-        self.updates: list[tuple[slice, slice, PackedLinear]] = []
+        self.widths = [len(weight) for weight in weights]
+        # The updates' columns: the layers' outputs, then what the first matrices gave.
         if width * len(down) <= LARGEST_BLOCK:
-            self.updates.append((slice(width), slice(width, None), PackedLinear(torch.block_diag(*ups))))
+            self.ups, self.columns = [PackedLinear(torch.block_diag(*ups))], [width, len(down)]
         else:
-            begin, low = 0, width
-            for up in ups:
-                N, rank = up.shape
-                self.updates.append((slice(begin, begin + N), slice(low, low + rank), PackedLinear(up)))
-                begin, low = begin + N, low + rank
+            self.ups, self.columns = [PackedLinear(up) for up in ups], [*self.widths, *(up.shape[1] for up in ups)]
+        self.widths.append(len(down))
 
-    def compute(self, x: Tensor) -> Tensor:
-        """All layers' outputs side by side, and behind them what the first matrices gave, [B, L, N + r]."""
+    def compute(self, x: Tensor) -> list[Tensor]:
+        """The layers' outputs, [B, L, N] each."""
         out = self.linear(x)
         num_mtp = self.gate.num_mtp
         if num_mtp:
-            tail = out[:, x.shape[1] - num_mtp :]
-            for columns, low, up in self.updates:
-                up.add_to(tail[..., columns], tail[..., low])
-        return out
+            parts = out[:, x.shape[1] - num_mtp :].split_with_sizes(self.columns, -1)
+            for up, to, low in zip(self.ups, parts, parts[len(self.ups) :], strict=False):
+                up.add_to(to, low)
+        return list(out.split_with_sizes(self.widths, -1))
 
     def forwards(self) -> list[tuple[nn.Module, Forward]]:
         """The layers and their forward passes."""
-        found, begin = [], 0
-        for layer in self.members:
-            found.append((layer, self._forward(layer, begin)))
-            begin += layer.base_layer.out_features
-        return found
+        return [(layer, self._forward(number, layer)) for number, layer in enumerate(self.members)]
 
-    def _forward(self, layer: Any, begin: int) -> Forward:
+    def _forward(self, number: int, layer: Any) -> Forward:
         weight, bias, last = layer.base_layer.weight, layer.base_layer.bias, layer is self.members[-1]
-        end, gate, plain_single = begin + len(weight), self.gate, self.linear.plain_single
+        gate, plain_single = self.gate, self.linear.plain_single
 
         def forward(x: Tensor) -> Tensor:
             if _keeps_pefts_path(x):
@@ -105,11 +99,10 @@ class JoinedLayers:
             if plain_single and not gate.num_mtp and x.numel() == x.shape[2]:
                 return F.linear(x, weight, bias)
             if self.input is not x:
-                self.input, self.output = x, self.compute(x)
-            assert self.output is not None
-            out = self.output[..., begin:end]
+                self.input, self.outputs = x, self.compute(x)
+            out = self.outputs[number]
             if last:
-                self.input = self.output = None
+                self.input, self.outputs = None, []
             return out
 
         return forward
