@@ -17,6 +17,7 @@ Where drafting does not pay, the best plan is a plain step; then now and then a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,10 @@ import numpy as np
 
 from mtp_lightning.step_costs import Pace, StepCosts
 
+SIZES = (0, 1, 2, 3, 4, 6, 8)
+"""Drafts verified and masks in a block, beside 12, 16, 24, .. and k: few shapes, for each costs something the first time."""
+FRESH_SHARE = 0.125
+"""Share of what a shape's first step costs more that the planner counts: it will be used again."""
 BINS = 20
 MEMORY = 400.0
 """Kept and verified drafts in a bin of the correction are forgotten beyond about so many."""
@@ -40,6 +45,11 @@ class DraftRecord:
 
     Args:
         num_masks: k.
+
+    Attributes:
+        usual: the chance of each draft of a block, given that those before are kept.
+        pace: what steps take.
+        shapes: plans that were carried out before, with the rows of the batch.
     """
 
     def __init__(self, num_masks: int) -> None:
@@ -49,6 +59,7 @@ class DraftRecord:
         self._kept = middles * weight
         self.usual = np.linspace(0.6, 0.4, num_masks)
         self.pace = Pace()
+        self.shapes: set[tuple[int, Plan]] = set()
 
     def chance(self, probability: np.ndarray) -> np.ndarray:
         """The corrected chance that a draft of this probability is kept, once it is reached."""
@@ -107,6 +118,22 @@ class Plan:
 PLAIN = Plan(0, 0, "last")
 
 
+@functools.cache
+def draft_sizes(num_masks: int) -> tuple[int, ...]:
+    """The numbers of drafts and masks that plans have, ascending, for k masks: ``draft_sizes(5) -> (0, 1, 2, 3, 4, 5)``."""
+    sizes, step = [size for size in SIZES if size < num_masks], 4
+    while sizes[-1] >= SIZES[-1] and sizes[-1] + step < num_masks:
+        sizes.append(sizes[-1] + step)
+        if sizes[-1] == 4 * step:
+            step *= 2
+    return (*sizes, num_masks)
+
+
+def _fitting(most: int, num_masks: int) -> int:
+    """The largest size that is not above ``most``."""
+    return max(size for size in draft_sizes(num_masks) if size <= most)
+
+
 class Budget:
     """Plans the steps of one batch.
 
@@ -142,6 +169,11 @@ class Budget:
         c, m = np.arange(k + 1)[:, None, None], np.arange(k + 1)[None, :, None]
         blocks = np.stack([np.ones(k + 1), 1 + (np.arange(k + 1) > 0), 1 + np.arange(k + 1)], axis=1)[:, : len(self.places)]
         self._positions = (1 + c + blocks[:, None, :] * m).astype(np.int64)  # [c, m, place]
+        sizes = draft_sizes(k)
+        self._barred = np.ones(self._positions.shape)
+        self._barred[np.ix_(sizes, sizes)] = 0.0
+        self._barred[self._barred > 0] = np.inf
+        self._fresh: dict[int, np.ndarray] = {}
         self._parts = np.broadcast_to(costs.verified * c, self._positions.shape)
         self.stops_early, self.least = False, 0.0
         self._curve = costs.curve(int(self._positions.max()) * num_rows)
@@ -166,8 +198,25 @@ class Budget:
 
     def spent(self, plan: Plan, links: int) -> float:
         """What a step costs that drafts so many tokens one after another."""
-        seconds = self.seconds(len(self.rows))[plan.num_drafts, plan.masks, self.places.index(plan.where)]
-        return float(seconds) + links * self._link()
+        return float(self.seconds(len(self.rows))[self._place(plan)]) + self._chain(links)
+
+    def _place(self, plan: Plan) -> tuple[int, int, int]:
+        return plan.num_drafts, plan.masks, self.places.index(plan.where)
+
+    def _chain(self, links: float) -> float:
+        """What it costs to draft so many tokens."""
+        return links * self._link() + (self.costs.begun * len(self.rows) ** 0.5 if links else 0.0)
+
+    def _extra(self) -> np.ndarray:
+        """What is counted of the first step's extra for plans that were not carried out before, [c, m, place]."""
+        B = len(self.rows)
+        if B not in self._fresh:
+            extra = np.full(self._positions.shape, self.costs.fresh * FRESH_SHARE)
+            for rows, plan in self.record.shapes:
+                if rows == B and plan.where in self.places:
+                    extra[self._place(plan)] = 0.0
+            self._fresh[B] = extra
+        return self._fresh[B]
 
     def _link(self) -> float:
         """What one more token of a draft costs."""
@@ -175,12 +224,16 @@ class Budget:
 
     def observe(self, plan: Plan, links: int, seconds: float) -> None:
         """Take note of what a step took; the plans depend on it, the text does not."""
-        B, place = len(self.rows), (plan.num_drafts, plan.masks, self.places.index(plan.where))
+        B, place = len(self.rows), self._place(plan)
+        if (B, plan) not in self.record.shapes:  # a shape's first step says nothing of the others
+            self.record.shapes.add((B, plan))
+            self._fresh.pop(B, None)
+            return
         if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
             return
         if B not in self._raw:
             self._raw[B] = self._expected(B)
-        expected = float(self._raw[B][place]) + links * self._link()
+        expected = float(self._raw[B][place]) + self._chain(links)
         self.record.pace.observe(int(self._positions[place]) * B, expected, seconds)
         self._steps += 1
         if self._steps % REFRESH == 0:
@@ -196,7 +249,9 @@ class Budget:
         links[0] = 0.0
         if self.stops_early and self.num_masks > 1:
             links[2:] = self._more().max(0)[:-1]  # about as often as it is reached, a token is drafted
-        return links.cumsum() * self._link()
+        begun = np.minimum(np.arange(self.num_masks + 1), 1) * self._chain(1) - self._link()
+        begun[0] = 0.0
+        return links.cumsum() * self._link() + begun
 
     def first(self, room: int) -> Plan:
         """The prompt's step. Beside a whole prompt a small block costs little, and it tells what to expect of the text.
@@ -209,7 +264,7 @@ class Budget:
         """
         plan = self.choose(room, [0] * len(self.rows))
         self._resting = False
-        return Plan(0, min(room, max(plan.masks, 2)), "last")
+        return Plan(0, _fitting(min(room, max(plan.masks, 2)), self.num_masks), "last")
 
     def worth(self, rate: float) -> np.ndarray:
         """What a draft of 0, 1, .., k tokens is worth to each row in the step after, in tokens, [B, k + 1]."""
@@ -261,15 +316,16 @@ class Budget:
             ends[0] = last[0]
             later += [ends, np.broadcast_to(worth.sum(0), last.shape)]
         price = seconds + self._drafting()[None, :, None]
-        value = now[:, None, None] + np.stack(later, axis=2) - rate * price
+        value = now[:, None, None] + np.stack(later, axis=2) - rate * (price + self._extra()) - self._barred
         # A token that is reached more seldom than this brings less than the time to draft it would elsewhere.
         self.least = rate * self._link() if self.stops_early else 0.0
-        c, room = max(limits, default=0), min(room, k)
+        # A few more drafts than there are, if the next size wants it; those count for nothing.
+        c, room = next(size for size in draft_sizes(k) if size >= max(limits, default=0)), min(room, k)
         best = value[: c + 1, : room + 1]
         place = np.unravel_index(int(best.argmax()), best.shape)
         plan = Plan(int(place[0]), int(place[1]), self.places[int(place[2])])
         # With no drafts at hand a plain step teaches nothing, so what is best after it is the same again.
-        self._resting = plan == PLAIN and c == 0
+        self._resting = plan == PLAIN and not max(limits, default=0)
         return self._rest(B, room) if self._resting else plan
 
     def _rest(self, num_rows: int, room: int) -> Plan:
@@ -277,7 +333,7 @@ class Budget:
         seconds, look = self.seconds(num_rows), min(2, room)
         plain = float(seconds[0, 0, 0])
         self._owed += LOOK_SHARE * plain
-        price = float(seconds[0, max(look, 0), 0]) - plain + look * self._link()
+        price = float(seconds[0, max(look, 0), 0]) - plain + self._chain(look)
         if look < 1 or self._owed < price * self._looks:
             return PLAIN
         self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.attention import text_config
@@ -219,8 +220,18 @@ def decode_rows(
             else:
                 spent = budget.choose(room, drafts)
                 plan = budgeted_plan(options.decoding, drafts, spent)
-            tokens = torch.cat([own.gather(1, kept[:, None]), draft.tokens[:, : plan.num_drafts]], dim=1)
-            draft_scores = None if draft.scores is None else draft.scores[:, : plan.num_drafts]
+            draft = _of_length(draft, plan.num_drafts)
+            tokens, draft_scores = torch.cat([own.gather(1, kept[:, None]), draft.tokens], dim=1), draft.scores
+
+
+def _of_length(draft: Drafts, count: int) -> Drafts:
+    """So many draft tokens of each row; where there are fewer, what is added is not verified."""
+    tokens, scores = draft.tokens[:, :count], None if draft.scores is None else draft.scores[:, :count]
+    missing = count - tokens.shape[1]
+    if missing > 0:
+        tokens = F.pad(tokens, (0, missing))
+        scores = None if scores is None else F.pad(scores, (0, 0, 0, missing))
+    return Drafts(tokens, scores)
 
 
 def _room(rows: Sequence[_Row], num_masks: int) -> int:

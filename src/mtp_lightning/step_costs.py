@@ -34,12 +34,16 @@ class StepCosts(NamedTuple):
         seconds: what the decoder takes for them.
         verified: what each further verified position adds (unembedding, choice).
         drafted: what each draft token of a chain adds.
+        begun: what drafting takes beside its tokens.
+        fresh: what the first step of a shape takes more, for kernels are made ready for it.
     """
 
     positions: tuple[int, ...]
     seconds: tuple[float, ...]
     verified: float
     drafted: float
+    begun: float = 0.0
+    fresh: float = 0.0
 
     def curve(self, largest: int) -> np.ndarray:
         """Seconds of 0, 1, .., ``largest`` positions, [largest + 1]."""
@@ -82,22 +86,50 @@ class Pace:
         return np.exp(np.interp(at, seen + 0.3, self._logs[seen]))
 
 
-def _best(calls: dict[int, Callable[[], object]], budget: float, synchronize: Callable[[], None]) -> dict[int, float]:
-    """The least seconds of each call over a few rounds, in turn, so that a busy moment hits all alike."""
+class _Timed(NamedTuple):
+    """The least and the first seconds of calls."""
+
+    best: dict[int, float]
+    first: dict[int, float]
+
+
+def _time(
+    calls: dict[int, Callable[[], object]],
+    between: Callable[[], object],
+    budget: float,
+    synchronize: Callable[[], None],
+) -> _Timed:
+    """Time each call over a few rounds, in turn, so that a busy moment hits all alike.
+
+    Args:
+        calls: the calls by number.
+        between: run before each but number 1: what a step runs before it, so that caches hold what they hold then.
+        budget: seconds after which no further call begins, but the first.
+        synchronize: waits for the device.
+
+    Returns:
+        Their seconds; fewer calls' than asked for where time ran out.
+    """
     best: dict[int, float] = {}
+    first: dict[int, float] = {}
     begin = time.perf_counter()
-    for number in range(ROUNDS + 1):
+    for _ in range(ROUNDS + 1):
         for key, call in calls.items():
             if best and time.perf_counter() - begin > budget:
-                return best
-            if number == 0:
-                call()  # the first of a shape also allocates
+                return _Timed(best, first)
+            if key != 1:
+                between()
             synchronize()
             start = time.perf_counter()
             call()
             synchronize()
-            best[key] = min(best.get(key, float("inf")), time.perf_counter() - start)
-    return best
+            seconds = time.perf_counter() - start
+            if key not in first:
+                first[key] = seconds
+                if len(first) > 1:
+                    continue  # a first call also makes things ready
+            best[key] = min(best.get(key, float("inf")), seconds)
+    return _Timed(best, first)
 
 
 @torch.inference_mode()
@@ -137,9 +169,8 @@ def measure_step_costs(model: MTPModel, choice: TokenChoice) -> StepCosts:
         return call
 
     cache.lengths = [cached]
-    if cached:
-        forward(1)()  # allocates the buffers
-    seconds = _best({n: forward(n) for n in POSITIONS if n <= largest}, SECONDS, synchronize)
+    forward(1)()  # allocates the buffers
+    cache.lengths = [cached]
     hidden = forward(2)().last_hidden_state  # type: ignore[attr-defined]
     deep = min(k, 4)
     at = torch.tensor([cached], device=device)
@@ -153,7 +184,20 @@ def measure_step_costs(model: MTPModel, choice: TokenChoice) -> StepCosts:
         states = hidden[:, 1:].expand(-1, depth, -1)
         return lambda: decoding_step.draft_block(model, states, verified, at, choice, True)
 
-    parts = _best({1: choose(1), 9: choose(9), -1: chain(1), -deep - 1: chain(deep + 1)}, SECONDS / 3, synchronize)
-    drafted = max(0.0, (parts.get(-deep - 1, 0.0) - parts.get(-1, 0.0)) / deep)
+    steps = _time({n: forward(n) for n in POSITIONS if n <= largest}, chain(1), SECONDS, synchronize)
+    seconds = steps.best
+    parts = _time(
+        {-1: choose(1), 9: choose(9), -2: chain(1), -2 - deep: chain(deep + 1)}, forward(2), SECONDS / 3, synchronize
+    )
+    single, whole = parts.best.get(-2, 0.0), parts.best.get(-2 - deep, 0.0)
+    drafted = max(0.0, (whole - single) / deep)
+    fresh = [max(0.0, steps.first[n] - seconds[n]) for n in seconds if n > 2]
     points = tuple(sorted(seconds))
-    return StepCosts(points, tuple(seconds[n] for n in points), max(0.0, (parts.get(9, 0.0) - parts[1]) / 8), drafted)
+    return StepCosts(
+        points,
+        tuple(seconds[n] for n in points),
+        max(0.0, (parts.best.get(9, 0.0) - parts.best[-1]) / 8),
+        drafted,
+        max(0.0, single - drafted),
+        sorted(fresh)[len(fresh) // 2] if fresh else 0.0,
+    )
