@@ -7,10 +7,10 @@ last draft (as linear decoding does), after the last verified token and the last
 
 * What it gains now: 1 + the chances that the first 1, 2, .., c drafts are all kept. A draft's chance is the drafting
   head's probability for it, corrected by how often drafts with such a probability were kept so far.
-* What it gains later: for each number of drafts that may be kept, its chance times what the draft of the block there is
-  worth: the tokens that drafts of that depth were expected to add lately, less the time that verifying them takes.
+* What it gains later: the chance that there is a block after the last token kept, times what its draft will be worth
+  (``draft_values``), as drafts of this text did lately.
 * What it costs: the measured time of its positions, verifications and draft tokens (``step_costs``), in tokens at the rate
-  that is reached at present.
+  that the best plans reach.
 
 Where drafting does not pay, the best plan is a plain step; then now and then a small block looks whether it would.
 """
@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mtp_lightning.draft_values import SETTLE, DraftValues, availability
 from mtp_lightning.step_costs import Pace, StepCosts
 
-SIZES = (0, 1, 2, 3, 4, 6, 8)
+SIZES = (0, 1, 2, 4, 8)
 """Drafts verified and masks in a block, beside 12, 16, 24, .. and k: few shapes, for each costs something the first time."""
 FRESH_SHARE = 0.125
 """Share of what a shape's first step costs more that the planner counts: it will be used again."""
@@ -99,19 +100,20 @@ class Plan:
     Attributes:
         num_drafts: drafts to verify, c.
         masks: masks in a block.
-        where: ``last``, ``ends`` or ``all``: the tokens that get a block.
+        where: the tokens that get a block: ``last``: each row's last draft that is verified, or its last verified token;
+            ``ends``: draft c and the last verified token; ``all``.
     """
 
     num_drafts: int
     masks: int
     where: str
 
-    def blocks(self) -> tuple[tuple[int, int], ...]:
-        """Starts and sizes, as a layout has them."""
+    def blocks(self, drafted: int | None = None) -> tuple[tuple[int, int], ...]:
+        """Starts and sizes, as a layout has them, of a row that has so many drafts to verify; None: c."""
         if not self.masks:
             return ()
         c = self.num_drafts
-        starts = {"last": [c], "ends": sorted({0, c}), "all": list(range(c + 1))}[self.where]
+        starts = {"last": [c if drafted is None else drafted], "ends": sorted({0, c}), "all": list(range(c + 1))}[self.where]
         return tuple((start, self.masks) for start in starts)
 
 
@@ -120,13 +122,19 @@ PLAIN = Plan(0, 0, "last")
 
 @functools.cache
 def draft_sizes(num_masks: int) -> tuple[int, ...]:
-    """The numbers of drafts and masks that plans have, ascending, for k masks: ``draft_sizes(5) -> (0, 1, 2, 3, 4, 5)``."""
+    """The numbers of drafts and masks that plans have, ascending, for k masks: ``draft_sizes(6) -> (0, 1, 2, 4, 6)``."""
     sizes, step = [size for size in SIZES if size < num_masks], 4
     while sizes[-1] >= SIZES[-1] and sizes[-1] + step < num_masks:
         sizes.append(sizes[-1] + step)
         if sizes[-1] == 4 * step:
             step *= 2
     return (*sizes, num_masks)
+
+
+def usual_positions(num_masks: int) -> set[int]:
+    """Positions of a row in the steps that plans may have, for k masks."""
+    sizes = draft_sizes(num_masks)
+    return {1 + c + blocks * m for c in sizes for m in sizes for blocks in (1, 2, 1 + c)}
 
 
 def _fitting(most: int, num_masks: int) -> int:
@@ -165,29 +173,27 @@ class Budget:
         self.costs, self.record, self.num_masks, self.coupled, self.timed = costs, record, num_masks, coupled, timed
         self.rows = [RowRecord(record.usual.copy()) for _ in range(num_rows)]
         self.places = ("last", "ends", "all") if anywhere else ("last",)
-        k = num_masks
-        c, m = np.arange(k + 1)[:, None, None], np.arange(k + 1)[None, :, None]
-        blocks = np.stack([np.ones(k + 1), 1 + (np.arange(k + 1) > 0), 1 + np.arange(k + 1)], axis=1)[:, : len(self.places)]
-        self._positions = (1 + c + blocks[:, None, :] * m).astype(np.int64)  # [c, m, place]
-        sizes = draft_sizes(k)
-        self._barred = np.ones(self._positions.shape)
-        self._barred[np.ix_(sizes, sizes)] = 0.0
-        self._barred[self._barred > 0] = np.inf
-        self._fresh: dict[int, np.ndarray] = {}
+        self.sizes = draft_sizes(num_masks)
+        c, m = np.array(self.sizes)[:, None, None], np.array(self.sizes)[None, :, None]
+        starts = np.array(self.sizes)[:, None]
+        blocks = np.concatenate([np.ones_like(starts), 1 + (starts > 0), 1 + starts], axis=1)[:, : len(self.places)]
+        self._positions = 1 + c + blocks[:, None, :] * m  # [c, m, place], c and m by their numbers among the sizes
         self._parts = np.broadcast_to(costs.verified * c, self._positions.shape)
+        self._fresh: dict[int, np.ndarray] = {}
+        self.values = DraftValues(self.sizes)
+        self._settled = False
         self.stops_early, self.least = False, 0.0
         self._curve = costs.curve(int(self._positions.max()) * num_rows)
         self._seconds: dict[int, np.ndarray] = {}
         self._raw: dict[int, np.ndarray] = {}
         self._steps = 0
         self._since_plain = 0
-        self._tokens, self._time = 0.0, 0.0
         self._owed = 0.0
         self._looks = 1
         self._resting = False
 
     def seconds(self, num_rows: int) -> np.ndarray:
-        """What every plan costs but for drafting, [c, m, place]."""
+        """What every plan costs but for drafting, [c, m, place] by numbers of sizes."""
         if num_rows not in self._seconds:
             factors = self.record.pace.factors(len(self._curve) - 1)
             self._seconds[num_rows] = self._expected(num_rows) * factors[self._positions * num_rows]
@@ -201,7 +207,7 @@ class Budget:
         return float(self.seconds(len(self.rows))[self._place(plan)]) + self._chain(links)
 
     def _place(self, plan: Plan) -> tuple[int, int, int]:
-        return plan.num_drafts, plan.masks, self.places.index(plan.where)
+        return self.sizes.index(plan.num_drafts), self.sizes.index(plan.masks), self.places.index(plan.where)
 
     def _chain(self, links: float) -> float:
         """What it costs to draft so many tokens."""
@@ -244,14 +250,13 @@ class Budget:
         return np.stack([row.mean for row in self.rows]).cumprod(1)
 
     def _drafting(self) -> np.ndarray:
-        """What drafting 0, 1, .., k tokens costs, [k + 1]."""
+        """What drafting costs for each size of block, [m]."""
         links = np.ones(self.num_masks + 1)
         links[0] = 0.0
         if self.stops_early and self.num_masks > 1:
             links[2:] = self._more().max(0)[:-1]  # about as often as it is reached, a token is drafted
-        begun = np.minimum(np.arange(self.num_masks + 1), 1) * self._chain(1) - self._link()
-        begun[0] = 0.0
-        return links.cumsum() * self._link() + begun
+        begun = self._chain(1) - self._link()
+        return (links.cumsum() * self._link() + np.where(links.cumsum() > 0, begun, 0.0))[list(self.sizes)]
 
     def first(self, room: int) -> Plan:
         """The prompt's step. Beside a whole prompt a small block costs little, and it tells what to expect of the text.
@@ -265,15 +270,6 @@ class Budget:
         plan = self.choose(room, [0] * len(self.rows))
         self._resting = False
         return Plan(0, _fitting(min(room, max(plan.masks, 2)), self.num_masks), "last")
-
-    def worth(self, rate: float) -> np.ndarray:
-        """What a draft of 0, 1, .., k tokens is worth to each row in the step after, in tokens, [B, k + 1]."""
-        B = len(self.rows)
-        more = self._more()
-        seconds = self.seconds(B)[:, 0, 0]
-        value = np.zeros((B, self.num_masks + 1))
-        value[:, 1:] = more.cumsum(1) - rate / B * (seconds[1:] - seconds[0])
-        return np.maximum.accumulate(np.maximum(value, 0), axis=1)
 
     def choose(self, room: int, limits: Sequence[int]) -> Plan:
         """The best plan for the next step.
@@ -294,46 +290,43 @@ class Budget:
             self._since_plain = 0
             self._seconds.clear()
             return PLAIN
-        seconds = self.seconds(B)
-        plain = float(seconds[0, 0, 0])
-        # Never below what plain steps reach.
-        rate = max(self._tokens / self._time if self._time else 0.0, B / plain)
-        chances = np.zeros((B, k))
+        price = self.seconds(B) + self._drafting()[None, :, None]
+        usual = np.mean([row.mean for row in self.rows], axis=0)
+        self.values.sweep(usual, price / B, 1 if self._settled else SETTLE)
+        self._settled = True
+        rate = self.values.rate * B
+        chances, lasting = np.zeros((B, k)), np.ones((B, k))
         for r, (row, limit) in enumerate(zip(self.rows, limits, strict=True)):
             if limit > 0:
                 chances[r, :limit] = (
                     self.record.chance(np.array(row.probabilities[:limit])) if self.coupled else row.mean[:limit]
                 )
-        reached = np.concatenate([np.ones((B, 1)), chances.cumprod(1)], axis=1)  # that the first a are all kept
-        now = reached.cumsum(1).sum(0)  # tokens of verifying c drafts, [c]
-        worth = self.worth(rate)  # [B, m]
-        # A block after the last draft serves rows that keep all c; one after the last verified token those that keep none.
-        last = reached.T @ worth  # [c, m]
-        later = [last]
-        if len(self.places) > 1:
-            none = (1 - reached[:, 1]) if k else np.zeros(B)
-            ends = last + (none @ worth)[None]
-            ends[0] = last[0]
-            later += [ends, np.broadcast_to(worth.sum(0), last.shape)]
-        price = seconds + self._drafting()[None, :, None]
-        value = now[:, None, None] + np.stack(later, axis=2) - rate * (price + self._extra()) - self._barred
+                lasting[r, :limit] = chances[r, :limit]
+        sizes, one = list(self.sizes), np.ones((B, 1))
+        reached = np.concatenate([one, chances.cumprod(1)], axis=1)  # that the first a are all kept
+        whole = np.concatenate([one, lasting.cumprod(1)], axis=1)  # those of them that there are
+        now = reached.cumsum(1).sum(0)[sizes]  # tokens of verifying c drafts, [c]
+        there = np.zeros((len(sizes), len(self.places)))  # rows that will have a block after their last token
+        for r in range(B):
+            there += availability(reached[r, sizes], whole[r, sizes], len(self.places))
+        value = now[:, None, None] + there[:, None, :] * self.values.worth[None, :, None] - rate * (price + self._extra())
         # A token that is reached more seldom than this brings less than the time to draft it would elsewhere.
         self.least = rate * self._link() if self.stops_early else 0.0
         # A few more drafts than there are, if the next size wants it; those count for nothing.
-        c, room = next(size for size in draft_sizes(k) if size >= max(limits, default=0)), min(room, k)
-        best = value[: c + 1, : room + 1]
+        c = next(number for number, size in enumerate(self.sizes) if size >= max(limits, default=0))
+        best = value[: c + 1, : self.sizes.index(_fitting(min(room, k), k)) + 1]
         place = np.unravel_index(int(best.argmax()), best.shape)
-        plan = Plan(int(place[0]), int(place[1]), self.places[int(place[2])])
+        plan = Plan(self.sizes[int(place[0])], self.sizes[int(place[1])], self.places[int(place[2])])
         # With no drafts at hand a plain step teaches nothing, so what is best after it is the same again.
         self._resting = plan == PLAIN and not max(limits, default=0)
         return self._rest(B, room) if self._resting else plan
 
     def _rest(self, num_rows: int, room: int) -> Plan:
         """A plain step, or once there is time for it a small block, to look whether drafting pays by now."""
-        seconds, look = self.seconds(num_rows), min(2, room)
-        plain = float(seconds[0, 0, 0])
+        look = _fitting(min(2, room), self.num_masks)
+        plain = self.spent(PLAIN, 0)
         self._owed += LOOK_SHARE * plain
-        price = float(seconds[0, max(look, 0), 0]) - plain + self._chain(look)
+        price = self.spent(Plan(0, look, "last"), look) - plain
         if look < 1 or self._owed < price * self._looks:
             return PLAIN
         self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
@@ -360,8 +353,6 @@ class Budget:
         """
         if self._resting:
             return
-        self._tokens = 0.95 * self._tokens + sum(kept) + len(kept)
-        self._time = 0.95 * self._time + self.spent(plan, links)
         for row, a, c, depth, probabilities in zip(self.rows, kept, drafted, depths, new, strict=True):
             if self.coupled:
                 self.record.learn(row.probabilities, a, c)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.attention import text_config
-from mtp_lightning.budget import PLAIN, Budget, DraftRecord
+from mtp_lightning.budget import PLAIN, Budget, DraftRecord, usual_positions
 from mtp_lightning.decoding_options import Decoding as Decoding
 from mtp_lightning.decoding_options import DecodingOptions as DecodingOptions
 from mtp_lightning.decoding_step import Drafts, StepInput, StepOutput
@@ -219,7 +219,7 @@ def decode_rows(
                 plan = step_plan(options.decoding, drafts, room)
             else:
                 spent = budget.choose(room, drafts)
-                plan = budgeted_plan(options.decoding, drafts, spent)
+                plan = budgeted_plan(drafts, spent)
             draft = _of_length(draft, plan.num_drafts)
             tokens, draft_scores = torch.cat([own.gather(1, kept[:, None]), draft.tokens], dim=1), draft.scores
 
@@ -276,7 +276,10 @@ def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int) -> Bud
     known = model.lean.draft_costs
     if known is None:
         single = TokenChoice(replace(options, logits_processor=None, repetition_penalty=1.0), [0], model.base.device)
-        known = model.lean.draft_costs = measure_step_costs(model, single), DraftRecord(model.num_masks)
+        known = model.lean.draft_costs = (
+            measure_step_costs(model, single, usual_positions(model.num_masks)),
+            DraftRecord(model.num_masks),
+        )
     costs, record = known
     coupled = options.temperature == 0 or options.verification == "coupled"
     return Budget(costs, record, model.num_masks, num_rows, options.decoding == "quadratic", coupled)

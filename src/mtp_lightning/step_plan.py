@@ -68,11 +68,10 @@ def step_plan(decoding: Decoding, drafts: list[int], num_masks: int) -> StepPlan
     return _plan(c, drafts, each)
 
 
-def budgeted_plan(decoding: Decoding, drafts: list[int], spent: Plan) -> StepPlan:
+def budgeted_plan(drafts: list[int], spent: Plan) -> StepPlan:
     """A later step as a budget wants it.
 
     Args:
-        decoding: quadratic, or linear, whose block comes after each row's own last draft.
         drafts: draft tokens that each row has.
         spent: what to feed.
 
@@ -81,8 +80,4 @@ def budgeted_plan(decoding: Decoding, drafts: list[int], spent: Plan) -> StepPla
     """
     c = spent.num_drafts
     drafted = [min(count, c) for count in drafts]
-    if decoding == "linear" and spent.masks:
-        each = [StepLayout(1 + c, 0, ((count, spent.masks),)) for count in drafted]
-    else:
-        each = [StepLayout(1 + c, 0, spent.blocks())] * len(drafts)
-    return _plan(c, drafted, each)
+    return _plan(c, drafted, [StepLayout(1 + c, 0, spent.blocks(count)) for count in drafted])

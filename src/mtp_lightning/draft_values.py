@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a waiting draft is worth: a small decision process over the number of drafts that wait, solved as steps go by.
+
+A step that makes a draft costs more than a plain one, and pays only later; often not in the next step alone, but because
+text that keeps drafts goes on having them. So the worth of a draft is the relative value of the state "so many drafts wait"
+when every following step is planned best: an average-reward semi-Markov process, whose rate is tokens a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+SETTLE = 40
+"""Sweeps that settle values from scratch, to a per cent or so; afterwards chances and prices change slowly."""
+
+
+def availability(reached: np.ndarray, whole: np.ndarray, num_places: int) -> np.ndarray:
+    """The chance that there is a block after the last token kept, for each number of drafts verified and each place.
+
+    Args:
+        reached: chances that the first 0, .. drafts of the sizes 0, 1, .. are all kept, [c].
+        whole: chances that so many drafts, or all that there are if those are fewer, are kept, [c].
+        num_places: 1: blocks after the last draft; 3: also after draft c and the last verified token; after all tokens.
+
+    Returns:
+        [c, place].
+    """
+    found = [whole]
+    if num_places > 1:
+        ends = reached + (1 - reached[1])
+        ends[0] = 1.0
+        found += [ends, np.ones_like(reached)]
+    return np.stack(found, axis=1)
+
+
+class DraftValues:
+    """Values of waiting drafts, and the rate of the best plans.
+
+    Args:
+        sizes: the numbers of drafts and masks that plans have, ascending from 0 and 1.
+
+    Attributes:
+        worth: tokens that a draft of each size is worth beside none, [m].
+        rate: tokens a second when all steps are planned best; 0 before anything is known.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = np.array(sizes)
+        self.worth = np.zeros(len(self.sizes))
+        self.rate = 0.0
+
+    def sweep(self, chances: np.ndarray, seconds: np.ndarray, sweeps: int = 1) -> None:
+        """Improve the values.
+
+        Args:
+            chances: chance of each draft of a block, given that the ones before are kept, [k].
+            seconds: what each plan takes, drafting included, [c, m, place].
+            sweeps: how often.
+        """
+        reached = np.concatenate([[1.0], chances.cumprod()])
+        tokens = reached.cumsum()[self.sizes]
+        there = availability(reached[self.sizes], reached[self.sizes], seconds.shape[2])
+        floor = 1.0 / float(seconds[0, 0, 0])
+        rate, worth = max(self.rate, floor), self.worth
+        for _ in range(sweeps):
+            gain = tokens[:, None, None] + there[:, None, :] * worth[None, :, None] - rate * seconds
+            best = np.maximum.accumulate(gain.max(axis=(1, 2)))
+            surplus = float(best[0])
+            worth = best - surplus
+            rate = max(floor, rate + 0.5 * surplus / float(seconds[0, 0, 0]))
+        self.rate, self.worth = rate, worth
