@@ -39,6 +39,8 @@ LOOK_SHARE = 0.01
 """Share of the time of plain steps that is spent on looking whether drafting pays."""
 REFRESH, PLAIN_EVERY, PLAIN_FIRST = 16, 256, 2
 """Steps between corrections of the costs by what steps really take; and plain steps taken to know what those take."""
+PLAN_EVERY = 3
+"""Steps for which prices and values are used."""
 
 
 class DraftRecord:
@@ -181,12 +183,13 @@ class Budget:
         self._parts = np.broadcast_to(costs.verified * c, self._positions.shape)
         self._fresh: dict[int, np.ndarray] = {}
         self.values = DraftValues(self.sizes)
-        self._settled = False
+        self._price: tuple[np.ndarray, float, int, int] | None = None
         self.stops_early, self.least = False, 0.0
         self._curve = costs.curve(int(self._positions.max()) * num_rows)
         self._seconds: dict[int, np.ndarray] = {}
         self._raw: dict[int, np.ndarray] = {}
         self._steps = 0
+        self._since_refresh = 0
         self._since_plain = 0
         self._owed = 0.0
         self._looks = 1
@@ -241,8 +244,9 @@ class Budget:
             self._raw[B] = self._expected(B)
         expected = float(self._raw[B][place]) + self._chain(links)
         self.record.pace.observe(int(self._positions[place]) * B, expected, seconds)
-        self._steps += 1
-        if self._steps % REFRESH == 0:
+        self._since_refresh += 1
+        if self._since_refresh >= REFRESH:
+            self._since_refresh = 0
             self._seconds.clear()
 
     def _more(self) -> np.ndarray:
@@ -257,6 +261,16 @@ class Budget:
             links[2:] = self._more().max(0)[:-1]  # about as often as it is reached, a token is drafted
         begun = self._chain(1) - self._link()
         return (links.cumsum() * self._link() + np.where(links.cumsum() > 0, begun, 0.0))[list(self.sizes)]
+
+    def _prices(self) -> tuple[np.ndarray, float]:
+        """What every plan takes, [c, m, place], and the tokens a second that the best plans reach. Renewed now and then."""
+        B = len(self.rows)
+        if self._price is None or self._price[2] != B or self._price[3] + PLAN_EVERY <= self._steps:
+            seconds = self.seconds(B) + self._drafting()[None, :, None]
+            usual = self.rows[0].mean if B == 1 else np.mean([row.mean for row in self.rows], axis=0)
+            self.values.sweep(usual, seconds / B, SETTLE if self._price is None else PLAN_EVERY)
+            self._price = seconds + self._extra(), self.values.rate * B, B, self._steps
+        return self._price[0], self._price[1]
 
     def first(self, room: int) -> Plan:
         """The prompt's step. Beside a whole prompt a small block costs little, and it tells what to expect of the text.
@@ -290,11 +304,7 @@ class Budget:
             self._since_plain = 0
             self._seconds.clear()
             return PLAIN
-        price = self.seconds(B) + self._drafting()[None, :, None]
-        usual = np.mean([row.mean for row in self.rows], axis=0)
-        self.values.sweep(usual, price / B, 1 if self._settled else SETTLE)
-        self._settled = True
-        rate = self.values.rate * B
+        price, rate = self._prices()
         chances, lasting = np.zeros((B, k)), np.ones((B, k))
         for r, (row, limit) in enumerate(zip(self.rows, limits, strict=True)):
             if limit > 0:
@@ -306,10 +316,9 @@ class Budget:
         reached = np.concatenate([one, chances.cumprod(1)], axis=1)  # that the first a are all kept
         whole = np.concatenate([one, lasting.cumprod(1)], axis=1)  # those of them that there are
         now = reached.cumsum(1).sum(0)[sizes]  # tokens of verifying c drafts, [c]
-        there = np.zeros((len(sizes), len(self.places)))  # rows that will have a block after their last token
-        for r in range(B):
-            there += availability(reached[r, sizes], whole[r, sizes], len(self.places))
-        value = now[:, None, None] + there[:, None, :] * self.values.worth[None, :, None] - rate * (price + self._extra())
+        # Rows that will have a block after their last token.
+        there = availability(reached[:, sizes].sum(0), whole[:, sizes].sum(0), len(self.places))
+        value = now[:, None, None] + there[:, None, :] * self.values.worth[None, :, None] - rate * price
         # A token that is reached more seldom than this brings less than the time to draft it would elsewhere.
         self.least = rate * self._link() if self.stops_early else 0.0
         # A few more drafts than there are, if the next size wants it; those count for nothing.
@@ -330,6 +339,7 @@ class Budget:
         if look < 1 or self._owed < price * self._looks:
             return PLAIN
         self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
+        self._steps += PLAN_EVERY  # what it shows is to count at once
         return Plan(0, look, "last")
 
     def learn(
@@ -353,6 +363,7 @@ class Budget:
         """
         if self._resting:
             return
+        self._steps += 1
         for row, a, c, depth, probabilities in zip(self.rows, kept, drafted, depths, new, strict=True):
             if self.coupled:
                 self.record.learn(row.probabilities, a, c)

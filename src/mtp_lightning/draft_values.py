@@ -17,11 +17,11 @@ SETTLE = 40
 
 
 def availability(reached: np.ndarray, whole: np.ndarray, num_places: int) -> np.ndarray:
-    """The chance that there is a block after the last token kept, for each number of drafts verified and each place.
+    """Rows with a block after the last token kept, to be expected for each number of drafts verified and each place.
 
     Args:
-        reached: chances that the first 0, .. drafts of the sizes 0, 1, .. are all kept, [c].
-        whole: chances that so many drafts, or all that there are if those are fewer, are kept, [c].
+        reached: rows in which the first 0, 1, .. drafts of the sizes are all kept, [c]; at 0 all rows.
+        whole: those in which so many drafts, or all that there are if those are fewer, are kept, [c].
         num_places: 1: blocks after the last draft; 3: also after draft c and the last verified token; after all tokens.
 
     Returns:
@@ -29,9 +29,9 @@ def availability(reached: np.ndarray, whole: np.ndarray, num_places: int) -> np.
     """
     found = [whole]
     if num_places > 1:
-        ends = reached + (1 - reached[1])
-        ends[0] = 1.0
-        found += [ends, np.ones_like(reached)]
+        ends = reached + (reached[0] - reached[1])
+        ends[0] = reached[0]
+        found += [ends, np.full_like(reached, reached[0])]
     return np.stack(found, axis=1)
 
 
