@@ -59,7 +59,7 @@ def chances(lengths: list[float]) -> np.ndarray:
 def fixed(costs: StepCosts, lengths: list[float], masks: int) -> float:
     """Projected speed-up of quadratic decoding."""
     curve = costs.curve((masks + 1) ** 2)
-    step = curve[(masks + 1) ** 2] + masks * (costs.verified + costs.drafted)
+    step = curve[(masks + 1) ** 2] + masks * (costs.verified + costs.drafted) + costs.begun
     return float(lengths[masks - 1] * curve[1] / step)
 
 
@@ -70,10 +70,10 @@ def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: in
     tokens, seconds, waiting = 0, 0.0, 0
     for number in range(steps):
         plan = budget.choose(8, [waiting])
-        kept = 0
-        while kept < plan.num_drafts and generator.uniform() < chance[kept]:
+        kept, drafted = 0, min(plan.num_drafts, waiting)
+        while kept < drafted and generator.uniform() < chance[kept]:
             kept += 1
-        drafted, waiting = plan.num_drafts, dict(plan.blocks()).get(kept, 0)
+        waiting = dict(plan.blocks(drafted)).get(kept, 0)
         budget.learn(plan, plan.masks, [kept], [drafted], [waiting], [chance.tolist()])
         if number >= steps // 5:  # once the planner knows the text
             tokens += kept + 1
@@ -106,14 +106,16 @@ def main() -> None:
             measured.append(measure_step_costs(model, choice))
     longest = max((each.positions for each in measured), key=len)
     best = {n: min(e.seconds[e.positions.index(n)] for e in measured if n in e.positions) for n in longest}
-    costs = StepCosts(
-        longest, tuple(best.values()), min(each.verified for each in measured), min(each.drafted for each in measured)
-    )
+    verified, drafted, begun = (min(getattr(e, name) for e in measured) for name in ("verified", "drafted", "begun"))
+    costs = StepCosts(longest, tuple(best.values()), verified, drafted, begun)
     print(f"{args.shape}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, rank {args.rank}\n")
     print("| positions | ms | over 1 position |\n|---|---|---|")
     for n, seconds in zip(costs.positions, costs.seconds, strict=True):
         print(f"| {n} | {1e3 * seconds:.1f} | {seconds / costs.seconds[0]:.2f} |")
-    print(f"\none draft token: {1e3 * costs.drafted:.2f} ms; one more verified: {1e3 * costs.verified:.2f} ms\n")
+    print(
+        f"\none draft token: {1e3 * costs.drafted:.2f} ms; one more verified: {1e3 * costs.verified:.2f} ms;"
+        f" beginning a draft: {1e3 * costs.begun:.2f} ms\n"
+    )
     print("| benchmark | " + " | ".join(f"{k}" for k in range(1, 9)) + " | auto (acceptance length) |\n|---|" + "---|" * 9)
     for name, lengths in PAPER.items():
         speed, length = budgeted(costs, lengths)

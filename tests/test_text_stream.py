@@ -171,7 +171,7 @@ def test_stops_cut_the_same_tokens_however_many_come_in_a_step(stops: list[str],
 def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
-    def slow_measurement(model: MTPModel, choice: Any) -> StepCosts:
+    def slow_measurement(*arguments: Any) -> StepCosts:
         clock.now += 1000.0
         return StepCosts((1, 81), (1.0, 1.5), 0.0, 0.0)
 

@@ -31,8 +31,10 @@ SIZES = (0, 1, 2, 4, 8)
 FRESH_SHARE = 0.125
 """Share of what a shape's first step costs more that the planner counts: it will be used again."""
 BINS = 20
-MEMORY = 400.0
+MEMORY = 800.0
 """Kept and verified drafts in a bin of the correction are forgotten beyond about so many."""
+HOPE = 0.5
+"""Standard errors by which a chance is taken to be better than was seen: what is never tried after bad luck stays unknown."""
 FORESIGHT = 0.12
 """Weight of the newest block in a row's mean chances."""
 LOOK_SHARE = 0.01
@@ -67,7 +69,9 @@ class DraftRecord:
     def chance(self, probability: np.ndarray) -> np.ndarray:
         """The corrected chance that a draft of this probability is kept, once it is reached."""
         place = np.clip(probability * BINS - 0.5, 0, BINS - 1)
-        return np.interp(place, np.arange(BINS), self._kept / self._verified)
+        kept = self._kept / self._verified
+        doubt = np.sqrt(kept * (1 - kept) / self._verified)
+        return np.interp(place, np.arange(BINS), np.minimum(kept + HOPE * doubt, 1.0))
 
     def learn(self, probabilities: Sequence[float], kept: int, verified: int) -> None:
         """Take note of one row's step: of the drafts that were looked at all but the last were kept."""
