@@ -99,8 +99,8 @@ class AnswerFile:
             if not isinstance(error, OSError):
                 raise
             raise RunError(
-                f"{self.path}: writing failed: {os_reason(error)}. Its {len(self.done)} rows are whole; make room and run the"
-                " same command again to go on."
+                f"{self.path}: writing failed: {os_reason(error)}. Its {len(self.done)} rows are whole; make room and run"
+                " the same command again to go on."
             ) from error
         self.done.update((row["id"], checksum(row["prompt"])) for row in rows)
 
@@ -112,13 +112,14 @@ class AnswerFile:
             found = None if empty else json.loads(beside.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RunError(
-                f"{self.path}: it has rows, and {beside.name} is not beside it: mtp distill did not write it. Change --output."
+                f"{self.path}: it has rows, and {beside.name} is not beside it: mtp distill did not write it."
+                " Change --output."
             ) from None
         except (OSError, ValueError) as error:
             raise RunError(
                 f"{beside}: expected the settings of {self.path.name}, they can't be read. Change --output."
             ) from error
-        if found is None and empty:
+        if empty:
             self._begun = True
             draft = beside.with_name(beside.name + ".new")
             try:
