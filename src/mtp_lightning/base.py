@@ -135,11 +135,14 @@ def _quantization(name: str) -> BitsAndBytesConfig:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    text = lines[0].rstrip(" .:") if lines else ""
+    text = lines[0].rstrip(" .:!") if lines else ""
+    if "ignore_mismatched_sizes" in text:
+        return "the shapes of its weights are not those that its config.json says."
+    if text.startswith("Couldn't instantiate the backend tokenizer"):
+        return "it has no file of a tokenizer."
     # Of what the libraries foresee the sentence is enough; of a KeyError it would be one word.
-    return (
-        f"{text}." if text and isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__} {text}."
-    )
+    foreseen = text and isinstance(error, OSError | ValueError | ImportError)
+    return f"{text}." if foreseen else f"{type(error).__name__}{': ' if text else ''}{text}."
 
 
 def context_length(base: PreTrainedModel) -> int:

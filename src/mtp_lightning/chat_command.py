@@ -62,10 +62,13 @@ def _template(name: str | None) -> str | None:
     if not name:
         raise UsageError("chat_template must be a jinja file or plain, got an empty name. Change --chat_template.")
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        text = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
         raise RunError(f"chat_template {name!r} can't be read: {reason}. Give a jinja file, or plain.") from error
+    if not text.strip():
+        raise RunError(f"chat_template {name!r} is empty. Give a jinja file, or plain.")
+    return text
 
 
 def conversation(
@@ -154,9 +157,7 @@ def converse(talk: Conversation) -> None:
             said += 1
             unanswered += not _answer(talk, text.removeprefix("/") if text.startswith("//") else text)
     if unanswered and not terminal:  # in a terminal it was seen
-        raise RunError(
-            f"{unanswered} of {said} messages could not be answered. The reasons stand above; change the messages."
-        )
+        raise RunError(f"{unanswered} of {said} messages were not answered, for the reasons above. Change them.")
 
 
 def _read(terminal: bool) -> str:

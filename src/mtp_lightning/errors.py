@@ -29,7 +29,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) > limit:
         return text[:limit].rpartition(" ")[0].rstrip(".,;: ") + " …" if " " in text[:limit] else text[: limit - 1] + "…"
-    return text.removesuffix(".")
+    return text.rstrip(".!")
 
 
 def os_reason(error: OSError) -> str:

@@ -46,7 +46,10 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line or the configuration."""
-        raise UsageError(clear_message(str(message), known_keys())) from ex
+        known = known_keys()
+        if any(action.dest == "config" for action in self._actions):  # else of a class that the configuration names
+            known += [action.dest for action in self._actions if "." not in action.dest and action.dest != "help"]
+        raise UsageError(clear_message(str(message), known)) from ex
 
 
 GROUPS: dict[str, type] = {"model": MTPModule, "model.lora": LoRA, "data": MTPDataModule, "trainer": Trainer}
@@ -56,7 +59,7 @@ GROUPS: dict[str, type] = {"model": MTPModule, "model.lora": LoRA, "data": MTPDa
 def known_keys() -> list[str]:
     """The keys of a configuration that belong to no class named in it."""
     names = [f"{group}.{name}" for group, kind in GROUPS.items() for name in inspect.signature(kind).parameters]
-    return [*names, "seed_everything", "ckpt_path", "config", "prompts", *DecodingArguments.__dataclass_fields__]
+    return names
 
 
 def as_text(config: Any) -> dict[str, str]:

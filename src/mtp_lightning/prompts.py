@@ -288,6 +288,12 @@ def _render(row: PromptRow, tokenizer: Any) -> str:
                 f"{row.place}: expected content of a message as text, got {type(message['content']).__name__}."
                 " Put it in quotes."
             )
+    from mtp_lightning.data.chat import check_roles, template_of  # not at the top: it needs more than prompts do
+
+    try:
+        check_roles(messages, template_of(tokenizer, None))
+    except RunError as error:
+        raise RunError(f"{row.place}: {error}") from error
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise whatever their author and Jinja raise

@@ -96,7 +96,7 @@ def find_folder(name: str) -> Path:
 def _hub_reason(error: Exception) -> str:
     """Why the hub gave no folder, without the client's advice to programmers."""
     if isinstance(error, HFValidationError):
-        return "a hub id is owner/name, of letters, digits and -, _ or ."
+        return "a hub id is owner/name, of letters, digits, -, _ and dots"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no such repository, or it is private"
     if isinstance(error, LocalEntryNotFoundError):

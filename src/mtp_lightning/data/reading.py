@@ -107,6 +107,8 @@ class Part:
         """Begin again."""
         from datasets import IterableDataset, load_dataset
 
+        for kind in ("json", "parquet"):  # they log what they then raise; one line is enough
+            logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}").setLevel(logging.CRITICAL)
         if self.files and self.files[0].suffix == ".txt":
             self.rows = IterableDataset.from_generator(_text_rows, gen_kwargs={"files": [self.files]})
         elif self.files:
@@ -133,7 +135,9 @@ class Part:
         for file in self.files:
             if SUFFIXES[file.suffix] == "json":
                 _explain_json(file, error)
-        raise RunError(f"{self.name}: it cannot be read: {one_line(error.__cause__ or error)}") from error
+        raise RunError(
+            f"{self.name}: it cannot be read: {one_line(error.__cause__ or error)}. Check its files and their permissions."
+        ) from error
 
 
 def open_parts(source: str) -> list[Part]:
@@ -268,7 +272,8 @@ def _read_table(file: Path) -> Dataset:
         if SUFFIXES[file.suffix] == "json":
             _explain_json(file, error)
         raise RunError(
-            f"{file}: expected a {file.suffix} file, it cannot be read: {one_line(error.__cause__ or error)}"
+            f"{file}: expected a {file.suffix} file, it cannot be read: {one_line(error.__cause__ or error)}."
+            " Write it again, or look at its permissions."
         ) from error
     finally:
         log.setLevel(level)

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
 
 
 def check_nulls(config: Any, groups: Mapping[str, type]) -> None:
@@ -71,8 +71,8 @@ def not_made(error: BaseException) -> UsageError | None:
     return None
 
 
-def wrong_setting(error: BaseException) -> UsageError | None:
-    """The sentence for a setting that Lightning or an optimizer refuses while it starts.
+def wrong_setting(error: BaseException) -> MTPError | None:
+    """The sentence for a setting that Lightning or an optimizer refuses while it starts, or a file that it may not touch.
 
     Args:
         error: what was raised.
@@ -86,6 +86,8 @@ def wrong_setting(error: BaseException) -> UsageError | None:
             return UsageError(f"model.optimizer or model.lr_scheduler can't be made: {said}. Change its init_args.")
         if said.startswith("`val_check_interval`"):
             return UsageError(f"{said}. Change trainer.val_check_interval.")
+    if isinstance(error, PermissionError):
+        return RunError(f"{str(error.filename)!r}: {os_reason(error)}. Change its permissions or the loggers' save_dir.")
     if isinstance(error, MisconfigurationException):
         return UsageError(f"the trainer can't run so: {said}. Change trainer.* in the configuration.")
     return None
