@@ -67,6 +67,92 @@ def class_path(head: SamplerHead) -> str:
 def init_args(head: SamplerHead) -> dict[str, Any]:
     """The arguments that a head was made with: each is kept as an attribute of the same name."""
     names = [name for name in inspect.signature(type(head).__init__).parameters if name not in ("self", "args", "kwargs")]
+    missing = [name for name in names if not hasattr(head, name)]
+    if missing:
+        raise UsageError(
+            f"sampler head {class_path(head)} must keep its arguments as attributes of the same name, so that a"
+            f" checkpoint can name them; missing: {', '.join(missing)}. Set self.{missing[0]} in __init__."
+        )
+    return {name: getattr(head, name) for name in names}
+
+
+def check_settings(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose weights do not fit the model that is to take them.
+
+    Args:
+        checkpoint: a loaded checkpoint.
+        expected: ``checkpoint_settings`` of the model.
+
+    Raises:
+        RunError: not one of ours, or of another base, number of masks, rank or head.
+    """
+    found = checkpoint.get(SETTINGS)
+    if found is None:
+        raise RunError(
+            "the checkpoint was not written by mtp fit: it has no entry 'mtp_settings'. Give another --ckpt_path."
+        )
+    pairs = [
+        ("base model", found["base"], expected["base"], "model.base_model"),
+        ("num_masks", found["num_masks"], expected["num_masks"], "model.num_masks"),
+        *((f"LoRA {k}", found["lora"][k], expected["lora"][k], f"model.lora.{k}") for k in LORA_KEYS),
+        ("sampler head", found["sampler_head"], expected["sampler_head"], "model.sampler_head"),
+    ]
+    for name, there, here, key in pairs:
+        if there != here:
+            raise RunError(
+                f"the checkpoint's {name} is {there}, the configuration's is {here}. Change {key} or --ckpt_path."
+            )
+
+
+def check_complete(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks a trained weight of the model: it would silently keep what it began with.
+
+    Args:
+        checkpoint: a loaded checkpoint.
+        state: the ``MTPModule``'s state dict.
+
+    Raises:
+        RunError: a weight is missing, too many or of another shape.
+    """
+    shapes = {name: tuple(value.shape) for name, value in trained_state(state).items() if name.startswith("model.")}
+    there = checkpoint.get("state_dict", {})
+    found = {name: tuple(value.shape) for name, value in there.items() if name.startswith("model.")}
+    if shapes != found:
+        name = min(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise RunError(
+            f"the checkpoint is damaged: {name} should be {shapes.get(name, 'absent')} and is {found.get(name, 'absent')}."
+            " Give another --ckpt_path."
+        )
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file without unpickling code.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What is in it.
+
+    Raises:
+        RunError: missing, truncated, or not written by ``mtp fit``.
+    """
+    if not Path(path).is_file():
+        found = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise RunError(f"checkpoint {str(path)!r} {found}. Give the path of a .ckpt file that mtp fit wrote.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise RunError(f"checkpoint {str(path)!r} can't be read: {os_reason(error)}. Change its permissions.") from error
+    except Exception as error:  # what is no checkpoint makes the unpickler raise anything, a KeyError for a text file
+        raise RunError(
+            f"checkpoint {str(path)!r} can't be read; it may be cut short or no checkpoint. Use another one."
+        ) from error
+    if not isinstance(checkpoint, dict) or SETTINGS not in checkpoint:
+        raise RunError(
+            f"checkpoint {str(path)!r} was not written by mtp fit: it has no entry {SETTINGS!r}. Use another one."
+        )
+    settings = checkpoint[SETTINGS] if isinstance(checkpoint[SETTINGS], dict) else {}
     needed = ("base_model", "revision", "base", "num_masks", "lora", "sampler_head")
     missing = [name for name in needed if name not in settings]
     if missing or not isinstance(checkpoint.get("state_dict"), dict):
