@@ -162,8 +162,6 @@ def _row(source: str, number: int, line: str, as_json: bool) -> PromptRow:
         raise RunError(f"{place}: expected JSON, got brackets in one another without end. Correct or delete it.") from error
     if not isinstance(value, dict):
         raise RunError(f"{place}: expected an object with prompt or messages, got {type(value).__name__}.")
-    if "\\ud" in line.lower() and _half_character(value):
-        raise RunError(f"{place}: expected text, got half of a character (a lone surrogate). Correct or delete the line.")
     content = value.get("messages") if value.get("messages") is not None else value.get("prompt")
     if content is None:
         got = ", ".join(value) or "none"
@@ -179,13 +177,13 @@ def _row(source: str, number: int, line: str, as_json: bool) -> PromptRow:
     return PromptRow(place, content, domain or "", name)
 
 
-def _half_character(value: dict[str, Any]) -> bool:
-    """Whether JSON's escapes wrote half a character, which is no text."""
+def _is_text(text: str) -> bool:
+    """Whether it can be written: JSON's escapes, and what a terminal or pipe hands on undecoded, may be half a character."""
     try:
-        json.dumps(value, ensure_ascii=False).encode()
-        return False
+        text.encode()
     except UnicodeEncodeError:
-        return True
+        return False
+    return True
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
@@ -204,9 +202,11 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
         Token ids.
 
     Raises:
-        UsageError: there is no tokenizer.
+        UsageError: there is no tokenizer, or the prompt is no text.
     """
     _check_tokenizer(tokenizer)
+    if not _is_text(text):
+        raise UsageError("the prompt must be UTF-8 text, got half a character or other bytes. Change the prompt.")
     ids = list(tokenizer(text)["input_ids"])
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     appended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != ids[-1])
@@ -225,13 +225,17 @@ def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
 
     Raises:
         UsageError: there is no tokenizer.
-        RunError: it has no token, or there are messages and no chat template.
+        RunError: it is no text or has no token, or there are messages and no chat template.
     """
     _check_tokenizer(tokenizer)
+    text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
+    if not _is_text(text):
+        raise RunError(
+            f"{row.place}: expected UTF-8 text, got bytes or half a character that are none. Correct or delete it."
+        )
     if isinstance(row.content, str):
-        text, ids = row.content, encode_prompt(row.content, tokenizer)
+        ids = encode_prompt(text, tokenizer)
     else:
-        text = _render(row, tokenizer)
         # The template writes the special tokens that the base wants: adding them again would double the first.
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
