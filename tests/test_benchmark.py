@@ -14,8 +14,8 @@ import torch
 from bigram import bigram_base, bigram_text, planted_drafts
 from command_line import error_of, leave_no_trace, mtp, own_cache  # noqa: F401 - some are fixtures
 from prompt_results import result
-from test_cli import LAST, here, run, trained  # noqa: F401 - some are fixtures
 from tiny import greedy_text, tiny_model
+from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning import decoding_step
@@ -294,7 +294,7 @@ def test_any_number_of_domains(report: dict[str, Any], domains: list[str], tmp_p
 # The command
 
 
-def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["benchmark", LAST, "--prompts", "prompts.jsonl", "--max_new_tokens", 8, "--dtype", "float64"]
     assert mtp(*words, "--speed_rounds", 2) == 0
     out, err = capsys.readouterr()
@@ -345,7 +345,7 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
         ("--prompts prompts.jsonl --output config.yaml", 1, "config.yaml is a file. Give --output a folder."),
     ],
 )
-def test_wrong_command_lines(run: Path, here: Path, capsys, options: str, code: int, expected: str) -> None:  # noqa: F811
+def test_wrong_command_lines(run: Path, here: Path, capsys, options: str, code: int, expected: str) -> None:
     Path("long.txt").write_text("one\n" + "one " * 99 + "\n")
     found = error_of(capsys, code, "benchmark", LAST, *options.split())
     assert found.startswith(expected), found
