@@ -76,9 +76,9 @@ def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) ->
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        ("--output saved", 2, "ckpt_path is required: set it in the configuration file or on the command line."),
+        ("--output saved", 2, "--ckpt_path is required: set it on the command line. mtp export --help shows all."),
         ("--ckpt_path no.ckpt --output saved", 1, "checkpoint 'no.ckpt' does not exist. Give the path of a .ckpt file"),
-        ("--ckpt_path {last}", 2, "output is required: set it in the configuration file or on the command line."),
+        ("--ckpt_path {last}", 2, "--output is required: set it on the command line. mtp export --help shows all."),
         ("--ckpt_path {last} --outptu saved", 2, "unknown key or option '--outptu': did you mean 'output'?"),
         ("--ckpt_path {last} --output saved --dtype half", 2, "dtype must be auto or one of float64, float32, bfloat16,"),
         (
@@ -91,7 +91,11 @@ def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) ->
         ("--ckpt_path {last} --output saved --base_model wider", 1, "the checkpoint belongs to a base with hidden_size 32,"),
         ("--ckpt_path {last} --output saved --acceptance no.json", 1, "no.json: expected an acceptance.json, nothing is"),
         ("--ckpt_path {last} --output saved --acceptance broken.json", 1, "broken.json is not as the acceptance evaluation"),
-        ("--ckpt_path {last} --output config.yaml/saved", 1, "config.yaml/saved can't be written: "),
+        (
+            "--ckpt_path {last} --output config.yaml/saved",
+            1,
+            "config.yaml/saved can't be written: 'config.yaml' is a file, not a folder. Choose",
+        ),
     ],
 )
 def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:

@@ -153,16 +153,16 @@ def test_wrong_sources(write, tmp_path: Path) -> None:
     wrong: list[tuple[str, type[MTPError], str]] = [
         (str(tmp_path / "none.jsonl"), RunError, "expected a file of prompts, nothing is there"),
         (write("one", "p.csv"), UsageError, "expected prompts in a .txt or .jsonl file"),
-        (str(tmp_path), UsageError, "expected prompts in a .txt or .jsonl file"),
+        (str(tmp_path), RunError, "expected a .txt or .jsonl file of prompts, it is a folder. Name a file in it."),
     ]
     for source, kind, message in wrong:
         with pytest.raises(kind, match=message):
             read_prompts(source, word_tokenizer())
     latin = tmp_path / "latin.txt"
-    latin.write_bytes("\xe9t\xe9".encode("latin-1"))
-    with pytest.raises(RunError, match="expected UTF-8 text"):
+    latin.write_bytes("one\n\xe9t\xe9".encode("latin-1"))
+    with pytest.raises(RunError, match="latin.txt, line 2: expected UTF-8 text, .* Save it as UTF-8"):
         read_prompts(str(latin), word_tokenizer())
-    with pytest.raises(UsageError, match="must be 1 or more, got 0"):
+    with pytest.raises(UsageError, match="must be 1 or more, got 0. Change num_prompts."):
         read_prompts(write("one", "p.txt"), word_tokenizer(), 0)
 
 

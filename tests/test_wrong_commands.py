@@ -53,7 +53,7 @@ from mtp_lightning import cli
             2,
             "unknown key or option '--model.nummasks': did you mean 'model.num_masks'?",
         ),
-        ("generate", 2, "model is required: set it in the configuration file or on the command line."),
+        ("generate", 2, "MODEL is required: set it on the command line. mtp generate --help shows all."),
         (
             "generate no.ckpt --prompt a",
             1,
@@ -97,8 +97,8 @@ from mtp_lightning import cli
         ),
         (
             "generate {last} --prompts long.txt",
-            2,
-            "prompt 2 has 100 tokens and the model's context is 96: shorten it to 95 or less.",
+            1,
+            "long.txt, line 2: the prompt has 100 tokens and the model's context is 96: shorten it to 95 or less, or delete",
         ),
     ],
 )

@@ -15,9 +15,9 @@ WRONG_CONFIGURATION = {
     "--model.nummasks 9": "unknown key or option '--model.nummasks': did you mean 'model.num_masks'?",
     "--config typo.yaml": "unknown key or option 'model.num_maks': did you mean 'model.num_masks'?",
     "--zzzzzzzz 1": "unknown key or option '--zzzzzzzz': --help lists what there is.",
-    "--model.num_masks three": "model.num_masks: expected int, got three.",
-    "--trainer.max_steps 1.5": "trainer.max_steps: expected int, got 1.5.",
-    "--config no_list.yaml": re.compile(r"Problems parsing config: .*line 2.*"),
+    "--model.num_masks three": "model.num_masks: expected int, got three. Change model.num_masks.",
+    "--trainer.max_steps 1.5": "trainer.max_steps: expected int, got 1.5. Change trainer.max_steps.",
+    "--config no_list.yaml": re.compile(r"configuration file 'no_list\.yaml', line 2: expected YAML, .*\. Correct it\."),
     "--config": "argument -c/--config: expected one argument",
     "--model.num_masks 0": "num_masks must be 1 or more, got 0. Set model.num_masks in the YAML.",
     "--model.num_masks -1": "num_masks must be 1 or more, got -1. Set model.num_masks in the YAML.",
@@ -45,7 +45,7 @@ WRONG_CONFIGURATION = {
     "--model.losses.a.class_path torch.nn.Linear": (
         "model.losses: Import path torch.nn.Linear does not correspond to a subclass of LossTerm" + DOTTED
     ),
-    "--model.losses.a.class_path BaseCrossEntropy --model.losses.a.wait 2": "model.losses: Option 'wait' is not accepted.",
+    "--model.losses.a.class_path BaseCrossEntropy --model.losses.a.wait 2": "model.losses: unknown argument 'wait'. Change model.losses.",
     "--model.lora.target_modules no_layer": re.compile(
         r"model\.lora\.target_modules 'no_layer' fits no layer of the base model: .*"
     ),
@@ -61,9 +61,9 @@ WRONG_CONFIGURATION = {
         "trainer.callbacks: prompts is required: set it in the configuration file or on the command line."
     ),
     "--model.sampler_head 3": "model.sampler_head: 3 is no import path" + DOTTED,
-    "--model.losses 3": "model.losses: expected dict, got 3.",
+    "--model.losses 3": "model.losses: expected dict, got 3. Change model.losses.",
     "--model.optimizer.class_path torch.optim.Nope": re.compile(
-        r"model\.optimizer: .*: module 'torch\.optim' has no attribute 'Nope'\."
+        r"model\.optimizer: module 'torch\.optim' has no attribute 'Nope'\. Change model\.optimizer\."
     ),
     "--trainer.callbacks+ mtp_lightning.callbacks.AcceptanceEvaluation --trainer.callbacks.prompts prompts.jsonl"
     " --trainer.callbacks.num_masks 4": (

@@ -39,7 +39,7 @@ def missing_arguments(message: str) -> list[str]:
 
 
 def required(names: list[str]) -> str:
-    """``a is required: give it``, or ``a, b are required: give them``; where, the caller says.
+    """``a is required: set it``, or ``a, b are required: set them``; where, the caller says.
 
     Args:
         names: at least one.
@@ -47,7 +47,7 @@ def required(names: list[str]) -> str:
     Returns:
         The beginning of a sentence.
     """
-    return f"{', '.join(names)} {'is required: give it' if len(names) == 1 else 'are required: give them'}"
+    return f"{', '.join(names)} {'is required: set it' if len(names) == 1 else 'are required: set them'}"
 
 
 def clear_message(message: str, known: Iterable[str]) -> str:
@@ -82,6 +82,8 @@ def clear_message(message: str, known: Iterable[str]) -> str:
     value = f", got {' '.join(got[1].split())[:100]}" if got and not known_type and "Namespace(" not in got[1] else ""
     if "class_path " in text or "import path" in text.lower():
         return f"{key}: {text}{value}; {_CLASS_PATH}"
+    if "required: set" in text:
+        return f"{key}: {text}."
     # Of a class named in the configuration this is an argument, and the message about its key, which follows, says it.
     change = (f" Change {key}." if "." in key else f" Change --{key}.") if key in known else ""
     return f"{key}: {text}{value}.{change}"
