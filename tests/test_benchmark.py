@@ -328,11 +328,11 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("options", "code", "expected"),
     [
-        ("", 2, "prompts is required: set it in the configuration file or on the command line."),
+        ("", 2, "--prompts is required: set it on the command line. mtp benchmark --help shows all."),
         ("--prompts no.jsonl", 1, "no.jsonl: expected a file of prompts, nothing is there"),
         ("--prompts prompts.jsonl --batch_size 0", 2, "batch_size must be 1 or more, got 0. Change --batch_size."),
         ("--prompts prompts.jsonl --speed_rounds -1", 2, "speed_rounds must be 0 or more, got -1. Change --speed_rounds."),
-        ("--prompts prompts.jsonl --num_prompts 0", 2, "the number of prompts must be 1 or more, got 0."),
+        ("--prompts prompts.jsonl --num_prompts 0", 2, "num_prompts must be 1 or more, got 0. Change --num_prompts."),
         ("--prompts prompts.jsonl --num_masks 4", 2, "num_masks must be auto or from 1 to 3, the number this model was"),
         ("--prompts prompts.jsonl --decoding autoregressive", 2, "autoregressive decoding is what all others are compared"),
         ("--prompts prompts.jsonl --decoding cubic", 2, "decoding: expected"),
@@ -341,8 +341,18 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
             2,
             "unknown key or option '--max_new_tokenz': did you mean 'max_new_tokens'?",
         ),
-        ("--prompts long.txt", 2, "the prompt has 100 tokens and the model's context is 96: shorten it to 95 or less."),
-        ("--prompts prompts.jsonl --output config.yaml", 1, "config.yaml is a file. Give --output a folder."),
+        ("--prompts long.txt", 1, "long.txt, line 2: the prompt has 100 tokens and the model's context is 96: shorten it"),
+        (
+            "--prompts prompts.jsonl --output config.yaml",
+            1,
+            "config.yaml can't be written: 'config.yaml' is a file, not a folder. Give --output another folder.",
+        ),
+        ("--prompts prompts.jsonl --output config.yaml/a/b", 1, "config.yaml/a/b can't be written: 'config.yaml' is a file"),
+        (
+            "--prompts prompts.jsonl --num_masks x",
+            2,
+            "num_masks: expected int or 'auto' or null, got x. Change --num_masks.",
+        ),
     ],
 )
 def test_wrong_command_lines(run: Path, here: Path, capsys, options: str, code: int, expected: str) -> None:

@@ -94,7 +94,7 @@ def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) ->
         (
             "--ckpt_path {last} --output config.yaml/saved",
             1,
-            "config.yaml/saved can't be written: 'config.yaml' is a file, not a folder. Choose",
+            "config.yaml/saved can't be written: 'config.yaml' is a file, ",
         ),
     ],
 )

@@ -129,6 +129,13 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
         ('{"messages": []}\n', "line 1: expected messages as a list of objects with role and content"),
         ('{"messages": ["one"]}\n', "line 1: expected messages as a list of objects with role and content"),
         ('{"prompt": "one", "domain": 3}\n', "line 1: expected domain as text, got int"),
+        ('{"prompt": "\\ud800"}\n', "line 1: expected UTF-8 text, got half a character or other bytes"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "line 1: expected UTF-8 text, got half a character"),
+        ("[" * 100_000, "line 1: expected JSON, got brackets in one another without end"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1: expected messages of role and content, got {'role': 'user'}"),
+        ('{"messages": [{"role": 1, "content": "one"}]}\n', "line 1: expected messages of role and content, got"),
+        ('{"messages": [{"role": "user", "content": 3}]}\n', "line 1: expected content of a message as text, got int"),
+        ('{"messages": [{"role": "usr", "content": "one"}]}\n', "line 1: message 1 has the role 'usr', which the chat"),
         ('{"prompt": "one"}\n{"prompt": "  "}\n', "line 2: expected at least one token, the prompt has none"),
     ],
 )
@@ -172,3 +179,17 @@ def test_a_model_without_a_tokenizer() -> None:
             encode_prompt_row(PromptRow("here", content, "", 1), None)
     with pytest.raises(UsageError, match="a prompt needs a tokenizer"):
         encode_prompt("one", None)
+
+
+def test_a_prompt_that_leaves_no_room_in_the_context(write) -> None:
+    source = write("one\none one one\n", "p.txt")
+    assert len(read_prompts(source, word_tokenizer(), context=5)) == 2
+    with pytest.raises(
+        RunError, match="p.txt, line 2: the prompt has 4 tokens and the model's context is 4: shorten it to 3"
+    ):
+        read_prompts(source, word_tokenizer(), context=4)
+
+
+def test_a_prompt_that_is_no_text() -> None:
+    with pytest.raises(UsageError, match="the prompt must be UTF-8 text, got half a character or other bytes. Change"):
+        encode_prompt("\udcff", word_tokenizer())

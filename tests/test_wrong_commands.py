@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,8 +107,150 @@ from mtp_lightning import cli
 )
 def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:
     Path("long.txt").write_text("one\n" + "one " * 99 + "\n")
-    found = error_of(capsys, code, *words.format(last=LAST).split())
-    assert found.startswith(expected.format(here=here))
+    before = contents(here)
+    # str.format would take the braces of a mix of sources for a field.
+    found = error_of(capsys, code, *shlex.split(words.replace("{last}", LAST)))
+    assert found.startswith(expected.replace("{here}", str(here))), found
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        ("generate {last} --prompt a --stop ''", 2, "stop must be a text of one character at least, got an empty one."),
+        ("generate {last} --prompt a --temperature hot", 2, "temperature: expected float, got hot. Change --temperature."),
+        ("generate {last} --prompt ''", 2, "the prompt is empty"),
+        ("generate Owner/none --prompt a", 1, "'Owner/none' is no file or folder here, and no hub id that this machine can"),
+        (
+            "generate a/b/c/d --prompt a",
+            1,
+            "'a/b/c/d' is no file or folder here, and no hub id that this machine can reach:",
+        ),
+        ("predict --config config.yaml --ckpt_path {last} --prompts prompts.jsonl --stop ''", 2, "stop must be a text of"),
+        (
+            "predict --config config.yaml --ckpt_path {last} --prompts long.txt",
+            1,
+            "long.txt, line 2: the prompt has 100 tokens and the model's context is 96: shorten it to 95 or less, or delete",
+        ),
+        (
+            "predict --config config.yaml --ckpt_path {last} --prompts base",
+            1,
+            "base: expected a .txt or .jsonl file of prompts, it is a folder. Name a file in it.",
+        ),
+        (
+            "predict",
+            2,
+            "model.base_model, ckpt_path are required: set them in the configuration file or on the command line.",
+        ),
+        ("fit --config base", 1, "configuration file 'base' is a folder. Give the path of a YAML file with --config."),
+        ("fit --config config.yaml --ckpt_path best", 2, "ckpt_path must be the path of a .ckpt file, or last, got 'best'."),
+        ("validate --config config.yaml --ckpt_path ''", 2, "ckpt_path must be the path of a .ckpt file, or last, got ''."),
+        ("validate --config config.yaml --ckpt_path no.ckpt", 1, "checkpoint 'no.ckpt' does not exist. Give the path of a"),
+        (
+            "data --config config.yaml --split tset",
+            2,
+            "split: expected 'train', 'validation', 'test', got tset. Change --split.",
+        ),
+        ("data --config config.yaml --rowz 2", 2, "unknown key or option '--rowz': did you mean 'rows'?"),
+        ("data --config config.yaml --rows 0", 2, "rows must be 1 or more, got 0. Change --rows."),
+        (
+            "data --config config.yaml --trainer.devices 0",
+            2,
+            "trainer.devices must be 1 or more, got 0. Change trainer.devices.",
+        ),
+        ("data --config config.yaml --trainer.num_nodes 0", 2, "trainer.num_nodes must be 1 or more, got 0."),
+        (
+            "data --config config.yaml --trainer.accumulate_grad_batches 0",
+            2,
+            "trainer.accumulate_grad_batches must be 1 or more, got 0.",
+        ),
+        (
+            "data --config config.yaml --data.train '{train.jsonl: many}'",
+            2,
+            "a data source must be a file, folder, glob or hub id, a list of them, or a mix {source: weight} with numbers",
+        ),
+        ("chat", 2, "MODEL is required: set it on the command line. mtp chat --help shows all."),
+        ("chat {last} --chat_template ''", 2, "chat_template must be a jinja file or plain, got an empty name."),
+        ("chat {last} --chat_template base", 1, "chat_template 'base' can't be read: Is a directory. Give a jinja file, or"),
+        (
+            "distill",
+            2,
+            "MODEL, --prompts, --output are required: set them on the command line. mtp distill --help shows all.",
+        ),
+        ("distill base --prompts prompts.jsonl --output a.jsonl --dtype half", 2, "dtype must be auto or one of float64,"),
+        (
+            "distill base --prompts prompts.jsonl --output a.jsonl --batch_size x",
+            2,
+            "batch_size: expected int, got x. Change",
+        ),
+        (
+            "distill base --prompts prompts.jsonl --output config.yaml/a.jsonl",
+            1,
+            "config.yaml/a.jsonl: expected a file that can be written: 'config.yaml' is a file, not a folder. Change --output.",
+        ),
+        ("distill no_base --prompts prompts.jsonl --output a.jsonl", 1, "base model 'no_base' could not be loaded: "),
+        ("export --ckpt_path {last} --output ''", 2, "output must be a path, got an empty one. Change --output."),
+    ],
+)
+def test_wrong_options(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:
+    if "''" in words and "--prompt ''" in words:
+        word_tokenizer(bos=False).save_pretrained("base")  # else an empty text is one token
+    test_wrong_command_lines(run, here, capsys, words, code, expected)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"generate {LAST} --prompts -",
+        f"predict --config config.yaml --ckpt_path {LAST} --prompts -",
+        "distill base --prompts - --output a.jsonl",
+        f"chat {LAST}",
+    ],
+)
+def test_standard_input_that_gives_nothing(
+    run: Path, here: Path, capsys, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    before, chat = contents(here), words.startswith("chat")
+    monkeypatch.setattr(sys, "stdin", None)  # as after <&-
+    assert error_of(capsys, 1, *words.split()).startswith("standard input: expected ")
+    # What a pipe of other bytes gives where the locale is C.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\udcff\n"))
+    found = error_of(capsys, 1, *words.split())
+    assert found.startswith("1 of 1 messages were not answered" if chat else "standard input, line 1: expected UTF-8 text, ")
+    if not chat:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        assert error_of(capsys, 1, *words.split()) == "standard input: expected at least one prompt, it is empty."
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "code", "expected"),
+    [
+        (" ", "", 1, "chat_template 't.jinja' is empty. Give a jinja file, or plain."),
+        (
+            "{% for %}",
+            "",
+            1,
+            "the chat template does not take these messages: Expected an expression, got 'end of statement",
+        ),
+        ("{{ raise_exception('no system') }}", "Be brief.", 1, "the chat template does not take these messages: no system."),
+        (None, "one " * 99, 2, "the system message makes a prompt of 10"),
+    ],
+)
+def test_what_no_message_of_a_chat_would_fit(
+    run: Path,
+    here: Path,
+    capsys,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str | None,
+    system: str,
+    code: int,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
+    (here / "t.jinja").write_text(template or "")
+    options = ["--chat_template", "plain" if template is None else "t.jinja", *(["--system", system] if system else [])]
+    assert error_of(capsys, code, "chat", LAST, *options).startswith(expected)
 
 
 def test_an_empty_prompt(run: Path, capsys) -> None:

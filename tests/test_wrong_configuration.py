@@ -17,7 +17,7 @@ WRONG_CONFIGURATION = {
     "--zzzzzzzz 1": "unknown key or option '--zzzzzzzz': --help lists what there is.",
     "--model.num_masks three": "model.num_masks: expected int, got three. Change model.num_masks.",
     "--trainer.max_steps 1.5": "trainer.max_steps: expected int, got 1.5. Change trainer.max_steps.",
-    "--config no_list.yaml": re.compile(r"configuration file 'no_list\.yaml', line 2: expected YAML, .*\. Correct it\."),
+    "--config no_list.yaml": re.compile(r"configuration file 'no_list\.yaml', line 3: expected YAML, .*\. Correct it\."),
     "--config": "argument -c/--config: expected one argument",
     "--model.num_masks 0": "num_masks must be 1 or more, got 0. Set model.num_masks in the YAML.",
     "--model.num_masks -1": "num_masks must be 1 or more, got -1. Set model.num_masks in the YAML.",
@@ -45,7 +45,9 @@ WRONG_CONFIGURATION = {
     "--model.losses.a.class_path torch.nn.Linear": (
         "model.losses: Import path torch.nn.Linear does not correspond to a subclass of LossTerm" + DOTTED
     ),
-    "--model.losses.a.class_path BaseCrossEntropy --model.losses.a.wait 2": "model.losses: unknown argument 'wait'. Change model.losses.",
+    "--model.losses.a.class_path BaseCrossEntropy --model.losses.a.wait 2": (
+        "model.losses: unknown argument 'wait'. Change model.losses."
+    ),
     "--model.lora.target_modules no_layer": re.compile(
         r"model\.lora\.target_modules 'no_layer' fits no layer of the base model: .*"
     ),
@@ -114,3 +116,70 @@ def test_wrong_data(run: Path, here: Path, capsys, name: str, split: str) -> Non
     found = error_of(capsys, 1, "fit", "--config", "config.yaml", f"--data.{split}", name)
     assert_message(found, f"{name}: {expected.format(here=here)}" if isinstance(expected, str) else expected)
     assert contents(run) == before  # the run that is there loses nothing to a failed one
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "",
+            "configuration file 'c.yaml': expected keys as model, data and trainer, got nothing. Correct it or leave it out.",
+        ),
+        (
+            "hello",
+            "configuration file 'c.yaml': expected keys as model, data and trainer, got hello. Correct it or leave it out.",
+        ),
+        (
+            "- a",
+            "configuration file 'c.yaml': expected keys as model, data and trainer, got - a. Correct it or leave it out.",
+        ),
+        ("model:\n\tnum_masks: 3\n", re.compile(r"configuration file 'c\.yaml', line 2: expected YAML, .*Correct it\.")),
+        (b"\xff\xfe", re.compile(r"configuration file 'c\.yaml' is no UTF-8 text: .*\. Save it as UTF-8\.")),
+        ("model: 3", "configuration file 'c.yaml', line 1: expected keys below model, got 3. Correct it or leave it out."),
+        ("data:\n", "configuration file 'c.yaml', line 1: expected keys below data, got none. Correct it or leave it out."),
+        (
+            "model: {lora: 8}",
+            "configuration file 'c.yaml', line 1: expected keys below model.lora, got 8. Correct it or leave it out.",
+        ),
+        (
+            "data: {max_length: 8}\nmodel: {num_masks: 2}\ndata: {batch_size: 1}\n",
+            "configuration file 'c.yaml', line 3: the key data stands in line 1 too, and one of them would be lost."
+            " Put them together.",
+        ),
+        ("data: {batch_size: two}", "data.batch_size: expected int, got two. Change data.batch_size."),
+        (
+            "data: {batch_size: null}",
+            "data.batch_size must have a value, got null. Change data.batch_size, or leave it out.",
+        ),
+        (
+            "model: {lora: {rank: null}}",
+            "model.lora.rank must have a value, got null. Change model.lora.rank, or leave it out.",
+        ),
+        ("model: {lora: {alpha: -1}}", "alpha must be above 0, or null for 2 * rank, got -1.0. Set model.lora.alpha."),
+        (
+            "data: {train: {train.jsonl: lots}}",
+            "data.train: expected str or list[str] or dict[str, float] or null, got {'train.jsonl': 'lots'}. Change data.train.",
+        ),
+        ("model: {losses: {a: null}}", "model.losses: expected LossTerm (class_path and init_args), got None" + DOTTED),
+        (
+            "model: {sampler_head: true}",
+            "model.sampler_head: expected SamplerHead (class_path and init_args) or false or null, got True" + DOTTED,
+        ),
+        (
+            "model: {optimizer: {class_path: torch.nn.Linear}}",
+            "model.optimizer: Expected 'torch.nn.Linear' to be a subclass of Optimizer. Change model.optimizer.",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: nope.Nope}]}",
+            "trainer.callbacks: Problem with given class_path 'nope.Nope': No module named 'nope'" + DOTTED,
+        ),
+        (
+            "trainer: {callbacks: [{class_path: mtp_lightning.callbacks.LastCheckpoint, init_args: {every: 3}}]}",
+            "trainer.callbacks: unknown argument 'every'. Change trainer.callbacks.",
+        ),
+    ],
+)
+def test_wrong_configuration_files(here: Path, capsys, content: str | bytes, expected: str | re.Pattern[str]) -> None:
+    (here / "c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_message(error_of(capsys, 2, "fit", "--config", "config.yaml", "--config", "c.yaml"), expected)
+    assert not [path for path in here.rglob("run/**/*") if path.is_file()]

@@ -171,7 +171,7 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     _check_kinds(file, config, KEYS)
     _check_kinds(file, config["base"], BASE_KEYS, "base.")
-    _check_kinds(file, config["lora"], LORA_KEYS, "lora.")
+    _check_kinds(file, config["lora"], {key: LORA_KEYS[key] for key in LORA_KEYS if key in config["lora"]}, "lora.")
     if config["sampler_head"] is not None:
         _check_kinds(file, config["sampler_head"], HEAD_KEYS, "sampler_head.")
     if config["num_masks"] < 1:
