@@ -20,9 +20,16 @@ def test_help_and_version(capsys) -> None:
         out = capsys.readouterr().out
         assert all(f"\n  {command} " in out for command in ("fit", "validate", "test", "predict", "generate"))
     assert mtp("--version") == 0 and capsys.readouterr().out == f"mtp {mtp_lightning.__version__}\n"
-    for command, option in (("fit", "--model.lora.rank"), ("predict", "--num_masks"), ("generate", "--stop")):
+    for command, option in (
+        ("fit", "--model.lora.rank"),
+        ("predict", "--num_masks"),
+        ("data", "--split"),
+        ("generate", "--stop"),
+    ):
         assert mtp(command, "--help") == 0
-        assert option in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert option in out and out.startswith(f"usage: mtp {command} ")
+        assert command == "generate" or out.splitlines()[0].endswith(" [options]")
 
 
 def test_python_m_is_the_same_program() -> None:

@@ -186,7 +186,7 @@ def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: in
         (
             "distill base --prompts prompts.jsonl --output config.yaml/a.jsonl",
             1,
-            "config.yaml/a.jsonl: expected a file that can be written: 'config.yaml' is a file, not a folder. Change --output.",
+            "config.yaml/a.jsonl: expected a file that can be written: 'config.yaml' is a file, not a folder. Change",
         ),
         ("distill no_base --prompts prompts.jsonl --output a.jsonl", 1, "base model 'no_base' could not be loaded: "),
         ("export --ckpt_path {last} --output ''", 2, "output must be a path, got an empty one. Change --output."),

@@ -123,7 +123,8 @@ def test_wrong_data(run: Path, here: Path, capsys, name: str, split: str) -> Non
     [
         (
             "",
-            "configuration file 'c.yaml': expected keys as model, data and trainer, got nothing. Correct it or leave it out.",
+            "configuration file 'c.yaml': expected keys as model, data and trainer, got nothing."
+            " Correct it or leave it out.",
         ),
         (
             "hello",
@@ -158,7 +159,8 @@ def test_wrong_data(run: Path, here: Path, capsys, name: str, split: str) -> Non
         ("model: {lora: {alpha: -1}}", "alpha must be above 0, or null for 2 * rank, got -1.0. Set model.lora.alpha."),
         (
             "data: {train: {train.jsonl: lots}}",
-            "data.train: expected str or list[str] or dict[str, float] or null, got {'train.jsonl': 'lots'}. Change data.train.",
+            "data.train: expected str or list[str] or dict[str, float] or null, got {'train.jsonl': 'lots'}."
+            " Change data.train.",
         ),
         ("model: {losses: {a: null}}", "model.losses: expected LossTerm (class_path and init_args), got None" + DOTTED),
         (

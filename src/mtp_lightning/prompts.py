@@ -230,9 +230,7 @@ def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
     _check_tokenizer(tokenizer)
     text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
     if not _is_text(text):
-        raise RunError(
-            f"{row.place}: expected UTF-8 text, got bytes or half a character that are none. Correct or delete it."
-        )
+        raise RunError(f"{row.place}: expected UTF-8 text, got half a character or other bytes. Correct or delete it.")
     if isinstance(row.content, str):
         ids = encode_prompt(text, tokenizer)
     else:
