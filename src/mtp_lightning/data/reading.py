@@ -304,9 +304,9 @@ def _explain_json(file: Path, error: Exception) -> None:
         seen = seen.__cause__ or seen.__context__
     if seen is not None:
         with file.open("rb") as raw:
-            for number, line in enumerate(raw, 1):
+            for number, encoded in enumerate(raw, 1):
                 try:
-                    line.decode()
+                    encoded.decode()
                 except UnicodeDecodeError as bad:
                     raise RunError(
                         f"{file}, line {number}: expected UTF-8 text, {one_line(bad)}. Save it as UTF-8."
