@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may need the network
 
@@ -23,3 +25,29 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     started = Zygote(tmp_path_factory.mktemp("cache"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, data, a configuration and what one run of ``fit`` wrote; not to be changed."""
+    from trained_run import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    train(folder, tmp_path_factory.mktemp("cache"))
+    return folder
+
+
+@pytest.fixture
+def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a test: a copy of ``trained``."""
+    folder = tmp_path / "here"
+    shutil.copytree(trained, folder, ignore=lambda at, names: {"run"} & set(names))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, here: Path) -> Path:
+    """The run's folder in ``here``."""
+    shutil.copytree(trained / "run", here / "run")
+    return here / "run"

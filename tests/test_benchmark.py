@@ -14,8 +14,8 @@ import torch
 from bigram import bigram_base, bigram_text, planted_drafts
 from command_line import error_of, leave_no_trace, mtp, own_cache  # noqa: F401 - some are fixtures
 from prompt_results import result
-from test_cli import LAST, here, run, trained  # noqa: F401 - some are fixtures
 from tiny import greedy_text, tiny_model
+from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning import decoding_step
@@ -294,7 +294,7 @@ def test_any_number_of_domains(report: dict[str, Any], domains: list[str], tmp_p
 # The command
 
 
-def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["benchmark", LAST, "--prompts", "prompts.jsonl", "--max_new_tokens", 8, "--dtype", "float64"]
     assert mtp(*words, "--speed_rounds", 2) == 0
     out, err = capsys.readouterr()
@@ -328,11 +328,11 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("options", "code", "expected"),
     [
-        ("", 2, "prompts is required: set it in the configuration file or on the command line."),
+        ("", 2, "--prompts is required: set it on the command line. mtp benchmark --help shows all."),
         ("--prompts no.jsonl", 1, "no.jsonl: expected a file of prompts, nothing is there"),
         ("--prompts prompts.jsonl --batch_size 0", 2, "batch_size must be 1 or more, got 0. Change --batch_size."),
         ("--prompts prompts.jsonl --speed_rounds -1", 2, "speed_rounds must be 0 or more, got -1. Change --speed_rounds."),
-        ("--prompts prompts.jsonl --num_prompts 0", 2, "the number of prompts must be 1 or more, got 0."),
+        ("--prompts prompts.jsonl --num_prompts 0", 2, "num_prompts must be 1 or more, got 0. Change --num_prompts."),
         ("--prompts prompts.jsonl --num_masks 4", 2, "num_masks must be auto or from 1 to 3, the number this model was"),
         ("--prompts prompts.jsonl --decoding autoregressive", 2, "autoregressive decoding is what all others are compared"),
         ("--prompts prompts.jsonl --decoding cubic", 2, "decoding: expected"),
@@ -341,11 +341,21 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
             2,
             "unknown key or option '--max_new_tokenz': did you mean 'max_new_tokens'?",
         ),
-        ("--prompts long.txt", 2, "the prompt has 100 tokens and the model's context is 96: shorten it to 95 or less."),
-        ("--prompts prompts.jsonl --output config.yaml", 1, "config.yaml is a file. Give --output a folder."),
+        ("--prompts long.txt", 1, "long.txt, line 2: the prompt has 100 tokens and the model's context is 96: shorten it"),
+        (
+            "--prompts prompts.jsonl --output config.yaml",
+            1,
+            "config.yaml can't be written: 'config.yaml' is a file, not a folder. Give --output another folder.",
+        ),
+        ("--prompts prompts.jsonl --output config.yaml/a/b", 1, "config.yaml/a/b can't be written: 'config.yaml' is a file"),
+        (
+            "--prompts prompts.jsonl --num_masks x",
+            2,
+            "num_masks: expected int or 'auto' or null, got x. Change --num_masks.",
+        ),
     ],
 )
-def test_wrong_command_lines(run: Path, here: Path, capsys, options: str, code: int, expected: str) -> None:  # noqa: F811
+def test_wrong_command_lines(run: Path, here: Path, capsys, options: str, code: int, expected: str) -> None:
     Path("long.txt").write_text("one\n" + "one " * 99 + "\n")
     found = error_of(capsys, code, "benchmark", LAST, *options.split())
     assert found.startswith(expected), found

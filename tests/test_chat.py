@@ -182,8 +182,9 @@ def test_what_does_not_fit_is_said_and_the_chat_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     typed(monkeypatch, "one " * 200, "two")
-    assert mtp("chat", folder / "saved", "--max_new_tokens", 5) == 0
+    assert mtp("chat", folder / "saved", "--max_new_tokens", 5) == 1
     out, err = capsys.readouterr()
+    assert err.endswith("\nmtp: error: 1 of 2 messages were not answered, for the reasons above. Change them.\n")
     assert "mtp: the message makes a prompt of " in err and out.endswith("\n") and err.count("tokens/s]") == 1
 
 
@@ -198,7 +199,7 @@ def test_a_base_without_a_template(
         " --chat_template plain for a simple dialogue."
     )
     message = error_of(capsys, 1, "chat", tmp_path / "saved", "--chat_template", "no.jinja")
-    assert message.startswith("chat_template no.jinja can't be read: ")
+    assert message.startswith("chat_template 'no.jinja' can't be read: No such file or directory. Give a")
     (tmp_path / "own.jinja").write_text(CHATML)
     for template in ("plain", tmp_path / "own.jinja"):
         typed(monkeypatch, "one two")

@@ -210,7 +210,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "tampered head": (
         lambda f: set_config(f, sampler_head={"class_path": "mtp_lightning.sampler_heads.GRUSamplerHead"}),
-        "{f}/mtp_config.json: sampler_head can't be made: 'init_args'.",
+        "{f}/mtp_config.json: sampler_head.init_args is not as mtp export writes it: it is missing."
+        " Save or copy the folder again.",
     ),
     "no head": (
         lambda f: set_config(f, sampler_head={"class_path": "mtp_lightning.model.MTPModel", "init_args": {}}),

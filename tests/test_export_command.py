@@ -12,13 +12,14 @@ import torch
 from command_line import error_of, leave_no_trace, mtp, own_cache, save_base, write_rows  # noqa: F401 - some are fixtures
 from safetensors.torch import load_file
 from saved import files_of
-from test_cli import LAST, STEPS, fit, here, json_lines, run, trained, without_times  # noqa: F401 - some are fixtures
+from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
+from trained_run import STEPS, fit, json_lines, without_times
 
 from mtp_lightning import MTPModel
 
 
-def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:  # noqa: F811
+def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:
     assert mtp("export", "--ckpt_path", LAST, "--output", "saved") == 0
     assert capsys.readouterr().out == "saved to saved\n"
     config = json.loads(Path("saved/mtp_config.json").read_text())
@@ -37,7 +38,7 @@ def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:  
     assert files_of(Path("again")) == files_of(Path("saved"))
 
 
-def test_the_card_has_the_runs_acceptance(here: Path, capsys) -> None:  # noqa: F811
+def test_the_card_has_the_runs_acceptance(here: Path, capsys) -> None:
     callback = ["--trainer.callbacks+", "mtp_lightning.callbacks.AcceptanceEvaluation"]
     assert fit(*callback, "--trainer.callbacks.prompts", "prompts.jsonl", "--trainer.callbacks.max_new_tokens", 12) == 0
     assert mtp("export", "--ckpt_path", LAST, "--output", "saved") == 0
@@ -61,7 +62,7 @@ def test_the_card_has_the_runs_acceptance(here: Path, capsys) -> None:  # noqa: 
     assert Path("given/README.md").read_text() == card
 
 
-def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) -> None:  # noqa: F811
+def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) -> None:
     Path("base").rename("moved")
     words = ["export", "--ckpt_path", LAST, "--output", "saved"]
     assert "base model 'base' could not be loaded" in error_of(capsys, 1, *words)
@@ -75,9 +76,9 @@ def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) ->
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        ("--output saved", 2, "ckpt_path is required: set it in the configuration file or on the command line."),
+        ("--output saved", 2, "--ckpt_path is required: set it on the command line. mtp export --help shows all."),
         ("--ckpt_path no.ckpt --output saved", 1, "checkpoint 'no.ckpt' does not exist. Give the path of a .ckpt file"),
-        ("--ckpt_path {last}", 2, "output is required: set it in the configuration file or on the command line."),
+        ("--ckpt_path {last}", 2, "--output is required: set it on the command line. mtp export --help shows all."),
         ("--ckpt_path {last} --outptu saved", 2, "unknown key or option '--outptu': did you mean 'output'?"),
         ("--ckpt_path {last} --output saved --dtype half", 2, "dtype must be auto or one of float64, float32, bfloat16,"),
         (
@@ -90,10 +91,14 @@ def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) ->
         ("--ckpt_path {last} --output saved --base_model wider", 1, "the checkpoint belongs to a base with hidden_size 32,"),
         ("--ckpt_path {last} --output saved --acceptance no.json", 1, "no.json: expected an acceptance.json, nothing is"),
         ("--ckpt_path {last} --output saved --acceptance broken.json", 1, "broken.json is not as the acceptance evaluation"),
-        ("--ckpt_path {last} --output config.yaml/saved", 1, "config.yaml/saved can't be written: "),
+        (
+            "--ckpt_path {last} --output config.yaml/saved",
+            1,
+            "config.yaml/saved can't be written: 'config.yaml' is a file, ",
+        ),
     ],
 )
-def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:  # noqa: F811
+def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:
     save_base(here / "wider", "llama", word_tokenizer(), torch.float32, max_position_embeddings=96, hidden_size=40)
     write_rows(here / "broken.json", [{"latest": {}}])
     before = files_of(here)

@@ -129,6 +129,13 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
         ('{"messages": []}\n', "line 1: expected messages as a list of objects with role and content"),
         ('{"messages": ["one"]}\n', "line 1: expected messages as a list of objects with role and content"),
         ('{"prompt": "one", "domain": 3}\n', "line 1: expected domain as text, got int"),
+        ('{"prompt": "\\ud800"}\n', "line 1: expected UTF-8 text, got half a character or other bytes"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "line 1: expected UTF-8 text, got half a character"),
+        ("[" * 100_000, "line 1: expected JSON, got brackets in one another without end"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1: expected messages of role and content, got {'role': 'user'}"),
+        ('{"messages": [{"role": 1, "content": "one"}]}\n', "line 1: expected messages of role and content, got"),
+        ('{"messages": [{"role": "user", "content": 3}]}\n', "line 1: expected content of a message as text, got int"),
+        ('{"messages": [{"role": "usr", "content": "one"}]}\n', "line 1: message 1 has the role 'usr', which the chat"),
         ('{"prompt": "one"}\n{"prompt": "  "}\n', "line 2: expected at least one token, the prompt has none"),
     ],
 )
@@ -153,16 +160,16 @@ def test_wrong_sources(write, tmp_path: Path) -> None:
     wrong: list[tuple[str, type[MTPError], str]] = [
         (str(tmp_path / "none.jsonl"), RunError, "expected a file of prompts, nothing is there"),
         (write("one", "p.csv"), UsageError, "expected prompts in a .txt or .jsonl file"),
-        (str(tmp_path), UsageError, "expected prompts in a .txt or .jsonl file"),
+        (str(tmp_path), RunError, "expected a .txt or .jsonl file of prompts, it is a folder. Name a file in it."),
     ]
     for source, kind, message in wrong:
         with pytest.raises(kind, match=message):
             read_prompts(source, word_tokenizer())
     latin = tmp_path / "latin.txt"
-    latin.write_bytes("\xe9t\xe9".encode("latin-1"))
-    with pytest.raises(RunError, match="expected UTF-8 text"):
+    latin.write_bytes("one\n\xe9t\xe9".encode("latin-1"))
+    with pytest.raises(RunError, match="latin.txt, line 2: expected UTF-8 text, .* Save it as UTF-8"):
         read_prompts(str(latin), word_tokenizer())
-    with pytest.raises(UsageError, match="must be 1 or more, got 0"):
+    with pytest.raises(UsageError, match="must be 1 or more, got 0. Change num_prompts."):
         read_prompts(write("one", "p.txt"), word_tokenizer(), 0)
 
 
@@ -172,3 +179,17 @@ def test_a_model_without_a_tokenizer() -> None:
             encode_prompt_row(PromptRow("here", content, "", 1), None)
     with pytest.raises(UsageError, match="a prompt needs a tokenizer"):
         encode_prompt("one", None)
+
+
+def test_a_prompt_that_leaves_no_room_in_the_context(write) -> None:
+    source = write("one\none one one\n", "p.txt")
+    assert len(read_prompts(source, word_tokenizer(), context=5)) == 2
+    with pytest.raises(
+        RunError, match="p.txt, line 2: the prompt has 4 tokens and the model's context is 4: shorten it to 3"
+    ):
+        read_prompts(source, word_tokenizer(), context=4)
+
+
+def test_a_prompt_that_is_no_text() -> None:
+    with pytest.raises(UsageError, match="the prompt must be UTF-8 text, got half a character or other bytes. Change"):
+        encode_prompt("\udcff", word_tokenizer())

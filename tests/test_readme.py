@@ -67,9 +67,10 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     monkeypatch.setattr("mtp_lightning.distill.command.chosen_shard", lambda *args: reached.append("distill") or sys.exit())
     monkeypatch.setattr(lightning_cli.DataCLI, "instantiate_classes", lambda self: reached.append("data") or sys.exit())
     for module in (commands, lightning_cli):
-        monkeypatch.setattr(module, "read_prompts", lambda *args: [])
+        monkeypatch.setattr(module, "read_prompts", lambda *args, **options: [])
         monkeypatch.setattr(module, "print_generations", lambda *args, **options: reached.append("text"))
     monkeypatch.setattr(torch.nn.Identity, "tokenizer", word_tokenizer(), raising=False)
+    monkeypatch.setattr(torch.nn.Identity, "context", 4096, raising=False)
     monkeypatch.setattr(MTPModel, "from_pretrained", lambda *args, **options: torch.nn.Identity())
     assert mtp(*words) == 0, capsys.readouterr().err
     assert reached == ["text" if words[0] in ("predict", "generate") else words[0]]

@@ -13,6 +13,11 @@ from command_line import read_metrics, save_base, write_rows
 from toy_tokenizers import word_tokenizer
 
 LAST = "run/checkpoints/last.ckpt"
+LOGGER = {
+    "class_path": "lightning.pytorch.loggers.CSVLogger",
+    "init_args": {"save_dir": "run", "name": "", "version": ""},
+}
+"""Writes to the folder ``run``."""
 CONFIG: dict[str, Any] = {
     "model": {
         "base_model": "base",
@@ -44,12 +49,7 @@ CONFIG: dict[str, Any] = {
         "gradient_clip_val": 1.0,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "logger": [
-            {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": "run", "name": "", "version": ""},
-            }
-        ],
+        "logger": [LOGGER],
         "callbacks+": [
             {
                 "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",

@@ -50,7 +50,7 @@ def load_config(base_model: str, revision: str | None = None) -> Any:
     """
     try:
         return AutoConfig.from_pretrained(resolve(base_model), revision=revision)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file makes transformers raise anything
         raise _not_loaded(base_model, error) from error
 
 
@@ -97,9 +97,9 @@ def load_base(
         base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             resolve(base_model), config=config, revision=revision, dtype=parse_dtype(dtype), device_map=device, **options
         )
-    except UsageError:
+    except (UsageError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file makes transformers and safetensors raise anything
         raise _not_loaded(base_model, error) from error
     return base
 
@@ -119,7 +119,7 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(resolve(base_model), revision=revision)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file makes transformers and tokenizers raise anything
         raise RunError(
             f"no tokenizer could be loaded from {base_model!r}: {_first_line(error)} Put the base's tokenizer beside it."
         ) from error
@@ -135,8 +135,14 @@ def _quantization(name: str) -> BitsAndBytesConfig:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return text if text.endswith(".") else text + "."
+    text = lines[0].rstrip(" .:!") if lines else ""
+    if "ignore_mismatched_sizes" in text:
+        return "the shapes of its weights are not those that its config.json says."
+    if text.startswith("Couldn't instantiate the backend tokenizer"):
+        return "it has no file of a tokenizer."
+    # Of what the libraries foresee the sentence is enough; of a KeyError it would be one word.
+    foreseen = text and isinstance(error, OSError | ValueError | ImportError)
+    return f"{text}." if foreseen else f"{type(error).__name__}{': ' if text else ''}{text}."
 
 
 def context_length(base: PreTrainedModel) -> int:

@@ -19,9 +19,10 @@ from mtp_lightning.benchmark import Setting, acceptance_grid, settings_of
 from mtp_lightning.benchmark_report import markdown, save_benchmark_plot
 from mtp_lightning.benchmark_speed import contenders, groups, speed
 from mtp_lightning.commands import DecodingArguments, OneLineParser
-from mtp_lightning.decoding import Decoding, DecodingOptions, check_prompt, trained_masks
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.decoding import Decoding, DecodingOptions, trained_masks
+from mtp_lightning.errors import RunError, UsageError, os_reason
 from mtp_lightning.model import MTPModel
+from mtp_lightning.paths import obstacle
 from mtp_lightning.prompts import read_prompts
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -79,6 +80,10 @@ def run_benchmark(args: list[str]) -> None:
     for name, least in (("batch_size", 1), ("speed_rounds", 0)):
         if config[name] < least:
             raise UsageError(f"{name} must be {least} or more, got {config[name]}. Change --{name}.")
+    if config.num_prompts is not None and config.num_prompts < 1:
+        raise UsageError(f"num_prompts must be 1 or more, got {config.num_prompts}. Change --num_prompts.")
+    if not config.output:
+        raise UsageError("output must be a folder, got an empty name. Change --output.")
     if config.decoding == "autoregressive":
         raise UsageError(
             "autoregressive decoding is what all others are compared with: leave --decoding out or name another."
@@ -96,16 +101,14 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         arguments: those of decoding.
 
     Raises:
-        UsageError: a wrong option, or a prompt that does not fit the context.
-        RunError: a file can't be read or written.
+        UsageError: a wrong option.
+        RunError: a file can't be read or written, or a prompt does not fit the context.
     """
     folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file. Give --output a folder.")
+    if (reason := obstacle(folder)) is not None:  # seen before hours of measuring
+        raise RunError(f"{folder} can't be written: {reason}. Give --output another folder.")
     model = arguments.load(config.model)
-    prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts)
-    for prompt in prompts:
-        check_prompt(len(prompt.input_ids), model.context)
+    prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts, model.context)
     options = arguments.options()
     settings = _settings(model, config)
     told = Progress()
@@ -130,13 +133,16 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         field = contenders(model, chosen, masks, config.batch_size, arguments.stop)
         report["speed"] = speed(field, batches, options.max_new_tokens, told)
     text = markdown(report)
+    # Printed first: should the disk be full by now, what was measured is not lost.
+    print(json.dumps(report, ensure_ascii=False) if config.json else text, end="\n" if config.json else "", flush=True)
     try:
         save_json(report, folder / "benchmark.json")
         write_whole(folder / "benchmark.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
         save_benchmark_plot(report, folder / "benchmark.png")
     except OSError as error:
-        raise RunError(f"{folder} can't be written: {one_line(error)}. Give --output another folder.") from error
-    print(json.dumps(report, ensure_ascii=False) if config.json else text, end="\n" if config.json else "")
+        raise RunError(
+            f"{folder} can't be written: {os_reason(error)}. The report is printed above; give --output another folder."
+        ) from error
 
 
 def _settings(model: MTPModel, config: Any) -> list[Setting]:

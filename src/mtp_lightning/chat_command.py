@@ -12,8 +12,9 @@ from typing import Any
 from mtp_lightning.chat import PLAIN, PLAIN_STOP, Conversation
 from mtp_lightning.commands import DecodingArguments, OneLineParser
 from mtp_lightning.decoding import trained_masks
-from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
+from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
 from mtp_lightning.model import MTPModel
+from mtp_lightning.prompts import render_messages
 
 MAX_NEW_TOKENS = 1024
 HELP = """/reset          forget what was said
@@ -49,6 +50,8 @@ def run_chat(args: list[str]) -> None:
     names = [name for name in DecodingArguments.__dataclass_fields__ if name not in OWN]
     arguments = DecodingArguments(**{name: config[name] for name in names})
     template = _template(config.chat_template)
+    if sys.stdin is None or sys.stdin.closed:
+        raise RunError("standard input: expected messages, it is closed. Run mtp chat in a terminal, or pipe messages in.")
     model = arguments.load(config.model)
     converse(conversation(model, arguments, template, config.system))
 
@@ -56,10 +59,16 @@ def run_chat(args: list[str]) -> None:
 def _template(name: str | None) -> str | None:
     if name is None or name == "plain":
         return None if name is None else PLAIN
+    if not name:
+        raise UsageError("chat_template must be a jinja file or plain, got an empty name. Change --chat_template.")
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        text = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"chat_template {name} can't be read: {one_line(error)}. Give a jinja file, or plain.") from error
+        reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
+        raise RunError(f"chat_template {name!r} can't be read: {reason}. Give a jinja file, or plain.") from error
+    if not text.strip():
+        raise RunError(f"chat_template {name!r} is empty. Give a jinja file, or plain.")
+    return text
 
 
 def conversation(
@@ -77,7 +86,8 @@ def conversation(
         The conversation.
 
     Raises:
-        UsageError: there is no chat template, or a wrong option.
+        UsageError: there is no chat template, a system message that does not fit the context, or a wrong option.
+        RunError: the template takes no message.
     """
     trained_masks(model, arguments.options())  # what is wrong shows before anything is said
     if model.tokenizer is None:
@@ -89,8 +99,24 @@ def conversation(
             "the base's tokenizer has no chat template: it was not made for chat. Give --chat_template FILE, or"
             " --chat_template plain for a simple dialogue."
         )
+    _try_template(model, system)
     stops = [arguments.stop] if arguments.stop else []
     return Conversation(model, arguments.options(), stops + ([PLAIN_STOP] if template == PLAIN else []), system)
+
+
+def _try_template(model: MTPModel, system: str | None) -> None:
+    """Render a message, so that a template which takes none is refused before anything is said."""
+    messages = [{"role": "system", "content": system}] if system else []
+    try:
+        prompt = render_messages([*messages, {"role": "user", "content": "a"}], model.tokenizer)
+    except RunError as error:
+        said = str(error).removeprefix("messages: ").rstrip(".")
+        raise RunError(f"{said}. Change --chat_template{' or --system' if system else ''}.") from error
+    if system and len(prompt.input_ids) >= model.context:
+        raise UsageError(
+            f"the system message makes a prompt of {len(prompt.input_ids)} tokens and the model's context is"
+            f" {model.context}. Shorten --system."
+        )
 
 
 def converse(talk: Conversation) -> None:
@@ -101,8 +127,10 @@ def converse(talk: Conversation) -> None:
 
     Raises:
         KeyboardInterrupt: Ctrl-C where standard input is no terminal and no answer is being written.
+        RunError: standard input is no terminal, and a message of it could not be answered or is no text.
     """
     terminal = sys.stdin.isatty()
+    said = unanswered = 0
     if terminal:
         with contextlib.suppress(ImportError):  # arrow keys and history; not on every system
             importlib.import_module("readline")
@@ -113,18 +141,23 @@ def converse(talk: Conversation) -> None:
         except EOFError:
             if terminal:
                 print(flush=True)
-            return
+            break
+        except UnicodeDecodeError as error:
+            raise RunError(f"standard input: expected UTF-8 text, {one_line(error)}. Convert it.") from error
         except KeyboardInterrupt:
             if not terminal:
                 raise
             _note("\nCtrl-D or /exit leaves.")
             continue
         if text == "/exit":
-            return
+            break
         if text.startswith("/") and not text.startswith("//"):
             _command(talk, text)
         elif text.strip():
-            _answer(talk, text.removeprefix("/") if text.startswith("//") else text)
+            said += 1
+            unanswered += not _answer(talk, text.removeprefix("/") if text.startswith("//") else text)
+    if unanswered and not terminal:  # in a terminal it was seen
+        raise RunError(f"{unanswered} of {said} messages were not answered, for the reasons above. Change them.")
 
 
 def _read(terminal: bool) -> str:
@@ -153,8 +186,8 @@ def _command(talk: Conversation, text: str) -> None:
         _note(f"There is no command {name}. /help lists them; // at the beginning says a /.")
 
 
-def _answer(talk: Conversation, text: str) -> None:
-    """Print an answer as it comes. Ctrl-C stops it; what was said stays in the conversation."""
+def _answer(talk: Conversation, text: str) -> bool:
+    """Print an answer as it comes; whether there is one. Ctrl-C stops it; what was said stays in the conversation."""
     pieces = talk.say(text)
     begun = False
     try:
@@ -167,15 +200,16 @@ def _answer(talk: Conversation, text: str) -> None:
         pieces.close()  # type: ignore[attr-defined] # it is a generator
         print(flush=True)
         _note("[stopped; the answer is kept as far as it came]")
-        return
+        return True
     except MTPError as error:
         _note(f"mtp: {error}")
-        return
+        return False
     print(flush=True)
     if talk.dropped:
         _note(f"[the {talk.dropped} oldest messages no longer fit the context and are forgotten]")
     if talk.growing is not None:
         _note(talk.growing.summary())
+    return True
 
 
 def _note(text: Any) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from mtp_lightning.base import load_base, load_tokenizer
 from mtp_lightning.base_identity import hub_commit
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.gated_lora import LoRA, lora_layers
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import SamplerHead
@@ -104,6 +104,27 @@ def check_settings(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None
             )
 
 
+def check_complete(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks a trained weight of the model: it would silently keep what it began with.
+
+    Args:
+        checkpoint: a loaded checkpoint.
+        state: the ``MTPModule``'s state dict.
+
+    Raises:
+        RunError: a weight is missing, too many or of another shape.
+    """
+    shapes = {name: tuple(value.shape) for name, value in trained_state(state).items() if name.startswith("model.")}
+    there = checkpoint.get("state_dict", {})
+    found = {name: tuple(value.shape) for name, value in there.items() if name.startswith("model.")}
+    if shapes != found:
+        name = min(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+        raise RunError(
+            f"the checkpoint is damaged: {name} should be {shapes.get(name, 'absent')} and is {found.get(name, 'absent')}."
+            " Give another --ckpt_path."
+        )
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file without unpickling code.
 
@@ -121,6 +142,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise RunError(f"checkpoint {str(path)!r} {found}. Give the path of a .ckpt file that mtp fit wrote.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise RunError(f"checkpoint {str(path)!r} can't be read: {os_reason(error)}. Change its permissions.") from error
     except Exception as error:  # what is no checkpoint makes the unpickler raise anything, a KeyError for a text file
         raise RunError(
             f"checkpoint {str(path)!r} can't be read; it may be cut short or no checkpoint. Use another one."
@@ -128,6 +151,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or SETTINGS not in checkpoint:
         raise RunError(
             f"checkpoint {str(path)!r} was not written by mtp fit: it has no entry {SETTINGS!r}. Use another one."
+        )
+    settings = checkpoint[SETTINGS] if isinstance(checkpoint[SETTINGS], dict) else {}
+    needed = ("base_model", "revision", "base", "num_masks", "lora", "sampler_head")
+    missing = [name for name in needed if name not in settings]
+    if missing or not isinstance(checkpoint.get("state_dict"), dict):
+        raise RunError(
+            f"checkpoint {str(path)!r} is damaged: it has no {missing[0] if missing else 'state_dict'}. Use another one."
         )
     return checkpoint
 

@@ -10,7 +10,8 @@ import warnings
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from mtp_lightning.errors import MTPError, RunError, UsageError
+from mtp_lightning.configuration_file import check_configuration
+from mtp_lightning.errors import MTPError, UsageError
 
 
 class Command(NamedTuple):
@@ -94,7 +95,7 @@ def _run(words: list[str]) -> None:
         return
     if words[0] not in COMMANDS:
         raise UsageError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}.")
-    _missing_files(words)
+    _check_configurations(words)
     _quiet()
     command = COMMANDS[words[0]]
     getattr(import_module(f"mtp_lightning.{command.module}"), command.function)(
@@ -113,12 +114,12 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _missing_files(words: list[str]) -> None:
+def _check_configurations(words: list[str]) -> None:
     for word, value in zip(words, [*words[1:], ""], strict=True):
         name, _, given = word.partition("=")
         path = given or value
-        if name in ("--config", "-c") and path and not os.path.isfile(path):
-            raise RunError(f"configuration file {path!r} does not exist. Give the path of a YAML file with --config.")
+        if name in ("--config", "-c") and path:
+            check_configuration(path)
 
 
 def _cause(error: BaseException) -> BaseException:

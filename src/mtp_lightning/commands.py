@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import ArgumentParser
 
-from mtp_lightning.decoding import DecodingOptions, decode_rows, prepare, trained_masks
+from mtp_lightning.decoding import DecodingOptions, check_prompt, decode_rows, prepare, trained_masks
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
+from mtp_lightning.parser_messages import clear_message, missing_arguments, required
 from mtp_lightning.prompts import Prompt, encode_prompt, read_prompts
 from mtp_lightning.text_stream import GrowingText
 
@@ -70,6 +69,8 @@ class DecodingArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} must be 1 or more, got {value}. Change --{name}.")
+        if self.stop == "":
+            raise UsageError("stop must be a text of one character at least, got an empty one. Change --stop.")
         self.options()
 
     def load(self, name: str) -> MTPModel:
@@ -111,67 +112,20 @@ class DecodingArguments:
 
 
 class OneLineParser(ArgumentParser):
-    """A parser whose errors are raised for ``main`` to print as one line."""
+    """A parser whose errors are raised for ``main`` to print as one line. Its options are all on the command line."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line."""
-        known = [action.dest for action in self._actions if action.dest != "help"]
-        raise UsageError(clear_message(str(message), known)) from ex
-
-
-_PLAIN = {
-    r"<class '(?:\w+\.)*(\w+)'>": r"\1",
-    r"typing\.Literal\[(.+?)\]": r"\1",
-    r"\bNoneType\b": "null",
-    r"Expected a dot import path string: (\S+)": r"\1 is no import path",
-    r"^Expected an? ": "expected ",
-    r" or Expected an? ": " or ",
-}
-"""What Python's types and jsonargparse's terms are called in a message."""
-
-
-def clear_message(message: str, known: Iterable[str]) -> str:
-    """A message of jsonargparse in one line and in the user's terms.
-
-    ``Subcommand 'fit' does not accept option 'model.num_maks' -> unknown key or option 'model.num_maks': did you mean ..``
-
-    Args:
-        message: the message.
-        known: the keys that there are, to find the one meant.
-
-    Returns:
-        The line.
-    """
-    line = " ".join(message.split())
-    if unknown := re.search(r"^(?:Group '(.+)'|.*) does not accept option '(.+)'|^unrecognized arguments: (\S+)", line):
-        group, key, option = unknown.groups()
-        name = option.partition("=")[0] if option else f"{group}.{key}" if group else key
-        near = difflib.get_close_matches(name.lstrip("-"), known, n=1)
-        return f"unknown key or option {name!r}: {f'did you mean {near[0]!r}?' if near else '--help lists what there is.'}"
-    if missing := re.match(r"the following arguments are required: (?:fit\.|validate\.|test\.)?(.+)", line):
-        return f"{missing[1]} is required: set it in the configuration file or on the command line."
-    wrong = re.match(r'Parser key "(.+?)":(.*)', message, re.DOTALL)
-    if not wrong:
-        return line
-    key, what = wrong[1], wrong[2]
-    got = re.search(r"(?:\. Got value:|\n *Given value:) (.*)", what, re.DOTALL)
-    # Of a type with alternatives each has its own error; what is indented deeper explains it at length.
-    errors = re.findall(r"^    - (.+)$", what, re.MULTILINE) or re.findall(
-        r"^  - (.+?)(?:\. Got value:.*)?$", what, re.MULTILINE
-    )
-    errors = [error for error in errors if not error.startswith("Expected a path but")]
-    if cause := [error for error in errors if not re.match(r"Expected an? (<class|typing)|Not a valid subclass", error)]:
-        errors, got = cause, None  # the type is right
-    text = " ".join(" or ".join(dict.fromkeys(errors or [what[: got and got.start()]])).split())
-    for python, plain in _PLAIN.items():
-        text = re.sub(python, plain, text)
-    if "class_path" in text or "import path" in text.lower():
-        text += "; a class_path is module.Class, of an installed package or of a file in the current folder"
-    value = f", got {' '.join(got[1].split())[:100]}" if got and "Namespace(" not in got[1] else ""
-    return f"{key}: {text.rstrip('.')}{value}."
+        actions = [action for action in self._actions if action.dest != "help"]
+        if missing := missing_arguments(message):
+            words = {action.dest: f"--{action.dest}" if action.option_strings else action.dest.upper() for action in actions}
+            raise UsageError(
+                f"{required([words.get(name, name) for name in missing])} on the command line. {self.prog} --help shows all."
+            ) from ex
+        raise UsageError(clear_message(str(message), [action.dest for action in actions])) from ex
 
 
 def stream(
@@ -236,15 +190,9 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
         as_json: JSON lines instead of text.
 
     Raises:
-        UsageError: more masks than are trained, or a prompt that does not fit the context.
+        UsageError: more masks than are trained.
     """
     trained_masks(model, arguments.options())  # what is wrong shows before anything is printed
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt.input_ids) >= model.context:
-            raise UsageError(
-                f"prompt {number} has {len(prompt.input_ids)} tokens and the model's context is {model.context}:"
-                f" shorten it to {model.context - 1} or less."
-            )
     seeds = row_seeds(arguments.seed, len(prompts))
     for begin in range(0, len(prompts), arguments.batch_size):
         batch = prompts[begin : begin + arguments.batch_size]
@@ -256,7 +204,8 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
                 print(pieces[0], end="", flush=True)
         for number, record in enumerate(records, begin):
             if as_json:
-                print(json.dumps(record, ensure_ascii=False), flush=True)
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                print(line, end="", flush=True)  # at once, so that Ctrl-C leaves whole lines
                 continue
             if len(batch) > 1:  # several texts at a time can't be shown as they grow
                 print(("\n\n" if number else "") + record["prompt"] + record["text"], end="", flush=True)
@@ -289,6 +238,7 @@ def run_generate(args: list[str]) -> None:
     model = arguments.load(config.model)
     if config.prompt is not None:
         prompts = [Prompt(config.prompt, encode_prompt(config.prompt, model.tokenizer), "")]
+        check_prompt(len(prompts[0].input_ids), model.context)
     else:
-        prompts = read_prompts(config.prompts, model.tokenizer)
+        prompts = read_prompts(config.prompts, model.tokenizer, context=model.context)
     print_generations(model, prompts, arguments, config.json)

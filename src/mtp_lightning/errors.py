@@ -21,10 +21,24 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
     Args:
         error: the error.
-        limit: how many characters to keep.
+        limit: how many characters to keep at most; a longer message ends after a whole word.
 
     Returns:
-        The message, or the error's class name where it has none.
+        The message, or the error's class name where it has none; without a period at its end, for ours goes on.
     """
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    if len(text) > limit:
+        return text[:limit].rpartition(" ")[0].rstrip(".,;: ") + " …" if " " in text[:limit] else text[: limit - 1] + "…"
+    return text.rstrip(".!")
+
+
+def os_reason(error: OSError) -> str:
+    """What the operating system says is wrong, without its number and the file's name, which our message has.
+
+    Args:
+        error: the error.
+
+    Returns:
+        A few words.
+    """
+    return error.strerror or one_line(error)

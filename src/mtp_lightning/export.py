@@ -23,10 +23,10 @@ from torch import Tensor
 from mtp_lightning.base_identity import describe
 from mtp_lightning.checkpoint import SETTINGS, class_path, init_args, load_model, read_checkpoint
 from mtp_lightning.decoding import is_sharded
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.model import MTPModel
 from mtp_lightning.model_card import card, read_figures
-from mtp_lightning.paths import PACKAGE
+from mtp_lightning.paths import PACKAGE, obstacle
 from mtp_lightning.saved_folder import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -113,7 +113,7 @@ def save_model(
             _write_json(config, aside / CONFIG)
             (aside / CARD).write_text(card(config), encoding="utf-8")
     except OSError as error:
-        raise RunError(f"{path} can't be written: {one_line(error)}. Choose another folder or make room.") from error
+        raise RunError(f"{path} can't be written: {os_reason(error)}. Choose another folder or make room.") from error
 
 
 def trained_weights(model: MTPModel) -> dict[str, Tensor]:
@@ -142,6 +142,8 @@ def check_target(path: Path) -> None:
         RunError: something else is there.
     """
     if not path.exists():
+        if (reason := obstacle(path)) is not None:
+            raise RunError(f"{path} can't be written: {reason}. Choose another folder.")
         return
     if path.is_dir():
         if not any(path.iterdir()):

@@ -34,5 +34,8 @@ def run_export(args: list[str]) -> None:
     dtype = None if config.dtype is None else parse_dtype(config.dtype)
     if dtype == "auto":
         raise UsageError("dtype of saved weights must be float64, float32, bfloat16 or float16, got auto. Change --dtype.")
+    for name in ("ckpt_path", "output"):
+        if not config[name]:
+            raise UsageError(f"{name} must be a path, got an empty one. Change --{name}.")
     export_checkpoint(config.ckpt_path, config.output, config.base_model, config.revision, dtype, config.acceptance)
     print(f"saved to {config.output}")

@@ -10,6 +10,7 @@ Source: Samragh et al. 2025, §2.2. The tail form is equal to the paper's I(t) b
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UsageError(f"rank must be 1 or more, got {self.rank}. Set model.lora.rank in the YAML.")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise UsageError(f"alpha must be above 0, or null for 2 * rank, got {self.alpha}. Set model.lora.alpha.")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}. Set model.lora.dropout.")
 

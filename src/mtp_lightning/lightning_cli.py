@@ -13,7 +13,6 @@ from typing import Any, Literal, NoReturn, cast
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in its __all__, though documented
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -25,13 +24,15 @@ from mtp_lightning.callbacks.run_guards import explain, unwritable
 from mtp_lightning.callbacks.together import checkpoint_folders
 from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.checkpoint_files import newest_checkpoint
-from mtp_lightning.commands import DecodingArguments, clear_message, print_generations
+from mtp_lightning.commands import DecodingArguments, print_generations
 from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.module import MTPModule
+from mtp_lightning.parser_messages import clear_message
 from mtp_lightning.prompts import read_prompts
 from mtp_lightning.trainer import BesideCheckpointIO, MetricsWriter
+from mtp_lightning.trainer.wrong_settings import check_nulls, check_states, not_made, wrong_setting
 
 COMPARED = ("seed_everything", "model", "data", "trainer")
 """Parts of a configuration that all processes of a run must have in common."""
@@ -45,14 +46,20 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line or the configuration."""
-        raise UsageError(clear_message(str(message), known_keys())) from ex
+        known = known_keys()
+        if any(action.dest == "config" for action in self._actions):  # else of a class that the configuration names
+            known += [action.dest for action in self._actions if "." not in action.dest and action.dest != "help"]
+        raise UsageError(clear_message(str(message), known)) from ex
+
+
+GROUPS: dict[str, type] = {"model": MTPModule, "model.lora": LoRA, "data": MTPDataModule, "trainer": Trainer}
+"""Classes whose arguments are keys of every configuration."""
 
 
 def known_keys() -> list[str]:
     """The keys of a configuration that belong to no class named in it."""
-    groups = {"model": MTPModule, "model.lora": LoRA, "data": MTPDataModule, "trainer": Trainer}
-    names = [f"{group}.{name}" for group, kind in groups.items() for name in inspect.signature(kind).parameters]
-    return [*names, "seed_everything", "ckpt_path", "config", "prompts", *DecodingArguments.__dataclass_fields__]
+    names = [f"{group}.{name}" for group, kind in GROUPS.items() for name in inspect.signature(kind).parameters]
+    return names
 
 
 def as_text(config: Any) -> dict[str, str]:
@@ -73,8 +80,8 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet: what a failed start or ``mtp validate`` was given must not replace a run's configuration."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save: by now Lightning has compared the trainer's limits with the data, too."""
         super().setup(trainer, pl_module, "fit")
 
 
@@ -98,6 +105,23 @@ class MTPCLI(LightningCLI):
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file; give several to add to the first")
         return parser
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, with a usage line instead of a page of options."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"mtp {subcommand} --config F [--config G ...] [--ckpt_path C] [options]"
+        return parser
+
+    def _set_seed(self) -> None:
+        """Seed everything, with a one-line error."""
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise UsageError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}. Change seed_everything.")
+        super()._set_seed()
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what no class can be made of."""
+        check_nulls(self.config if self.subcommand is None else self.config[self.subcommand], GROUPS)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's commands but predict, which is ours."""
@@ -109,11 +133,14 @@ class MTPCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
         path = self._get(self.config, "ckpt_path")
+        if path in ("", "best", "hpc", "registry"):  # Lightning's own words for what another command does not have
+            raise UsageError(f"ckpt_path must be the path of a .ckpt file, or last, got {path!r}. Change --ckpt_path.")
         if path == "last":
             path = self._last_checkpoint()
-        if path and path not in ("best", "hpc", "registry"):
+        if path:
             checkpoint = read_checkpoint(path)
             check_settings(checkpoint, checkpoint_settings(self.model))
+            check_states(path, checkpoint, self.subcommand or "")
             if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
                 self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
         for logger in self.trainer.loggers:
@@ -153,7 +180,9 @@ class MTPCLI(LightningCLI):
         except MTPError:
             raise
         except Exception as error:
-            known = explain(error, self.guards(), self.trainer)
+            known: MTPError | None = explain(error, self.guards(), self.trainer)
+            if known is None:
+                known = wrong_setting(error)
             if known is None:
                 raise
             raise known from error
@@ -164,14 +193,17 @@ class MTPCLI(LightningCLI):
         if named.get("logger") in (None, True):  # Lightning's own would begin a new folder at each start
             folder = Path(named.get("default_root_dir") or ".") / "lightning_logs"
             kwargs["logger"] = [kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
+        if named.get("val_check_interval") == 0:
+            raise UsageError("trainer.val_check_interval must be above 0, got 0. Change trainer.val_check_interval.")
         try:
             return super().instantiate_trainer(**kwargs)
         except UsageError:
             raise
-        except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
-            raise UsageError(
-                f"the trainer can't be made: {one_line(error)} Change trainer.* in the configuration."
-            ) from error
+        except Exception as error:
+            known = not_made(error)
+            if known is None:
+                raise
+            raise known from error
 
 
 def run_trainer(args: list[str]) -> None:
@@ -185,6 +217,14 @@ def run_trainer(args: list[str]) -> None:
 
 class PredictCLI(MTPCLI):
     """The same configuration files, read for their settings alone, with the options of decoding."""
+
+    USAGE = "mtp predict --config F [--config G ...] --ckpt_path C [--prompts P] [options]"
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The parser, with a usage line instead of a page of options."""
+        parser = super().init_parser(**kwargs)
+        parser.usage = self.USAGE
+        return parser
 
     def instantiate_classes(self) -> None:
         """Nothing: no trainer and no data module take part in decoding."""
@@ -218,7 +258,7 @@ def run_predict(args: list[str]) -> None:
         raise UsageError("mtp predict needs the path of a .ckpt file, got 'last'. Change --ckpt_path.")
     arguments = DecodingArguments(**{name: config[name] for name in DecodingArguments.__dataclass_fields__})
     source = config.prompts or config.data.test
-    if not isinstance(source, str):
+    if not isinstance(source, str) or not source:
         raise UsageError("mtp predict needs prompts: give --prompts FILE or set data.test to one file of prompts.")
     model = load_model(
         config.ckpt_path,
@@ -229,11 +269,13 @@ def run_predict(args: list[str]) -> None:
         config.model.attention,
         config.model.quantization,
     )
-    print_generations(model, read_prompts(source, model.tokenizer), arguments, as_json=True)
+    print_generations(model, read_prompts(source, model.tokenizer, context=model.context), arguments, as_json=True)
 
 
 class DataCLI(PredictCLI):
     """The same configuration files, of which the data and what it asks the model for are made: no weights, no trainer."""
+
+    USAGE = "mtp data --config F [--config G ...] [--split S] [--rows N] [--steps N] [options]"
 
     def instantiate_classes(self) -> None:
         """The module and the data module; the trainer would want the devices that the configuration names."""
@@ -269,6 +311,14 @@ def run_data(args: list[str]) -> None:
             raise UsageError(f"{name} must be 1 or more, got {config[name]}. Change --{name}.")
     training = config.split == "train"
     devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    named = isinstance(devices, list) or str(devices) in ("auto", "-1") or "," in str(devices)
+    for name, value in (
+        ("devices", 1 if named else int(devices) if str(devices).isdigit() else 0),
+        ("num_nodes", nodes),
+        ("accumulate_grad_batches", config.trainer.accumulate_grad_batches),
+    ):
+        if not value or value < 1:
+            raise UsageError(f"trainer.{name} must be 1 or more, got {config.trainer[name]}. Change trainer.{name}.")
     world = nodes * (len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1)
     accumulate = config.trainer.accumulate_grad_batches if training else 1
     data.trainer = cast("Trainer", _Alone(cli.model, world, accumulate))

@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection, SumMetric
 
 from mtp_lightning.attention import text_config
 from mtp_lightning.base import config_context, load_base, load_config, load_tokenizer, parse_dtype
-from mtp_lightning.checkpoint import check_settings, checkpoint_settings, trained_state
+from mtp_lightning.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, LossTerm, SamplerCrossEntropy, TokenLoss, term_value
@@ -284,5 +284,6 @@ class MTPModule(LightningModule):
         checkpoint["mtp_settings"] = checkpoint_settings(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base, number of masks or head."""
+        """Refuse a checkpoint of another base, number of masks or head, and one that lacks a weight."""
         check_settings(checkpoint, checkpoint_settings(self))
+        check_complete(checkpoint, self.state_dict())

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
+from pathlib import Path
 
 PACKAGE = "package://"
 
@@ -22,3 +24,20 @@ def resolve(name: str) -> str:
     if name.startswith(PACKAGE):
         return str(files("mtp_lightning").joinpath(name[len(PACKAGE) :]))
     return name
+
+
+def obstacle(folder: Path) -> str | None:
+    """Why a folder can't be made or written to, as far as that is seen before anything is written.
+
+    Args:
+        folder: the folder, there or not.
+
+    Returns:
+        A few words, or None where nothing is in the way.
+    """
+    for place in (folder, *folder.parents):
+        if os.path.isdir(place):
+            return None if os.access(place, os.W_OK | os.X_OK) else f"{str(place)!r} can't be written to"
+        if os.path.lexists(place):
+            return f"{str(place)!r} is a file, not a folder"
+    return None

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.paths import resolve
 
 
@@ -49,26 +49,35 @@ class PromptRow(NamedTuple):
     name: str | int
 
 
-def read_prompts(source: str, tokenizer: Any, limit: int | None = None) -> list[Prompt]:
+def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context: int | None = None) -> list[Prompt]:
     """The prompts of a source, tokenised as the tokenizer does it, less an end token that it may append.
 
     Args:
         source: a ``.txt`` or ``.jsonl`` file, ``package://...`` for one shipped with this package, or ``-``.
         tokenizer: the base's tokenizer.
         limit: at most so many prompts, evenly from the domains. None: all, in the order of the file.
+        context: the model's context, which must leave room for a token after each. None: not looked at.
 
     Returns:
         At least one prompt.
 
     Raises:
         UsageError: a file of another kind, or a limit below 1.
-        RunError: the file is missing or empty, a line can't be used, or there are messages and no chat template.
+        RunError: the file is missing or empty, a line can't be used or is too long, or there are messages and no chat
+            template.
     """
     if limit is not None and limit < 1:
-        raise UsageError(f"the number of prompts must be 1 or more, got {limit}.")
+        raise UsageError(f"num_prompts must be 1 or more, got {limit}. Change num_prompts.")
     rows = read_prompt_rows(source)
     chosen = range(len(rows)) if limit is None else round_robin([row.domain for row in rows])[:limit]
-    return [encode_prompt_row(rows[i], tokenizer) for i in chosen]
+    prompts = [encode_prompt_row(rows[i], tokenizer) for i in chosen]
+    for i, prompt in zip(chosen, prompts, strict=True):
+        if context is not None and len(prompt.input_ids) >= context:
+            raise RunError(
+                f"{rows[i].place}: the prompt has {len(prompt.input_ids)} tokens and the model's context is {context}:"
+                f" shorten it to {context - 1} or less, or delete the line."
+            )
+    return prompts
 
 
 def read_prompt_rows(source: str) -> list[PromptRow]:
@@ -111,10 +120,17 @@ def round_robin(domains: Sequence[str]) -> list[int]:
 def _lines(source: str) -> tuple[str, list[str], bool]:
     """Name for messages, lines, and whether they are JSON."""
     if source == "-":
-        text = sys.stdin.read()
+        if sys.stdin is None or sys.stdin.closed:
+            raise RunError("standard input: expected prompts, it is closed. Pipe them in, or give --prompts a file.")
+        try:
+            text = sys.stdin.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"standard input: expected UTF-8 text, it can't be read: {one_line(error)}.") from error
         # Not splitlines(): it also splits at characters that stand inside JSON strings.
         return "standard input", text.split("\n"), text.lstrip().startswith("{")
     path = Path(resolve(source)).expanduser()
+    if path.is_dir():
+        raise RunError(f"{source}: expected a .txt or .jsonl file of prompts, it is a folder. Name a file in it.")
     if path.suffix not in (".txt", ".jsonl"):
         raise UsageError(
             f"{source}: expected prompts in a .txt or .jsonl file, or - for standard input. Convert or rename it."
@@ -122,9 +138,13 @@ def _lines(source: str) -> tuple[str, list[str], bool]:
     if not path.is_file():
         raise RunError(f"{source}: expected a file of prompts, nothing is there (looked in {Path.cwd()}). Check the path.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{source}: expected UTF-8 text, it cannot be read: {one_line(error)}") from error
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise RunError(f"{source}: it can't be read: {os_reason(error)}. Change its permissions.") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RunError(f"{source}, line {line}: expected UTF-8 text, {one_line(error)}. Save it as UTF-8.") from error
     return source, text.split("\n"), path.suffix == ".jsonl"
 
 
@@ -138,6 +158,8 @@ def _row(source: str, number: int, line: str, as_json: bool) -> PromptRow:
         raise RunError(
             f"{place}: expected JSON, got {error.msg} at column {error.colno}. Correct or delete the line."
         ) from error
+    except RecursionError as error:
+        raise RunError(f"{place}: expected JSON, got brackets in one another without end. Correct or delete it.") from error
     if not isinstance(value, dict):
         raise RunError(f"{place}: expected an object with prompt or messages, got {type(value).__name__}.")
     content = value.get("messages") if value.get("messages") is not None else value.get("prompt")
@@ -153,6 +175,15 @@ def _row(source: str, number: int, line: str, as_json: bool) -> PromptRow:
     if not isinstance(name, str | int):
         raise RunError(f"{place}: expected id as text or a number, got {type(name).__name__}.")
     return PromptRow(place, content, domain or "", name)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written: JSON's escapes, and what a terminal or pipe hands on undecoded, may be half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
@@ -171,9 +202,11 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
         Token ids.
 
     Raises:
-        UsageError: there is no tokenizer.
+        UsageError: there is no tokenizer, or the prompt is no text.
     """
     _check_tokenizer(tokenizer)
+    if not _is_text(text):
+        raise UsageError("the prompt must be UTF-8 text, got half a character or other bytes. Change the prompt.")
     ids = list(tokenizer(text)["input_ids"])
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     appended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != ids[-1])
@@ -192,13 +225,15 @@ def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
 
     Raises:
         UsageError: there is no tokenizer.
-        RunError: it has no token, or there are messages and no chat template.
+        RunError: it is no text or has no token, or there are messages and no chat template.
     """
     _check_tokenizer(tokenizer)
+    text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
+    if not _is_text(text):
+        raise RunError(f"{row.place}: expected UTF-8 text, got half a character or other bytes. Correct or delete it.")
     if isinstance(row.content, str):
-        text, ids = row.content, encode_prompt(row.content, tokenizer)
+        ids = encode_prompt(text, tokenizer)
     else:
-        text = _render(row, tokenizer)
         # The template writes the special tokens that the base wants: adding them again would double the first.
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
@@ -247,6 +282,20 @@ def _render(row: PromptRow, tokenizer: Any) -> str:
         raise RunError(
             f"{row.place}: expected messages as a list of objects with role and content, one of them to be answered."
         )
+    for message in messages:
+        if not isinstance(message.get("role"), str) or len([value for value in message.values() if value is not None]) < 2:
+            raise RunError(f"{row.place}: expected messages of role and content, got {one_line(Exception(message), 80)}.")
+        if not isinstance(message.get("content"), str | list | None):
+            raise RunError(
+                f"{row.place}: expected content of a message as text, got {type(message['content']).__name__}."
+                " Put it in quotes."
+            )
+    from mtp_lightning.data.chat import check_roles, template_of  # not at the top: it needs more than prompts do
+
+    try:
+        check_roles(messages, template_of(tokenizer, None))
+    except RunError as error:
+        raise RunError(f"{row.place}: {error}") from error
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise whatever their author and Jinja raise

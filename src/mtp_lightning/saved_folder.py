@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from mtp_lightning.base import load_base, load_config, load_tokenizer
 from mtp_lightning.base_identity import check_revision, check_shape, check_vocabulary, check_weights, hub_commit
 from mtp_lightning.checkpoint import build_head, check_placement, finish, fit_weights
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.model import MTPModel
 
@@ -41,6 +42,15 @@ KEYS = {
     "files": dict,
 }
 """Keys of ``mtp_config.json`` and their types; ``files`` holds the SHA-256 of every other file but the model card."""
+BASE_KEYS = {"shape": dict, "vocabulary": str | None, "dtype": str, "weights": dict}
+LORA_KEYS = {
+    "rank": int,
+    "alpha": float | int | None,
+    "dropout": float | int,
+    "target_modules": list | str | None,
+    "gated": bool,
+}
+HEAD_KEYS = {"class_path": str, "init_args": dict}
 PEFT_PREFIX = "base_model.model."
 
 
@@ -78,9 +88,21 @@ def find_folder(name: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise RunError(
-            f"{name!r} is no file or folder here, and no hub id that this machine can reach: {one_line(error, 120)}"
+            f"{name!r} is no file or folder here, and no hub id that this machine can reach: {_hub_reason(error)}."
             " Give a .ckpt file, a folder that mtp export wrote, or a hub id."
         ) from error
+
+
+def _hub_reason(error: Exception) -> str:
+    """Why the hub gave no folder, without the client's advice to programmers."""
+    if isinstance(error, HFValidationError):
+        return "a hub id is owner/name, of letters, digits, -, _ and dots"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such repository, or it is private"
+    if isinstance(error, LocalEntryNotFoundError):
+        offline = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub can't be reached"
+        return f"it is not in the cache, and {offline}"
+    return one_line(error)
 
 
 def read_folder(path: Path) -> SavedFolder:
@@ -100,7 +122,11 @@ def read_folder(path: Path) -> SavedFolder:
         file = path / name
         if not file.is_file():
             raise RunError(f"{path}: {name} is missing: it was renamed, deleted or not copied. Save or copy it again.")
-        if file_digest(file) != digest:
+        try:
+            found = file_digest(file)
+        except OSError as error:
+            raise RunError(f"{file} can't be read: {os_reason(error)}. Change its permissions.") from error
+        if found != digest:
             raise RunError(
                 f"{path}: {name} is not as it was saved: cut short, damaged or changed. Save or copy the folder again."
             )
@@ -132,7 +158,9 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise RunError(f"{file} can't be read: {os_reason(error)}. Change its permissions.") from error
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{file} is no JSON: {one_line(error, 100)}. Save or copy the folder again.") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise RunError(f"{file} is of another program: expected format {FORMAT!r}. Give a folder that mtp export wrote.")
@@ -141,14 +169,25 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file} has version {config.get('version')} of the format, this mtp-lightning reads version {VERSION}."
             " Update mtp-lightning, or save the model again."
         )
-    for key, kind in KEYS.items():
-        if key not in config or not isinstance(config[key], kind):
-            found = f"got {config[key]!r}" if key in config else "it is missing"
-            raise RunError(f"{file}: {key} is not as mtp export writes it: {found}. Save or copy the folder again.")
+    _check_kinds(file, config, KEYS)
+    _check_kinds(file, config["base"], BASE_KEYS, "base.")
+    _check_kinds(file, config["lora"], {key: LORA_KEYS[key] for key in LORA_KEYS if key in config["lora"]}, "lora.")
+    if config["sampler_head"] is not None:
+        _check_kinds(file, config["sampler_head"], HEAD_KEYS, "sampler_head.")
+    if config["num_masks"] < 1:
+        raise RunError(f"{file}: num_masks is {config['num_masks']}, which is below 1. Save or copy the folder again.")
     for name in (ADAPTER_CONFIG, ADAPTER, HEADS):
         if name not in config["files"]:
             raise RunError(f"{file}: files does not name {name}. Save or copy the folder again.")
     return config
+
+
+def _check_kinds(file: Path, values: dict[str, Any], kinds: dict[str, Any], group: str = "") -> None:
+    for key, kind in kinds.items():
+        right = key in values and isinstance(values[key], kind) and isinstance(values[key], bool) == (kind is bool)
+        if not right:
+            found = f"got {values[key]!r}" if key in values else "it is missing"
+            raise RunError(f"{file}: {group}{key} is not as mtp export writes it: {found}. Save or copy the folder again.")
 
 
 def file_digest(file: Path) -> str:
@@ -251,10 +290,10 @@ def _settings(saved: SavedFolder, trust_remote_code: bool, local: bool) -> tuple
             f"{path}: {CONFIG} names a LoRA of rank {lora.rank} and alpha {alpha}, {ADAPTER_CONFIG} one of rank"
             f" {adapter['r']} and alpha {adapter['lora_alpha']}. Save or copy the folder again."
         )
+    check_head(config["sampler_head"], trust_remote_code, path if local else None)
     try:
-        check_head(config["sampler_head"], trust_remote_code, path if local else None)
         head = build_head(config["sampler_head"])
-    except (TypeError, KeyError) as error:
+    except (TypeError, UsageError) as error:
         raise RunError(f"{path / CONFIG}: sampler_head can't be made: {one_line(error, 100)}.") from error
     return lora, head
 

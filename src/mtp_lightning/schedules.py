@@ -9,6 +9,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from mtp_lightning.errors import UsageError
+
 
 class WarmupConstant(LambdaLR):
     """Rises linearly for ``warmup_steps`` and stays flat (the paper's schedule).
@@ -19,7 +21,7 @@ class WarmupConstant(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0) -> None:
-        self.warmup_steps = warmup_steps
+        self.warmup_steps = _at_least_0("warmup_steps", warmup_steps)
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:
@@ -40,8 +42,8 @@ class WarmupCosine(LambdaLR):
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int = 0, floor: float = 0.0, total_steps: int | None = None
     ) -> None:
-        self.warmup_steps = warmup_steps
-        self.floor = floor
+        self.warmup_steps = _at_least_0("warmup_steps", warmup_steps)
+        self.floor = _at_least_0("floor", floor)
         self.total_steps = total_steps
         super().__init__(optimizer, self.factor)
 
@@ -58,3 +60,9 @@ class WarmupCosine(LambdaLR):
             return rise
         progress = max(0, step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return rise * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def _at_least_0(name: str, value: Any) -> Any:
+    if value < 0:
+        raise UsageError(f"{name} must be 0 or more, got {value}. Set model.lr_scheduler.init_args.{name}.")
+    return value

@@ -315,7 +315,7 @@ def test_errors_of_setup(write) -> None:
     with pytest.raises(UsageError, match="^max_length must be at most the base's context, 8, got 16. Set data.max_length.$"):
         ready(train=path, trainer={"context": 8})
     with pytest.raises(
-        RunError, match="^chat_template must be a jinja file, nothing.jinja cannot be read: .*No such file.* Check"
+        RunError, match="^chat_template must be a jinja file, 'nothing.jinja' cannot be read: No such file.* Check"
     ):
         ready(train=path, chat_template="nothing.jinja")
     with pytest.raises(UsageError, match="attach both to a Trainer before setup"):

@@ -52,14 +52,51 @@ def test_a_torn_line_is_cut_off(tmp_path: Path, kept: int) -> None:
 
 def test_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    with AnswerFile(path, {"seed": 0, "temperature": 1.0}):
-        pass
+    with AnswerFile(path, {"seed": 0, "temperature": 1.0}) as file:
+        file.append([row(1)])
     with pytest.raises(UsageError) as error:
         AnswerFile(path, {"seed": 0, "temperature": 0.5})
     assert str(error.value) == (
         f"{path} was begun with temperature 1.0, and this command has 0.5: change it back, or give another --output."
     )
     assert not (tmp_path / "a.jsonl.settings.new").exists()
+
+
+def test_a_start_that_answers_nothing_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(ValueError, match="the base is damaged"), AnswerFile(path, {"temperature": 1.0}):
+        raise ValueError("the base is damaged")
+    assert not list(tmp_path.iterdir())
+    with AnswerFile(path, {"temperature": 0.5}) as file:  # other settings are fine
+        file.append([row(1)])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_interrupt_while_writing_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt), AnswerFile(path, {}) as file:
+        file.append([row(1)])
+        before, real = path.read_bytes(), os.write
+
+        def half(descriptor: int, data: memoryview) -> int:
+            real(descriptor, data[:20])
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "write", half)
+        file.append([row(2)])
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    with AnswerFile(path, {}) as file:
+        assert set(file.done) == {1}
+
+
+@pytest.mark.parametrize("content", ["[]", "nothing", "null"])
+def test_settings_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row(1)) + "\n")
+    (tmp_path / "a.jsonl.settings").write_text(content)
+    with pytest.raises(RunError, match=r"expected the settings of a.jsonl, .*\. Change --output\."):
+        AnswerFile(path, {})
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
@@ -83,8 +120,8 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 )
 def test_damaged_files_are_refused_and_left_alone(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.jsonl"
-    with AnswerFile(path, {}):
-        pass
+    with AnswerFile(path, {}) as file:
+        file.append([row(1)])
     path.write_bytes(content)
     with pytest.raises(RunError, match=re.escape(message)):
         AnswerFile(path, {})
@@ -119,7 +156,7 @@ def test_a_write_that_fails_leaves_whole_lines(tmp_path: Path, monkeypatch: pyte
 
         monkeypatch.setattr(os, "write", half)
         with pytest.raises(
-            RunError, match=r"a.jsonl: writing failed: \[Errno 28\] No space left on device. Its 1 rows are whole; make room"
+            RunError, match=r"a.jsonl: writing failed: No space left on device. Its 1 rows are whole; make room"
         ):
             file.append([row(2), row(3)])
         assert path.read_bytes() == before and set(file.done) == {1}

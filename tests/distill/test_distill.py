@@ -55,7 +55,7 @@ def test_rows_hold_prompt_answer_and_their_tokens(tmp_path: Path, base: str, cap
         assert (row["prompt_ids"], row["completion_ids"]) == (prompt, expected)
         assert row["completion"] == tokenizer.decode(expected, skip_special_tokens=True)
         assert row["finish_reason"] == ("stop" if expected[-1] == 4 else "length")
-        assert row["domain"] == question.get("domain", "") and row["seed"] is None
+        assert row.get("domain") == question.get("domain") and row["seed"] is None
 
 
 def test_training_takes_exactly_those_tokens(tmp_path: Path, base: str) -> None:
@@ -186,7 +186,8 @@ def test_ids_must_differ(tmp_path: Path, base: str, capsys) -> None:
 
 
 def test_base_of_a_checkpoint_and_of_a_saved_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save({"mtp_settings": {"base_model": "owner/base", "revision": "r"}}, tmp_path / "a.ckpt")
+    settings = {"base_model": "owner/base", "revision": "r", "base": {}, "num_masks": 2, "lora": {}, "sampler_head": None}
+    torch.save({"mtp_settings": settings, "state_dict": {}}, tmp_path / "a.ckpt")
     assert base_of(str(tmp_path / "a.ckpt")) == ("owner/base", "r")
     assert base_of(str(tmp_path / "a.ckpt"), "moved", "s") == ("moved", "s")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "revision": null}')

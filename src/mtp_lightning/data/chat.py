@@ -53,7 +53,7 @@ def encode_messages(
     """
     messages = clean_messages(messages)
     template = template_of(tokenizer, chat_template)
-    _check_roles(messages, template)
+    check_roles(messages, template)
     if _GENERATION.search(template):
         ids, loss = _encode_marked(messages, tokenizer, template)
     else:
@@ -188,10 +188,18 @@ def render(
         raise RunError(f"the chat template refuses the messages (roles: {roles}): {one_line(error)}") from error
 
 
-def _check_roles(messages: list[Message], template: str) -> None:
+def check_roles(messages: Sequence[Message], template: str) -> None:
+    """Refuse a role that nobody uses: most templates write whatever stands there.
+
+    Args:
+        messages: ``{"role": ..., "content": ...}`` in order.
+        template: the template's text; a role that it names is fine.
+
+    Raises:
+        RunError: a role that neither is a usual one nor stands in the template.
+    """
     for number, message in enumerate(messages, 1):
         role = message["role"]
-        # A misspelled role would silently carry no loss: most templates write whatever stands there.
         if role not in _ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
             raise RunError(
                 f"message {number} has the role {role!r}, which the chat template does not name; expected one of"

@@ -15,7 +15,7 @@ from mtp_lightning.data.loader import RowSampler, WindowedLoader, load_rows
 from mtp_lightning.data.preparing import Prepared, Sources, prepare
 from mtp_lightning.data.rows import TokenRows
 from mtp_lightning.data.streaming import RowStream, StreamedLoader
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.paths import resolve
 
 _SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
@@ -215,9 +215,10 @@ class MTPDataModule(LightningDataModule):
             return None
         try:
             return Path(resolve(self.chat_template)).expanduser().read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
             raise RunError(
-                f"chat_template must be a jinja file, {self.chat_template} cannot be read: {one_line(error)}."
+                f"chat_template must be a jinja file, {self.chat_template!r} cannot be read: {reason}."
                 " Check data.chat_template."
             ) from error
 

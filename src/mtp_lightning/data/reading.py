@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mtp_lightning.data.cache import cache_errors, check_cache
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.paths import PACKAGE, resolve
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ class Part:
         """Begin again."""
         from datasets import IterableDataset, load_dataset
 
+        for kind in ("json", "parquet"):  # they log what they then raise; one line is enough
+            logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}").setLevel(logging.CRITICAL)
         if self.files and self.files[0].suffix == ".txt":
             self.rows = IterableDataset.from_generator(_text_rows, gen_kwargs={"files": [self.files]})
         elif self.files:
@@ -133,7 +135,9 @@ class Part:
         for file in self.files:
             if SUFFIXES[file.suffix] == "json":
                 _explain_json(file, error)
-        raise RunError(f"{self.name}: it cannot be read: {one_line(error.__cause__ or error)}") from error
+        raise RunError(
+            f"{self.name}: it cannot be read: {one_line(error.__cause__ or error)}. Check its files and their permissions."
+        ) from error
 
 
 def open_parts(source: str) -> list[Part]:
@@ -189,6 +193,11 @@ def _local_files(source: str) -> list[Path] | None:
     """The files that a source names, or None if it is a hub id."""
     if not source.strip():
         raise UsageError("a data source must be a file, folder, glob or hub id, got an empty string.")
+    if source.lstrip()[0] in "{[" and not Path(source).exists():
+        raise UsageError(
+            f"a data source must be a file, folder, glob or hub id, a list of them, or a mix {{source: weight}} with numbers"
+            f" as weights, got {source!r}. Change data.train, or the one that this is."
+        )
     path = Path(resolve(source)).expanduser()
     if path.is_file():
         return [_readable(path)]
@@ -263,7 +272,8 @@ def _read_table(file: Path) -> Dataset:
         if SUFFIXES[file.suffix] == "json":
             _explain_json(file, error)
         raise RunError(
-            f"{file}: expected a {file.suffix} file, it cannot be read: {one_line(error.__cause__ or error)}"
+            f"{file}: expected a {file.suffix} file, it cannot be read: {one_line(error.__cause__ or error)}."
+            " Write it again, or look at its permissions."
         ) from error
     finally:
         log.setLevel(level)
@@ -272,9 +282,13 @@ def _read_table(file: Path) -> Dataset:
 
 def _check_not_empty(file: Path) -> None:
     """Arrow's message about an empty JSON file would speak of something else."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        if not any(line.strip() for line in lines):
-            raise RunError(f"{file}: expected at least one row, it is empty.")
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            empty = not any(line.strip() for line in lines)
+    except OSError as error:
+        raise RunError(f"{file}: it can't be read: {os_reason(error)}. Change its permissions.") from error
+    if empty:
+        raise RunError(f"{file}: expected at least one row, it is empty.")
 
 
 def _not_empty(rows: Dataset, name: str) -> Dataset:
@@ -284,7 +298,19 @@ def _not_empty(rows: Dataset, name: str) -> Dataset:
 
 
 def _explain_json(file: Path, error: Exception) -> None:
-    """Find the line that is not JSON: Arrow's own message names a block, not a line."""
+    """Find the line that is not UTF-8 or not JSON: Arrow's own message names a block, not a line."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, UnicodeDecodeError):
+        seen = seen.__cause__ or seen.__context__
+    if seen is not None:
+        with file.open("rb") as raw:
+            for number, encoded in enumerate(raw, 1):
+                try:
+                    encoded.decode()
+                except UnicodeDecodeError as bad:
+                    raise RunError(
+                        f"{file}, line {number}: expected UTF-8 text, {one_line(bad)}. Save it as UTF-8."
+                    ) from error
     with file.open(encoding="utf-8", errors="replace") as lines:
         if file.suffix == ".json" and lines.read(100).lstrip().startswith("["):
             lines.seek(0)
@@ -330,8 +356,10 @@ def _read_documents(file: Path) -> tuple[str, list[str]]:
     """The text of a file, and its documents."""
     try:
         text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{file}: it can't be read: {os_reason(error)}. Change its permissions.") from error
     except UnicodeDecodeError as error:
-        raise RunError(f"{file}: expected UTF-8 text, it cannot be decoded: {one_line(error)}") from error
+        raise RunError(f"{file}: expected UTF-8 text, it cannot be decoded: {one_line(error)}. Save it as UTF-8.") from error
     pieces = text.split(DOCUMENT_MARK) if DOCUMENT_MARK in text else [text]
     kept = [piece.strip("\n") for piece in pieces if piece.strip()]
     if not kept:
@@ -342,6 +370,6 @@ def _read_documents(file: Path) -> tuple[str, list[str]]:
 def _with_fields(rows: Dataset, name: str) -> Dataset:
     names = [field for field in FIELDS if field in rows.column_names]
     if row_kind(set(names)) is None:
-        got = ", ".join(rows.column_names)
+        got = one_line(Exception(", ".join(rows.column_names)), 120)
         raise RunError(f"{name}: expected rows with {ROW_KINDS}, got the fields {got}. Rename or add a field.")
     return rows.select_columns(names)

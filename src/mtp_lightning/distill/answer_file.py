@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.errors import RunError, UsageError, os_reason
+from mtp_lightning.paths import obstacle
 
 SETTINGS_SUFFIX = ".settings"
 """The settings of ``G.jsonl`` stand in ``G.jsonl.settings``; no suffix that the data layer reads."""
@@ -40,14 +41,18 @@ class AnswerFile:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.done: dict[str | int, int] = {}
+        self._begun = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise RunError(f"{path}: expected a file that can be written: {one_line(error)}. Change --output.") from error
+            reason = obstacle(path.parent) or os_reason(error)
+            raise RunError(f"{path}: expected a file that can be written: {reason}. Change --output.") from error
         try:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._file).st_ino != path.stat().st_ino:
+                    raise OSError("it was deleted by the process that had begun it")
             except OSError as error:
                 raise RunError(f"{path}: another process writes to it. Wait for it, end it, or change --output.") from error
             self._settle(dict(settings))
@@ -62,7 +67,14 @@ class AnswerFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._begun and not self.done:  # nothing was answered: a start with other settings is not to be refused
+            for path in (self.path, self._beside):
+                path.unlink(missing_ok=True)
         os.close(self._file)
+
+    @property
+    def _beside(self) -> Path:
+        return self.path.with_name(self.path.name + SETTINGS_SUFFIX)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows, and return when the disk has them.
@@ -74,32 +86,41 @@ class AnswerFile:
             RunError: the disk is full or fails; the file then ends with its last whole row.
         """
         rows = list(rows)
-        data = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        # A server may send half a character; what counts in training are the ids.
+        data = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace"))
         end = os.fstat(self._file).st_size
         try:
             os.lseek(self._file, end, os.SEEK_SET)
             while data:
                 data = data[os.write(self._file, data) :]
             os.fsync(self._file)
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C too
             os.ftruncate(self._file, end)
+            if not isinstance(error, OSError):
+                raise
             raise RunError(
-                f"{self.path}: writing failed: {one_line(error)}. Its {len(self.done)} rows are whole; make room and run the"
-                " same command again to go on."
+                f"{self.path}: writing failed: {os_reason(error)}. Its {len(self.done)} rows are whole; make room and run"
+                " the same command again to go on."
             ) from error
         self.done.update((row["id"], checksum(row["prompt"])) for row in rows)
 
     def _settle(self, settings: dict[str, Any]) -> None:
         """Compare the settings with those of the file, or write them where it is new."""
-        beside = self.path.with_name(self.path.name + SETTINGS_SUFFIX)
+        beside = self._beside
+        empty = not os.fstat(self._file).st_size
         try:
-            found = json.loads(beside.read_text(encoding="utf-8"))
+            found = None if empty else json.loads(beside.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            if os.fstat(self._file).st_size:
-                raise RunError(
-                    f"{self.path}: it has rows, and {beside.name} is not beside it: mtp distill did not write it."
-                    " Change --output."
-                ) from None
+            raise RunError(
+                f"{self.path}: it has rows, and {beside.name} is not beside it: mtp distill did not write it."
+                " Change --output."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{beside}: expected the settings of {self.path.name}, they can't be read. Change --output."
+            ) from error
+        if empty:
+            self._begun = True
             draft = beside.with_name(beside.name + ".new")
             try:
                 with draft.open("w", encoding="utf-8") as file:
@@ -109,10 +130,10 @@ class AnswerFile:
                     os.fsync(file.fileno())
                 draft.replace(beside)
             except OSError as error:
-                raise RunError(f"{beside}: writing failed: {one_line(error)}. Make room or change --output.") from error
+                raise RunError(f"{beside}: writing failed: {os_reason(error)}. Make room or change --output.") from error
             return
-        except (OSError, ValueError) as error:
-            raise RunError(f"{beside}: expected the settings of {self.path.name}, they can't be read.") from error
+        if not isinstance(found, dict):
+            raise RunError(f"{beside}: expected the settings of {self.path.name}, got something else. Change --output.")
         for name in sorted(set(settings) | set(found)):
             if settings.get(name) != found.get(name):
                 raise UsageError(
@@ -131,6 +152,8 @@ class AnswerFile:
                 try:
                     row = json.loads(line)
                     name, prompt = row["id"], row["prompt"]
+                    if not isinstance(name, str | int) or not isinstance(prompt, str):
+                        raise TypeError("an id or prompt of another kind")
                 except (ValueError, KeyError, TypeError) as error:
                     raise RunError(
                         f"{self.path}, line {number}: expected a row of mtp distill. Delete the line, or change --output."

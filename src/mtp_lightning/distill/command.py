@@ -11,13 +11,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from jsonargparse import ArgumentParser
-
-from mtp_lightning.base import config_context, load_base, load_config, load_tokenizer
+from mtp_lightning.base import config_context, load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.checkpoint import SETTINGS, check_device, read_checkpoint
-from mtp_lightning.commands import clear_message
+from mtp_lightning.commands import OneLineParser
 from mtp_lightning.data.chat import end_of_turn
 from mtp_lightning.distill.answer_file import AnswerFile, checksum
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
@@ -25,21 +23,6 @@ from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.paths import PACKAGE
 from mtp_lightning.prompts import Prompt, PromptRow, encode_prompt_row, open_messages, read_prompt_rows
-
-_OPTIONS = "model prompts output shard batch_size dtype device revision base_model".split() + [
-    field.name for kind in (AnswerOptions, EndpointOptions) for field in fields(kind)
-]
-
-
-class DistillParser(ArgumentParser):
-    """A parser whose errors are raised for ``main`` to print as one line."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"allow_abbrev": False, **options})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what is wrong with the command line."""
-        raise UsageError(clear_message(str(message), _OPTIONS)) from ex
 
 
 class Task(NamedTuple):
@@ -92,7 +75,7 @@ def run_distill(args: list[str]) -> None:
     Raises:
         UsageError: an option is wrong, or the file was begun with other ones.
     """
-    parser = DistillParser(
+    parser = OneLineParser(
         prog="mtp distill",
         description="Writes the base model's own answers to prompts, one JSON line each: training data that matches what"
         " will be verified. The same command run again goes on where it ended.",
@@ -116,6 +99,7 @@ def run_distill(args: list[str]) -> None:
     config = parser.parse_args(args)
     if config.batch_size < 1:
         raise UsageError(f"batch_size must be 1 or more, got {config.batch_size}. Change --batch_size.")
+    parse_dtype(config.dtype)  # what is wrong shows before a file is begun
     answers = AnswerOptions(**{field.name: config[field.name] for field in fields(AnswerOptions)})
     endpoint = EndpointOptions(**{field.name: config[field.name] for field in fields(EndpointOptions)})
     shard, shards = chosen_shard(config.shard)
@@ -125,8 +109,8 @@ def run_distill(args: list[str]) -> None:
     if endpoint.endpoint is None:
         check_device(device)
     rows = read_prompt_rows(config.prompts)
-    tokenizer = load_tokenizer(base_model, revision)
     context = config_context(load_config(base_model, revision).get_text_config(decoder=True))
+    tokenizer = load_tokenizer(base_model, revision)
     tasks, too_long = _tasks(rows, tokenizer, context, shard, shards)
     settings = {"model": base_model, "revision": revision, "shard": f"{shard}/{shards}", **answers.as_dict()}
     settings |= {"decoded_by": endpoint.endpoint or "transformers"}
@@ -245,7 +229,8 @@ def _tasks(rows: list[PromptRow], tokenizer: Any, context: int, shard: int, shar
     tasks = [Task(row, encode_prompt_row(row, tokenizer)) for row in rows[shard::shards]]
     kept = [task for task in tasks if len(task.prompt.input_ids) < context]
     if tasks and not kept:
-        raise RunError(f"all {len(tasks)} prompts are as long as the base's context of {context} or longer. Shorten them.")
+        count = "the one prompt is" if len(tasks) == 1 else f"all {len(tasks)} prompts are"
+        raise RunError(f"{count} as long as the base's context of {context} or longer. Shorten what --prompts has.")
     return kept, len(tasks) - len(kept)
 
 
@@ -309,7 +294,9 @@ def _ids_of(reply: Reply, task: Task, tokenizer: Any) -> list[int]:
 def _row(
     task: Task, text: str, prompt_ids: list[int], token_ids: list[int], ended: bool, options: AnswerOptions
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": task.row.name, "domain": task.row.domain, "prompt": task.prompt.text}
+    row: dict[str, Any] = {"id": task.row.name}
+    row |= {"domain": task.row.domain} if task.row.domain else {}
+    row["prompt"] = task.prompt.text
     messages = [] if isinstance(task.row.content, str) else open_messages(task.row.content)
     if messages and all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in messages):
         row["messages"] = [*messages, {"role": "assistant", "content": text}]

@@ -183,7 +183,8 @@ class Endpoint:
             except _Again as error:
                 if attempt == self.options.retries or self._stopped.is_set():
                     raise RunError(
-                        f"{self.url}: row {question.name!r} was not answered in {attempt + 1} tries, at last: {error}."
+                        f"{self.url}: row {question.name!r} was not answered in {attempt + 1}"
+                        f" {'try' if attempt == 0 else 'tries'}, at last: {error}."
                         " Look at the server, then run the same command again to go on."
                     ) from error
                 self.num_retries += 1

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sentences for settings that Lightning or an optimizer refuses in its own words, or takes and fails at later."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any, get_args, get_type_hints
+
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
+
+
+def check_nulls(config: Any, groups: Mapping[str, type]) -> None:
+    """Refuse ``null`` for what has to have a value; the parser takes it for every key.
+
+    Args:
+        config: a parsed configuration.
+        groups: group of keys -> the class whose arguments they are.
+
+    Raises:
+        UsageError: a key without its value.
+    """
+    for group, kind in groups.items():
+        hints = {} if kind is Trainer else get_type_hints(kind.__init__)  # type: ignore[misc] # Lightning says it itself
+        for name, hint in hints.items():
+            if name != "return" and config.get(f"{group}.{name}", 0) is None and type(None) not in get_args(hint):
+                raise UsageError(f"{group}.{name} must have a value, got null. Change {group}.{name}, or leave it out.")
+
+
+def check_states(path: str, checkpoint: Mapping[str, Any], command: str) -> None:
+    """Refuse a checkpoint without what Lightning is going to ask of it.
+
+    Args:
+        path: the file.
+        checkpoint: what is in it.
+        command: fit, validate or test.
+
+    Raises:
+        RunError: something is missing.
+    """
+    needed = ["pytorch-lightning_version"]
+    needed += ["loops", "optimizer_states", "lr_schedulers"] if command == "fit" else []
+    missing = [name for name in needed if name not in checkpoint]
+    if missing:
+        raise RunError(
+            f"checkpoint {path!r} has no {', '.join(missing)}: it holds weights alone, or was changed, and mtp {command}"
+            " needs the state of a training. Give one that mtp fit wrote."
+        )
+
+
+def not_made(error: BaseException) -> UsageError | None:
+    """The sentence for a trainer that can't be made.
+
+    Args:
+        error: what making it raised.
+
+    Returns:
+        The error to raise instead, or None for what is not known.
+    """
+    said = one_line(error)
+    if isinstance(error, RuntimeError) and "more than one stateful callback" in said:
+        return UsageError(
+            "trainer.callbacks has a callback twice with the same settings, as when a configuration with callbacks+ is given"
+            f" twice: leave one out ({one_line(error, 80)})."
+        )
+    if isinstance(error, MisconfigurationException | ValueError | TypeError | ModuleNotFoundError):
+        return UsageError(f"the trainer can't be made: {said}. Change trainer.* in the configuration.")
+    return None
+
+
+def wrong_setting(error: BaseException) -> MTPError | None:
+    """The sentence for a setting that Lightning or an optimizer refuses while it starts, or a file that it may not touch.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        The error to raise instead, or None for what is not known.
+    """
+    said = one_line(error)
+    if isinstance(error, ValueError | TypeError):
+        if "configure_optimizers" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
+            return UsageError(f"model.optimizer or model.lr_scheduler can't be made: {said}. Change its init_args.")
+        if said.startswith("`val_check_interval`"):
+            return UsageError(f"{said}. Change trainer.val_check_interval.")
+    if isinstance(error, PermissionError):
+        return RunError(f"{str(error.filename)!r}: {os_reason(error)}. Change its permissions or the loggers' save_dir.")
+    if isinstance(error, MisconfigurationException):
+        return UsageError(f"the trainer can't run so: {said}. Change trainer.* in the configuration.")
+    return None

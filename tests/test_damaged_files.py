@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged, foreign and unreadable files: checkpoints, saved folders, bases. What is said, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import error_of, leave_no_trace, own_cache, save_base  # noqa: F401 - some are fixtures
+from tiny_run import LAST
+from toy_tokenizers import word_tokenizer
+from trained_run import CONTEXT, contents
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "predict", "generate"])
+def test_files_that_are_no_checkpoint(run: Path, capsys, command: str) -> None:
+    whole = Path(LAST).read_bytes()
+    unreadable = "checkpoint '{}' can't be read; it may be cut short or no checkpoint. Use another one."
+    cases = {
+        "truncated.ckpt": (whole[: len(whole) // 2], unreadable),
+        "empty.ckpt": (b"", unreadable),
+        "text.ckpt": (b"hello\n", unreadable),
+        "code.ckpt": (b"cos\nsystem\n(S'echo run'\ntR.", unreadable),
+    }
+    for name, (content, _) in cases.items():
+        Path(name).write_bytes(content)
+    torch.save({"state_dict": {}}, "other.ckpt")
+    cases["other.ckpt"] = (
+        b"",
+        "checkpoint '{}' was not written by mtp fit: it has no entry 'mtp_settings'. Use another one.",
+    )
+    before = contents(run)
+    for name, (_, message) in cases.items():
+        words = [name, "--prompt", "one"] if command == "generate" else ["--config", "config.yaml", "--ckpt_path", name]
+        extra = ["--prompts", "prompts.jsonl"] if command == "predict" else []
+        assert error_of(capsys, 1, command, *words, *extra) == message.format(name)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: str) -> None:
+    save_base(here / "wider", "llama", word_tokenizer(), torch.float32, max_position_embeddings=CONTEXT, hidden_size=40)
+    before = contents(run)
+    path = "mtp_lightning.sampler_heads.GRUSamplerHead"
+    head = "{'class_path': '" + path + "', 'init_args': {'hidden_size': %s, 'read_hidden': False}}"
+    shape = "{'model_type': 'llama', 'hidden_size': %s, 'num_hidden_layers': 2, 'vocab_size': 17}"
+    for key, value, name, there, here_ in (
+        ("model.num_masks", 4, "num_masks", 3, 4),
+        ("model.lora.rank", 4, "LoRA rank", 2, 4),
+        ("model.sampler_head.hidden_size", 16, "sampler head", head % 8, head % 16),
+        ("model.base_model", "wider", "base model", shape % 32, shape % 40),
+    ):
+        words = ["--config", "config.yaml", "--ckpt_path", LAST, f"--{key}", value]
+        # Seen before the data is read.
+        found = error_of(capsys, 1, command, *words, "--data.train", "no.jsonl", "--data.validation", "no.jsonl")
+        changed = key.removesuffix(".hidden_size")
+        assert found == (
+            f"the checkpoint's {name} is {there}, the configuration's is {here_}. Change {changed} or --ckpt_path."
+        )
+    assert contents(run) == before
+
+
+def change(path: str, alter: Callable[[dict[str, Any]], object]) -> None:
+    """Change what is in a checkpoint."""
+    checkpoint = torch.load(path, weights_only=True)
+    alter(checkpoint)
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "predict", "generate", "export", "distill"])
+@pytest.mark.parametrize("missing", ["num_masks", "state_dict"])
+def test_a_checkpoint_without_an_entry(run: Path, here: Path, capsys, command: str, missing: str) -> None:
+    change(LAST, lambda checkpoint: (checkpoint if missing == "state_dict" else checkpoint["mtp_settings"]).pop(missing))
+    words = {
+        "generate": [LAST, "--prompt", "one"],
+        "export": ["--ckpt_path", LAST, "--output", "saved"],
+        "distill": [LAST, "--prompts", "prompts.jsonl", "--output", "a.jsonl"],
+        "predict": ["--config", "config.yaml", "--ckpt_path", LAST, "--prompts", "prompts.jsonl"],
+    }.get(command, ["--config", "config.yaml", "--ckpt_path", LAST])
+    before = contents(here)
+    assert error_of(capsys, 1, command, *words) == f"checkpoint '{LAST}' is damaged: it has no {missing}. Use another one."
+    assert contents(here) == before
+
+
+def test_a_checkpoint_without_a_weight_is_not_measured_without_it(run: Path, here: Path, capsys) -> None:
+    name = "model.mask_embeddings"
+    change(LAST, lambda checkpoint: checkpoint["state_dict"].pop(name))
+    before = contents(here)
+    for command in ("fit", "validate"):
+        found = error_of(capsys, 1, command, "--config", "config.yaml", "--ckpt_path", LAST)
+        assert found == (f"the checkpoint is damaged: {name} should be (3, 32) and is absent. Give another --ckpt_path.")
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize("missing", ["optimizer_states", "loops", "pytorch-lightning_version"])
+def test_a_checkpoint_that_training_cannot_go_on_from(run: Path, here: Path, capsys, missing: str) -> None:
+    change(LAST, lambda checkpoint: checkpoint.pop(missing))
+    before = contents(here)
+    found = error_of(capsys, 1, "fit", "--config", "config.yaml", "--ckpt_path", LAST)
+    assert found.startswith(f"checkpoint '{LAST}' has no {missing}: it holds weights alone, or was changed, and mtp fit")
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.json", "{", "base model 'base' could not be loaded: "),
+        ("config.json", "[]", "base model 'base' could not be loaded: "),
+        (
+            "config.json",
+            {"hidden_size": 64},
+            "base model 'base' could not be loaded: the shapes of its weights are not those",
+        ),
+        ("config.json", {"num_attention_heads": 0}, "base model 'base' could not be loaded: ZeroDivisionError: "),
+        ("model.safetensors", None, "base model 'base' could not be loaded: SafetensorError: "),
+        ("model.safetensors", "", "base model 'base' could not be loaded: SafetensorError: "),
+        ("tokenizer.json", "{}", "no tokenizer could be loaded from 'base': KeyError: "),
+        ("tokenizer.json", "{", "no tokenizer could be loaded from 'base': "),
+    ],
+)
+def test_a_damaged_base(
+    run: Path, here: Path, capsys, name: str, content: str | dict[str, Any] | None, expected: str
+) -> None:
+    path = here / "base" / name
+    whole = path.read_bytes()
+    if content is None:
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(json.loads(whole) | content))
+    before = contents(here)
+    for words in (
+        ["fit", "--config", "config.yaml"],
+        ["distill", "base", "--prompts", "prompts.jsonl", "--output", "a.jsonl"],
+    ):
+        assert error_of(capsys, 1, *words).startswith(expected)
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "expected"),
+    [
+        ("config.yaml", "fit --config config.yaml", "configuration file 'config.yaml' can't be read: Permission denied."),
+        (
+            "train.jsonl",
+            "fit --config config.yaml",
+            "train.jsonl: it can't be read: Permission denied. Change its permissions.",
+        ),
+        (LAST, "validate --config config.yaml --ckpt_path {last}", "checkpoint '{last}' can't be read: Permission denied."),
+        ("prompts.jsonl", "generate {last} --prompts prompts.jsonl", "prompts.jsonl: it can't be read: Permission denied."),
+        ("run", "validate --config config.yaml --ckpt_path last.ckpt", "'run/metrics.csv': Permission denied. Change"),
+        (
+            ".",
+            "distill base --prompts prompts.jsonl --output a.jsonl",
+            "a.jsonl: expected a file that can be written: '.' can't",
+        ),
+        (
+            ".",
+            "benchmark {last} --prompts prompts.jsonl --output new",
+            "new can't be written: '.' can't be written to. Give",
+        ),
+        (
+            ".",
+            "export --ckpt_path {last} --output new",
+            "new can't be written: '.' can't be written to. Choose another folder.",
+        ),
+    ],
+)
+def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, expected: str) -> None:
+    Path("last.ckpt").write_bytes(Path(LAST).read_bytes())
+    places = [Path(file), *Path(file).glob("metrics.csv")]
+    before = contents(here)
+    modes = [place.stat().st_mode for place in places]
+    for place in places:
+        place.chmod(0o555 if place.is_dir() else 0o400 if place.name == "metrics.csv" else 0)
+    try:
+        if any(os.access(place, os.W_OK) for place in places):
+            pytest.skip("this user may read and write everything")
+        assert error_of(capsys, 1, *words.format(last=LAST).split()).startswith(expected.format(last=LAST))
+    finally:
+        for place, mode in zip(places, modes, strict=True):
+            place.chmod(mode)
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--trainer.val_check_interval 0", "trainer.val_check_interval must be above 0, got 0. Change trainer.val_check"),
+        ("--trainer.val_check_interval 1000", "`val_check_interval` (1000) must be less than or equal to the number"),
+        (
+            "--model.optimizer.lr -1",
+            "model.optimizer or model.lr_scheduler can't be made: Invalid learning rate: -1.0. Change",
+        ),
+        (
+            "--model.lr_scheduler.warmup_steps -1",
+            "warmup_steps must be 0 or more, got -1. Set model.lr_scheduler.init_args.",
+        ),
+        ("--config config.yaml", "trainer.callbacks has a callback twice with the same settings, as when a configuration"),
+        ("--seed_everything -1", "seed_everything must be from 0 to 4294967295, got -1. Change seed_everything."),
+    ],
+)
+def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, capsys, option: str, expected: str) -> None:
+    before = contents(here)
+    assert error_of(capsys, 2, "fit", "--config", "config.yaml", *option.split()).startswith(expected)
+    assert contents(here) == before
