@@ -34,7 +34,7 @@ BINS = 20
 MEMORY = 800.0
 """Kept and verified drafts in a bin of the correction are forgotten beyond about so many."""
 HOPE = 0.5
-"""Standard errors by which a chance is taken to be better than was seen: what is never tried after bad luck stays unknown."""
+"""Standard errors by which a chance is taken to be better than was seen: after bad luck it would never be tried again."""
 FORESIGHT = 0.12
 """Weight of the newest block in a row's mean chances."""
 LOOK_SHARE = 0.01
