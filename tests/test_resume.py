@@ -172,6 +172,92 @@ def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path, at
     assert_same_run(folder, whole)
 
 
+@pytest.mark.parametrize("at", [5, 14])
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_sigterm_around_an_evaluation(zygote: Zygote, whole: Path, tmp_path: Path, at: int, when: str) -> None:
+    """A signal in a batch after which an evaluation is due, or while it decodes; and in the last batch of the run."""
+    folder = fresh(whole, tmp_path / "run")
+    prelude = told(at) if when == "before" else WHILE_EVALUATING.replace("@STEP", str(at))
+    if (at, when) == (14, "while"):
+        pytest.skip("no evaluation is due at the last step")
+    ended = zygote.run(folder, *FIT, prelude=prelude)
+    assert ended.code == 143, ended.err
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == at
+    assert [step for _, step in history(folder)] == [step for _, step in history(whole) if step <= at]
+    assert zygote.run(folder, *FIT).code == 0
+    assert_same_run(folder, whole)
+    assert history(folder) == history(whole) and ("val", 5) in history(whole)
+
+
+WHILE_EVALUATING = """
+import os, signal
+from mtp_lightning import acceptance
+from mtp_lightning.callbacks.acceptance_evaluation import AcceptanceEvaluation
+whole, decode, step = AcceptanceEvaluation._evaluate, acceptance._decode, 0
+
+def evaluate(self, trainer, module):
+    global step
+    step = trainer.global_step
+    whole(self, trainer, module)
+
+def decodes(*arguments, **options):
+    if step == @STEP:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return decode(*arguments, **options)
+
+AcceptanceEvaluation._evaluate, acceptance._decode = evaluate, decodes
+"""
+
+
+def history(folder: Path) -> list[tuple[str, int]]:
+    """Stage and step of the evaluations in a run's acceptance.json."""
+    entries = json.loads((folder / "run/acceptance.json").read_text())["history"]
+    return [(entry["stage"], entry["step"]) for entry in entries]
+
+
+TIME_IS_UP = """
+from lightning.pytorch.callbacks import Timer
+from mtp_lightning.module import MTPModule
+whole, calls = MTPModule.training_step, 0
+
+def training_step(self, *arguments):
+    global calls
+    calls += 1
+    return whole(self, *arguments)
+
+MTPModule.training_step = training_step
+Timer.time_elapsed = lambda self, stage="train": 0.0 if calls < @AT else 1e6
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "words"),
+    [
+        (3, 3, []),
+        (6, 6, []),  # a validation is due
+        (11, 11, []),  # the last batch of an epoch
+        (3, 3, ["--trainer.limit_val_batches", 0]),
+        (5, 2, ["--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5]),  # a step takes 4 batches
+        (2, 4, ["--trainer.min_steps", 4]),
+    ],
+)
+def test_a_run_whose_time_is_up_goes_on(
+    zygote: Zygote, whole: Path, tmp_path: Path, at: int, step: int, words: list[object]
+) -> None:
+    plain, folder = whole, fresh(whole, tmp_path / "run")
+    if words:
+        plain = fresh(whole, tmp_path / "plain")
+        assert zygote.run(plain, *FIT, *words).code == 0
+    ended = zygote.run(folder, *FIT, *words, "--trainer.max_time", "00:01:00:00", prelude=TIME_IS_UP.replace("@AT", str(at)))
+    assert ended.code == 0 and "Time limit reached" in ended.err
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
+    ended = zygote.run(folder, *FIT, *words)
+    assert ended.code == 0, ended.err
+    assert f"Restoring states from the checkpoint path at {LAST}" in ended.err
+    assert_same_run(folder, plain)
+    assert history(folder) == history(plain)
+
+
 def test_no_checkpoint_between_the_batches_of_a_step(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
     """A step takes 4 batches, a validation comes every 6: the signal comes after 5 batches, and a validation in a step."""
     words = (*FIT, "--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5)
@@ -221,16 +307,12 @@ def test_validate_adds_to_the_history_at_the_checkpoints_step(zygote: Zygote, wh
     best = LAST.replace("last", "best")
     step = torch.load(folder / best, weights_only=True)["global_step"]
 
-    def history() -> list[tuple[str, int]]:
-        entries = json.loads((folder / "run/acceptance.json").read_text())["history"]
-        return [(entry["stage"], entry["step"]) for entry in entries]
-
-    before, lines = history(), read_metrics(folder / "run")
+    before, lines = history(folder), read_metrics(folder / "run")
     of_the_step = next(line for line in lines if line.get("val/loss") and int(line["step"]) == step - 1)
     ended = zygote.run(folder, "validate", "--config", "config.yaml", "--ckpt_path", best)
     assert ended.code == 0, ended.err
     assert f"after {step} training steps" in ended.out
-    assert history() == [*(entry for entry in before if entry != ("val", step)), ("val", step)] and len(before) > 2
+    assert history(folder) == [*(entry for entry in before if entry != ("val", step)), ("val", step)] and len(before) > 2
     *others, line = read_metrics(folder / "run")
     assert others == lines and (line["step"], line["epoch"]) == (of_the_step["step"], of_the_step["epoch"])
     assert line["val/loss"] == of_the_step["val/loss"]

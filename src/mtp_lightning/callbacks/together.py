@@ -64,7 +64,8 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether a validation follows the training batch that has just ended.
 
-    A checkpoint that is written before it would make a resumed run leave it out.
+    A checkpoint that is written before it would make a resumed run leave it out. The validation that Lightning adds where a
+    run is stopped early does not count: a run that is not stopped has none there.
 
     Args:
         trainer: the trainer, in ``on_train_batch_end``.
@@ -73,4 +74,8 @@ def validation_is_due(trainer: Trainer) -> bool:
         Whether Lightning is about to validate.
     """
     fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    stop, trainer.should_stop = trainer.should_stop, False
+    try:
+        return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    finally:
+        trainer.should_stop = stop
