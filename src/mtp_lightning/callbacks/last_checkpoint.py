@@ -9,7 +9,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from mtp_lightning.callbacks.together import LAST, checkpoint_folders, validation_is_due
+from mtp_lightning.callbacks.together import checkpoint_folders, validation_is_due
+from mtp_lightning.checkpoint_files import LAST
 from mtp_lightning.errors import UsageError
 
 
@@ -20,8 +21,8 @@ class LastCheckpoint(Checkpoint):
     batches of one optimizer step, whose gradients it would lose. It belongs after the callback that keeps the best
     checkpoint.
 
-    A run that is stopped early (``trainer.max_time``, early stopping) ends its optimizer step first. Lightning then validates
-    once more; ``last.ckpt`` is written before that, so that a resumed run is the one that was not stopped.
+    A run that is stopped early (``trainer.max_time``, early stopping) ends its optimizer step first. Lightning then
+    validates once more; ``last.ckpt`` is written before that, so that a resumed run is the one that was not stopped.
 
     Args:
         every_n_steps: also write it every so many optimizer steps. None: after validations and at the end alone.

@@ -11,9 +11,6 @@ from lightning import Trainer
 
 from mtp_lightning.errors import RunError
 
-LAST = "last.ckpt"
-"""Name of the checkpoint to go on from."""
-
 
 def gather(value: Any) -> list[Any]:
     """A value of every process, in each of them. All processes must call it.
@@ -48,6 +45,11 @@ def stop_all(trainer: Trainer, message: str) -> NoReturn:
     raise SystemExit(0)
 
 
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of a run: the first logger's. All processes must call it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
     """Folders that a run writes checkpoints to; the first one is where ``last.ckpt`` goes. All processes must call it.
 
@@ -58,7 +60,7 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
         Folders; they may not be there yet.
     """
     named = [Path(folder) for each in trainer.checkpoint_callbacks if (folder := getattr(each, "dirpath", None))]
-    return [*named, Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"]
+    return [*named, run_folder(trainer) / "checkpoints"]
 
 
 def validation_is_due(trainer: Trainer) -> bool:
