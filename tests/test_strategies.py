@@ -136,6 +136,59 @@ def test_recomputed_layers_accumulation_and_turns(zygote: Zygote, here: Path) ->
     same_state(here / "plain/checkpoints/last.ckpt", here / "turns/checkpoints/last.ckpt")
 
 
+MEETINGS = """
+from collections import Counter
+from mtp_lightning import module
+import torch.distributed
+whole, met = module.all_reduce, Counter()
+
+def all_reduce(value, how):
+    met[how] += 1
+    return whole(value, how)
+
+module.all_reduce = all_reduce
+every, total = torch.distributed.all_reduce, Counter()
+
+def counted(*arguments, **options):
+    total["all_reduce"] += 1
+    return every(*arguments, **options)
+
+def begins(self):
+    total.clear()
+
+torch.distributed.all_reduce = counted
+module.MTPModule.on_train_start = begins
+module.MTPModule.on_train_end = lambda self: print("meetings", met["sum"], met["mean"], total["all_reduce"], flush=True)
+"""
+
+
+def test_processes_meet_for_the_loss_only_where_it_is_logged(zygote: Zygote, here: Path) -> None:
+    """6 steps of 3 batches, every third step logged; and the figure is that of all batches and processes of its step."""
+    common = [
+        "fit",
+        "--config",
+        "config.yaml",
+        "--trainer.limit_val_batches",
+        0,
+        "--data.packing",
+        "true",
+    ]  # in no order of lengths
+    common += ["--trainer.log_every_n_steps", 3, "--trainer.max_steps", 6]
+    words = [*common, "--trainer.accumulate_grad_batches", 3, "--data.batch_size", 2, "--trainer.devices", 2]
+    words += ["--trainer.strategy", "ddp", "--trainer.logger.save_dir", "meetings"]
+    for process in zygote.ranks(here, free_port(), words, words, preludes=[MEETINGS, MEETINGS]):
+        ended = process.wait()
+        assert ended.code == 0, ended.err
+        sums, means, every = next(map(int, line.split()[1:]) for line in ended.out.splitlines() if "meetings" in line)
+        assert (sums, means) == (18, 2)  # a denominator a batch, a figure every third step
+        assert every == 18 + 2 + 2 * 6  # and each step: is all finite, was anybody told to stop
+    assert zygote.run(here, *common, "--data.batch_size", 12, "--trainer.logger.save_dir", "at_once").code == 0
+    one, many = ([line for line in figures(here / name) if "train/loss" in line] for name in ("at_once", "meetings"))
+    assert [line["step"] for line in one] == [line["step"] for line in many] == [2, 5]
+    for line, other in zip(one, many, strict=True):
+        assert other == pytest.approx(line, rel=CLOSE["rtol"], abs=CLOSE["atol"])
+
+
 # one sentence for all processes
 
 
