@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +15,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -22,6 +24,7 @@ import mtp_lightning.losses
 import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
 from mtp_lightning.callbacks.run_guards import explain, unwritable
+from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
 from mtp_lightning.callbacks.together import checkpoint_folders, run_folder
 from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.checkpoint_files import newest_checkpoint, read_run_id, run_of
@@ -108,6 +111,19 @@ class MTPCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: settings stored in a checkpoint must not override the YAML and the command line."""
 
+    def instantiate_classes(self) -> None:
+        """What the configuration names, with one line where a class of it needs a package that is not there."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            missing = re.search(r"class_path '([\w.]+)': Requirement '([^']+)' not met", " ".join(str(error).split()))
+            if missing is None:
+                raise
+            raise UsageError(
+                f"{missing[1]} needs {missing[2]}, which is not installed. Run pip install '{missing[2]}', or leave it out"
+                " of the configuration."
+            ) from error
+
     def after_instantiate_classes(self) -> None:
         """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
         path = self._get(self.config, "ckpt_path")
@@ -184,6 +200,11 @@ class MTPCLI(LightningCLI):
         if named.get("logger") in (None, True):  # Lightning's own would begin a new folder at each start
             folder = Path(named.get("default_root_dir") or ".") / "lightning_logs"
             kwargs["logger"] = [kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
+        callbacks = named.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        silent = named.get("enable_progress_bar") is False or named.get("barebones")
+        if not silent and not any(isinstance(each, ProgressBar) for each in callbacks):
+            kwargs["callbacks"] = [*callbacks, StepsProgressBar()]
         try:
             return super().instantiate_trainer(**kwargs)
         except UsageError:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,15 @@ def test_one_line_adds_weights_and_biases() -> None:
     both = ParseOnly(*words, "--config", ROOT / "configs" / "loggers" / "wandb.yaml").settings.trainer.logger
     assert [each.class_path for each in both[:-1]] == [each.class_path for each in own]
     assert both[-1].class_path == "lightning.pytorch.loggers.WandbLogger"
+    again = ParseOnly(*words, "--config", ROOT / "configs" / "loggers" / "wandb.yaml", "--trainer.logger.version", "a")
+    assert [getattr(each.init_args, "version", None) for each in again.settings.trainer.logger] == ["", "", "a"]
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_logger_whose_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert mtp("fit", "--config", "config.yaml", "--config", str(ROOT / "configs" / "loggers" / "wandb.yaml")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("mtp: error: lightning.pytorch.loggers.WandbLogger needs wandb>=")
+    assert said.endswith("or leave it out of the configuration.") and "pip install 'wandb>=" in said
