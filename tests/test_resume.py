@@ -255,6 +255,36 @@ def test_a_run_whose_time_is_up_goes_on(
     assert history(folder) == history(plain)
 
 
+STOPPED_EARLY = """
+from mtp_lightning.callbacks import AcceptanceEvaluation as patched
+whole = patched.on_validation_end
+
+def on_validation_end(self, trainer, module):
+    whole(self, trainer, module)
+    trainer.should_stop = not trainer.sanity_checking
+
+patched.on_validation_end = on_validation_end
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "words"), [(6, []), (2, ["--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5])]
+)
+def test_a_run_that_is_stopped_in_a_validation_goes_on(
+    zygote: Zygote, whole: Path, tmp_path: Path, step: int, words: list[object]
+) -> None:
+    """The validation comes after 6 batches, in the second case in the middle of a step of 4."""
+    plain, folder = whole, fresh(whole, tmp_path / "run")
+    if words:
+        plain = fresh(whole, tmp_path / "plain")
+        assert zygote.run(plain, *FIT, *words).code == 0
+    assert zygote.run(folder, *FIT, *words, prelude=STOPPED_EARLY).code == 0
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
+    assert zygote.run(folder, *FIT, *words).code == 0
+    assert_same_run(folder, plain)
+    assert history(folder) == history(plain)
+
+
 def test_no_checkpoint_between_the_batches_of_a_step(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
     """A step takes 4 batches, a validation comes every 6: the signal comes after 5 batches, and a validation in a step."""
     words = (*FIT, "--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5)

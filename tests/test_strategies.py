@@ -126,7 +126,7 @@ def test_checkpoints_go_from_one_strategy_to_another(zygote: Zygote, here: Path,
     same_state(here / "one/checkpoints/last.ckpt", folder / LAST)
 
 
-def test_recomputed_layers_accumulation_and_turns(zygote: Zygote, here: Path) -> None:
+def test_recomputed_layers_accumulation_clipping_and_turns(zygote: Zygote, here: Path) -> None:
     words = ["--config", STRATEGIES / "fsdp2.yaml", "--trainer.accumulate_grad_batches", 2, "--trainer.max_steps", 2]
     words += ["--data.packing", "true", "--data.max_length", 24, "--trainer.val_check_interval", 2]
     for ended in run(zygote, here, 2, "turns", *words, "--trainer.strategy.load_in_turns", "true"):
@@ -134,6 +134,9 @@ def test_recomputed_layers_accumulation_and_turns(zygote: Zygote, here: Path) ->
     plain = [*words[2:], "--trainer.strategy", "auto"]
     assert run(zygote, here, 1, "plain", *plain)[0].code == 0
     same_state(here / "plain/checkpoints/last.ckpt", here / "turns/checkpoints/last.ckpt")
+    assert run(zygote, here, 1, "free", *plain, "--trainer.gradient_clip_val", "null")[0].code == 0
+    with pytest.raises(AssertionError):  # gradients were clipped
+        same_state(here / "plain/checkpoints/last.ckpt", here / "free/checkpoints/last.ckpt")
 
 
 MEETINGS = """

@@ -108,9 +108,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory already
     warnings.filterwarnings("ignore", message=".*intended to run from within Python.*")  # main() passes the arguments on
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
-    # Advertisements of Lightning's makers for other packages of theirs.
-    lightning = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    lightning.addFilter(_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils.logging import disable_progress_bar
 
@@ -118,6 +116,7 @@ def _quiet() -> None:
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's is no tip to install another package of its makers."""
     return "Tip: For seamless" not in record.getMessage()
 
 
