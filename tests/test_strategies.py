@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_model
 import torch
 import two_processes
 import yaml
 from command_line import ParseOnly, leave_no_trace, read_metrics  # noqa: F401 - the second is a fixture
-from tiny import tiny_base, tiny_model, token_row
+from tiny import tiny_model
 from tiny_run import LAST, write_config, write_run
 from zygote import Ended, Zygote
 
-from mtp_lightning.acceptance import evaluate_prompts
-from mtp_lightning.decoding import DecodingOptions
 from mtp_lightning.errors import UsageError
-from mtp_lightning.lockstep import in_step
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
-from mtp_lightning.masking import build_masked_input
 from mtp_lightning.model import MTPModel
-from mtp_lightning.prompts import Prompt
-from mtp_lightning.sampler_heads import MLPSamplerHead
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ROOT / "configs" / "strategies"
@@ -257,66 +252,14 @@ def test_strategies_that_can_not_shard_are_refused(monkeypatch: pytest.MonkeyPat
 # decoding
 
 
-PROMPTS = [Prompt("", list(range(1, 2 + length)), "") for length in (1, 40, 2, 3, 30)]
-OPTIONS = DecodingOptions(num_masks=3, max_new_tokens=20)  # a number: what pays on this machine is no part of it
-
-
-def decoded(model: MTPModel, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
-    results = evaluate_prompts(model, PROMPTS, OPTIONS, check=2, rank=rank, world=world)
-    return [{name: value for name, value in r._asdict().items() if name != "seconds"} for r in results]
-
-
-def mixed_model() -> MTPModel:
-    """A bfloat16 base whose unembedding is its embedding, with float32 adapters and head."""
-    base = tiny_base("llama", torch.bfloat16, tie_word_embeddings=True)
-    return tiny_model(base=base, sampler_head=MLPSamplerHead()).train()
-
-
-def gradients(model: MTPModel, row: int) -> dict[str, Any]:
-    """The gradient of each trained weight from a batch of one row."""
-    output = model(build_masked_input([token_row([11], (), row)], 3), {"a": BaseCrossEntropy(), "b": SamplerCrossEntropy()})
-    torch.stack([total for sums in output.sums.values() for total, _ in sums]).sum().backward()
-    return {name: parameter.grad for name, parameter in model.trained_parameters()}
-
-
-def sharded(rank: int) -> tuple[list[dict[str, Any]], int, int, dict[str, Any], set[tuple[bool, str]]]:
-    """What two processes with shards of a model get.
-
-    Each decodes its share of the prompts: the results, and how many passes it made. And with another model, each takes the
-    gradient of its row: what comes of it, and the dtypes of frozen and trained shards.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from mtp_lightning.sharding import shard_model, whole
-
-    mesh = init_device_mesh("cpu", (2,))
-    mixed = mixed_model()
-    shard_model(mixed, mesh)
-    dtypes = {(p.requires_grad, str(p.to_local().dtype)) for p in mixed.parameters()}  # type: ignore[operator]
-    found = {name: whole(grad, True) for name, grad in gradients(mixed, rank).items()}
-    model = tiny_model("llama")
-    shard_model(model, mesh)
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    model.register_forward_pre_hook(count)
-    with in_step(model):
-        mine = decoded(model, rank, 2)
-        own = calls
-    return mine, own, calls, found, dtypes
-
-
 def test_shards_of_a_model(tmp_path: Path) -> None:
-    (first, own_0, calls_0, found, dtypes), (second, own_1, calls_1, *_) = two_processes.run(sharded, tmp_path)
+    (first, own_0, calls_0, found, dtypes), (second, own_1, calls_1, *_) = two_processes.run(sharded_model.sharded, tmp_path)
     assert own_0 != own_1 and calls_0 == calls_1 == max(own_0, own_1)  # one process kept the other company
     together = sorted(first + second, key=lambda each: each["prompt_index"])
-    assert together == decoded(tiny_model("llama"))
+    assert together == sharded_model.decoded(tiny_model("llama"))
     # The frozen base stays in bfloat16 and what is trained in float32; gradients are the mean over the processes.
     assert dtypes == {(False, "torch.bfloat16"), (True, "torch.float32")}
-    alone = [gradients(mixed_model(), row) for row in range(2)]
+    alone = [sharded_model.gradients(sharded_model.mixed_model(), row) for row in range(2)]
     assert found.keys() == alone[0].keys()
     for name, grad in found.items():
         # The same products in each process; the mean is rounded in float32.
