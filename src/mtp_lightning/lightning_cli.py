@@ -158,7 +158,7 @@ class MTPCLI(LightningCLI):
         """Say so where a new run begins in the folder of an earlier one."""
         folders = dict.fromkeys(checkpoint_folders(self.trainer))
         there = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
-        if there and not self.trainer.fast_dev_run:
+        if there and not getattr(self.trainer, "fast_dev_run", False):
             names = ", ".join(str(path) for path in there[:3]) + (", ..." if len(there) > 3 else "")
             print(
                 f"mtp: checkpoints of an earlier run are there ({names}), and this one begins at step 0: its own will"

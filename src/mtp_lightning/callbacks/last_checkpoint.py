@@ -100,7 +100,7 @@ def is_last_step(trainer: Trainer) -> bool:
 
 def is_stopped(trainer: Trainer) -> bool:
     """Whether training ends after the batch that has just ended because a callback, such as the time limit, said so."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     epochs = loop.epoch_progress.current.processed + int(loop.epoch_loop.batch_progress.is_last_batch)
     reached = epochs >= (loop.min_epochs or 0) and trainer.global_step >= (loop.min_steps or 0)
-    return trainer.should_stop and reached
+    return bool(trainer.should_stop and reached)

@@ -65,11 +65,12 @@ class ResumeExactly(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was about to be where no step is left: the run was ended after its last checkpoint and before that."""
-        if self._loaded is None or not trainer.is_global_zero:
+        loaded = self._loaded
+        if loaded is None or not trainer.is_global_zero:
             return
-        pairs = zip(writers(trainer), self._loaded["lines"], strict=False)
+        pairs = zip(writers(trainer), loaded["lines"], strict=False)
         if any(writer.num_lines() <= lines for writer, lines in pairs):
-            self._log_pending(trainer, self._loaded["pending"])
+            self._log_pending(trainer, loaded["pending"])
 
     def _log_pending(self, trainer: Trainer, pending: dict[str, Any] | None) -> None:
         for logger in trainer.loggers if pending is not None else ():
