@@ -73,7 +73,9 @@ class ResumeExactly(Callback):
             self._log_pending(trainer, loaded["pending"])
 
     def _log_pending(self, trainer: Trainer, pending: dict[str, Any] | None) -> None:
-        for logger in trainer.loggers if pending is not None else ():
+        if pending is None:
+            return
+        for logger in trainer.loggers:
             logger.log_metrics(dict(pending["figures"]), step=pending["step"])
             logger.save()
 
