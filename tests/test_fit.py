@@ -22,7 +22,10 @@ FIGURES |= {f"loss/{term}" for term in TERMS} | {f"accuracy/offset_{o}" for o in
 
 
 def test_a_run_folder_and_the_logged_names(trained: Path) -> None:
-    assert set(contents(trained / "run")) == {"config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    assert set(contents(trained / "run")) == {
+        *("config.yaml", "metrics.csv", "run_id.txt"),
+        *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+    }
     lines = read_metrics(trained / "run")
     training, validation = [line for line in lines if "train/loss" in line], validations(trained / "run")
     assert len(training) == STEPS and len(validation) == STEPS // 2 and len(lines) == 3 * STEPS // 2

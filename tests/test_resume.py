@@ -93,7 +93,7 @@ def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(folder)
     ended = zygote.run(folder, *FIT)
     assert ended.code == 0, ended.err
-    assert "no complete checkpoint in 'run/checkpoints': training begins at step 0." in ended.err
+    assert "no complete checkpoint of this run in 'run/checkpoints': training begins at step 0." in ended.err
     return folder
 
 
@@ -172,6 +172,119 @@ def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path, at
     assert_same_run(folder, whole)
 
 
+@pytest.mark.parametrize(("at", "when"), [(5, "before"), (5, "while"), (14, "before")])
+def test_sigterm_around_an_evaluation(zygote: Zygote, whole: Path, tmp_path: Path, at: int, when: str) -> None:
+    """A signal in a batch after which an evaluation is due, or while it decodes; and in the last batch of the run."""
+    folder = fresh(whole, tmp_path / "run")
+    prelude = told(at) if when == "before" else WHILE_EVALUATING.replace("@STEP", str(at))
+    ended = zygote.run(folder, *FIT, prelude=prelude)
+    assert ended.code == 143, ended.err
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == at
+    assert [step for _, step in history(folder)] == [step for _, step in history(whole) if step <= at]
+    assert zygote.run(folder, *FIT).code == 0
+    assert_same_run(folder, whole)
+    assert history(folder) == history(whole) and ("val", 5) in history(whole)
+
+
+WHILE_EVALUATING = """
+import os, signal
+from mtp_lightning import acceptance
+from mtp_lightning.callbacks.acceptance_evaluation import AcceptanceEvaluation
+whole, decode, step = AcceptanceEvaluation._evaluate, acceptance._decode, 0
+
+def evaluate(self, trainer, module):
+    global step
+    step = trainer.global_step
+    whole(self, trainer, module)
+
+def decodes(*arguments, **options):
+    if step == @STEP:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return decode(*arguments, **options)
+
+AcceptanceEvaluation._evaluate, acceptance._decode = evaluate, decodes
+"""
+
+
+def history(folder: Path) -> list[tuple[str, int]]:
+    """Stage and step of the evaluations in a run's acceptance.json."""
+    entries = json.loads((folder / "run/acceptance.json").read_text())["history"]
+    return [(entry["stage"], entry["step"]) for entry in entries]
+
+
+TIME_IS_UP = """
+from lightning.pytorch.callbacks import Timer
+from mtp_lightning.module import MTPModule
+whole, calls = MTPModule.training_step, 0
+
+def training_step(self, *arguments):
+    global calls
+    calls += 1
+    return whole(self, *arguments)
+
+MTPModule.training_step = training_step
+Timer.time_elapsed = lambda self, stage="train": 0.0 if calls < @AT else 1e6
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "words"),
+    [
+        (3, 3, []),
+        (6, 6, []),  # a validation is due
+        (11, 11, []),  # the last batch of an epoch
+        (3, 3, ["--trainer.limit_val_batches", 0]),
+        (5, 2, ["--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5]),  # a step takes 4 batches
+        (2, 11, ["--trainer.min_steps", 4]),  # which Lightning takes for an epoch at least
+    ],
+)
+def test_a_run_whose_time_is_up_goes_on(
+    zygote: Zygote, whole: Path, tmp_path: Path, at: int, step: int, words: list[object]
+) -> None:
+    plain, folder = whole, fresh(whole, tmp_path / "run")
+    if words:
+        plain = fresh(whole, tmp_path / "plain")
+        assert zygote.run(plain, *FIT, *words).code == 0
+    ended = zygote.run(folder, *FIT, *words, "--trainer.max_time", "00:01:00:00", prelude=TIME_IS_UP.replace("@AT", str(at)))
+    assert ended.code == 0 and "Time limit reached" in ended.err
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
+    ended = zygote.run(folder, *FIT, *words)
+    assert ended.code == 0, ended.err
+    assert f"Restoring states from the checkpoint path at {LAST}" in ended.err
+    assert_same_run(folder, plain)
+    assert history(folder) == history(plain)
+
+
+STOPPED_EARLY = """
+from mtp_lightning.callbacks import AcceptanceEvaluation as patched
+whole = patched.on_validation_end
+
+def on_validation_end(self, trainer, module):
+    whole(self, trainer, module)
+    trainer.should_stop = not trainer.sanity_checking
+
+patched.on_validation_end = on_validation_end
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "words"), [(6, []), (2, ["--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5])]
+)
+def test_a_run_that_is_stopped_in_a_validation_goes_on(
+    zygote: Zygote, whole: Path, tmp_path: Path, step: int, words: list[object]
+) -> None:
+    """The validation comes after 6 batches, in the second case in the middle of a step of 4."""
+    plain, folder = whole, fresh(whole, tmp_path / "run")
+    if words:
+        plain = fresh(whole, tmp_path / "plain")
+        assert zygote.run(plain, *FIT, *words).code == 0
+    assert zygote.run(folder, *FIT, *words, prelude=STOPPED_EARLY).code == 0
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
+    assert zygote.run(folder, *FIT, *words).code == 0
+    assert_same_run(folder, plain)
+    assert history(folder) == history(plain)
+
+
 def test_no_checkpoint_between_the_batches_of_a_step(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
     """A step takes 4 batches, a validation comes every 6: the signal comes after 5 batches, and a validation in a step."""
     words = (*FIT, "--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5)
@@ -201,6 +314,65 @@ def test_slurm_is_asked_to_run_the_job_again(zygote: Zygote, whole: Path, tmp_pa
     assert_same_run(folder, whole)
 
 
+def run_name(folder: Path) -> str:
+    return (folder / "run/run_id.txt").read_text().strip()
+
+
+def test_an_earlier_runs_checkpoints_are_not_gone_on_from(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    """A run that begins anew in the folder of an earlier one and is killed before its first checkpoint."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before = {path.name: path.read_bytes() for path in (folder / "run/checkpoints").iterdir()}
+    last, best = LAST, LAST.replace("last", "best")
+    killed = KILL.replace("@EVENT", "'optimizer'").replace("@NUMBER", "2").replace("@SECONDS", "0")
+    ended = zygote.run(folder, *FIT[:-2], prelude=killed)
+    assert ended.code == -signal.SIGKILL
+    assert f"mtp: checkpoints of an earlier run are there ({best}, {last}), and this one begins at step 0: its" in ended.err
+    assert {path.name: path.read_bytes() for path in (folder / "run/checkpoints").iterdir()} == before
+    assert run_name(folder) != run_name(whole)
+    validated = zygote.run(folder, "validate", *FIT[1:])
+    assert validated.code == 1 and "no complete checkpoint of this run in 'run/checkpoints'." in validated.err
+    killed = killed.replace("left = 2", "left = 3")
+    ended = zygote.run(folder, *FIT, prelude=killed)  # killed again before its first checkpoint
+    assert ended.code == -signal.SIGKILL
+    for path in (last, best):
+        said = f"mtp: checkpoint '{path}' is passed over: it belongs to an earlier run in this folder. To go on from it give"
+        assert f"{said} --ckpt_path {path}." in ended.err
+    assert "no complete checkpoint of this run in 'run/checkpoints': training begins at step 0." in ended.err
+    named = tmp_path / "named"
+    shutil.copytree(folder, named)
+    assert zygote.run(folder, *FIT).code == 0
+    assert_same_run(folder, whole)
+    # By its name the earlier run can be gone on with; the folder is its own again, also for the start after a kill.
+    words = (*FIT[:-1], best, "--trainer.max_steps", 16)
+    assert zygote.run(named, *words, prelude=killed.replace("left = 3", "left = 1")).code == -signal.SIGKILL
+    assert run_name(named) == run_name(whole)
+    ended = zygote.run(named, *FIT[:-1], "last", "--trainer.max_steps", 16)
+    assert ended.code == 0 and f"Restoring states from the checkpoint path at {last}" in ended.err
+
+
+def test_a_start_that_fails_takes_no_folder_over(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "base/model.safetensors").unlink()  # all but the last thing that is loaded is there
+    assert zygote.run(folder, *FIT[:-2]).code == 1
+    assert run_name(folder) == run_name(whole)
+
+
+def test_last_is_preferred_to_another_of_the_same_step(whole: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("last", "later", "older")):
+        checkpoint = torch.load(whole / LAST, weights_only=True)
+        torch.save({**checkpoint, "global_step": 14 - (name == "older")}, tmp_path / f"{name}.ckpt")
+        os.utime(tmp_path / f"{name}.ckpt", ns=(0, number * 10**9))
+    run = run_name(whole)
+    assert newest_checkpoint([tmp_path], run) == tmp_path / "older.ckpt"
+    (tmp_path / "older.ckpt").unlink()
+    assert newest_checkpoint([tmp_path], run) == tmp_path / "last.ckpt"
+    assert newest_checkpoint([tmp_path], "another") is None
+    (tmp_path / "last.ckpt").write_bytes(b"cut")
+    assert newest_checkpoint([tmp_path], run) == newest_checkpoint([tmp_path]) == tmp_path / "later.ckpt"
+
+
 def test_a_damaged_checkpoint_is_passed_over(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
     folder = fresh(whole, tmp_path / "run")
     assert zygote.run(folder, *FIT, prelude=told(9)).code == 143
@@ -221,16 +393,12 @@ def test_validate_adds_to_the_history_at_the_checkpoints_step(zygote: Zygote, wh
     best = LAST.replace("last", "best")
     step = torch.load(folder / best, weights_only=True)["global_step"]
 
-    def history() -> list[tuple[str, int]]:
-        entries = json.loads((folder / "run/acceptance.json").read_text())["history"]
-        return [(entry["stage"], entry["step"]) for entry in entries]
-
-    before, lines = history(), read_metrics(folder / "run")
+    before, lines = history(folder), read_metrics(folder / "run")
     of_the_step = next(line for line in lines if line.get("val/loss") and int(line["step"]) == step - 1)
     ended = zygote.run(folder, "validate", "--config", "config.yaml", "--ckpt_path", best)
     assert ended.code == 0, ended.err
     assert f"after {step} training steps" in ended.out
-    assert history() == [*(entry for entry in before if entry != ("val", step)), ("val", step)] and len(before) > 2
+    assert history(folder) == [*(entry for entry in before if entry != ("val", step)), ("val", step)] and len(before) > 2
     *others, line = read_metrics(folder / "run")
     assert others == lines and (line["step"], line["epoch"]) == (of_the_step["step"], of_the_step["epoch"])
     assert line["val/loss"] == of_the_step["val/loss"]
@@ -240,7 +408,10 @@ def test_commands_that_only_read_need_a_checkpoint(zygote: Zygote, whole: Path, 
     folder = fresh(whole, tmp_path / "run")
     ended = zygote.run(folder, "validate", "--config", "config.yaml", "--ckpt_path", "last")
     assert ended.code == 1
-    assert ended.error == "no complete checkpoint in 'run/checkpoints'. Give the path of a .ckpt file with --ckpt_path."
+    assert (
+        ended.error
+        == "no complete checkpoint of this run in 'run/checkpoints'. Give the path of a .ckpt file with --ckpt_path."
+    )
 
 
 def test_every_damage_is_seen(whole: Path, tmp_path: Path) -> None:
@@ -261,7 +432,7 @@ def test_every_damage_is_seen(whole: Path, tmp_path: Path) -> None:
     torch.save({"mtp_settings": {}, "state_dict": {}}, tmp_path / "weights.ckpt")
     os.utime(tmp_path / "weights.ckpt", ns=(now, now + 10**11))
     said: list[str] = []
-    assert newest_checkpoint([tmp_path / "no folder", tmp_path], said.append) == tmp_path / "good.ckpt"
+    assert newest_checkpoint([tmp_path / "no folder", tmp_path], warn=said.append) == tmp_path / "good.ckpt"
     assert [line.split("'")[1].rpartition("/")[2].partition(".")[0] for line in said] == ["weights", *reversed(kinds)]
     assert "it holds weights alone" in said[0] and "is damaged" in said[1]
 

@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_model
 import torch
 import two_processes
 import yaml
 from command_line import ParseOnly, leave_no_trace, read_metrics  # noqa: F401 - the second is a fixture
-from tiny import tiny_base, tiny_model, token_row
+from tiny import tiny_model
 from tiny_run import LAST, write_config, write_run
 from zygote import Ended, Zygote
 
-from mtp_lightning.acceptance import evaluate_prompts
-from mtp_lightning.decoding import DecodingOptions
 from mtp_lightning.errors import UsageError
-from mtp_lightning.lockstep import in_step
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
-from mtp_lightning.masking import build_masked_input
 from mtp_lightning.model import MTPModel
-from mtp_lightning.prompts import Prompt
-from mtp_lightning.sampler_heads import MLPSamplerHead
 
 ROOT = Path(__file__).parents[1]
 STRATEGIES = ROOT / "configs" / "strategies"
@@ -126,7 +121,7 @@ def test_checkpoints_go_from_one_strategy_to_another(zygote: Zygote, here: Path,
     same_state(here / "one/checkpoints/last.ckpt", folder / LAST)
 
 
-def test_recomputed_layers_accumulation_and_turns(zygote: Zygote, here: Path) -> None:
+def test_recomputed_layers_accumulation_clipping_and_turns(zygote: Zygote, here: Path) -> None:
     words = ["--config", STRATEGIES / "fsdp2.yaml", "--trainer.accumulate_grad_batches", 2, "--trainer.max_steps", 2]
     words += ["--data.packing", "true", "--data.max_length", 24, "--trainer.val_check_interval", 2]
     for ended in run(zygote, here, 2, "turns", *words, "--trainer.strategy.load_in_turns", "true"):
@@ -134,6 +129,62 @@ def test_recomputed_layers_accumulation_and_turns(zygote: Zygote, here: Path) ->
     plain = [*words[2:], "--trainer.strategy", "auto"]
     assert run(zygote, here, 1, "plain", *plain)[0].code == 0
     same_state(here / "plain/checkpoints/last.ckpt", here / "turns/checkpoints/last.ckpt")
+    assert run(zygote, here, 1, "free", *plain, "--trainer.gradient_clip_val", "null")[0].code == 0
+    with pytest.raises(AssertionError):  # gradients were clipped
+        same_state(here / "plain/checkpoints/last.ckpt", here / "free/checkpoints/last.ckpt")
+
+
+MEETINGS = """
+from collections import Counter
+from mtp_lightning import module
+import torch.distributed
+whole, met = module.all_reduce, Counter()
+
+def all_reduce(value, how):
+    met[how] += 1
+    return whole(value, how)
+
+module.all_reduce = all_reduce
+every, total = torch.distributed.all_reduce, Counter()
+
+def counted(*arguments, **options):
+    total["all_reduce"] += 1
+    return every(*arguments, **options)
+
+def begins(self):
+    total.clear()
+
+torch.distributed.all_reduce = counted
+module.MTPModule.on_train_start = begins
+module.MTPModule.on_train_end = lambda self: print("meetings", met["sum"], met["mean"], total["all_reduce"], flush=True)
+"""
+
+
+def test_processes_meet_for_the_loss_only_where_it_is_logged(zygote: Zygote, here: Path) -> None:
+    """6 steps of 3 batches, every third step logged; and the figure is that of all batches and processes of its step."""
+    common = [
+        "fit",
+        "--config",
+        "config.yaml",
+        "--trainer.limit_val_batches",
+        0,
+        "--data.packing",
+        "true",
+    ]  # in no order of lengths
+    common += ["--trainer.log_every_n_steps", 3, "--trainer.max_steps", 6]
+    words = [*common, "--trainer.accumulate_grad_batches", 3, "--data.batch_size", 2, "--trainer.devices", 2]
+    words += ["--trainer.strategy", "ddp", "--trainer.logger.save_dir", "meetings"]
+    for process in zygote.ranks(here, free_port(), words, words, preludes=[MEETINGS, MEETINGS]):
+        ended = process.wait()
+        assert ended.code == 0, ended.err
+        sums, means, every = next(map(int, line.split()[1:]) for line in ended.out.splitlines() if "meetings" in line)
+        assert (sums, means) == (18, 2)  # a denominator a batch, a figure every third step
+        assert every == 18 + 2 + 2 * 6  # and each step: is all finite, was anybody told to stop
+    assert zygote.run(here, *common, "--data.batch_size", 12, "--trainer.logger.save_dir", "at_once").code == 0
+    one, many = ([line for line in figures(here / name) if "train/loss" in line] for name in ("at_once", "meetings"))
+    assert [line["step"] for line in one] == [line["step"] for line in many] == [2, 5]
+    for line, other in zip(one, many, strict=True):
+        assert other == pytest.approx(line, rel=CLOSE["rtol"], abs=CLOSE["atol"])
 
 
 # one sentence for all processes
@@ -201,66 +252,14 @@ def test_strategies_that_can_not_shard_are_refused(monkeypatch: pytest.MonkeyPat
 # decoding
 
 
-PROMPTS = [Prompt("", list(range(1, 2 + length)), "") for length in (1, 40, 2, 3, 30)]
-OPTIONS = DecodingOptions(num_masks=3, max_new_tokens=20)  # a number: what pays on this machine is no part of it
-
-
-def decoded(model: MTPModel, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
-    results = evaluate_prompts(model, PROMPTS, OPTIONS, check=2, rank=rank, world=world)
-    return [{name: value for name, value in r._asdict().items() if name != "seconds"} for r in results]
-
-
-def mixed_model() -> MTPModel:
-    """A bfloat16 base whose unembedding is its embedding, with float32 adapters and head."""
-    base = tiny_base("llama", torch.bfloat16, tie_word_embeddings=True)
-    return tiny_model(base=base, sampler_head=MLPSamplerHead()).train()
-
-
-def gradients(model: MTPModel, row: int) -> dict[str, Any]:
-    """The gradient of each trained weight from a batch of one row."""
-    output = model(build_masked_input([token_row([11], (), row)], 3), {"a": BaseCrossEntropy(), "b": SamplerCrossEntropy()})
-    torch.stack([total for sums in output.sums.values() for total, _ in sums]).sum().backward()
-    return {name: parameter.grad for name, parameter in model.trained_parameters()}
-
-
-def sharded(rank: int) -> tuple[list[dict[str, Any]], int, int, dict[str, Any], set[tuple[bool, str]]]:
-    """What two processes with shards of a model get.
-
-    Each decodes its share of the prompts: the results, and how many passes it made. And with another model, each takes the
-    gradient of its row: what comes of it, and the dtypes of frozen and trained shards.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from mtp_lightning.sharding import shard_model, whole
-
-    mesh = init_device_mesh("cpu", (2,))
-    mixed = mixed_model()
-    shard_model(mixed, mesh)
-    dtypes = {(p.requires_grad, str(p.to_local().dtype)) for p in mixed.parameters()}  # type: ignore[operator]
-    found = {name: whole(grad, True) for name, grad in gradients(mixed, rank).items()}
-    model = tiny_model("llama")
-    shard_model(model, mesh)
-    calls = 0
-
-    def count(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-
-    model.register_forward_pre_hook(count)
-    with in_step(model):
-        mine = decoded(model, rank, 2)
-        own = calls
-    return mine, own, calls, found, dtypes
-
-
 def test_shards_of_a_model(tmp_path: Path) -> None:
-    (first, own_0, calls_0, found, dtypes), (second, own_1, calls_1, *_) = two_processes.run(sharded, tmp_path)
+    (first, own_0, calls_0, found, dtypes), (second, own_1, calls_1, *_) = two_processes.run(sharded_model.sharded, tmp_path)
     assert own_0 != own_1 and calls_0 == calls_1 == max(own_0, own_1)  # one process kept the other company
     together = sorted(first + second, key=lambda each: each["prompt_index"])
-    assert together == decoded(tiny_model("llama"))
+    assert together == sharded_model.decoded(tiny_model("llama"))
     # The frozen base stays in bfloat16 and what is trained in float32; gradients are the mean over the processes.
     assert dtypes == {(False, "torch.bfloat16"), (True, "torch.float32")}
-    alone = [gradients(mixed_model(), row) for row in range(2)]
+    alone = [sharded_model.gradients(sharded_model.mixed_model(), row) for row in range(2)]
     assert found.keys() == alone[0].keys()
     for name, grad in found.items():
         # The same products in each process; the mean is rounded in float32.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -108,10 +109,16 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory already
     warnings.filterwarnings("ignore", message=".*intended to run from within Python.*")  # main() passes the arguments on
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's is no tip to install another package of its makers."""
+    return "Tip: For seamless" not in record.getMessage()
 
 
 def _check_configurations(words: list[str]) -> None:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in its __all__, though documented
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -21,9 +23,10 @@ import mtp_lightning.losses
 import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
 from mtp_lightning.callbacks.run_guards import explain, unwritable
-from mtp_lightning.callbacks.together import checkpoint_folders
+from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
+from mtp_lightning.callbacks.together import checkpoint_folders, run_folder
 from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
-from mtp_lightning.checkpoint_files import newest_checkpoint
+from mtp_lightning.checkpoint_files import newest_checkpoint, read_run_id, run_of
 from mtp_lightning.commands import DecodingArguments, print_generations
 from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
@@ -33,6 +36,8 @@ from mtp_lightning.parser_messages import clear_message
 from mtp_lightning.prompts import read_prompts
 from mtp_lightning.trainer import BesideCheckpointIO, MetricsWriter
 from mtp_lightning.trainer.wrong_settings import check_nulls, check_states, not_made, wrong_setting
+
+AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 COMPARED = ("seed_everything", "model", "data", "trainer")
 """Parts of a configuration that all processes of a run must have in common."""
@@ -130,6 +135,19 @@ class MTPCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: settings stored in a checkpoint must not override the YAML and the command line."""
 
+    def instantiate_classes(self) -> None:
+        """What the configuration names, with one line where a class of it needs a package that is not there."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            missing = re.search(r"class_path '([\w.]+)': Requirement '([^']+)' not met", " ".join(str(error).split()))
+            if missing is None:
+                raise
+            raise UsageError(
+                f"{missing[1]} needs {missing[2]}, which is not installed. Run pip install '{missing[2]}', or leave it out"
+                " of the configuration."
+            ) from error
+
     def after_instantiate_classes(self) -> None:
         """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
         path = self._get(self.config, "ckpt_path")
@@ -141,8 +159,12 @@ class MTPCLI(LightningCLI):
             checkpoint = read_checkpoint(path)
             check_settings(checkpoint, checkpoint_settings(self.model))
             check_states(path, checkpoint, self.subcommand or "")
+            for each in self.callbacks_of(ResumeExactly):
+                each.run = run_of(checkpoint)
             if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
                 self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
+        elif self.subcommand == "fit" and not path:
+            self._say_what_is_replaced()
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 try:
@@ -151,20 +173,34 @@ class MTPCLI(LightningCLI):
                     raise RunError(unwritable(Path(logger.log_dir)) or one_line(error)) from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
             self.trainer.strategy.checkpoint_io = BesideCheckpointIO()
-        if (guards := self.guards()) is not None:
+        for guards in self.callbacks_of(RunGuards):
             guards.configuration = as_text(self.config[self.subcommand]) | {"ckpt_path": str(path)}
 
-    def guards(self) -> RunGuards | None:
-        """The run's guards."""
+    def callbacks_of(self, kind: type[AnyCallback]) -> list[AnyCallback]:
+        """The trainer's callbacks of a kind."""
         trainer: Any = self.trainer
-        return next((each for each in trainer.callbacks if isinstance(each, RunGuards)), None)
+        return [each for each in trainer.callbacks if isinstance(each, kind)]
+
+    def _say_what_is_replaced(self) -> None:
+        """Say so where a new run begins in the folder of an earlier one."""
+        folders = dict.fromkeys(checkpoint_folders(self.trainer))
+        there = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
+        if there and not getattr(self.trainer, "fast_dev_run", False):
+            names = ", ".join(str(path) for path in there[:3]) + (", ..." if len(there) > 3 else "")
+            print(
+                f"mtp: checkpoints of an earlier run are there ({names}), and this one begins at step 0: its own will"
+                " replace those of the same name. To go on from an earlier one stop this run and name the file with"
+                " --ckpt_path.",
+                file=sys.stderr,
+            )
 
     def _last_checkpoint(self) -> str | None:
         """The newest complete checkpoint of the run's folder, put in the place of ``last``."""
         folders = checkpoint_folders(self.trainer)
-        found = newest_checkpoint(folders, lambda message: print(f"mtp: {message}", file=sys.stderr))
+        run = read_run_id(run_folder(self.trainer))
+        found = newest_checkpoint(folders, run, lambda message: print(f"mtp: {message}", file=sys.stderr))
         if found is None:
-            missing = f"no complete checkpoint in {str(folders[-1])!r}"
+            missing = f"no complete checkpoint of this run in {str(folders[-1])!r}"
             if self.subcommand != "fit":
                 raise RunError(f"{missing}. Give the path of a .ckpt file with --ckpt_path.")
             print(f"mtp: {missing}: training begins at step 0.", file=sys.stderr)
@@ -180,7 +216,7 @@ class MTPCLI(LightningCLI):
         except MTPError:
             raise
         except Exception as error:
-            known: MTPError | None = explain(error, self.guards(), self.trainer)
+            known: MTPError | None = explain(error, next(iter(self.callbacks_of(RunGuards)), None), self.trainer)
             if known is None:
                 known = wrong_setting(error)
             if known is None:
@@ -195,6 +231,11 @@ class MTPCLI(LightningCLI):
             kwargs["logger"] = [kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
         if named.get("val_check_interval") == 0:
             raise UsageError("trainer.val_check_interval must be above 0, got 0. Change trainer.val_check_interval.")
+        callbacks = named.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        silent = named.get("enable_progress_bar") is False or named.get("barebones")
+        if not silent and not any(isinstance(each, ProgressBar) for each in callbacks):
+            kwargs["callbacks"] = [*callbacks, StepsProgressBar()]
         try:
             return super().instantiate_trainer(**kwargs)
         except UsageError:

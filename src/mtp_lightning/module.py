@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -105,6 +106,7 @@ class MTPModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.model: MTPModel = None  # type: ignore[assignment] # built in configure_model, where sharding wants it
         self.strict_loading = False  # checkpoints hold trained weights only
+        self._shares: tuple[int, Tensor] | None = None  # of an optimizer step and what its batches so far add up to
         self.val_terms = nn.ModuleDict({name: TermMean() for name in chosen})
         self.val_ntp = MetricCollection(
             # Not the default, which drops NaN and would show a broken model as a perfect one.
@@ -220,12 +222,22 @@ class MTPModule(LightningModule):
         output: ForwardOutput = self.model(batch, self.terms)
         values = {name: term_value(sums, counts) * parts for name, sums in output.sums.items()}
         loss = self.weighted(values)
-        shown = torch.stack([loss.detach(), *(value.detach() for value in values.values())])
-        if self.trainer.world_size > 1:  # each process has a share of the sums: their mean is the loss of the whole batch
-            shown = all_reduce(shown, "mean")
-        self.log("train/loss", shown[0], prog_bar=True)
-        self.log_dict({f"train/loss/{name}": value for name, value in zip(values, shown[1:], strict=True)})
+        self._log_training(torch.stack([loss, *values.values()]).detach(), list(values))
         return loss
+
+    def _log_training(self, shown: Tensor, names: list[str]) -> None:
+        """Log the loss of an optimizer step and its terms, [1 + terms]: each process and batch has a share of the sums."""
+        step = self.trainer.global_step
+        before = self._shares[1] if self._shares is not None and self._shares[0] == step else 0.0
+        shown = before + shown / self.trainer.accumulate_grad_batches
+        self._shares = (step, shown)
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        # The processes meet only where the figures go to a logger; in between the progress bar has this process's estimate.
+        if self.trainer.world_size > 1 and logs_this_step(self.trainer):
+            shown = all_reduce(shown.clone(), "mean")
+        self.log("train/loss", shown[0], prog_bar=True)
+        self.log_dict({f"train/loss/{name}": value for name, value in zip(names, shown[1:], strict=True)})
 
     def weighted(self, values: dict[str, Tensor]) -> Tensor:
         """The sum of the terms' values times their weights."""
@@ -287,3 +299,17 @@ class MTPModule(LightningModule):
         """Refuse a checkpoint of another base, number of masks or head, and one that lacks a weight."""
         check_settings(checkpoint, checkpoint_settings(self))
         check_complete(checkpoint, self.state_dict())
+
+
+def logs_this_step(trainer: Any) -> bool:
+    """Whether Lightning may log the optimizer step that is being made.
+
+    Args:
+        trainer: the trainer, in ``training_step``.
+
+    Returns:
+        Whether it is one of every ``log_every_n_steps``, or may be the last: where the time is limited any step is logged
+        after which the limit is found to be reached.
+    """
+    timed = any(isinstance(each, Timer) for each in trainer.callbacks)
+    return timed or bool(trainer._logger_connector.should_update_logs)

@@ -15,6 +15,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from mtp_lightning.acceptance import Progress, PromptResult, evaluate_prompts, speed_pairs, summarise
 from mtp_lightning.acceptance_report import print_notes, print_table, save_json, save_plot
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
+from mtp_lightning.callbacks.throughput import pause_clocks
+from mtp_lightning.callbacks.together import run_folder
 from mtp_lightning.decoding import Decoding, DecodingOptions, is_sharded
 from mtp_lightning.errors import UsageError
 from mtp_lightning.lockstep import in_step
@@ -100,6 +102,7 @@ class AcceptanceEvaluation(DecodingCallback):
             return
         if not self.every_n_steps or step == 0 or step % self.every_n_steps or step == self._evaluated_at:
             return
+        pause_clocks(trainer)
         self._evaluate(trainer, pl_module)
         values = self._logged("val")
         # Lightning passes what is logged here on to loggers every log_every_n_steps alone, so they are told directly.
@@ -174,7 +177,7 @@ class AcceptanceEvaluation(DecodingCallback):
         return values
 
     def _report(self, trainer: Trainer, prefix: str, forced: dict[str, float] | None) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all processes
+        folder = run_folder(trainer)
         summary = summarise(self.results, forced)
         step = trainer.global_step or None  # not known where no checkpoint is evaluated
         if trainer.state.fn != TrainerFn.FITTING:  # Lightning gives callbacks their state back for training alone

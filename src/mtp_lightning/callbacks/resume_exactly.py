@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from mtp_lightning.callbacks.together import gather
+from mtp_lightning.callbacks.together import gather, run_folder
+from mtp_lightning.checkpoint_files import RESUME, write_run_id
 from mtp_lightning.random_state import random_state, set_random_state
 from mtp_lightning.trainer.metrics_writer import MetricsWriter
-
-ENTRY = "mtp_resume"
 
 
 class ResumeExactly(Callback):
@@ -20,20 +20,40 @@ class ResumeExactly(Callback):
 
     On resume the file is cut back to there, so that each figure stands in it once. The random state is put back before the
     first batch; a run with another number of processes draws anew.
+
+    A run that begins at step 0 gets a name, which its folder and its checkpoints bear: ``--ckpt_path last`` is not to go on
+    from a checkpoint that an earlier run has left in the folder.
+
+    Attributes:
+        run: the run's name; set by the command line where a run is gone on with.
     """
 
     def __init__(self) -> None:
+        self.run: str | None = None
         self._loaded: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Name the run's folder, now that all is loaded and fits together: a start that failed takes no folder over."""
+        if self.run is None:
+            self.run = gather(uuid.uuid4().hex)[0]
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            write_run_id(folder, self.run)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the entry. All processes come here; one of them writes."""
         states = gather(random_state())
         lines = [writer.num_lines() if trainer.is_global_zero else 0 for writer in writers(trainer)]
-        checkpoint[ENTRY] = {"random": states, "lines": lines, "pending": pending_figures(trainer)}
+        checkpoint[RESUME] = {
+            "run": self.run or "",
+            "random": states,
+            "lines": lines,
+            "pending": pending_figures(trainer),
+        }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the entry until training begins."""
-        self._loaded = checkpoint.get(ENTRY)
+        self._loaded = checkpoint.get(RESUME)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut ``metrics.csv`` back, and log what was about to be."""
@@ -41,10 +61,23 @@ class ResumeExactly(Callback):
             return
         for writer, lines in zip(writers(trainer), self._loaded["lines"], strict=False):
             writer.keep(lines)
-        if self._loaded["pending"] is not None:
-            for logger in trainer.loggers:
-                logger.log_metrics(dict(self._loaded["pending"]["figures"]), step=self._loaded["pending"]["step"])
-                logger.save()
+        self._log_pending(trainer, self._loaded["pending"])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was about to be where no step is left: the run was ended after its last checkpoint and before that."""
+        loaded = self._loaded
+        if loaded is None or not trainer.is_global_zero:
+            return
+        pairs = zip(writers(trainer), loaded["lines"], strict=False)
+        if any(writer.num_lines() <= lines for writer, lines in pairs):
+            self._log_pending(trainer, loaded["pending"])
+
+    def _log_pending(self, trainer: Trainer, pending: dict[str, Any] | None) -> None:
+        if pending is None:
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(pending["figures"]), step=pending["step"])
+            logger.save()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the random state back, once: what ran before this batch has drawn from it."""

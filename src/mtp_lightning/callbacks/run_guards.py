@@ -16,8 +16,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtp_lightning.callbacks.together import checkpoint_folders, gather, stop_all
-from mtp_lightning.checkpoint_files import newest_checkpoint
+from mtp_lightning.callbacks.together import checkpoint_folders, gather, run_folder, stop_all
+from mtp_lightning.checkpoint_files import newest_checkpoint, read_run_id
 from mtp_lightning.data.fingerprint import fingerprint
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.sizing import ModelSize, StepSize, advice, estimate, gigabytes, memory_error, model_size
@@ -52,7 +52,7 @@ class RunGuards(Callback):
         """Compare the processes, and try the run's folder."""
         if stage != "fit":
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = run_folder(trainer)
         rows = getattr(getattr(trainer, "datamodule", None), "rows", {})
         mine = {**self.configuration, **{f"data.{split}": fingerprint(each) for split, each in rows.items()}}
         if (found := disagreement(gather(mine))) is not None:
@@ -112,8 +112,8 @@ class RunGuards(Callback):
             "rows": [row for number in wrong for row in rows[number].tolist()],
             "all_rows": [row for each in rows for row in each.tolist()],
         }
-        folders = checkpoint_folders(trainer)
-        stop_all(trainer, not_finite(gather(mine), trainer.global_step + 1, trainer.current_epoch, folders))
+        newest = newest_checkpoint(checkpoint_folders(trainer), read_run_id(run_folder(trainer)))
+        stop_all(trainer, not_finite(gather(mine), trainer.global_step + 1, trainer.current_epoch, newest))
 
 
 def disagreement(processes: list[dict[str, str]]) -> str | None:
@@ -177,14 +177,14 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
     return torch.stack([norm.float() for norm in norms]).norm() if norms else torch.zeros(())
 
 
-def not_finite(processes: list[dict[str, list[Any]]], step: int, epoch: int, folders: list[Path]) -> str:
+def not_finite(processes: list[dict[str, list[Any]]], step: int, epoch: int, newest: Path | None) -> str:
     """The message on a loss or a gradient that is not finite.
 
     Args:
         processes: of each process ``losses`` that are not finite, their ``rows``, and ``all_rows`` of the step.
         step: number of the optimizer step that was about to be made.
         epoch: the epoch.
-        folders: where checkpoints may lie.
+        newest: the run's newest complete checkpoint, or None.
 
     Returns:
         The message.
@@ -193,7 +193,6 @@ def not_finite(processes: list[dict[str, list[Any]]], step: int, epoch: int, fol
     key = "rows" if losses else "all_rows"
     rows = ", ".join(str(row) for row in sorted({row for each in processes for row in each[key]})[:20])
     what = f"the loss is {losses[0]}" if losses else "a gradient is not finite, though the loss is,"
-    newest = newest_checkpoint(folders)
     if newest is None:
         good = "No checkpoint was written before"
     else:

@@ -15,7 +15,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from mtp_lightning.callbacks.together import LAST, checkpoint_folders, validation_is_due
+from mtp_lightning.callbacks.together import checkpoint_folders, validation_is_due
+from mtp_lightning.checkpoint_files import LAST
 from mtp_lightning.trainer.collectives import all_reduce
 
 EXIT_CODE = 143

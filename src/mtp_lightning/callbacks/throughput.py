@@ -30,9 +30,10 @@ class Throughput(Callback):
       counted) over the peak of the devices; left out where the peak is not known.
     - ``train/peak_memory_gb``: most memory so far, of the GPU, or of the process on a CPU; of the process that needs most.
     - ``train/data_wait_share``: share of the time that training waited for a batch, of the process that waited longest.
-    - ``train/hours_left``: until the last step at the run's pace so far, validations and checkpoints included.
+    - ``train/hours_left``: until the last step at the run's pace so far, checkpoints included, and for the evaluations that
+      are still to come, as long as those so far and as far apart.
 
-    Validations are left out of the first two and the waiting.
+    Validations, evaluations in training and sample texts are left out of all speeds and of the waiting.
 
     Args:
         peak_tflops: peak of one device in 1e12 operations a second. None: by the GPU's name, if it is known.
@@ -47,7 +48,9 @@ class Throughput(Callback):
         self._tokens: torch.Tensor | int = 0
         self._ntp = self._mtp = self._rows = 0
         self._waited = self._paused = 0.0
-        self._begun = self._started = self._asked = self._pause = 0.0
+        self._begun = self._started = self._asked = 0.0
+        self._pause: float | None = None
+        self._evaluations: dict[int, float] = {}
         self._first_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,11 +58,13 @@ class Throughput(Callback):
         module: Any = pl_module
         self.size, self.step = model_size(module.model), step_size(trainer, module)
         self._started, self._first_step = time.perf_counter(), trainer.global_step
+        self._pause, self._evaluations = None, {}
         self._reset()
         loop: Any = trainer.fit_loop.epoch_loop
         before, after = type(loop)._on_before_fetch, type(loop)._on_after_fetch
 
         def asks() -> None:
+            self.go_on(trainer)  # after a validation, and what other callbacks did at its end
             self._asked = time.perf_counter()
             before(loop)
 
@@ -75,17 +80,43 @@ class Throughput(Callback):
         self._begun = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
-        self._pause = time.perf_counter()
+        """Stop the clock until the next batch is asked for."""
+        if not trainer.sanity_checking:
+            self.pause(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let it go on."""
-        self._paused += time.perf_counter() - self._pause
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let it go on, where the batch was there already."""
+        self.go_on(trainer)
+
+    def pause(self, trainer: Trainer) -> None:
+        """Stop the clock: what follows is no training. Nothing where it stands already.
+
+        Args:
+            trainer: the trainer.
+        """
+        if self._pause is None:
+            device = trainer.strategy.root_device
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # what was asked for before is training still
+            self._pause = time.perf_counter()
+
+    def go_on(self, trainer: Trainer) -> None:
+        """Let the clock go on. Nothing where it runs.
+
+        Args:
+            trainer: the trainer.
+        """
+        if self._pause is not None:
+            seconds, self._pause = time.perf_counter() - self._pause, None
+            self._paused += seconds
+            step = trainer.global_step
+            self._evaluations[step] = self._evaluations.get(step, 0.0) + seconds
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count a batch, and log when Lightning does."""
+        self.go_on(trainer)
         self._tokens = self._tokens + (batch.document_ids >= 0).sum()  # on the device: nothing waits for it yet
         self._ntp += batch.input_ids.numel()
         self._mtp += batch.mtp_labels.numel()
@@ -113,8 +144,9 @@ class Throughput(Callback):
         total = trainer.max_steps if trainer.max_steps > 0 else float(trainer.estimated_stepping_batches)
         steps = trainer.global_step - self._first_step
         if steps > 0 and total != float("inf"):
-            pace = (time.perf_counter() - self._started) / steps
-            figures["train/hours_left"] = max(0.0, total - trainer.global_step) * pace / 3600
+            pace = (time.perf_counter() - self._started - sum(self._evaluations.values())) / steps
+            left = max(0.0, total - trainer.global_step)
+            figures["train/hours_left"] = (left * pace + evaluation_seconds(self._evaluations, left)) / 3600
         pl_module.log_dict({name: float(value) for name, value in figures.items()})
         self._reset()
 
@@ -124,6 +156,35 @@ class Throughput(Callback):
             return self.peak_tflops
         name = torch.cuda.get_device_name(device)
         return next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+
+
+def pause_clocks(trainer: Trainer) -> None:
+    """Stop the clocks of a run until the next batch: what follows is an evaluation.
+
+    Args:
+        trainer: the trainer.
+    """
+    known: Any = trainer
+    for each in known.callbacks:
+        if isinstance(each, Throughput):
+            each.pause(trainer)
+
+
+def evaluation_seconds(evaluations: dict[int, float], left: float) -> float:
+    """How long the evaluations that are still to come will take.
+
+    Args:
+        evaluations: seconds of those so far, by the optimizer step that they came after.
+        left: optimizer steps to come.
+
+    Returns:
+        Seconds. They are taken to be as long as those so far, and as far apart; one alone as far as it is from step 0.
+    """
+    if not evaluations:
+        return 0.0
+    first, last = min(evaluations), max(evaluations)
+    apart = (last - first) / (len(evaluations) - 1) if len(evaluations) > 1 else first
+    return left // max(1.0, apart) * sum(evaluations.values()) / len(evaluations)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -11,9 +11,6 @@ from lightning import Trainer
 
 from mtp_lightning.errors import RunError
 
-LAST = "last.ckpt"
-"""Name of the checkpoint to go on from."""
-
 
 def gather(value: Any) -> list[Any]:
     """A value of every process, in each of them. All processes must call it.
@@ -48,6 +45,11 @@ def stop_all(trainer: Trainer, message: str) -> NoReturn:
     raise SystemExit(0)
 
 
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of a run: the first logger's. All processes must call it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
     """Folders that a run writes checkpoints to; the first one is where ``last.ckpt`` goes. All processes must call it.
 
@@ -58,13 +60,14 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
         Folders; they may not be there yet.
     """
     named = [Path(folder) for each in trainer.checkpoint_callbacks if (folder := getattr(each, "dirpath", None))]
-    return [*named, Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"]
+    return [*named, run_folder(trainer) / "checkpoints"]
 
 
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether a validation follows the training batch that has just ended.
 
-    A checkpoint that is written before it would make a resumed run leave it out.
+    A checkpoint that is written before it would make a resumed run leave it out. The validation that Lightning adds where a
+    run is stopped early does not count: a run that is not stopped has none there.
 
     Args:
         trainer: the trainer, in ``on_train_batch_end``.
@@ -73,4 +76,8 @@ def validation_is_due(trainer: Trainer) -> bool:
         Whether Lightning is about to validate.
     """
     fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    stop, trainer.should_stop = trainer.should_stop, False
+    try:
+        return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+    finally:
+        trainer.should_stop = stop
