@@ -74,9 +74,10 @@ def gains(base: PreTrainedModel) -> bool:
     config = text_config(base)
     heads = config.num_attention_heads
     shares = getattr(config, "num_key_value_heads", heads) != heads
-    return bool(base.config._attn_implementation == "sdpa" and base.device.type == "cpu" and shares) and _takes_interface(
-        type(base)
-    )
+    if base.config._attn_implementation != "sdpa" or base.device.type != "cpu" or not shares:
+        return False
+    kind: Any = type(base)
+    return _takes_interface(kind)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """The products [..., N] of rows [..., D]."""
         if self._is_plain(x.numel() // x.shape[-1]):
+            assert self.plain is not None
             return F.linear(x, self.plain, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
