@@ -33,12 +33,9 @@ class ResumeExactly(Callback):
         self._loaded: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Name the run's folder, now that all is loaded and fits together: a start that failed takes no folder over."""
+        """Agree on the run's name."""
         if self.run is None:
             self.run = gather(uuid.uuid4().hex)[0]
-        folder = run_folder(trainer)
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            write_run_id(folder, self.run)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the entry. All processes come here; one of them writes."""
@@ -56,7 +53,12 @@ class ResumeExactly(Callback):
         self._loaded = checkpoint.get(RESUME)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cut ``metrics.csv`` back, and log what was about to be."""
+        """Name the run's folder; cut ``metrics.csv`` back, and log what was about to be.
+
+        By now all is loaded and fits together: a start that fails takes no folder over.
+        """
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            write_run_id(run_folder(trainer), self.run or "")
         if self._loaded is None or not trainer.is_global_zero:
             return
         for writer, lines in zip(writers(trainer), self._loaded["lines"], strict=False):
