@@ -57,8 +57,9 @@ class ResumeExactly(Callback):
 
         By now all is loaded and fits together: a start that fails takes no folder over.
         """
+        folder = run_folder(trainer)  # all processes ask for it together
         if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            write_run_id(run_folder(trainer), self.run or "")
+            write_run_id(folder, self.run or "")
         if self._loaded is None or not trainer.is_global_zero:
             return
         for writer, lines in zip(writers(trainer), self._loaded["lines"], strict=False):
