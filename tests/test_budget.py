@@ -147,7 +147,21 @@ def test_plans_of_the_rejection_rule_do_not_see_the_drafts() -> None:
     assert plans[0] == plans[1] and max(plan.num_drafts for plan in plans[0]) > 1
 
 
-def test_chances_are_corrected_by_what_was_kept() -> None:
+def test_what_is_little_known_is_hoped_for() -> None:
+    """By half a standard error of what was seen: little where much was."""
+    record, at = DraftRecord(4), np.array([0.525])
+    differences = []
+    for count in (0, 50, 500):
+        for number in range(count):
+            record.learn([0.525], number % 2, 1)
+        verified, kept = record._verified[10], record._kept[10]
+        differences.append(float(record.chance(at)[0]) - kept / verified)
+        assert differences[-1] == pytest.approx(0.5 * np.sqrt(kept / verified * (1 - kept / verified) / verified))
+    assert differences[0] > 0.08 > 0.04 > differences[1] > 0.02 > differences[2] > 0
+
+
+def test_chances_are_corrected_by_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget_file, "HOPE", 0.0)
     record, generator = DraftRecord(4), np.random.default_rng(0)
     before = record.chance(np.array([0.1, 0.5, 0.9]))
     np.testing.assert_allclose(before, [0.1, 0.5, 0.9], atol=0.03)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import pty
@@ -253,7 +254,9 @@ def until(read: int, wanted: str, seconds: float = 240) -> str:
 
 @contextlib.contextmanager
 def program(*words: object, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
-    started = subprocess.Popen([sys.executable, "-m", "mtp_lightning", *map(str, words)], **streams)
+    # A shell starts jobs in the background with Ctrl-C ignored, and children would inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    started = subprocess.Popen([sys.executable, "-m", "mtp_lightning", *map(str, words)], preexec_fn=heed, **streams)
     try:
         yield started
     finally:
