@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtp_lightning.budget import Budget, DraftRecord
-from mtp_lightning.decoding import DecodingOptions
+from mtp_lightning.budget import Budget, DraftRecord, usual_positions
+from mtp_lightning.decoding import DecodingOptions, evaluating
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead
@@ -101,9 +101,9 @@ def main() -> None:
     model = MTPModel(base, 8, LoRA(rank=args.rank), GRUSamplerHead()).eval()
     choice = TokenChoice(DecodingOptions(), [0], base.device)
     measured = []
-    with model.lean.use(model):
+    with evaluating(model), model.lean.use(model):
         for _ in range(args.repeats):
-            measured.append(measure_step_costs(model, choice))
+            measured.append(measure_step_costs(model, choice, usual_positions(8)))
     longest = max((each.positions for each in measured), key=len)
     best = {n: min(e.seconds[e.positions.index(n)] for e in measured if n in e.positions) for n in longest}
     verified, drafted, begun = (min(getattr(e, name) for e in measured) for name in ("verified", "drafted", "begun"))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from test_sampling import LENGTHS, SEED, SETTINGS, TESTS, G, fitted, p_value, pa
 from tiny import CONTEXT, greedy_text, tiny_base, tiny_model, token_row
 
 from mtp_lightning import budget as budget_file
-from mtp_lightning import decoding
+from mtp_lightning import decoding, step_costs
 from mtp_lightning.budget import PLAIN, Budget, DraftRecord, Plan
 from mtp_lightning.decoding import DecodingOptions, decode
 from mtp_lightning.decoding_step import draft_block
@@ -21,7 +22,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.step_costs import Pace, StepCosts
-from mtp_lightning.token_choice import TokenChoice
+from mtp_lightning.token_choice import Prefixes, TokenChoice
 
 FREE = StepCosts((1, 81), (1.0, 1.01), 0.0, 0.0)
 """A large model on a large GPU: positions cost next to nothing."""
@@ -82,6 +83,21 @@ def test_any_plan_writes_the_greedy_text(architecture: str, kind: str, monkeypat
             assert out.sequences[r, len(row) : len(row) + len(text)].tolist() == text
 
 
+def test_processors_see_text_and_drafts_alone() -> None:
+    """A plan may feed more drafts than a row has; what stands in their place is shown to nobody."""
+    seen: list[list[int]] = []
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids[0].tolist())
+        return scores + 1.0
+
+    choice = TokenChoice(DecodingOptions(logits_processor=[processor]), [0, 0], torch.device("cpu"))
+    tokens, logits = torch.arange(20).view(2, 10), torch.zeros(2, 4, 5)
+    scores = choice.target(logits, Prefixes(tokens, [3, 2], [1, 3]))
+    assert scores[:, :, 0].tolist() == [[1.0, 1.0, 0.0, 0.0], [1.0] * 4]
+    assert [len(ids) for ids in seen] == [3, 4, 2, 3, 4, 5] and seen[1] == [0, 1, 2, 3]
+
+
 def test_the_rejection_rule_keeps_its_distribution_under_any_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     use_plans(monkeypatch, 0)
     p, share = p_value(40_000, 5_000, verification="rejection")
@@ -122,6 +138,26 @@ def test_where_drafts_are_never_kept_steps_are_plain(coupled: bool) -> None:
     spent = sum(budget.spent(p, p.masks) for p in plans)
     assert spent < 1.03 * len(plans) * 1.0
     assert any(plan != PLAIN for plan in plans[1000:])
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 16])
+def test_rates_are_those_of_the_whole_batch(num_rows: int) -> None:
+    budget = make(STEEP, num_rows)
+    for row in budget.rows:
+        row.mean[:] = 0.01
+    assert budget._prices()[1] == pytest.approx(num_rows / budget.spent(PLAIN, 0))
+    drafting = make(GENTLE, num_rows)
+    drafting.stops_early = True
+    plans = settled(drafting, 0.9, 8)
+    if num_rows <= 4:
+        assert sum(plan.num_drafts for plan in plans[20:]) > 2 * len(plans[20:])
+        assert drafting.least < 0.1
+
+
+def test_beginning_a_draft_has_its_price() -> None:
+    dear = make(GENTLE._replace(begun=2.0))
+    assert dear.spent(Plan(0, 2, "last"), 2) == pytest.approx(make(GENTLE).spent(Plan(0, 2, "last"), 2) + 2.0)
+    assert settled(make(GENTLE), 0.9, 8)[-1] != PLAIN and settled(dear, 0.5, 1)[-1] == PLAIN
 
 
 def test_drafting_is_taken_up_again_when_it_pays_by_now() -> None:
@@ -231,6 +267,26 @@ def test_pace_corrects_the_curve() -> None:
     assert 0.5 < factors[8] < 2.0
     pace.observe(1, 1.0, 1e9)  # a machine that slept
     assert pace.factors(1)[1] < 3
+
+
+def test_a_slow_models_calls_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step takes longer than there is time for: a curve of a few points is made all the same."""
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(step_costs, "time", clock)
+
+    def taking(seconds: float) -> Any:
+        def call() -> None:
+            clock.now += seconds
+
+        return call
+
+    calls = {n: taking(0.2 + 0.01 * n) for n in (1, 2, 3, 5, 9, 17)}
+    found = step_costs._time(calls, taking(0.3), 4, 0.6, lambda: None)
+    assert found == pytest.approx({n: 0.2 + 0.01 * n for n in (1, 2, 3, 5)})
+    clock.now = 0.0
+    calls = {1: taking(0.01), 2: taking(0.02)}
+    assert step_costs._time(calls, taking(0.0), 1, 10.0, lambda: None) == pytest.approx({1: 0.01, 2: 0.02})
+    assert clock.now == pytest.approx((step_costs.ROUNDS + 1) * 0.03)
 
 
 def test_costs_are_measured_once_and_quickly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from mtp_lightning.grouped_attention import gains, grouped
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
-def test_the_same_bits(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_text(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(architecture, 4, dtype=dtype)
     model.mask_embeddings.data = model.mask_embeddings.data.to(dtype)
     heads = model.base.config.num_key_value_heads, model.base.config.num_attention_heads
@@ -44,14 +44,15 @@ def test_the_same_bits(architecture: str, dtype: torch.dtype, monkeypatch: pytes
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("groups", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_single_calls(dtype: torch.dtype) -> None:
+def test_single_calls(dtype: torch.dtype, groups: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    module = type("Attention", (), {"num_key_value_groups": 3, "is_causal": True})()
+    module = type("Attention", (), {"num_key_value_groups": groups, "is_causal": True})()
     for queries, mask in ((5, True), (1, True), (5, False)):
-        query = torch.randn(2, 6, queries, 16, generator=generator, dtype=dtype)
-        key, value = (torch.randn(2, 2, 9, 16, generator=generator, dtype=dtype) for _ in range(2))
+        query = torch.randn(2, 2 * groups, queries, 16, generator=generator, dtype=torch.float64).to(dtype)
+        key, value = (torch.randn(2, 2, 9, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
         sees = None
         if mask:
             sees = torch.rand(2, 1, queries, 9, generator=generator) < 0.6
@@ -71,6 +72,11 @@ def test_only_while_decoding_and_where_it_gains() -> None:
     with pytest.raises(KeyError), grouped(model.base):
         raise KeyError
     assert model.base.config._attn_implementation == "sdpa"
+    steps = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
+    next(steps)
+    model.base.set_attn_implementation("eager")  # what somebody sets meanwhile stays
+    steps.close()
+    assert model.base.config._attn_implementation == "eager"
     base = tiny_base("llama")
     base.set_attn_implementation("eager")
     assert not gains(base)

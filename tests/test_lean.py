@@ -17,6 +17,7 @@ from mtp_lightning.draft_chain import DraftChain, GRUChain, MLPChain, unrolled
 from mtp_lightning.gated_lora import LoRA, lora_layers
 from mtp_lightning.lean import is_plain
 from mtp_lightning.model import MTPModel
+from mtp_lightning.packed_linear import packed_dtypes
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -63,6 +64,8 @@ def test_packed_layers_compute_what_pefts_do() -> None:
         expected = hidden_states(model, 4, rows)
         with model.lean.use(model), torch.inference_mode():
             found = hidden_states(model, 4, rows)
+            packs = torch.float32 in packed_dtypes()
+            assert ("forward" in vars(model.base.get_output_embeddings())) == packs
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             logits = model.unembed(found)
         torch.testing.assert_close(logits, model.unembed(expected).detach(), rtol=1e-3, atol=1e-3)
@@ -155,6 +158,71 @@ def test_nothing_is_left_behind_and_new_weights_are_noticed() -> None:
             torch.testing.assert_close(hidden_states(model, 3, 1), expected, **EXACT)
         layer.lora_A["default"].weight = nn.Parameter(torch.randn_like(layer.lora_A["default"].weight))
     assert model.lean._forwards is not first
+
+
+@torch.no_grad()
+def change_data(model: MTPModel) -> None:
+    for layer in lora_layers(model.base):
+        layer.base_layer.weight.data.copy_(torch.randn_like(layer.base_layer.weight))
+
+
+def change_output(model: MTPModel) -> None:
+    model.base.get_output_embeddings().weight.data.mul_(-1.0)
+
+
+def change_by_a_fused_optimizer(model: MTPModel) -> None:
+    """It leaves no count of changes."""
+    trained = [weight for layer in lora_layers(model.base) for weight in (layer.lora_B["default"].weight,)]
+    for weight in trained:
+        weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW(trained, lr=1.0, fused=True).step()
+
+
+def change_scaling(model: MTPModel) -> None:
+    for layer in lora_layers(model.base):
+        layer.set_scale("default", 3.0)
+
+
+@pytest.mark.parametrize("change", [change_data, change_output, change_by_a_fused_optimizer, change_scaling])
+def test_changes_that_are_counted_nowhere_are_noticed(change: Any) -> None:
+    model = tiny_model("llama", 3, dtype=torch.float32)
+    drafts(model)
+    change(model)
+    for weights in (model.base.get_output_embeddings(), *lora_layers(model.base)):
+        weights.requires_grad_(False)
+    expected = hidden_states(model, 3, 1)
+    with torch.inference_mode():
+        logits = model.unembed(expected)
+        with model.lean.use(model):
+            found = hidden_states(model, 3, 1)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(model.unembed(found), logits, rtol=1e-2, atol=1e-2)
+
+
+def test_a_copy_made_while_a_reader_has_paused() -> None:
+    model = tiny_model("llama", 3, sampler_head=GRUSamplerHead())
+    expected = drafts(model)
+    paused = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
+    next(paused)
+    twin = copy.deepcopy(model)
+    paused.close()
+    assert drafts(twin) == expected
+    change_data(twin)
+    before = hidden_states(twin, 3, 1)
+    with twin.lean.use(twin):
+        torch.testing.assert_close(hidden_states(twin, 3, 1), before, **EXACT)
+    assert drafts(model) == expected
+
+
+def test_memory_is_given_back() -> None:
+    model = tiny_model("llama", 3, sampler_head=GRUSamplerHead())
+    expected = drafts(model)
+    model.lean.forget()
+    assert not model.lean._forwards and model.lean._chain is None
+    paused = decode(model, token_row([6]).input_ids, DecodingOptions(num_masks=3, max_new_tokens=12))
+    first = next(paused)
+    model.lean.forget()
+    assert [first, *paused] == expected == drafts(model)
 
 
 def test_training_while_a_reader_has_paused() -> None:

@@ -27,9 +27,7 @@ from mtp_lightning.draft_values import SETTLE, DraftValues, availability
 from mtp_lightning.step_costs import Pace, StepCosts
 
 SIZES = (0, 1, 2, 4, 8)
-"""Drafts verified and masks in a block, beside 12, 16, 24, .. and k: few shapes, for each costs something the first time."""
-FRESH_SHARE = 0.125
-"""Share of what a shape's first step costs more that the planner counts: it will be used again."""
+"""Drafts verified and masks in a block, beside 12, 16, 24, .. and k: few shapes, for kernels are made ready for each."""
 BINS = 20
 MEMORY = 800.0
 """Kept and verified drafts in a bin of the correction are forgotten beyond about so many."""
@@ -185,7 +183,6 @@ class Budget:
         blocks = np.concatenate([np.ones_like(starts), 1 + (starts > 0), 1 + starts], axis=1)[:, : len(self.places)]
         self._positions = 1 + c + blocks[:, None, :] * m  # [c, m, place], c and m by their numbers among the sizes
         self._parts = np.broadcast_to(costs.verified * c, self._positions.shape)
-        self._fresh: dict[int, np.ndarray] = {}
         self.values = DraftValues(self.sizes)
         self._price: tuple[np.ndarray, float, int, int] | None = None
         self.stops_early, self.least = False, 0.0
@@ -220,17 +217,6 @@ class Budget:
         """What it costs to draft so many tokens."""
         return links * self._link() + (self.costs.begun * len(self.rows) ** 0.5 if links else 0.0)
 
-    def _extra(self) -> np.ndarray:
-        """What is counted of the first step's extra for plans that were not carried out before, [c, m, place]."""
-        B = len(self.rows)
-        if B not in self._fresh:
-            extra = np.full(self._positions.shape, self.costs.fresh * FRESH_SHARE)
-            for rows, plan in self.record.shapes:
-                if rows == B and plan.where in self.places:
-                    extra[self._place(plan)] = 0.0
-            self._fresh[B] = extra
-        return self._fresh[B]
-
     def _link(self) -> float:
         """What one more token of a draft costs."""
         return self.costs.drafted * len(self.rows) ** 0.5
@@ -240,7 +226,6 @@ class Budget:
         B, place = len(self.rows), self._place(plan)
         if (B, plan) not in self.record.shapes:  # a shape's first step says nothing of the others
             self.record.shapes.add((B, plan))
-            self._fresh.pop(B, None)
             return
         if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
             return
@@ -272,8 +257,8 @@ class Budget:
         if self._price is None or self._price[2] != B or self._price[3] + PLAN_EVERY <= self._steps:
             seconds = self.seconds(B) + self._drafting()[None, :, None]
             usual = self.rows[0].mean if B == 1 else np.mean([row.mean for row in self.rows], axis=0)
-            self.values.sweep(usual, seconds / B, SETTLE if self._price is None else PLAN_EVERY)
-            self._price = seconds + self._extra(), self.values.rate * B, B, self._steps
+            self.values.sweep(usual, seconds, SETTLE if self._price is None else PLAN_EVERY)
+            self._price = seconds, self.values.rate * B, B, self._steps
         return self._price[0], self._price[1]
 
     def first(self, room: int) -> Plan:
@@ -323,8 +308,9 @@ class Budget:
         # Rows that will have a block after their last token.
         there = availability(reached[:, sizes].sum(0), whole[:, sizes].sum(0), len(self.places))
         value = now[:, None, None] + there[:, None, :] * self.values.worth[None, :, None] - rate * price
-        # A token that is reached more seldom than this brings less than the time to draft it would elsewhere.
-        self.least = rate * self._link() if self.stops_early else 0.0
+        # A token that is reached more seldom than this brings less than the time to draft it would elsewhere. The chain goes
+        # on for all rows together.
+        self.least = rate / B * self._link() if self.stops_early else 0.0
         # A few more drafts than there are, if the next size wants it; those count for nothing.
         c = next(number for number, size in enumerate(self.sizes) if size >= max(limits, default=0))
         best = value[: c + 1, : self.sizes.index(_fitting(min(room, k), k)) + 1]

@@ -148,7 +148,8 @@ def decode_rows(
         if options.num_masks == "auto" and J and not is_sharded(model):
             budget = make_budget(model, options, B)
             choice.confident = budget.coupled
-            budget.stops_early = budget.coupled and device.type == "cpu" and model.sampler_head is not None
+            chained = options.sampler_head and model.sampler_head is not None
+            budget.stops_early = budget.coupled and device.type == "cpu" and chained
             spent = budget.first(_room(rows, J))
         plan = prompt_plan(options.decoding, [len(each) for each in remaining], spent.masks if budget else _room(rows, J))
         slots_ever = max(row.limit for row in rows) + (J + 1) ** 2
@@ -170,7 +171,7 @@ def decode_rows(
             out: StepOutput = model(
                 StepInput(
                     tokens, c, drafted, draft_scores, plan.layouts, layout_of, positions, mask, ends, first, cache, choice,
-                    options.sampler_head,
+                    options.sampler_head, plan.drafted,
                 )
             )  # fmt: skip
             # The one place in a step that waits for the device.

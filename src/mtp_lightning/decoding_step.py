@@ -37,6 +37,7 @@ class StepInput(NamedTuple):
         cache: keys and values of the verified tokens before ``tokens``.
         token_choice: how tokens are chosen.
         sampler_head: whether to draft with the sampler head.
+        counts: drafts of each row that are to be verified, as ``drafted`` says it on the device; None: all.
     """
 
     tokens: Tensor
@@ -52,6 +53,7 @@ class StepInput(NamedTuple):
     cache: RowCache
     token_choice: TokenChoice
     sampler_head: bool
+    counts: list[int] | None = None
 
 
 class Drafts(NamedTuple):
@@ -159,7 +161,7 @@ def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:
         Tokens [B, c + 1] and counts [B].
     """
     c, choice = step.num_drafts, step.token_choice
-    scores = choice.target(logits, Prefixes(step.cache.tokens, step.ends))
+    scores = choice.target(logits, Prefixes(step.cache.tokens, step.ends, step.counts))
     draft = step.tokens[:, step.tokens.shape[1] - c :]
     positions = step.first[:, None] + torch.arange(c + 1, device=step.first.device)
     if choice.rejects:

@@ -86,8 +86,13 @@ def grouped(base: PreTrainedModel) -> Iterator[None]:
     if not gains(base):
         yield
         return
-    base.config._attn_implementation = GROUPED_SDPA
+    configs = {id(config): config for config in (base.config, text_config(base))}.values()
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = GROUPED_SDPA  # this one alone: the property goes through all parts
     try:
         yield
     finally:
-        base.config._attn_implementation = "sdpa"
+        for config, kernel in zip(configs, before, strict=True):
+            if config._attn_implementation == GROUPED_SDPA:  # nobody has set another one meanwhile
+                config._attn_implementation_internal = kernel

@@ -9,6 +9,8 @@ Layers of any other kind (quantised, offloaded, sharded, with hooks, with other 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read the same input. Each pass looks again, so a model where they do not only loses time."""
+SAMPLE = 8
+"""Numbers of a weight that are compared to see whether it has changed."""
 LARGEST_COPY = 2 << 30
 """Bytes of weights that are joined and packed, on a CPU; larger bases are read where they lie."""
 
@@ -62,7 +66,7 @@ class LeanWeights:
             self._uncover()
         self._prepare(model)
         for layer, forward in self._forwards:
-            layer.forward = forward
+            layer.forward = _Cover(layer, forward)  # type: ignore[assignment]
         self._depth += 1
         try:
             yield
@@ -71,9 +75,15 @@ class LeanWeights:
             if self._depth == 0:
                 self._uncover()
 
+    def forget(self) -> None:
+        """Give the memory back; the next text makes its weights anew."""
+        if self._depth:
+            self._uncover()
+        self._forwards, self._chain, self._made_from = [], None, None
+
     def _uncover(self) -> None:
         for layer, _ in self._forwards:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
     def chain(self, model: MTPModel) -> Chain:
         """The sampler head's chain."""
@@ -94,18 +104,42 @@ class LeanWeights:
         output: Any = model.base.get_output_embeddings()
         packs = _packs(output, layers)
         weights += [*output.parameters()] if packs else []
-        made_from = (head, *((w.data_ptr(), _version(w), w.dtype, w.device) for w in weights))
+        scalings = [layer.scaling[ADAPTER] for layer in layers]
+        made_from = (head, *scalings, _sample(weights), *((w.data_ptr(), _version(w), w.dtype, w.device) for w in weights))
         if made_from == self._made_from:
             return
+        self.forget()  # before new ones are made: both may not fit into memory
         self._forwards = lean_forwards(layers, model)
         if packs:
             self._forwards.append((output, unembedding_forward(output)))
-        self._chain = None
         if head is not None and all(type(p.data) is Tensor and p.device == device for p in head.parameters()):
             vocab_size = model.unembed.vocab_size
             with torch.autocast(device.type, enabled=False):
                 self._chain = unrolled(head, model.base.get_input_embeddings(), vocab_size, dtype)
         self._made_from = made_from
+
+
+class _Cover:
+    """What stands in a layer's place of ``forward``. In a copy of the layer it is the layer's own again."""
+
+    def __init__(self, layer: nn.Module, forward: Forward) -> None:
+        self.layer, self.forward = layer, forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        layer = copy.deepcopy(self.layer, memo)
+        return functools.partial(type(layer).forward, layer)
+
+
+def _sample(weights: list[Tensor]) -> bytes:
+    """A few numbers of each weight. Some changes are counted nowhere: through ``.data``, by a fused optimizer."""
+    parts = [weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLE)][:SAMPLE].float() for weight in weights]
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for part in parts:
+        by_device.setdefault(part.device, []).append(part)
+    return b"".join(torch.cat(group).cpu().numpy().tobytes() for group in by_device.values())
 
 
 def _version(weight: Tensor) -> int:
@@ -143,10 +177,10 @@ def lean_forwards(layers: list[Any], model: MTPModel) -> list[tuple[nn.Module, F
         parent, _, own = names[id(layer)].rpartition(".")
         family = next((siblings[0] for siblings in SIBLINGS if own in siblings), own)
         weight = layer.base_layer.weight
-        groups.setdefault((parent, family, (weight.device, weight.dtype)), []).append(layer)
+        groups.setdefault((parent, family, (weight.device, weight.dtype, weight.shape[1])), []).append(layer)
     small = _copied_bytes(layers) <= LARGEST_COPY
     found: list[tuple[nn.Module, Forward]] = []
-    for (_, _, (device, _)), members in groups.items():
+    for (_, _, (device, _, _)), members in groups.items():
         kind = JoinedLayers if small and device.type == "cpu" else SharedAdapters
         found += kind(members, model.gate).forwards()
     return found

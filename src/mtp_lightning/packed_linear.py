@@ -73,8 +73,7 @@ class PackedLinear:
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Add the products of rows [B, m, D] to ``out`` [B, m, N] in place; of a layer without bias."""
-        if self.packed is None or (self.plain is not None and x.dtype == torch.float32 and len(x) == 1):
-            # Also in float32 where a packed one is at hand: adding is the same call.
+        if self.packed is None or (self.plain is not None and len(x) == 1):  # then adding is the same call
             assert self.plain is not None
             if len(out) == 1:
                 out[0].addmm_(x[0], self.plain.t())

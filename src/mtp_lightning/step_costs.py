@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoding step costs on this machine, by the positions that it feeds; measured once a model, in under a second."""
+"""What a decoding step costs on this machine, by the positions that it feeds; measured once a model, in about a second."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ class StepCosts(NamedTuple):
         verified: what each further verified position adds (unembedding, choice).
         drafted: what each draft token of a chain adds.
         begun: what drafting takes beside its tokens.
-        fresh: what the first step of a shape takes more, for kernels are made ready for it.
     """
 
     positions: tuple[int, ...]
@@ -43,7 +42,6 @@ class StepCosts(NamedTuple):
     verified: float
     drafted: float
     begun: float = 0.0
-    fresh: float = 0.0
 
     def curve(self, largest: int) -> np.ndarray:
         """Seconds of 0, 1, .., ``largest`` positions, [largest + 1]."""
@@ -86,37 +84,33 @@ class Pace:
         return np.exp(np.interp(at, seen + 0.3, self._logs[seen]))
 
 
-class _Timed(NamedTuple):
-    """The least and the first seconds of calls."""
-
-    best: dict[int, float]
-    first: dict[int, float]
-
-
 def _time(
     calls: dict[int, Callable[[], object]],
     between: Callable[[], object],
+    least: int,
     budget: float,
     synchronize: Callable[[], None],
-) -> _Timed:
-    """Time each call over a few rounds, in turn, so that a busy moment hits all alike.
+) -> dict[int, float]:
+    """Time calls over a few rounds, in turn, so that a busy moment hits all alike.
 
     Args:
-        calls: the calls by number.
+        calls: the calls by number, in the order of importance.
         between: run before each but number 1: what a step runs before it, so that caches hold what they hold then.
-        budget: seconds after which no further call begins, but the first.
+        least: calls that are made at least once, whatever it takes.
+        budget: seconds after which no other call begins.
         synchronize: waits for the device.
 
     Returns:
-        Their seconds; fewer calls' than asked for where time ran out.
+        The least seconds of each call that was made; its first counts only where there was no other, for it also makes
+        things ready.
     """
-    best: dict[int, float] = {}
     first: dict[int, float] = {}
+    best: dict[int, float] = {}
     begin = time.perf_counter()
     for _ in range(ROUNDS + 1):
         for key, call in calls.items():
-            if best and time.perf_counter() - begin > budget:
-                return _Timed(best, first)
+            if len(first) >= least and time.perf_counter() - begin > budget:
+                return {**first, **best}
             if key != 1:
                 between()
             synchronize()
@@ -124,12 +118,11 @@ def _time(
             call()
             synchronize()
             seconds = time.perf_counter() - start
-            if key not in first:
+            if key in first:
+                best[key] = min(best.get(key, float("inf")), seconds)
+            else:
                 first[key] = seconds
-                if len(first) > 1:
-                    continue  # a first call also makes things ready
-            best[key] = min(best.get(key, float("inf")), seconds)
-    return _Timed(best, first)
+    return {**first, **best}
 
 
 @torch.inference_mode()
@@ -170,12 +163,10 @@ def measure_step_costs(model: MTPModel, choice: TokenChoice, usual_positions: Co
         return call
 
     cache.lengths = [cached]
-    forward(1)()  # allocates the buffers
     begin = time.perf_counter()
-    for num_positions in sorted(usual_positions):  # so that no step of a text is the first of its shape
+    for num_positions in (1, *sorted(usual_positions)):  # so that no step of a text is the first of its shape
         if num_positions <= largest and time.perf_counter() - begin < SECONDS / 2:
             forward(num_positions)()
-    cache.lengths = [cached]
     hidden = forward(2)().last_hidden_state  # type: ignore[attr-defined]
     deep = min(k, 4)
     at = torch.tensor([cached], device=device)
@@ -189,20 +180,16 @@ def measure_step_costs(model: MTPModel, choice: TokenChoice, usual_positions: Co
         states = hidden[:, 1:].expand(-1, depth, -1)
         return lambda: decoding_step.draft_block(model, states, verified, at, choice, True)
 
-    steps = _time({n: forward(n) for n in POSITIONS if n <= largest}, chain(1), SECONDS, synchronize)
-    seconds = steps.best
-    parts = _time(
-        {-1: choose(1), 9: choose(9), -2: chain(1), -2 - deep: chain(deep + 1)}, forward(2), SECONDS / 3, synchronize
-    )
-    single, whole = parts.best.get(-2, 0.0), parts.best.get(-2 - deep, 0.0)
-    drafted = max(0.0, (whole - single) / deep)
-    fresh = [max(0.0, steps.first[n] - seconds[n]) for n in seconds if n > 2]
+    # A curve needs a few points, and no part may count as free because there was no time for it.
+    seconds = _time({n: forward(n) for n in POSITIONS if n <= largest}, chain(1), 4, SECONDS, synchronize)
+    others = {-1: choose(1), 9: choose(9), -2: chain(1), -2 - deep: chain(deep + 1)}
+    parts = _time(others, forward(2), len(others), SECONDS / 3, synchronize)
+    drafted = max(0.0, (parts[-2 - deep] - parts[-2]) / deep)
     points = tuple(sorted(seconds))
     return StepCosts(
         points,
         tuple(seconds[n] for n in points),
-        max(0.0, (parts.best.get(9, 0.0) - parts.best[-1]) / 8),
+        max(0.0, (parts[9] - parts[-1]) / 8),
         drafted,
-        max(0.0, single - drafted),
-        sorted(fresh)[len(fresh) // 2] if fresh else 0.0,
+        max(0.0, parts[-2] - drafted),
     )

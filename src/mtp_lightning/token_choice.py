@@ -33,10 +33,12 @@ class Prefixes(NamedTuple):
     Attributes:
         tokens: each row's text so far, at its front, [B, *] int64.
         lengths: tokens of each row before its first verified position.
+        drafted: drafts of each row that are to be verified, where some have fewer than are fed; None: all.
     """
 
     tokens: Tensor
     lengths: list[int]
+    drafted: list[int] | None = None
 
 
 class TokenChoice:
@@ -95,11 +97,13 @@ class TokenChoice:
             # A row alone and without padding, as it would be in a batch of one.
             rows = []
             for row, length in enumerate(prefixes.lengths):
-                for c in range(logits.shape[1]):
+                count = logits.shape[1] if prefixes.drafted is None else prefixes.drafted[row] + 1
+                for c in range(count):
                     scores = logits[row, c : c + 1].clone()
                     for processor in self.processors:
                         scores = processor(prefixes.tokens[row : row + 1, : length + c], scores)
                     rows.append(scores)
+                rows.append(logits[row, count:])  # nobody asks for these, and what stands before them is no text
             logits = torch.cat(rows).view(logits.shape)
         return self.warped(logits)
 
