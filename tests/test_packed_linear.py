@@ -12,7 +12,7 @@ from mtp_lightning.packed_linear import SMALL, PackedLinear, packed_dtypes
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Tolerance by dtype, relative and absolute, for sums of 48 products of standard normal numbers, up to about 25: the last
-bit of float64 and float32 there is 4e-15 and 2e-6, and other orders of summing differ by a few dozen; bfloat16 has 8 bits."""
+bit of float64 and float32 there is 4e-15 and 2e-6, and other orders of summing differ by some dozen; bfloat16 has 8 bits."""
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
