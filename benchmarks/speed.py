@@ -147,8 +147,12 @@ def report(name: str, figures: dict[str, Any]) -> None:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Median speed-up over our own loop by domain and number of masks, one panel a setting."""
-    figure, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 3.6), sharey=True, squeeze=False)
-    for axis, (name, figures) in zip(axes[0], results.items(), strict=True):
+    columns = min(3, len(results))
+    lines = -(-len(results) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines), sharey=True, squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.set_visible(False)
+    for axis, (name, figures) in zip(axes.flat, results.items(), strict=False):
         for domain, ways_of in figures["speed_up"].items():
             own = [way for way in ways_of if way not in OTHERS]
             medians = [ways_of[way]["autoregressive"]["median"] for way in own]
@@ -156,7 +160,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set_title(name)
         axis.set_xlabel("masks")
-    axes[0][0].set_ylabel("speed-up over autoregressive decoding")
+    for line in axes:
+        line[0].set_ylabel("speed-up over autoregressive")
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
