@@ -15,6 +15,7 @@ import torch
 import two_processes
 import yaml
 from command_line import ParseOnly, leave_no_trace, read_metrics  # noqa: F401 - the second is a fixture
+from interrupted_runs import told
 from tiny import tiny_model
 from tiny_run import LAST, write_config, write_run
 from zygote import Ended, Zygote
@@ -224,8 +225,6 @@ def test_processes_that_disagree_stop_at_the_start(zygote: Zygote, here: Path, t
 
 
 def test_a_signal_to_one_process_saves_in_all(zygote: Zygote, here: Path, tmp_path: Path) -> None:
-    from test_resume import told
-
     words = ["--trainer.logger.save_dir", tmp_path / "run"]
     first, second = two(zygote, here, words, words, "", told(2))
     assert (first.code, second.code) == (143, 0), first.err

@@ -150,7 +150,7 @@ class MTPCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
-        path = self._get(self.config, "ckpt_path")
+        path, append = self._get(self.config, "ckpt_path"), self.subcommand != "fit"
         if path in ("", "best", "hpc", "registry"):  # Lightning's own words for what another command does not have
             raise UsageError(f"ckpt_path must be the path of a .ckpt file, or last, got {path!r}. Change --ckpt_path.")
         if path == "last":
@@ -159,16 +159,17 @@ class MTPCLI(LightningCLI):
             checkpoint = read_checkpoint(path)
             check_settings(checkpoint, checkpoint_settings(self.model))
             check_states(path, checkpoint, self.subcommand or "")
+            append = self._figures_are_its_own(checkpoint)
             for each in self.callbacks_of(ResumeExactly):
                 each.run = run_of(checkpoint)
             if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
                 self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
-        elif self.subcommand == "fit" and not path:
+        elif self.subcommand == "fit":
             self._say_what_is_replaced()
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 try:
-                    logger._experiment = MetricsWriter(logger.log_dir, append=self.subcommand != "fit" or bool(path))
+                    logger._experiment = MetricsWriter(logger.log_dir, append)
                 except OSError as error:
                     raise RunError(unwritable(Path(logger.log_dir)) or one_line(error)) from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
@@ -187,23 +188,39 @@ class MTPCLI(LightningCLI):
         there = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
         if there and not getattr(self.trainer, "fast_dev_run", False):
             names = ", ".join(str(path) for path in there[:3]) + (", ..." if len(there) > 3 else "")
-            print(
-                f"mtp: checkpoints of an earlier run are there ({names}), and this one begins at step 0: its own will"
+            self._say(
+                f"checkpoints of an earlier run are there ({names}), and this one begins at step 0: its own will"
                 " replace those of the same name. To go on from an earlier one stop this run and name the file with"
-                " --ckpt_path.",
-                file=sys.stderr,
+                " --ckpt_path."
             )
+
+    def _figures_are_its_own(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether the folder's figures are added to: not where training goes on in the folder of another run."""
+        owner = read_run_id(run_folder(self.trainer))
+        if self.subcommand != "fit" or owner is None or owner == run_of(checkpoint):
+            return True
+        if not getattr(self.trainer, "fast_dev_run", False):
+            self._say(
+                f"{str(run_folder(self.trainer))!r} has figures of another run than the checkpoint's: metrics.csv begins"
+                f" anew, after step {checkpoint['global_step']}."
+            )
+        return False
+
+    def _say(self, message: str) -> None:
+        """Tell the user, once for all processes."""
+        if self.trainer.is_global_zero:
+            print(f"mtp: {message}", file=sys.stderr)
 
     def _last_checkpoint(self) -> str | None:
         """The newest complete checkpoint of the run's folder, put in the place of ``last``."""
         folders = checkpoint_folders(self.trainer)
         run = read_run_id(run_folder(self.trainer))
-        found = newest_checkpoint(folders, run, lambda message: print(f"mtp: {message}", file=sys.stderr))
+        found = newest_checkpoint(folders, run, self._say)
         if found is None:
             missing = f"no complete checkpoint of this run in {str(folders[-1])!r}"
             if self.subcommand != "fit":
                 raise RunError(f"{missing}. Give the path of a .ckpt file with --ckpt_path.")
-            print(f"mtp: {missing}: training begins at step 0.", file=sys.stderr)
+            self._say(f"{missing}: training begins at step 0.")
         path = None if found is None else str(found)
         for config in (self.config, self.config_init):
             config[self.subcommand].ckpt_path = path

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from mtp_lightning.callbacks.together import gather, run_folder
+from mtp_lightning.callbacks.together import gather, run_folder, stop_all
 from mtp_lightning.checkpoint_files import RESUME, write_run_id
+from mtp_lightning.errors import RunError
 from mtp_lightning.random_state import random_state, set_random_state
 from mtp_lightning.trainer.metrics_writer import MetricsWriter
 
@@ -58,13 +60,22 @@ class ResumeExactly(Callback):
         By now all is loaded and fits together: a start that fails takes no folder over.
         """
         folder = run_folder(trainer)  # all processes ask for it together
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            write_run_id(folder, self.run or "")
-        if self._loaded is None or not trainer.is_global_zero:
-            return
-        for writer, lines in zip(writers(trainer), self._loaded["lines"], strict=False):
-            writer.keep(lines)
-        self._log_pending(trainer, self._loaded["pending"])
+        wrong = self._take_over(trainer, folder) if trainer.is_global_zero else None
+        if (wrong := gather(wrong)[0]) is not None:
+            stop_all(trainer, wrong)
+
+    def _take_over(self, trainer: Trainer, folder: Path) -> str | None:
+        """Write to the run's folder, in one process; gives what was wrong, for all of them to end."""
+        try:
+            if not getattr(trainer, "fast_dev_run", False):
+                write_run_id(folder, self.run or "")
+            if self._loaded is not None:
+                for writer, lines in zip(writers(trainer), self._loaded["lines"], strict=False):
+                    writer.keep(lines)
+                self._log_pending(trainer, self._loaded["pending"])
+        except RunError as error:
+            return str(error)
+        return None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was about to be where no step is left: the run was ended after its last checkpoint and before that."""
