@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from interrupted_runs import FIT, fresh, history
-from tiny_run import LAST, assert_same_run
+from tiny_run import CONFIG, LAST, assert_same_run, write_config
 from zygote import Zygote
 
 TIME_IS_UP = """
@@ -64,6 +66,41 @@ def on_validation_end(self, trainer, module):
 
 patched.on_validation_end = on_validation_end
 """
+
+
+EARLY: dict[str, Any] = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
+STOPS: dict[str, Any] = {"stopping_threshold": 1000.0}  # at once
+"""Lightning's early stopping, and what makes it stop at the end of the first epoch."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trainer"),
+    [
+        # no validation, and the end of the epoch is no step that is saved by its number
+        ({"monitor": "train/loss", "check_on_train_epoch_end": True}, {"limit_val_batches": 0}),
+        # decided after the end of a validation
+        ({"monitor": "val/loss"}, {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}),
+    ],
+)
+def test_a_run_that_is_stopped_at_the_end_of_an_epoch_goes_on(
+    zygote: Zygote, whole: Path, tmp_path: Path, arguments: dict[str, Any], trainer: dict[str, Any]
+) -> None:
+    plain, folder = (fresh(whole, tmp_path / name) for name in ("plain", "run"))
+    config = copy.deepcopy(CONFIG)
+    config["trainer"] |= {**trainer, "max_steps": 24}
+    for more, at in (({}, plain), (STOPS, folder), ({}, folder)):
+        early = {**EARLY, "init_args": {**arguments, "patience": 9, **more}}
+        config["trainer"]["callbacks+"] = [*CONFIG["trainer"]["callbacks+"], early]
+        write_config(at, config)
+        ended = zygote.run(at, *FIT)
+        assert ended.code == 0, ended.err
+        if more:
+            assert torch.load(folder / LAST, weights_only=True)["global_step"] == 11
+    assert_same_run(folder, plain)
+    assert history(folder) == history(plain)
+    callbacks = [torch.load(at / LAST, weights_only=True)["callbacks"] for at in (plain, folder)]
+    one, other = (state for each in callbacks for name, state in each.items() if "EarlyStopping" in name)
+    assert (one["wait_count"], one["best_score"]) == (other["wait_count"], other["best_score"])
 
 
 @pytest.mark.parametrize(
