@@ -265,8 +265,12 @@ def explain(error: BaseException, guards: RunGuards | None, trainer: Trainer) ->
     text = one_line(error, 200)
     go_on = " Go on with --ckpt_path last."
     if memory_error(error):
-        more = "" if guards is None else guards.memory_advice(trainer)
-        said = "" if guards is None or guards.size is None or guards.step is None else estimate(guards.size, guards.step)
+        if guards is None or guards.size is None:
+            return RunError(
+                f"memory ran out before training began ({text}). Take a smaller base, model.dtype: bfloat16,"
+                " model.quantization: 4bit, or more processes with --config configs/strategies/fsdp2.yaml."
+            )
+        more, said = guards.memory_advice(trainer), "" if guards.step is None else estimate(guards.size, guards.step)
         return RunError(
             f"memory ran out in step {trainer.global_step + 1} ({text}). The estimate was: {said}. {more}{go_on}"
         )
