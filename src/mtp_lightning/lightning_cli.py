@@ -151,6 +151,7 @@ class MTPCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
         path, append = self._get(self.config, "ckpt_path"), self.subcommand != "fit"
+        self._folder = run_folder(self.trainer)  # asked for while all processes do
         if path in ("", "best", "hpc", "registry"):  # Lightning's own words for what another command does not have
             raise UsageError(f"ckpt_path must be the path of a .ckpt file, or last, got {path!r}. Change --ckpt_path.")
         if path == "last":
@@ -196,12 +197,12 @@ class MTPCLI(LightningCLI):
 
     def _figures_are_its_own(self, checkpoint: dict[str, Any]) -> bool:
         """Whether the folder's figures are added to: not where training goes on in the folder of another run."""
-        owner = read_run_id(run_folder(self.trainer))
+        owner = read_run_id(self._folder)
         if self.subcommand != "fit" or owner is None or owner == run_of(checkpoint):
             return True
         if not getattr(self.trainer, "fast_dev_run", False):
             self._say(
-                f"{str(run_folder(self.trainer))!r} has figures of another run than the checkpoint's: metrics.csv begins"
+                f"{str(self._folder)!r} has figures of another run than the checkpoint's: metrics.csv begins"
                 f" anew, after step {checkpoint['global_step']}."
             )
         return False
@@ -214,7 +215,7 @@ class MTPCLI(LightningCLI):
     def _last_checkpoint(self) -> str | None:
         """The newest complete checkpoint of the run's folder, put in the place of ``last``."""
         folders = checkpoint_folders(self.trainer)
-        run = read_run_id(run_folder(self.trainer))
+        run = read_run_id(self._folder)
         found = newest_checkpoint(folders, run, self._say)
         if found is None:
             missing = f"no complete checkpoint of this run in {str(folders[-1])!r}"
@@ -235,7 +236,7 @@ class MTPCLI(LightningCLI):
         except Exception as error:
             known: MTPError | None = explain(error, next(iter(self.callbacks_of(RunGuards)), None), self.trainer)
             if known is None:
-                known = wrong_setting(error)
+                known = wrong_setting(error, self._folder)
             if known is None:
                 raise
             raise known from error
