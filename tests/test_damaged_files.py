@@ -197,6 +197,10 @@ def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, exp
         ("--trainer.val_check_interval 0", "trainer.val_check_interval must be above 0, got 0. Change trainer.val_check"),
         ("--trainer.val_check_interval 1000", "`val_check_interval` (1000) must be less than or equal to the number"),
         (
+            "--trainer.val_check_interval 00:00:10:00 --trainer.devices 2 --trainer.strategy ddp",
+            "trainer.val_check_interval must be a number with several processes, got the time 00:00:10:00: each process",
+        ),
+        (
             "--model.lr_scheduler mtp_lightning.schedules.WarmupCosine --trainer.max_steps -1 --trainer.max_epochs 1"
             " --trainer.val_check_interval 1000",
             "`val_check_interval` (1000) must be less than or equal to the number",  # found while the schedule is made

@@ -35,7 +35,7 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.parser_messages import clear_message
 from mtp_lightning.prompts import read_prompts
 from mtp_lightning.trainer import BesideCheckpointIO, MetricsWriter
-from mtp_lightning.trainer.wrong_settings import check_nulls, check_states, not_made, wrong_setting
+from mtp_lightning.trainer.wrong_settings import check_clock, check_nulls, check_states, not_made, wrong_setting
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
@@ -255,7 +255,7 @@ class MTPCLI(LightningCLI):
         if not silent and not any(isinstance(each, ProgressBar) for each in callbacks):
             kwargs["callbacks"] = [*callbacks, StepsProgressBar()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except UsageError:
             raise
         except Exception as error:
@@ -263,6 +263,8 @@ class MTPCLI(LightningCLI):
             if known is None:
                 raise
             raise known from error
+        check_clock(trainer, named.get("val_check_interval"))
+        return trainer
 
 
 def run_trainer(args: list[str]) -> None:

@@ -73,6 +73,23 @@ def not_made(error: BaseException) -> UsageError | None:
     return None
 
 
+def check_clock(trainer: Trainer, interval: Any) -> None:
+    """Refuse validations by the clock where several processes train: each has a clock of its own, and validates alone.
+
+    Args:
+        trainer: the trainer.
+        interval: ``trainer.val_check_interval``.
+
+    Raises:
+        UsageError: it is a time, and there are several processes.
+    """
+    if trainer.world_size > 1 and not isinstance(interval, int | float | None):
+        raise UsageError(
+            f"trainer.val_check_interval must be a number with several processes, got the time {interval}: each process"
+            " would ask its own clock. Set it to a number of batches or a share of the epoch."
+        )
+
+
 def wrong_setting(error: BaseException, folder: Path) -> MTPError | None:
     """The sentence for a setting that Lightning or an optimizer refuses while it starts, or a file that it may not touch.
 
