@@ -18,6 +18,7 @@ from toy_tokenizers import word_tokenizer
 from trained_run import CONTEXT, contents
 
 from mtp_lightning.errors import UsageError
+from mtp_lightning.lightning_cli import MTPCLI
 from mtp_lightning.trainer.wrong_settings import wrong_setting
 
 
@@ -197,10 +198,6 @@ def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, exp
         ("--trainer.val_check_interval 0", "trainer.val_check_interval must be above 0, got 0. Change trainer.val_check"),
         ("--trainer.val_check_interval 1000", "`val_check_interval` (1000) must be less than or equal to the number"),
         (
-            "--trainer.val_check_interval 00:00:10:00 --trainer.devices 2 --trainer.strategy ddp",
-            "trainer.val_check_interval must be a number with several processes, got the time 00:00:10:00: each process",
-        ),
-        (
             "--model.lr_scheduler mtp_lightning.schedules.WarmupCosine --trainer.max_steps -1 --trainer.max_epochs 1"
             " --trainer.val_check_interval 1000",
             "`val_check_interval` (1000) must be less than or equal to the number",  # found while the schedule is made
@@ -253,3 +250,17 @@ def test_wrong_data_that_a_schedule_asks_for_is_no_wrong_schedule() -> None:
             configure_optimizers(data)
         found.append(wrong_setting(caught.value, Path("run")))
     assert isinstance(found[0], UsageError) and found[1] is None
+
+
+class Made(MTPCLI):
+    """``mtp`` up to where it would run; what is not refused is to start no processes."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def test_validations_by_the_clock_need_one_process(run: Path) -> None:
+    words = ["fit", "--config", "config.yaml", "--trainer.val_check_interval", "00:00:10:00"]
+    Made(words)
+    with pytest.raises(UsageError, match="must be a number with several processes, got the time 00:00:10:00: each process"):
+        Made([*words, "--trainer.devices", "2", "--trainer.strategy", "ddp"])
