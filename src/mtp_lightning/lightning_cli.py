@@ -43,7 +43,7 @@ COMPARED = ("seed_everything", "model", "data", "trainer")
 """Parts of a configuration that all processes of a run must have in common."""
 
 
-class OneLineParser(LightningArgumentParser):
+class ConfigurationParser(LightningArgumentParser):
     """A parser whose errors are raised for ``main`` to print as one line, without the usage text."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -106,7 +106,7 @@ class MTPCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's parser, with one-line errors."""
-        parser = OneLineParser(**kwargs)
+        parser = ConfigurationParser(**kwargs)
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file; give several to add to the first")
         return parser
 
