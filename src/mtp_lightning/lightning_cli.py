@@ -22,7 +22,7 @@ import mtp_lightning.callbacks
 import mtp_lightning.losses
 import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
-from mtp_lightning.callbacks.run_guards import explain, unwritable
+from mtp_lightning.callbacks.run_guards import as_text, explain, unwritable
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
 from mtp_lightning.callbacks.together import checkpoint_folders, run_folder
 from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
@@ -38,9 +38,6 @@ from mtp_lightning.trainer import BesideCheckpointIO, MetricsWriter
 from mtp_lightning.trainer.wrong_settings import check_clock, check_nulls, check_states, not_made, wrong_setting
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
-
-COMPARED = ("seed_everything", "model", "data", "trainer")
-"""Parts of a configuration that all processes of a run must have in common."""
 
 
 class ConfigurationParser(LightningArgumentParser):
@@ -65,18 +62,6 @@ def known_keys() -> list[str]:
     """The keys of a configuration that belong to no class named in it."""
     names = [f"{group}.{name}" for group, kind in GROUPS.items() for name in inspect.signature(kind).parameters]
     return names
-
-
-def as_text(config: Any) -> dict[str, str]:
-    """A configuration as key -> value, to compare it between processes.
-
-    Args:
-        config: a parsed configuration.
-
-    Returns:
-        Texts; without the values that may differ from process to process.
-    """
-    return {key: str(value) for key, value in vars(config.as_flat()).items() if key.split(".")[0] in COMPARED}
 
 
 class SaveConfig(SaveConfigCallback):
