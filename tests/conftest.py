@@ -7,11 +7,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may need the network
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from zygote import Zygote
 
 # Tiny tensors: a second thread costs more than it brings, and one makes the order of sums repeatable.
 torch.set_num_threads(1)
@@ -25,6 +29,20 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     started = Zygote(tmp_path_factory.mktemp("cache"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny run that nothing interrupted; not to be changed."""
+    from interrupted_runs import FIT
+    from tiny_run import write_run
+
+    folder = tmp_path_factory.mktemp("whole")
+    write_run(folder)
+    ended = zygote.run(folder, *FIT)
+    assert ended.code == 0, ended.err
+    assert "no complete checkpoint of this run in 'run/checkpoints': training begins at step 0." in ended.err
+    return folder
 
 
 @pytest.fixture(scope="session")

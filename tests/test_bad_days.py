@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import FIT, fresh
+from interrupted_runs import FIT, fresh
 from test_strategies import free_port
-from tiny_run import LAST, assert_same_run, write_run
+from tiny_run import LAST, assert_same_run
 from zygote import Zygote
 
 KILLED_AT = """
@@ -35,16 +35,6 @@ patched.@METHOD = method
 def dies_in(module: str, name: str, method: str) -> str:
     """Code after which the third call of a method kills its process."""
     return KILLED_AT.replace("@MODULE", module).replace("@CLASS", name).replace("@METHOD", method)
-
-
-@pytest.fixture(scope="module")
-def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run on which nothing happened."""
-    folder = tmp_path_factory.mktemp("whole")
-    write_run(folder)
-    ended = zygote.run(folder, *FIT)
-    assert ended.code == 0, ended.err
-    return folder
 
 
 @pytest.fixture

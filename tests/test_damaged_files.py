@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from command_line import error_of, leave_no_trace, own_cache, save_base  # noqa:
 from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
 from trained_run import CONTEXT, contents
+
+from mtp_lightning.errors import UsageError
+from mtp_lightning.lightning_cli import MTPCLI
+from mtp_lightning.trainer.wrong_settings import wrong_setting
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "predict", "generate"])
@@ -193,6 +198,11 @@ def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, exp
         ("--trainer.val_check_interval 0", "trainer.val_check_interval must be above 0, got 0. Change trainer.val_check"),
         ("--trainer.val_check_interval 1000", "`val_check_interval` (1000) must be less than or equal to the number"),
         (
+            "--model.lr_scheduler mtp_lightning.schedules.WarmupCosine --trainer.max_steps -1 --trainer.max_epochs 1"
+            " --trainer.val_check_interval 1000",
+            "`val_check_interval` (1000) must be less than or equal to the number",  # found while the schedule is made
+        ),
+        (
             "--model.optimizer.lr -1",
             "model.optimizer or model.lr_scheduler can't be made: Invalid learning rate: -1.0. Change",
         ),
@@ -208,3 +218,49 @@ def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, caps
     before = contents(here)
     assert error_of(capsys, 2, "fit", "--config", "config.yaml", *option.split()).startswith(expected)
     assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("run/metrics.csv", "'run/metrics.csv': Permission denied. Change its permissions or the loggers' save_dir."),
+        (Path("run/a.csv").absolute(), "a.csv': Permission denied. Change its permissions or the loggers' save_dir."),
+        ("train.jsonl", "'train.jsonl': Permission denied. Change its permissions."),
+    ],
+)
+def test_a_file_that_may_not_be_touched(path: str | Path, expected: str) -> None:
+    found = wrong_setting(PermissionError(errno.EACCES, "Permission denied", path), Path("run"))
+    assert str(found).endswith(expected)
+
+
+def test_no_permission_for_what_is_no_file() -> None:
+    assert wrong_setting(PermissionError(errno.EPERM, "Operation not permitted"), Path("run")) is None
+
+
+def test_wrong_data_that_a_schedule_asks_for_is_no_wrong_schedule() -> None:
+    def setup_data() -> None:
+        raise ValueError("a row is wrong")
+
+    def configure_optimizers(data: bool) -> None:
+        setup_data() if data else int("no number")
+
+    found = []
+    for data in (False, True):
+        with pytest.raises(ValueError) as caught:
+            configure_optimizers(data)
+        found.append(wrong_setting(caught.value, Path("run")))
+    assert isinstance(found[0], UsageError) and found[1] is None
+
+
+class Made(MTPCLI):
+    """``mtp`` up to where it would run; what is not refused is to start no processes."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+
+def test_validations_by_the_clock_need_one_process(run: Path) -> None:
+    words = ["fit", "--config", "config.yaml", "--trainer.val_check_interval", "00:00:10:00"]
+    Made(words)
+    with pytest.raises(UsageError, match="must be a number with several processes, got the time 00:00:10:00: each process"):
+        Made([*words, "--trainer.devices", "2", "--trainer.strategy", "ddp"])

@@ -129,6 +129,7 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
         ('{"messages": []}\n', "line 1: expected messages as a list of objects with role and content"),
         ('{"messages": ["one"]}\n', "line 1: expected messages as a list of objects with role and content"),
         ('{"prompt": "one", "domain": 3}\n', "line 1: expected domain as text, got int"),
+        ('{"prompt": "one", "id": "\\ud800"}\n', "line 1: expected id as UTF-8 text, got half a character or other bytes"),
         ('{"prompt": "\\ud800"}\n', "line 1: expected UTF-8 text, got half a character or other bytes"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "line 1: expected UTF-8 text, got half a character"),
         ("[" * 100_000, "line 1: expected JSON, got brackets in one another without end"),

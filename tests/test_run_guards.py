@@ -18,6 +18,7 @@ from command_line import (
     read_metrics,
 )
 from tiny_run import LAST, write_config, write_run
+from transformers import AutoModelForCausalLM
 
 from mtp_lightning.callbacks.run_guards import disagreement, gradient_norm, not_finite, unwritable
 
@@ -110,6 +111,28 @@ def test_the_estimate_is_printed_and_memory_that_runs_out_gets_advice(here: dict
     assert last.startswith("mtp: error: memory ran out in step 6 (") and "The estimate was: up to 44 positions" in last
     assert "Lower data.batch_size from 2 to 1, or data.block_fraction from 0.5 to 0." in last
     assert last.endswith("Go on with --ckpt_path last.") and torch.load(LAST, weights_only=True)["global_step"] == 4
+
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError(NO_MEMORY), f"memory ran out before training began ({NO_MEMORY}). Take a smaller base, model.dtype"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "memory ran out before training began (CUDA out of memory"),
+        (RuntimeError("CUDA error: device is busy"), "RuntimeError: CUDA error: device is busy"),
+        (RuntimeError("a damaged file"), "base model 'base' could not be loaded: RuntimeError: a damaged file."),
+    ],
+)
+def test_a_device_that_fails_while_the_base_is_loaded_is_no_wrong_base(
+    here: dict[str, Any], capsys, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
+    assert failed(capsys).startswith(said)
 
 
 def test_disagreement_by_hand() -> None:

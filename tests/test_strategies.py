@@ -15,6 +15,7 @@ import torch
 import two_processes
 import yaml
 from command_line import ParseOnly, leave_no_trace, read_metrics  # noqa: F401 - the second is a fixture
+from interrupted_runs import told
 from tiny import tiny_model
 from tiny_run import LAST, write_config, write_run
 from zygote import Ended, Zygote
@@ -187,6 +188,35 @@ def test_processes_meet_for_the_loss_only_where_it_is_logged(zygote: Zygote, her
         assert other == pytest.approx(line, rel=CLOSE["rtol"], abs=CLOSE["atol"])
 
 
+STOPS_IN_A_STEP = """
+from mtp_lightning.callbacks import LastCheckpoint
+ends, batches = LastCheckpoint.on_train_batch_end, 0
+
+def stops(self, trainer, *others):
+    global batches
+    batches += 1
+    if batches == 4:
+        trainer.should_stop = True
+    ends(self, trainer, *others)
+
+LastCheckpoint.on_train_batch_end = stops
+"""
+
+
+def test_the_last_loss_of_a_run_that_is_stopped_is_of_all_processes(zygote: Zygote, here: Path) -> None:
+    """Steps of 3 batches, and the stop is asked for in the first of the second step, which is logged for that alone."""
+    common = ["fit", "--config", "config.yaml", "--trainer.limit_val_batches", 0, "--data.packing", "true"]
+    words = [*common, "--trainer.accumulate_grad_batches", 3, "--data.batch_size", 2, "--trainer.devices", 2]
+    words += ["--trainer.strategy", "ddp", "--trainer.logger.save_dir", "stopped", "--trainer.log_every_n_steps", 50]
+    for process in zygote.ranks(here, free_port(), words, words, preludes=[STOPS_IN_A_STEP, STOPS_IN_A_STEP]):
+        ended = process.wait()
+        assert ended.code == 0, ended.err
+    assert zygote.run(here, *common, "--data.batch_size", 12, "--trainer.logger.save_dir", "on").code == 0
+    (stopped,) = (line for line in figures(here / "stopped") if "train/loss" in line)
+    whole = next(line for line in figures(here / "on") if line["step"] == stopped["step"])
+    assert stopped["step"] == 1 and stopped == pytest.approx(whole, rel=CLOSE["rtol"], abs=CLOSE["atol"])
+
+
 # one sentence for all processes
 
 
@@ -224,8 +254,6 @@ def test_processes_that_disagree_stop_at_the_start(zygote: Zygote, here: Path, t
 
 
 def test_a_signal_to_one_process_saves_in_all(zygote: Zygote, here: Path, tmp_path: Path) -> None:
-    from test_resume import told
-
     words = ["--trainer.logger.save_dir", tmp_path / "run"]
     first, second = two(zygote, here, words, words, "", told(2))
     assert (first.code, second.code) == (143, 0), first.err

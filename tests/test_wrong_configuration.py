@@ -10,6 +10,9 @@ import pytest
 from command_line import error_of, leave_no_trace, own_cache  # noqa: F401 - some are fixtures
 from trained_run import assert_message, contents
 
+from mtp_lightning.configuration_file import check_configuration
+from mtp_lightning.errors import UsageError
+
 DOTTED = "; a class_path is module.Class, of an installed package or of a file in the current folder."
 WRONG_CONFIGURATION = {
     "--model.nummasks 9": "unknown key or option '--model.nummasks': did you mean 'model.num_masks'?",
@@ -127,6 +130,11 @@ def test_wrong_data(run: Path, here: Path, capsys, name: str, split: str) -> Non
             " Correct it or leave it out.",
         ),
         (
+            "# model: {num_masks: 3}",
+            "configuration file 'c.yaml': expected keys as model, data and trainer, got comments alone."
+            " Correct it or leave it out.",
+        ),
+        (
             "hello",
             "configuration file 'c.yaml': expected keys as model, data and trainer, got hello. Correct it or leave it out.",
         ),
@@ -185,3 +193,21 @@ def test_wrong_configuration_files(here: Path, capsys, content: str | bytes, exp
     (here / "c.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_message(error_of(capsys, 2, "fit", "--config", "config.yaml", "--config", "c.yaml"), expected)
     assert not [path for path in here.rglob("run/**/*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "common: &a {x: 1}\nmore: &b {y: 2}\nmodel:\n  <<: *a\n  <<: *b\n",
+        "model: &x {lora: *x}\n",  # in itself: what is wrong with it is not the file
+    ],
+)
+def test_yaml_that_is_unusual(tmp_path: Path, content: str) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    check_configuration(str(tmp_path / "c.yaml"))
+
+
+def test_a_key_that_stands_twice_in_what_is_merged(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("common: &a {x: 1, x: 2}\nmodel:\n  <<: *a\n")
+    with pytest.raises(UsageError, match="line 1: the key common.x stands in line 1 too"):
+        check_configuration(str(tmp_path / "c.yaml"))

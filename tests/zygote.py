@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ LONG = (
     "torch.distributed.tensor",
 )
 """What a run imports and takes long to."""
+MOST_SECONDS = 240
+"""A process that takes longer hangs: processes that wait for each other do so for ever."""
 
 
 class Ended(NamedTuple):
@@ -54,9 +57,10 @@ class Process(NamedTuple):
     output: Path
     zygote: Zygote
 
-    def wait(self) -> Ended:
-        """Wait for its end."""
-        code = self.zygote.ask({"wait": self.pid})
+    def wait(self, seconds: int = MOST_SECONDS) -> Ended:
+        """Wait for its end; one that takes longer is killed, and fails the test."""
+        code = self.zygote.ask({"wait": self.pid, "seconds": seconds})
+        assert code is not None, f"no end in {seconds} seconds: {self.output.with_suffix('.err').read_text()[-2000:]}"
         return Ended(code, self.output.with_suffix(".out").read_text(), self.output.with_suffix(".err").read_text())
 
 
@@ -120,14 +124,32 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            answer = os.waitstatus_to_exitcode(status)
+            answer = _ended(request["wait"], request["seconds"])
         else:
             answer = os.fork()
             if answer == 0:
                 _work(request)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
+
+
+def _ended(pid: int, seconds: int) -> int | None:
+    """A process's exit code, or None where it had to be killed."""
+    late = False
+
+    def kill(*_: object) -> None:
+        nonlocal late
+        late = True
+        os.kill(pid, signal.SIGKILL)
+
+    before = signal.signal(signal.SIGALRM, kill)
+    signal.alarm(seconds)
+    try:
+        _, status = os.waitpid(pid, 0)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return None if late else os.waitstatus_to_exitcode(status)
 
 
 def _work(request: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from mtp_lightning.attention import check_layer_types, text_config
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.paths import resolve
+from mtp_lightning.sizing import memory_error
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -97,9 +98,11 @@ def load_base(
         base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             resolve(base_model), config=config, revision=revision, dtype=parse_dtype(dtype), device_map=device, **options
         )
-    except (UsageError, MemoryError, torch.OutOfMemoryError):
+    except UsageError:
         raise
     except Exception as error:  # a damaged file makes transformers and safetensors raise anything
+        if memory_error(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):  # the file is fine
+            raise
         raise _not_loaded(base_model, error) from error
     return base
 

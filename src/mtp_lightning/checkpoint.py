@@ -114,15 +114,29 @@ def check_complete(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
     Raises:
         RunError: a weight is missing, too many or of another shape.
     """
-    shapes = {name: tuple(value.shape) for name, value in trained_state(state).items() if name.startswith("model.")}
     there = checkpoint.get("state_dict", {})
-    found = {name: tuple(value.shape) for name, value in there.items() if name.startswith("model.")}
-    if shapes != found:
-        name = min(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise RunError(
-            f"the checkpoint is damaged: {name} should be {shapes.get(name, 'absent')} and is {found.get(name, 'absent')}."
-            " Give another --ckpt_path."
-        )
+    own, found = (
+        {name: value for name, value in each.items() if name.startswith("model.")} for each in (trained_state(state), there)
+    )
+    if (wrong := other_shape(own, found)) is not None:
+        raise RunError(f"the checkpoint is damaged: {wrong}. Give another --ckpt_path.")
+
+
+def other_shape(own: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
+    """The first weight, by name, that is missing, too many or of another shape.
+
+    Args:
+        own: a model's weights.
+        found: those that are to take their place.
+
+    Returns:
+        A few words, or None where all fit.
+    """
+    shapes, others = ({name: tuple(value.shape) for name, value in each.items()} for each in (own, found))
+    for name in sorted(shapes.keys() | others.keys()):
+        if shapes.get(name) != others.get(name):
+            return f"{name} should be {shapes.get(name, 'absent')} and is {others.get(name, 'absent')}"
+    return None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -242,13 +256,8 @@ def fit_weights(model: MTPModel, weights: dict[str, Tensor], complaint: str) -> 
     own: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if model.sampler_head is not None:
         own |= {f"sampler_head.{name}": value for name, value in model.sampler_head.state_dict().items()}
-    shapes = {name: tuple(value.shape) for name, value in own.items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if shapes != found:
-        name = min(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
-        raise RunError(
-            f"{complaint}: {name} should be {shapes.get(name, 'absent')} and is {found.get(name, 'absent')}. It is damaged."
-        )
+    if (wrong := other_shape(own, weights)) is not None:
+        raise RunError(f"{complaint}: {wrong}. It is damaged.")
     model.load_state_dict(weights, strict=False)
 
 

@@ -42,16 +42,22 @@ def check_configuration(name: str) -> None:
     except yaml.YAMLError as error:
         raise UsageError(f"configuration file {name!r}: expected YAML, {one_line(error)}. Correct it.") from error
     if not isinstance(node, yaml.MappingNode):
+        nothing = "comments alone" if text.strip() else "nothing"
         raise UsageError(
             f"configuration file {name!r}: expected keys as model, data and trainer, got"
-            f" {'nothing' if node is None else one_line(Exception(text), 40)}. Correct it or leave it out."
+            f" {nothing if node is None else one_line(Exception(text), 40)}. Correct it or leave it out."
         )
-    _check_keys(name, node, "")
+    _check_keys(name, node, "", set())
 
 
-def _check_keys(name: str, node: yaml.MappingNode, group: str) -> None:
+def _check_keys(name: str, node: yaml.MappingNode, group: str, seen: set[int]) -> None:
+    if id(node) in seen:  # an alias of what it stands in
+        return
+    seen.add(id(node))
     lines: dict[str, int] = {}
     for key_node, value in node.value:
+        if key_node.value == "<<":  # YAML merges all of them
+            continue
         key = f"{group}{key_node.value}"
         line = key_node.start_mark.line + 1
         if key in lines:
@@ -61,7 +67,7 @@ def _check_keys(name: str, node: yaml.MappingNode, group: str) -> None:
             )
         lines[key] = line
         if isinstance(value, yaml.MappingNode):
-            _check_keys(name, value, f"{key}.")
+            _check_keys(name, value, f"{key}.", seen)
         elif key in GROUPS:
             got = one_line(Exception(value.value), 40) if isinstance(value, yaml.ScalarNode) and value.value else "none"
             raise UsageError(

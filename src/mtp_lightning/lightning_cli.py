@@ -22,7 +22,7 @@ import mtp_lightning.callbacks
 import mtp_lightning.losses
 import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
-from mtp_lightning.callbacks.run_guards import explain, unwritable
+from mtp_lightning.callbacks.run_guards import as_text, explain, unwritable
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
 from mtp_lightning.callbacks.together import checkpoint_folders, run_folder
 from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
@@ -35,15 +35,12 @@ from mtp_lightning.module import MTPModule
 from mtp_lightning.parser_messages import clear_message
 from mtp_lightning.prompts import read_prompts
 from mtp_lightning.trainer import BesideCheckpointIO, MetricsWriter
-from mtp_lightning.trainer.wrong_settings import check_nulls, check_states, not_made, wrong_setting
+from mtp_lightning.trainer.wrong_settings import check_clock, check_nulls, check_states, not_made, wrong_setting
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
-COMPARED = ("seed_everything", "model", "data", "trainer")
-"""Parts of a configuration that all processes of a run must have in common."""
 
-
-class OneLineParser(LightningArgumentParser):
+class ConfigurationParser(LightningArgumentParser):
     """A parser whose errors are raised for ``main`` to print as one line, without the usage text."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -65,18 +62,6 @@ def known_keys() -> list[str]:
     """The keys of a configuration that belong to no class named in it."""
     names = [f"{group}.{name}" for group, kind in GROUPS.items() for name in inspect.signature(kind).parameters]
     return names
-
-
-def as_text(config: Any) -> dict[str, str]:
-    """A configuration as key -> value, to compare it between processes.
-
-    Args:
-        config: a parsed configuration.
-
-    Returns:
-        Texts; without the values that may differ from process to process.
-    """
-    return {key: str(value) for key, value in vars(config.as_flat()).items() if key.split(".")[0] in COMPARED}
 
 
 class SaveConfig(SaveConfigCallback):
@@ -106,7 +91,7 @@ class MTPCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's parser, with one-line errors."""
-        parser = OneLineParser(**kwargs)
+        parser = ConfigurationParser(**kwargs)
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file; give several to add to the first")
         return parser
 
@@ -150,7 +135,8 @@ class MTPCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
-        path = self._get(self.config, "ckpt_path")
+        path, append = self._get(self.config, "ckpt_path"), self.subcommand != "fit"
+        self._folder = run_folder(self.trainer)  # asked for while all processes do
         if path in ("", "best", "hpc", "registry"):  # Lightning's own words for what another command does not have
             raise UsageError(f"ckpt_path must be the path of a .ckpt file, or last, got {path!r}. Change --ckpt_path.")
         if path == "last":
@@ -159,16 +145,17 @@ class MTPCLI(LightningCLI):
             checkpoint = read_checkpoint(path)
             check_settings(checkpoint, checkpoint_settings(self.model))
             check_states(path, checkpoint, self.subcommand or "")
+            append = self._figures_are_its_own(checkpoint)
             for each in self.callbacks_of(ResumeExactly):
                 each.run = run_of(checkpoint)
             if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
                 self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
-        elif self.subcommand == "fit" and not path:
+        elif self.subcommand == "fit":
             self._say_what_is_replaced()
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 try:
-                    logger._experiment = MetricsWriter(logger.log_dir, append=self.subcommand != "fit" or bool(path))
+                    logger._experiment = MetricsWriter(logger.log_dir, append)
                 except OSError as error:
                     raise RunError(unwritable(Path(logger.log_dir)) or one_line(error)) from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
@@ -187,23 +174,39 @@ class MTPCLI(LightningCLI):
         there = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
         if there and not getattr(self.trainer, "fast_dev_run", False):
             names = ", ".join(str(path) for path in there[:3]) + (", ..." if len(there) > 3 else "")
-            print(
-                f"mtp: checkpoints of an earlier run are there ({names}), and this one begins at step 0: its own will"
+            self._say(
+                f"checkpoints of an earlier run are there ({names}), and this one begins at step 0: its own will"
                 " replace those of the same name. To go on from an earlier one stop this run and name the file with"
-                " --ckpt_path.",
-                file=sys.stderr,
+                " --ckpt_path."
             )
+
+    def _figures_are_its_own(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether the folder's figures are added to: not where training goes on in the folder of another run."""
+        owner = read_run_id(self._folder)
+        if self.subcommand != "fit" or owner is None or owner == run_of(checkpoint):
+            return True
+        if not getattr(self.trainer, "fast_dev_run", False):
+            self._say(
+                f"{str(self._folder)!r} has figures of another run than the checkpoint's: metrics.csv begins"
+                f" anew, after step {checkpoint['global_step']}."
+            )
+        return False
+
+    def _say(self, message: str) -> None:
+        """Tell the user, once for all processes."""
+        if self.trainer.is_global_zero:
+            print(f"mtp: {message}", file=sys.stderr)
 
     def _last_checkpoint(self) -> str | None:
         """The newest complete checkpoint of the run's folder, put in the place of ``last``."""
         folders = checkpoint_folders(self.trainer)
-        run = read_run_id(run_folder(self.trainer))
-        found = newest_checkpoint(folders, run, lambda message: print(f"mtp: {message}", file=sys.stderr))
+        run = read_run_id(self._folder)
+        found = newest_checkpoint(folders, run, self._say)
         if found is None:
             missing = f"no complete checkpoint of this run in {str(folders[-1])!r}"
             if self.subcommand != "fit":
                 raise RunError(f"{missing}. Give the path of a .ckpt file with --ckpt_path.")
-            print(f"mtp: {missing}: training begins at step 0.", file=sys.stderr)
+            self._say(f"{missing}: training begins at step 0.")
         path = None if found is None else str(found)
         for config in (self.config, self.config_init):
             config[self.subcommand].ckpt_path = path
@@ -218,7 +221,7 @@ class MTPCLI(LightningCLI):
         except Exception as error:
             known: MTPError | None = explain(error, next(iter(self.callbacks_of(RunGuards)), None), self.trainer)
             if known is None:
-                known = wrong_setting(error)
+                known = wrong_setting(error, self._folder)
             if known is None:
                 raise
             raise known from error
@@ -237,7 +240,7 @@ class MTPCLI(LightningCLI):
         if not silent and not any(isinstance(each, ProgressBar) for each in callbacks):
             kwargs["callbacks"] = [*callbacks, StepsProgressBar()]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except UsageError:
             raise
         except Exception as error:
@@ -245,6 +248,8 @@ class MTPCLI(LightningCLI):
             if known is None:
                 raise
             raise known from error
+        check_clock(trainer, named.get("val_check_interval"))
+        return trainer
 
 
 def run_trainer(args: list[str]) -> None:

@@ -16,6 +16,8 @@ from torchmetrics import MetricCollection, SumMetric
 
 from mtp_lightning.attention import text_config
 from mtp_lightning.base import config_context, load_base, load_config, load_tokenizer, parse_dtype
+from mtp_lightning.callbacks.last_checkpoint import LastCheckpoint
+from mtp_lightning.callbacks.together import figures_are_logged
 from mtp_lightning.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import LoRA
@@ -309,7 +311,8 @@ def logs_this_step(trainer: Any) -> bool:
 
     Returns:
         Whether it is one of every ``log_every_n_steps``, or may be the last: where the time is limited any step is logged
-        after which the limit is found to be reached.
+        after which the limit is found to be reached, and a stop that was put off ends the run with its step.
     """
     timed = any(isinstance(each, Timer) for each in trainer.callbacks)
-    return timed or bool(trainer._logger_connector.should_update_logs)
+    put_off = any(isinstance(each, LastCheckpoint) and each.stop_is_put_off for each in trainer.callbacks)
+    return timed or put_off or figures_are_logged(trainer)

@@ -174,6 +174,8 @@ def _row(source: str, number: int, line: str, as_json: bool) -> PromptRow:
     name = value.get("id", number)
     if not isinstance(name, str | int):
         raise RunError(f"{place}: expected id as text or a number, got {type(name).__name__}.")
+    if isinstance(name, str) and not _is_text(name):  # written down, two of them would be the same
+        raise RunError(f"{place}: expected id as UTF-8 text, got half a character or other bytes. Correct or delete it.")
     return PromptRow(place, content, domain or "", name)
 
 

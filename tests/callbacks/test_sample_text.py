@@ -65,7 +65,7 @@ def test_samples_are_printed_and_logged(
     assert text.startswith(f"sample 0 (code), {12 / len(steps):.2f} tokens a step")
 
 
-@pytest.mark.parametrize("options, message", [({"num_samples": 0}, "num_prompts of SampleText must be 1 or more, got 0")])
+@pytest.mark.parametrize("options, message", [({"num_samples": 0}, "num_samples of SampleText must be 1 or more, got 0")])
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         SampleText("p.txt", **options)

@@ -72,6 +72,44 @@ def test_a_start_that_answers_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_an_empty_file_of_somebody_else_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.touch()
+    with AnswerFile(path, {}):
+        pass
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "a.jsonl.settings").write_text("{}")  # what a kill leaves is no file of theirs
+    with AnswerFile(path, {}):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_can_not_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(RunError, match=r"a.jsonl.settings: writing failed: No space left on device"):
+        AnswerFile(tmp_path / "a.jsonl", {})
+    assert not list(tmp_path.iterdir())
+
+
+class Interrupted(dict):
+    """Ctrl-C comes when the disk has the rows and the program is about to note it."""
+
+    def update(self, *_: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_after_writing_keeps_the_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt), AnswerFile(path, {}) as file:
+        file.done = Interrupted()
+        file.append([row(1)])
+    with AnswerFile(path, {}) as file:
+        assert set(file.done) == {1}
+
+
 def test_an_interrupt_while_writing_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     with pytest.raises(KeyboardInterrupt), AnswerFile(path, {}) as file:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,11 @@ class LastCheckpoint(Checkpoint):
         self._stop_asked = False
         self._stopped_at: int | None = None
         self._folder: Path | None = None
+
+    @property
+    def stop_is_put_off(self) -> bool:
+        """Whether the run ends with the optimizer step that is being made."""
+        return self._stop_asked
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder."""
@@ -77,6 +84,12 @@ class LastCheckpoint(Checkpoint):
         else:
             self._save(trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where a callback, such as early stopping, ends the run here, if this step was not saved."""
+        if trainer.should_stop and self._saved_at != trainer.global_step:
+            with counted_as_before_the_end(trainer):
+                self._save(trainer)
+
     def _put_off_stop(self, trainer: Trainer) -> None:
         """Have the loop make the batches that are left of an optimizer step: the gradients so far would be lost."""
         if trainer.should_stop:
@@ -88,6 +101,35 @@ class LastCheckpoint(Checkpoint):
         assert self._folder is not None
         trainer.save_checkpoint(self._folder / LAST, weights_only=False)
         self._saved_at, self._owed = trainer.global_step, False
+
+
+@contextmanager
+def counted_as_before_the_end(trainer: Trainer) -> Iterator[None]:
+    """Have Lightning's counters, at the end of an epoch, be those of the end of its last batch.
+
+    From these it goes on with the next epoch. From those of an epoch's end it takes the next one for the same once more,
+    where ``max_steps`` alone ends the run.
+
+    Args:
+        trainer: the trainer, in ``on_train_epoch_end``.
+
+    Yields:
+        Nothing.
+    """
+    loop: Any = trainer.fit_loop
+    epochs, batches = loop.epoch_progress, loop.epoch_loop.batch_progress
+
+    def count(by: int) -> None:
+        for which in ("current", "total"):
+            getattr(epochs, which).processed += by
+            getattr(batches, which).completed += by
+        loop.epoch_loop._batches_that_stepped += by
+
+    count(-1)
+    try:
+        yield
+    finally:
+        count(1)
 
 
 def is_last_step(trainer: Trainer) -> bool:

@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from mtp_lightning.callbacks.together import gather, run_folder
+from mtp_lightning.callbacks.together import figures_are_logged, gather, run_folder, stop_all
 from mtp_lightning.checkpoint_files import RESUME, write_run_id
+from mtp_lightning.errors import RunError
 from mtp_lightning.random_state import random_state, set_random_state
 from mtp_lightning.trainer.metrics_writer import MetricsWriter
 
 
 class ResumeExactly(Callback):
     """Saves the random state of every process, how far ``metrics.csv`` was, and the figures that were about to be logged.
+
+    It saves what callbacks monitor, too: one that decides at the end of an epoch finds the figures of a validation that was
+    made before the checkpoint.
 
     On resume the file is cut back to there, so that each figure stands in it once. The random state is put back before the
     first batch; a run with another number of processes draws anew.
@@ -46,6 +51,7 @@ class ResumeExactly(Callback):
             "random": states,
             "lines": lines,
             "pending": pending_figures(trainer),
+            "monitored": {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()},
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -58,13 +64,25 @@ class ResumeExactly(Callback):
         By now all is loaded and fits together: a start that fails takes no folder over.
         """
         folder = run_folder(trainer)  # all processes ask for it together
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
-            write_run_id(folder, self.run or "")
-        if self._loaded is None or not trainer.is_global_zero:
-            return
-        for writer, lines in zip(writers(trainer), self._loaded["lines"], strict=False):
-            writer.keep(lines)
-        self._log_pending(trainer, self._loaded["pending"])
+        if self._loaded is not None:
+            for name, value in self._loaded.get("monitored", {}).items():
+                trainer.callback_metrics[name] = value.clone().to(pl_module.device)
+        wrong = self._take_over(trainer, folder) if trainer.is_global_zero else None
+        if (wrong := gather(wrong)[0]) is not None:
+            stop_all(trainer, wrong)
+
+    def _take_over(self, trainer: Trainer, folder: Path) -> str | None:
+        """Write to the run's folder, in one process; gives what was wrong, for all of them to end."""
+        try:
+            if not getattr(trainer, "fast_dev_run", False):
+                write_run_id(folder, self.run or "")
+            if self._loaded is not None:
+                for writer, lines in zip(writers(trainer), self._loaded["lines"], strict=False):
+                    writer.keep(lines)
+                self._log_pending(trainer, self._loaded["pending"])
+        except RunError as error:
+            return str(error)
+        return None
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was about to be where no step is left: the run was ended after its last checkpoint and before that."""
@@ -108,8 +126,7 @@ def pending_figures(trainer: Trainer) -> dict[str, Any] | None:
     """
     loop = trainer.fit_loop.epoch_loop
     progress: Any = loop.batch_progress.total
-    logs = trainer._logger_connector
-    if progress.completed == progress.processed or loop._should_accumulate() or not logs.should_update_logs:
+    if progress.completed == progress.processed or loop._should_accumulate() or not figures_are_logged(trainer):
         return None
-    figures = {name: float(value) for name, value in logs.metrics["log"].items()}
+    figures = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
     return {"step": loop._batches_that_stepped, "figures": {**figures, "epoch": trainer.current_epoch}} if figures else None

@@ -26,6 +26,9 @@ from mtp_lightning.trainer.collectives import all_reduce
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the operating system says where nothing can be written any more."""
 
+COMPARED = ("seed_everything", "model", "data", "trainer")
+"""Parts of a configuration that all processes of a run must have in common."""
+
 
 class RunGuards(Callback):
     """Stops a run that can't go well.
@@ -114,6 +117,18 @@ class RunGuards(Callback):
         }
         newest = newest_checkpoint(checkpoint_folders(trainer), read_run_id(run_folder(trainer)))
         stop_all(trainer, not_finite(gather(mine), trainer.global_step + 1, trainer.current_epoch, newest))
+
+
+def as_text(config: Any) -> dict[str, str]:
+    """A configuration as key -> value, to compare it between processes.
+
+    Args:
+        config: a parsed configuration.
+
+    Returns:
+        Texts; without the values that may differ from process to process.
+    """
+    return {key: str(value) for key, value in vars(config.as_flat()).items() if key.split(".")[0] in COMPARED}
 
 
 def disagreement(processes: list[dict[str, str]]) -> str | None:
@@ -265,8 +280,12 @@ def explain(error: BaseException, guards: RunGuards | None, trainer: Trainer) ->
     text = one_line(error, 200)
     go_on = " Go on with --ckpt_path last."
     if memory_error(error):
-        more = "" if guards is None else guards.memory_advice(trainer)
-        said = "" if guards is None or guards.size is None or guards.step is None else estimate(guards.size, guards.step)
+        if guards is None or guards.size is None:
+            return RunError(
+                f"memory ran out before training began ({text}). Take a smaller base, model.dtype: bfloat16,"
+                " model.quantization: 4bit, or more processes with --config configs/strategies/fsdp2.yaml."
+            )
+        more, said = guards.memory_advice(trainer), "" if guards.step is None else estimate(guards.size, guards.step)
         return RunError(
             f"memory ran out in step {trainer.global_step + 1} ({text}). The estimate was: {said}. {more}{go_on}"
         )

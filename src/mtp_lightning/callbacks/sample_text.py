@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
 from mtp_lightning.decoding import Decoding, decode
+from mtp_lightning.errors import UsageError
 from mtp_lightning.lockstep import in_step
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
@@ -55,6 +56,8 @@ class SampleText(DecodingCallback):
         num_masks: int | Literal["auto"] = "auto",
         sampler_head: bool = True,
     ) -> None:
+        if num_samples < 1:
+            raise UsageError(f"num_samples of SampleText must be 1 or more, got {num_samples}.")
         super().__init__(prompts, num_samples, max_new_tokens, None, decoding, num_masks, sampler_head)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

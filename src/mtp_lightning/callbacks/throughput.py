@@ -13,6 +13,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from mtp_lightning.callbacks.run_guards import step_size
+from mtp_lightning.callbacks.together import figures_are_logged
 from mtp_lightning.errors import UsageError
 from mtp_lightning.sizing import ModelSize, StepSize, model_size, step_flops
 from mtp_lightning.trainer.collectives import all_reduce
@@ -121,7 +122,7 @@ class Throughput(Callback):
         self._ntp += batch.input_ids.numel()
         self._mtp += batch.mtp_labels.numel()
         self._rows += batch.input_ids.shape[0]
-        if trainer.fit_loop._should_accumulate() or not trainer._logger_connector.should_update_logs:
+        if trainer.fit_loop._should_accumulate() or not figures_are_logged(trainer):
             return
         device = trainer.strategy.root_device
         if device.type == "cuda":

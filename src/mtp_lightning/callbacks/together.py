@@ -63,6 +63,22 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
     return [*named, run_folder(trainer) / "checkpoints"]
 
 
+def figures_are_logged(trainer: Trainer) -> bool:
+    """Whether Lightning is about to give the figures of a training step to the loggers.
+
+    It keeps the answer to itself, so it is asked for in this one place. Where it can't be asked any more the answer is yes:
+    figures are then worked out more often than needed.
+
+    Args:
+        trainer: the trainer, in a training batch.
+
+    Returns:
+        Whether, by ``log_every_n_steps`` and by a stop that was asked for so far.
+    """
+    connector = getattr(trainer, "_logger_connector", None)
+    return bool(getattr(connector, "should_update_logs", True))
+
+
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether a validation follows the training batch that has just ended.
 

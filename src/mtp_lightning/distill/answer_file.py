@@ -44,6 +44,8 @@ class AnswerFile:
         self._begun = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            # An empty file of the user's stays; one with settings beside it was left by a process that was killed.
+            self._made = not path.exists() or self._beside.exists()
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             reason = obstacle(path.parent) or os_reason(error)
@@ -58,6 +60,7 @@ class AnswerFile:
             self._settle(dict(settings))
             self._recover()
         except BaseException:
+            self._leave_nothing_empty()
             os.close(self._file)
             raise
 
@@ -67,14 +70,23 @@ class AnswerFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._begun and not self.done:  # nothing was answered: a start with other settings is not to be refused
-            for path in (self.path, self._beside):
-                path.unlink(missing_ok=True)
+        self._leave_nothing_empty()
         os.close(self._file)
+
+    def _leave_nothing_empty(self) -> None:
+        """Where nothing was answered, delete what was begun: a start with other settings is not to be refused."""
+        if not self._begun or os.fstat(self._file).st_size:
+            return
+        for path in (self._beside, self._draft, *([self.path] if self._made else [])):
+            path.unlink(missing_ok=True)
 
     @property
     def _beside(self) -> Path:
         return self.path.with_name(self.path.name + SETTINGS_SUFFIX)
+
+    @property
+    def _draft(self) -> Path:
+        return self._beside.with_name(self._beside.name + ".new")
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows, and return when the disk has them.
@@ -121,14 +133,13 @@ class AnswerFile:
             ) from error
         if empty:
             self._begun = True
-            draft = beside.with_name(beside.name + ".new")
             try:
-                with draft.open("w", encoding="utf-8") as file:
+                with self._draft.open("w", encoding="utf-8") as file:
                     json.dump(settings, file, indent=1)
                     file.write("\n")
                     file.flush()
                     os.fsync(file.fileno())
-                draft.replace(beside)
+                self._draft.replace(beside)
             except OSError as error:
                 raise RunError(f"{beside}: writing failed: {os_reason(error)}. Make room or change --output.") from error
             return

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from lightning import Trainer
@@ -71,23 +73,44 @@ def not_made(error: BaseException) -> UsageError | None:
     return None
 
 
-def wrong_setting(error: BaseException) -> MTPError | None:
+def check_clock(trainer: Trainer, interval: Any) -> None:
+    """Refuse validations by the clock where several processes train: each has a clock of its own, and validates alone.
+
+    Args:
+        trainer: the trainer.
+        interval: ``trainer.val_check_interval``.
+
+    Raises:
+        UsageError: it is a time, and there are several processes.
+    """
+    if trainer.world_size > 1 and not isinstance(interval, int | float | None):
+        raise UsageError(
+            f"trainer.val_check_interval must be a number with several processes, got the time {interval}: each process"
+            " would ask its own clock. Set it to a number of batches or a share of the epoch."
+        )
+
+
+def wrong_setting(error: BaseException, folder: Path) -> MTPError | None:
     """The sentence for a setting that Lightning or an optimizer refuses while it starts, or a file that it may not touch.
 
     Args:
         error: what was raised.
+        folder: the run's folder.
 
     Returns:
         The error to raise instead, or None for what is not known.
     """
     said = one_line(error)
     if isinstance(error, ValueError | TypeError):
-        if "configure_optimizers" in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
-            return UsageError(f"model.optimizer or model.lr_scheduler can't be made: {said}. Change its init_args.")
         if said.startswith("`val_check_interval`"):
             return UsageError(f"{said}. Change trainer.val_check_interval.")
-    if isinstance(error, PermissionError):
-        return RunError(f"{str(error.filename)!r}: {os_reason(error)}. Change its permissions or the loggers' save_dir.")
+        frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        if "configure_optimizers" in frames and "setup_data" not in frames:  # a schedule may ask how long the data is
+            return UsageError(f"model.optimizer or model.lr_scheduler can't be made: {said}. Change its init_args.")
+    if isinstance(error, PermissionError) and error.filename is not None:
+        path = Path(os.fsdecode(error.filename))
+        instead = " or the loggers' save_dir" if path.absolute().is_relative_to(folder.absolute()) else ""
+        return RunError(f"{str(path)!r}: {os_reason(error)}. Change its permissions{instead}.")
     if isinstance(error, MisconfigurationException):
         return UsageError(f"the trainer can't run so: {said}. Change trainer.* in the configuration.")
     return None
