@@ -66,7 +66,7 @@ class LeanWeights:
             self._uncover()
         self._prepare(model)
         for layer, forward in self._forwards:
-            layer.forward = _Cover(layer, forward)  # type: ignore[assignment]
+            layer.forward = _Cover(layer, forward)
         self._depth += 1
         try:
             yield

@@ -151,6 +151,7 @@ class AcceptanceEvaluation(DecodingCallback):
         if together and self.num_speed_pairs:  # of one text at a time: another process's steps would be in the timing
             with in_step(model):
                 self.results = with_speed_pairs(model, self.loaded, self.options, self.num_speed_pairs, self.results)
+        model.lean.forget()  # training needs the memory, and changes the weights
         self._evaluated_at = trainer.global_step
 
     def _progress(self, trainer: Trainer) -> Progress | None:

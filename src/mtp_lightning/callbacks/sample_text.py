@@ -88,6 +88,7 @@ class SampleText(DecodingCallback):
                     add_text(
                         f"val/sample_{number}", text, max(0, trainer.global_step - 1)
                     )  # the step of Lightning's figures
+        module.model.lean.forget()  # training needs the memory
 
 
 def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:
