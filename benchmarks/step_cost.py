@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from mtp_lightning import MTPModel
-from mtp_lightning.base import load_base
+from mtp_lightning.base import cache_keyword, load_base
 from mtp_lightning.decoding import DecodingOptions, decode
 from mtp_lightning.decoding_step import StepInput
 
@@ -31,7 +31,8 @@ def pairs(
     fed: list[StepInput] = []
     handle = model.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
     found, cache = [], DynamicCache()
-    base(prompt[None], past_key_values=cache, logits_to_keep=1)
+    named = {cache_keyword(type(base.get_decoder())): cache}
+    base(prompt[None], logits_to_keep=1, **named)
     steps, full = decode(model, prompt, options), 0
     while True:
         begin = time.perf_counter()
@@ -45,7 +46,7 @@ def pairs(
         full = max(full, size)
         # The same length of cache, whatever it holds.
         while cache.get_seq_length() < length:
-            base(step.tokens[:, :1], past_key_values=cache, logits_to_keep=1)
+            base(step.tokens[:, :1], logits_to_keep=1, **named)
         inputs = base.get_input_embeddings()(step.tokens[:, :1]).expand(-1, size, -1)
         mask = torch.ones(1, 1, size, length + size, dtype=torch.bool, device=inputs.device)
         begin = time.perf_counter()
@@ -53,8 +54,8 @@ def pairs(
             inputs_embeds=inputs,
             attention_mask=mask,
             position_ids=step.position_ids,
-            past_key_values=cache,
             logits_to_keep=step.num_drafts + 1,
+            **named,
         )
         out.logits.argmax(-1).tolist()
         cache.crop(-size)

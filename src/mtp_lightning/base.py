@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -146,6 +148,33 @@ def _first_line(error: Exception) -> str:
     # Of what the libraries foresee the sentence is enough; of a KeyError it would be one word.
     foreseen = text and isinstance(error, OSError | ValueError | ImportError)
     return f"{text}." if foreseen else f"{type(error).__name__}{': ' if text else ''}{text}."
+
+
+@functools.cache
+def cache_keyword(decoder: type) -> str:
+    """What a decoder calls the argument for its cache: transformers 5.24 renamed ``past_key_values`` to ``cache``."""
+    parameters = inspect.signature(decoder.forward).parameters  # type: ignore[attr-defined]
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def run_decoder(base: PreTrainedModel, inputs: Tensor, mask: Any, positions: Tensor, cache: Any) -> Tensor:
+    """A forward pass of the base's decoder over a cache.
+
+    Args:
+        base: the base model.
+        inputs: embedded positions, [B, Q, D].
+        mask: the decoder's mask argument.
+        positions: position ids, [B or 1, Q] int64.
+        cache: a transformers cache.
+
+    Returns:
+        The last hidden state, [B, Q, D].
+    """
+    decoder: Any = base.get_decoder()
+    kind: Any = type(decoder)
+    named = {cache_keyword(kind): cache}
+    out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **named)
+    return out.last_hidden_state
 
 
 def context_length(base: PreTrainedModel) -> int:

@@ -101,9 +101,9 @@ def _refuse(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
         raise UsageError(f"guidance_scale must be 1 with speculative decoding, got {config.guidance_scale}.")
     if model_kwargs.get("inputs_embeds") is not None:
         raise UsageError("speculative decoding takes input_ids, got inputs_embeds.")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length():
-        raise UsageError("speculative decoding keeps its own cache, got past_key_values. Give the whole text as input_ids.")
+    for name in ("cache", "past_key_values"):  # as transformers from 5.24 on calls it, and before
+        if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
+            raise UsageError(f"speculative decoding keeps its own cache, got {name}. Give the whole text as input_ids.")
 
 
 def _end_tokens(config: GenerationConfig) -> list[int]:

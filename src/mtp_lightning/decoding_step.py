@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtp_lightning.base import run_decoder
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.step_masks import StepLayout
 from mtp_lightning.token_choice import Prefixes, TokenChoice
@@ -216,13 +217,7 @@ def decode_step(model: MTPModel, step: StepInput) -> StepOutput:
         masks = model.mask_embeddings.to(inputs.dtype).index_select(0, mask_index(layouts[0], inputs.device))
         inputs = torch.cat([inputs, masks.expand(B, -1, -1)], dim=1)
     with model.gate.open(num_mtp if model.lora.gated else size):
-        hidden = model.base.get_decoder()(
-            inputs_embeds=inputs,
-            attention_mask=step.attention_mask,
-            position_ids=step.position_ids,
-            past_key_values=step.cache,
-            use_cache=True,
-        ).last_hidden_state
+        hidden = run_decoder(model.base, inputs, step.attention_mask, step.position_ids, step.cache)
     if step.choice is None:
         verified = hidden[:, layouts[0].last : layouts[0].last + c + 1]
     else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from mtp_lightning.attention import attention_mask, check_layer_types, text_config
-from mtp_lightning.base import FrozenUnembedding, context_length
+from mtp_lightning.base import FrozenUnembedding, context_length, run_decoder
 from mtp_lightning.decoding_step import StepInput, StepOutput, decode_step
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import Gate, LoRA, add_gated_lora
@@ -186,9 +186,12 @@ class MTPModel(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute decoder layers in the backward pass, non-reentrant, each with the gate of its forward pass."""
-        self.base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self.gate.checkpoint_context}
-        )
+        options = {"use_reentrant": False, "context_fn": self.gate.checkpoint_context}
+        base: Any = self.base
+        if hasattr(base, "activation_checkpointing_enable"):  # what transformers calls it from 5.24 on
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def _recomputes(self) -> bool:
         """Whether this forward pass runs under gradient checkpointing; refuses the kind that loses the gate."""
@@ -240,23 +243,11 @@ class MTPModel(nn.Module):
         The NTP positions are the frozen base's and see no mask, so no activation of theirs is kept and no gradient is
         computed for them.
         """
-        L, decoder, cache = tokens.shape[1], self.base.get_decoder(), DynamicCache()
+        L, cache, positions = tokens.shape[1], DynamicCache(), pattern.position_ids
         with torch.no_grad(), self.gate.open(0):
-            ntp = decoder(
-                inputs_embeds=tokens,
-                attention_mask=attention_mask(self.base, pattern, L, 0, L),
-                position_ids=pattern.position_ids[:, :L],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+            ntp = run_decoder(self.base, tokens, attention_mask(self.base, pattern, L, 0, L), positions[:, :L], cache)
         with self.gate.open(masks.shape[1]):
-            mtp = decoder(
-                inputs_embeds=masks,
-                attention_mask=attention_mask(self.base, pattern, L, L),
-                position_ids=pattern.position_ids[:, L:],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
+            mtp = run_decoder(self.base, masks, attention_mask(self.base, pattern, L, L), positions[:, L:], cache)
         return ntp, mtp
 
     def _one_pass(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mtp_lightning import decoding_step
+from mtp_lightning.base import run_decoder
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.step_masks import StepLayout, StepMasks
 
@@ -143,22 +145,20 @@ def measure_step_costs(model: MTPModel, choice: TokenChoice, usual_positions: Co
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    decoder, cache, masks = model.base.get_decoder(), RowCache(model.base, 1), StepMasks(model.base, model.context)
+    cache, masks = RowCache(model.base, 1), StepMasks(model.base, model.context)
     largest = min(POSITIONS[-1], model.context // 2)
     cached = min(CONTEXT, model.context - largest)
     cache.reserve(cached + largest, cached + largest)
 
-    def forward(num_positions: int) -> Callable[[], object]:
+    def forward(num_positions: int) -> Callable[[], Tensor]:
         tokens = torch.zeros(1, num_positions, dtype=torch.int64, device=device)
         inputs, layouts = model.embed(tokens), (StepLayout(num_positions, 0, ()),)
 
-        def call() -> object:
+        def call() -> Tensor:
             positions, mask = masks.get(layouts, None, cache, None)
             cache.begin_step(num_positions, tokens, None)
             with model.gate.open(num_positions - 1 if model.lora.gated else num_positions):
-                return decoder(
-                    inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-                )
+                return run_decoder(model.base, inputs, mask, positions, cache)
 
         return call
 
@@ -167,7 +167,7 @@ def measure_step_costs(model: MTPModel, choice: TokenChoice, usual_positions: Co
     for num_positions in (1, *sorted(usual_positions)):  # so that no step of a text is the first of its shape
         if num_positions <= largest and time.perf_counter() - begin < SECONDS / 2:
             forward(num_positions)()
-    hidden = forward(2)().last_hidden_state  # type: ignore[attr-defined]
+    hidden = forward(2)()
     deep = min(k, 4)
     at = torch.tensor([cached], device=device)
     verified = torch.zeros(1, dtype=torch.int64, device=device)
