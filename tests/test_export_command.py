@@ -28,7 +28,7 @@ def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:
     state = torch.load(LAST, weights_only=True)["state_dict"]
     tensors = load_file("saved/mtp_heads.safetensors") | load_file("saved/adapter_model.safetensors")
     assert len(tensors) == len(state) and all(tensor.dtype == torch.float32 for tensor in tensors.values())
-    words = ["--prompts", "prompts.jsonl", "--json", "--max_new_tokens", 24, "--dtype", "float64"]
+    words = ["--prompts", "prompts.jsonl", "--json", "--max_new_tokens", 24, "--dtype", "float64", "--num_masks", 3]
     for name in (LAST, "saved"):
         assert mtp("generate", name, *words) == 0
     lines = without_times(json_lines(capsys))

@@ -135,10 +135,11 @@ class _Cover:
 
 def _sample(weights: list[Tensor]) -> bytes:
     """A few numbers of each weight. Some changes are counted nowhere: through ``.data``, by a fused optimizer."""
-    parts = [weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLE)][:SAMPLE].float() for weight in weights]
     by_device: dict[torch.device, list[Tensor]] = {}
-    for part in parts:
-        by_device.setdefault(part.device, []).append(part)
+    for weight in weights:
+        if weight.device.type != "meta" and not hasattr(weight, "placements"):  # of a sharded one nothing is made ready
+            part = weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLE)][:SAMPLE].float()
+            by_device.setdefault(part.device, []).append(part)
     return b"".join(torch.cat(group).cpu().numpy().tobytes() for group in by_device.values())
 
 
