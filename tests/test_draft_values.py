@@ -52,6 +52,23 @@ def test_the_rate_is_the_best_policys(case: int, places: int) -> None:
     assert values.worth[0] == 0 and (np.diff(values.worth) >= 0).all()
 
 
+def test_values_settle_where_steps_that_draft_and_steps_that_verify_take_turns() -> None:
+    """Doing both in one step is dear, so the best policy goes to and fro; values must not."""
+    chances, seconds = np.array([0.95, 0.95]), seconds_of(np.array([0.02, 0.2, 0.0]), 1)
+    seconds[1:, 1:] += 1.0
+    best = max(
+        policy_rate(dict(enumerate(plans)), chances, seconds)
+        for plans in itertools.product(*[[(c, m, 0) for c in range(n + 1) for m in range(3)] for n in range(3)])
+    )
+    to_and_fro = policy_rate({0: (0, 2, 0), 1: (1, 0, 0), 2: (2, 0, 0)}, chances, seconds)
+    assert best == pytest.approx(to_and_fro)
+    values = DraftValues(SIZES)
+    values.sweep(chances, seconds, SETTLE)
+    for sweeps in (1, 1, 2, 3):
+        values.sweep(chances, seconds, sweeps)
+        assert values.rate == pytest.approx(best, rel=0.01)
+
+
 def test_where_drafts_never_pay_the_rate_is_that_of_plain_steps() -> None:
     values = DraftValues(SIZES)
     values.sweep(np.array([0.05, 0.05]), seconds_of(np.ones(3), 3) * 0.5, 1000)

@@ -39,8 +39,8 @@ LOOK_SHARE = 0.01
 """Share of the time of plain steps that is spent on looking whether drafting pays."""
 REFRESH, PLAIN_EVERY, PLAIN_FIRST = 16, 256, 2
 """Steps between corrections of the costs by what steps really take; and plain steps taken to know what those take."""
-PLAN_EVERY = 3
-"""Steps for which prices and values are used."""
+PLAN_EVERY, SWEEPS = 3, 6
+"""Steps for which prices and values are used, and sweeps that renew them."""
 
 
 class DraftRecord:
@@ -195,6 +195,7 @@ class Budget:
         self._owed = 0.0
         self._looks = 1
         self._resting = False
+        self._sure = False
 
     def seconds(self, num_rows: int) -> np.ndarray:
         """What every plan costs but for drafting, [c, m, place] by numbers of sizes."""
@@ -257,7 +258,7 @@ class Budget:
         if self._price is None or self._price[2] != B or self._price[3] + PLAN_EVERY <= self._steps:
             seconds = self.seconds(B) + self._drafting()[None, :, None]
             usual = self.rows[0].mean if B == 1 else np.mean([row.mean for row in self.rows], axis=0)
-            self.values.sweep(usual, seconds, SETTLE if self._price is None else PLAN_EVERY)
+            self.values.sweep(usual, seconds, SETTLE if self._price is None else SWEEPS)
             self._price = seconds, self.values.rate * B, B, self._steps
         return self._price[0], self._price[1]
 
@@ -318,6 +319,9 @@ class Budget:
         plan = Plan(self.sizes[int(place[0])], self.sizes[int(place[1])], self.places[int(place[2])])
         # With no drafts at hand a plain step teaches nothing, so what is best after it is the same again.
         self._resting = plan == PLAIN and not max(limits, default=0)
+        if self._resting and not self._sure:  # for long, so not by values that are on their way
+            self._price, self._resting, self._sure = None, False, True
+            return self.choose(room, limits)
         return self._rest(B, room) if self._resting else plan
 
     def _rest(self, num_rows: int, room: int) -> Plan:
@@ -354,6 +358,7 @@ class Budget:
         if self._resting:
             return
         self._steps += 1
+        self._sure = False
         for row, a, c, depth, probabilities in zip(self.rows, kept, drafted, depths, new, strict=True):
             if self.coupled:
                 self.record.learn(row.probabilities, a, c)

@@ -68,6 +68,7 @@ class DraftValues:
             gain = tokens[:, None, None] + there[:, None, :] * worth[None, :, None] - rate * seconds
             best = np.maximum.accumulate(gain.max(axis=(1, 2)))
             surplus = float(best[0])
-            worth = best - surplus
-            rate = max(floor, rate + 0.5 * surplus / float(seconds[0, 0, 0]))
+            # Half-way only: plans that draft in one step and verify in the next would have the values swing for ever.
+            worth = 0.5 * (worth + best - surplus)
+            rate = max(floor, rate + 0.25 * surplus * floor)
         self.rate, self.worth = rate, worth
