@@ -53,15 +53,15 @@ def test_the_rate_is_the_best_policys(case: int, places: int) -> None:
 
 
 def test_values_settle_where_steps_that_draft_and_steps_that_verify_take_turns() -> None:
-    """Doing both in one step is dear, so the best policy goes to and fro; values must not."""
+    """Doing both in one step is dear, so the best policy alternates; values must not."""
     chances, seconds = np.array([0.95, 0.95]), seconds_of(np.array([0.02, 0.2, 0.0]), 1)
     seconds[1:, 1:] += 1.0
     best = max(
         policy_rate(dict(enumerate(plans)), chances, seconds)
         for plans in itertools.product(*[[(c, m, 0) for c in range(n + 1) for m in range(3)] for n in range(3)])
     )
-    to_and_fro = policy_rate({0: (0, 2, 0), 1: (1, 0, 0), 2: (2, 0, 0)}, chances, seconds)
-    assert best == pytest.approx(to_and_fro)
+    alternating = policy_rate({0: (0, 2, 0), 1: (1, 0, 0), 2: (2, 0, 0)}, chances, seconds)
+    assert best == pytest.approx(alternating)
     values = DraftValues(SIZES)
     values.sweep(chances, seconds, SETTLE)
     for sweeps in (1, 1, 2, 3):
