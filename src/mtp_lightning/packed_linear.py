@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PackedLinear: a linear layer for few rows at a time, its weight laid out beforehand as the CPU's kernels want it.
 
-A matrix product of two to about twenty rows spends most of its time on laying out the weight: in float32 on x86 as long as
-the whole product of one row takes. oneDNN can be handed a weight that is laid out already (compiled models do that); then a
-few positions cost about what one does, and that is what drafting lives on.
+A matrix product of two to about twenty rows spends much of its time on laying out the weight. oneDNN can be handed a weight
+that is laid out already (compiled models do that); then a few positions cost about what one does, and that is what drafting
+lives on. ``benchmarks/packed_linear.py`` measures it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a product of few rows takes with a plain weight and with one that was laid out beforehand (``packed_linear.py``).
+
+``python benchmarks/packed_linear.py`` prints microseconds by rows, for float32 and bfloat16 on one thread, in turn over so
+many copies of each weight that caches of a core do not hold them; the least of a few rounds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_lightning.packed_linear import PackedLinear, packed_dtypes
+
+SHAPES = ((256, 256), (608, 256), (1344, 256), (2048, 256), (3072, 1024))
+ROWS = (1, 2, 3, 5, 9, 17, 33, 81)
+
+
+def least(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
+    """Microseconds of a product of the rows, with the copies of the weight in turn."""
+    number, found = max(len(products), 40), float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        for product in itertools.islice(itertools.cycle(products), number):
+            product(x)
+        found = min(found, (time.perf_counter() - begin) / number)
+    return 1e6 * found
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    print(f"| dtype | weight | product | {' | '.join(f'{rows} rows' for rows in ROWS)} |\n|---|---|---|{'---|' * len(ROWS)}")
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype not in packed_dtypes():
+            continue
+        for N, D in SHAPES:
+            weights = [torch.randn(N, D).to(dtype) for _ in range(max(2, 8_000_000 // (N * D * 4)))]
+            ways = {
+                "plain": [functools.partial(F.linear, weight=weight) for weight in weights],
+                "laid out": [PackedLinear(weight, single=False) for weight in weights],
+            }
+            inputs = [torch.randn(1, rows, D).to(dtype) for rows in ROWS]
+            for name, products in ways.items():
+                figures = " | ".join(f"{least(products, x):.0f}" for x in inputs)
+                print(f"| {dtype} | {N} x {D} | {name} | {figures} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
