@@ -18,6 +18,16 @@ LOGGER = {
     "init_args": {"save_dir": "run", "name": "", "version": ""},
 }
 """Writes to the folder ``run``."""
+BEST: dict[str, Any] = {
+    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+    "init_args": {
+        "monitor": "val/forced_acceptance_length",
+        "mode": "max",
+        "filename": "best",
+        "enable_version_counter": False,
+    },
+}
+"""Keeps the checkpoint with the best forced acceptance length."""
 CONFIG: dict[str, Any] = {
     "model": {
         "base_model": "base",
@@ -51,15 +61,7 @@ CONFIG: dict[str, Any] = {
         "enable_model_summary": False,
         "logger": [LOGGER],
         "callbacks+": [
-            {
-                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "init_args": {
-                    "monitor": "val/forced_acceptance_length",
-                    "mode": "max",
-                    "filename": "best",
-                    "enable_version_counter": False,
-                },
-            },
+            BEST,
             {"class_path": "mtp_lightning.callbacks.LastCheckpoint", "init_args": {"every_n_steps": 4}},
             {
                 "class_path": "mtp_lightning.callbacks.AcceptanceEvaluation",

@@ -14,7 +14,7 @@ import torch
 import yaml
 from command_line import mtp, read_metrics, save_base, write_rows
 from tiny import greedy_text
-from tiny_run import LOGGER
+from tiny_run import BEST, LOGGER
 from toy_tokenizers import word_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -38,16 +38,7 @@ CONFIG: dict[str, Any] = {
         "enable_model_summary": False,
         "logger": [LOGGER],
         "callbacks+": [
-            {
-                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "init_args": {
-                    "monitor": "val/forced_acceptance_length",
-                    "mode": "max",
-                    "filename": "best",
-                    "auto_insert_metric_name": False,
-                    "enable_version_counter": False,
-                },
-            },
+            BEST,
             # Not save_last: it writes when the best one is written.
             {
                 "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
