@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may need the network
 
@@ -15,7 +15,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if TYPE_CHECKING:
+    from injected_drafts import InjectedDrafts
     from zygote import Zygote
+
+    from mtp_lightning.model import MTPModel
 
 # Tiny tensors: a second thread costs more than it brings, and one makes the order of sums repeatable.
 torch.set_num_threads(1)
@@ -69,3 +72,23 @@ def run(trained: Path, here: Path) -> Path:
     """The run's folder in ``here``."""
     shutil.copytree(trained / "run", here / "run")
     return here / "run"
+
+
+@pytest.fixture
+def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InjectedDrafts]]:
+    """Replace the drafts of a model for one test; see ``injected_drafts.py``."""
+    from injected_drafts import InjectedDrafts
+
+    from mtp_lightning import decoding_step
+
+    models = []
+
+    def start(model: MTPModel, *args: Any) -> InjectedDrafts:
+        model._forward_pre_hooks.clear()
+        monkeypatch.setattr(decoding_step, "draft_block", drafts := InjectedDrafts(model, *args))
+        models.append(model)
+        return drafts
+
+    yield start
+    for model in models:
+        model._forward_pre_hooks.clear()

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_decoding import RUNS, InjectedDrafts, K, expected_steps, shared_model
+from injected_drafts import RUNS, InjectedDrafts, K, expected_steps, shared_model
 from tiny import ARCHITECTURES, CONTEXT, greedy_text, tiny_base, tiny_model, token_row
 from torch import Tensor
 
-from mtp_lightning import decoding_step, row_cache
+from mtp_lightning import row_cache
 from mtp_lightning.decoding import DecodingOptions, decode, decode_rows
 from mtp_lightning.model import MTPModel
 from mtp_lightning.row_cache import RowCache
@@ -26,21 +26,6 @@ G = 20
 
 def prompts(count: int = len(LENGTHS), seed: int = 50) -> list[Tensor]:
     return [token_row([n], seed=seed + r).input_ids for r, n in enumerate((LENGTHS * 2)[:count])]
-
-
-@pytest.fixture
-def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InjectedDrafts]]:
-    models = []
-
-    def start(model: MTPModel, *args: Any) -> InjectedDrafts:
-        model._forward_pre_hooks.clear()
-        monkeypatch.setattr(decoding_step, "draft_block", drafts := InjectedDrafts(model, *args))
-        models.append(model)
-        return drafts
-
-    yield start
-    for model in models:
-        model._forward_pre_hooks.clear()
 
 
 def together(model: MTPModel, rows: list[Tensor], **options: Any) -> tuple[list[list[int]], list[list[int]], list[str]]:
