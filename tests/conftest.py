@@ -74,6 +74,24 @@ def run(trained: Path, here: Path) -> Path:
     return here / "run"
 
 
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``base`` and ``saved``; not to be changed."""
+    from saved import saved_model
+
+    folder = tmp_path_factory.mktemp("kept")
+    saved_model(folder)
+    return folder
+
+
+@pytest.fixture
+def saved_copy(kept: Path, tmp_path: Path) -> Path:
+    """A copy of ``saved``, to be changed."""
+    folder = tmp_path / "saved"
+    shutil.copytree(kept / "saved", folder)
+    return folder
+
+
 @pytest.fixture
 def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InjectedDrafts]]:
     """Replace the drafts of a model for one test; see ``injected_drafts.py``."""

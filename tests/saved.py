@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead, SamplerHead
 
 PROMPT = torch.tensor([[9, 10, 11]])
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "mtp_config.json",
+    "mtp_heads.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "custom_generate/generate.py",
+    "custom_generate/requirements.txt",
+}
 
 
 def model_on_disk(
@@ -50,3 +63,15 @@ def saved_model(folder: Path, **options: Any) -> MTPModel:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Path and content of all files of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def trained_values(model: MTPModel) -> dict[str, torch.Tensor]:
+    """Name and value of what is trained."""
+    return {name: p.detach() for name, p in model.trained_parameters()}
+
+
+def set_config(folder: Path, **values: Any) -> None:
+    """Change ``mtp_config.json``."""
+    config = json.loads((folder / "mtp_config.json").read_text())
+    config.update(values)
+    (folder / "mtp_config.json").write_text(json.dumps(config))
