@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import leave_no_trace, save_base  # noqa: F401 - the first is a fixture
+from command_line import save_base
 from saved import PROMPT, saved_model, trained_values
 from tiny import greedy_text
 from toy_tokenizers import byte_tokenizer, word_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import leave_no_trace, save_base  # noqa: F401 - the first is a fixture
+from command_line import leave_no_trace  # noqa: F401 - a fixture
 from safetensors.torch import load_file, save_file
 from saved import PROMPT, model_on_disk, saved_model, set_config
 
