@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny import in_one_pass, tiny_model, tiny_rows, token_row
-from torch import Tensor, nn
+from tiny import tiny_rows, token_row
+from torch import Tensor
+from toy_losses import UNEMBED, D, Focal, K, V
 
 from mtp_lightning import masking
 from mtp_lightning.errors import UsageError
-from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.losses import (
     AnchorDistillation,
     BaseCrossEntropy,
@@ -22,43 +20,11 @@ from mtp_lightning.losses import (
     LossTerm,
     SamplerCrossEntropy,
     TokenLoss,
-    TokenTargets,
     base,
     chunked,
     term_value,
 )
-from mtp_lightning.losses.chunked import chunked_sum
-from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
 from mtp_lightning.types import ANCHOR, MTP, NTP, HiddenStates, LossSum, MaskedInput, TokenRow
-
-K, D, V = 3, 8, 97
-
-
-class RandomUnembedding:
-    """A fixed unembedding with soft-capping, so that it is not linear."""
-
-    vocab_size = V
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        self.weight = torch.randn(V, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return torch.tanh(hidden @ self.weight.T / 4) * 4
-
-
-UNEMBED = RandomUnembedding()
-
-
-class Focal(TokenLoss):
-    """A user's loss: focal loss with a trained exponent."""
-
-    def __init__(self, head: str = "base", positions: str = "mtp") -> None:
-        super().__init__(1.0, head, positions)  # type: ignore[arg-type]
-        self.gamma = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-
-    def per_position(self, logits: Tensor, targets: TokenTargets) -> Tensor:
-        log_p = logits.log_softmax(-1).gather(1, targets.labels[:, None])[:, 0]
-        return -((1 - log_p.exp()) ** self.gamma) * log_p * targets.offsets
 
 
 @pytest.fixture(params=[-100, -7], ids=["ignore-100", "ignore-7"])
@@ -295,14 +261,6 @@ def test_term_value_divides_each_sum_by_its_own_count() -> None:
     assert term_value([LossSum(torch.tensor(0.0), ANCHOR)], counts) == 0
 
 
-def test_a_sampler_term_without_a_sampler_head_is_refused() -> None:
-    batch = masking.build_masked_input(tiny_rows(), K)
-    model = tiny_model(num_masks=K)
-    for term in (SamplerCrossEntropy(), AnchorDistillation(), Focal("sampler")):
-        with pytest.raises(UsageError, match=f"{type(term).__name__} needs a sampler head, and model.sampler_head is false"):
-            model(batch, {"x": term})
-
-
 def test_a_head_without_output_at_ntp_positions() -> None:
     batch = masking.build_masked_input(tiny_rows(), K)
     states = random_states(batch, sampler_ntp=False)
@@ -310,113 +268,3 @@ def test_a_head_without_output_at_ntp_positions() -> None:
         SamplerCrossEntropy(positions="ntp")(states, batch, UNEMBED)
     both, alone = (SamplerCrossEntropy(positions=p)(states, batch, UNEMBED) for p in ("all", "mtp"))
     assert len(both) == 1 and torch.equal(both[0].total, alone[0].total) and both[0].denominator == MTP
-
-
-def plain_sum(hidden: Tensor, weights: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    return (F.cross_entropy(UNEMBED(hidden) * scale, labels, reduction="none") * weights).sum()
-
-
-@pytest.mark.parametrize("num", [0, 1, 15, 16, 17, 48, 53])
-@pytest.mark.parametrize("rows_per_chunk", [1, 16, 20, 1000])
-@pytest.mark.parametrize("frozen", ["nothing", "hidden", "parameter", "all"])
-def test_chunked_sum_equals_the_plain_sum(
-    num: int, rows_per_chunk: int, frozen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chunked, "LOGITS_PER_CHUNK", rows_per_chunk * V)
-    generator = torch.Generator().manual_seed(num)
-    hidden = torch.randn(num, D, generator=generator, dtype=torch.float64).requires_grad_(frozen not in ("hidden", "all"))
-    weights = torch.rand(num, generator=generator)
-    labels = torch.randint(V, (num,), generator=generator)
-    scale = torch.tensor(0.7, dtype=torch.float64).requires_grad_(frozen not in ("parameter", "all"))
-    sizes = []
-
-    def losses(chunk: Tensor, part: slice) -> Tensor:
-        sizes.append(len(chunk))
-        return F.cross_entropy(UNEMBED(chunk) * scale, labels[part], reduction="none")
-
-    found = chunked_sum(hidden, weights, losses, V, (scale,))
-    expected = plain_sum(hidden, weights, labels, scale)
-    assert sum(sizes) == num and max(sizes, default=0) <= max(16, rows_per_chunk)  # each position once, few at a time
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)  # float64, another order of sums
-    trained = [t for t in (hidden, scale) if t.requires_grad]
-    assert found.requires_grad == bool(trained)
-    if trained:
-        # Times 3: the gradient that comes from above is not 1.
-        mine, other = (torch.autograd.grad(3 * v, trained, materialize_grads=True) for v in (found, expected))
-        for a, b in zip(mine, other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # as above
-
-
-def test_chunked_sum_of_half_precision_states_is_summed_in_float32() -> None:
-    """A mean that is accumulated in bfloat16 is off by 10 % at this size."""
-    num, unembed = 2048, RandomUnembedding(torch.bfloat16)
-    hidden = torch.randn(num, D, generator=torch.Generator().manual_seed(0)).bfloat16()
-    labels = torch.randint(V, (num,), generator=torch.Generator().manual_seed(1))
-    found = chunked_sum(
-        hidden, torch.ones(num), lambda c, part: F.cross_entropy(unembed(c).float(), labels[part], reduction="none"), V
-    )
-    expected = F.cross_entropy(unembed(hidden).double(), labels, reduction="sum")
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)  # the logits are the same: float32 sums alone
-
-
-def test_a_users_parameter_is_trained() -> None:
-    model, term = tiny_model(num_masks=K, sampler_head=MLPSamplerHead()), Focal("sampler", "all")
-    batch = masking.build_masked_input(tiny_rows(), K)
-    value = term_value(model(batch, {"focal": term}).sums["focal"], batch.counts)
-    value.backward()
-    assert term.gamma.grad is not None and term.gamma.grad != 0
-    step = 1e-6
-    with torch.no_grad():
-        term.gamma += step
-        ahead = term_value(model(batch, {"focal": term}).sums["focal"], batch.counts)
-    # Finite difference of step 1e-6 of a smooth function: error of the order of the step.
-    assert math.isclose((ahead - value).item() / step, term.gamma.grad.item(), rel_tol=1e-4)
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_loss_gradients_reach_what_is_trained_and_nothing_else(gated: bool) -> None:
-    model = tiny_model(num_masks=K, sampler_head=GRUSamplerHead(), lora=LoRA(rank=2, gated=gated))
-    batch = masking.build_masked_input(tiny_rows(), K)
-    terms = {"base": BaseCrossEntropy(), "sampler": SamplerCrossEntropy(), "lcm": LatentConsistency()}
-    sums = model(batch, terms).sums
-    torch.stack([term_value(s, batch.counts) for s in sums.values()]).sum().backward()
-    for name, p in model.named_parameters():
-        assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, name
-    ntp = term_value(model(batch, {"ntp": BaseCrossEntropy(positions="ntp")}).sums["ntp"], batch.counts)
-    assert ntp.requires_grad == (not gated)  # of a gated model it is a constant
-
-
-def test_block_sampling_is_unbiased_in_value_and_gradient() -> None:
-    """The mean over draws of starts is the full-coverage loss and gradient, within its own standard error."""
-    model = in_one_pass(tiny_model(num_masks=K, sampler_head=GRUSamplerHead(hidden_size=8), lora=LoRA(rank=1)))
-    terms = {
-        "base": BaseCrossEntropy(positions="all"),
-        "sampler": SamplerCrossEntropy(),
-        "lcm": LatentConsistency(),
-        "distillation": AnchorDistillation(),
-    }
-    rows = tiny_rows()[:2]
-    weights = [model.mask_embeddings, *model.sampler_head.output.parameters()]  # type: ignore[union-attr]
-
-    def measured(batch: MaskedInput) -> Tensor:
-        sums = model(batch, terms).sums
-        values = torch.stack([term_value(s, batch.counts) for s in sums.values()])
-        grads = torch.autograd.grad(values.sum(), weights)
-        return torch.cat([values.detach(), *[g.flatten() for g in grads]])
-
-    full = measured(masking.build_masked_input(rows, K))
-    draws = torch.stack([measured(masking.build_masked_input(rows, K, block_fraction=0.3, epoch=e)) for e in range(200)])
-    error = draws.std(0) / 200**0.5
-    z = (draws.mean(0) - full) / error
-    # 200 draws: the mean is close to normal. About four hundred correlated numbers, so the largest z of a right estimate
-    # is near 3, and 5 is out of reach.
-    assert z.abs().max() < 5
-    assert 0.6 < z.square().mean().sqrt() < 1.6
-    along = draws[:, 4:] @ full[4:] / full[4:].square().sum()
-    along_error = along.std() / 200**0.5
-    assert abs(along.mean() - 1) < 4 * along_error
-    # The test is sharp: it sees a bias of 10 % in a value and of a third in the gradient. Without block weights both would
-    # be 0.3 of what they should be.
-    assert (error < 0.02 * full)[:4].all() and along_error < 0.08

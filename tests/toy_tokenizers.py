@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers made on the spot, small enough to write token ids by hand."""
+"""Tokenizers made on the spot, small enough to write token ids by hand, and rows of their words."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def word_tokenizer(bos: bool = True, eos: bool = True) -> PreTrainedTokenizerFas
         eos_token="<eos>" if eos else None,
         chat_template=CHATML,
     )
+
+
+def texts(number: int, words: int = 4) -> list[dict[str, str]]:
+    """Rows of a few words of ``word_tokenizer``, of three lengths in turn."""
+    known = WORDS[4:10]
+    return [
+        {"text": " ".join(known[(row + place) % 6] for place in range(words + row % 3)), "domain": "d"}
+        for row in range(number)
+    ]
 
 
 def byte_tokenizer(special: list[str], eos: str) -> PreTrainedTokenizerFast:

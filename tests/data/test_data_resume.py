@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run resumed after every step is fed what the whole one is: with workers, and on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import two_processes
+from resume_runs import checkpoints, fit, whole_and_resumed
+from toy_tokenizers import texts
+
+from mtp_lightning.data import MTPDataModule
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning's, about small machines and few batches
+@pytest.mark.parametrize(
+    ("validation_fraction", "limit", "batches"), [(0.0, 1.0, 5), (0.0, 3, 3), (0.0, 0.8, 4), (0.3, 1.0, 4), (0.3, 3, 3)]
+)
+def test_fit_and_resume_after_every_step(
+    tmp_path: Path, write, validation_fraction: float, limit: float, batches: int
+) -> None:
+    """Three epochs in steps of two batches, an odd last batch alone; resumed after any step, all the rest is the same."""
+    path = write("a.jsonl", texts(14))
+    options = {"accumulate_grad_batches": 2, "limit_train_batches": limit}
+
+    def data() -> MTPDataModule:
+        return MTPDataModule(
+            train=path, max_length=16, batch_size=3, block_fraction=0.5, validation_fraction=validation_fraction
+        )
+
+    whole = fit(tmp_path, data(), save=True, **options)
+    assert [seen[0] for seen in whole.seen] == [0] * batches + [1] * batches + [2] * batches
+    epochs = [whole.seen[begin : begin + batches] for begin in range(0, 3 * batches, batches)]
+    assert epochs[0][0][1:] != epochs[1][0][1:]
+    for epoch in epochs:  # counts are equal within a step
+        assert [a[3] == b[3] for a, b in zip(epoch[:-1:2], epoch[1::2], strict=False)] == [True] * (batches // 2)
+    if validation_fraction:
+        passes = [whole.validated[begin : begin + 2] for begin in range(0, len(whole.validated), 2)]
+        assert len(passes) == 4 and all(found == passes[0] for found in passes)  # the sanity check and three epochs
+
+    steps = -(-batches // 2)
+    assert len(checkpoints(tmp_path)) == 3 * steps
+    for number, checkpoint in enumerate(checkpoints(tmp_path)[:-1], 1):
+        delivered = number // steps * batches + number % steps * 2
+        resumed = fit(tmp_path, data(), ckpt_path=str(checkpoint), **options)
+        assert resumed.seen == whole.seen[delivered:], checkpoint.name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resume_with_workers(tmp_path: Path, write) -> None:
+    options = {"train": write("a.jsonl", texts(14)), "max_length": 16, "batch_size": 3, "block_fraction": 0.5}
+    runs = [
+        fit(tmp_path / str(workers), MTPDataModule(**options, num_workers=workers), 2, save=True, accumulate_grad_batches=2)
+        for workers in (0, 2)
+    ]
+    assert runs[0].seen == runs[1].seen and len(runs[0].seen) == 10
+    for step, delivered in ((1, 2), (4, 7)):  # in the middle of the first epoch and of the second
+        checkpoint = str(checkpoints(tmp_path / "2")[step - 1])
+        data = MTPDataModule(**options, num_workers=2)
+        resumed = fit(tmp_path, data, 2, checkpoint, accumulate_grad_batches=2)
+        assert resumed.seen == runs[0].seen[delivered:]
+
+
+def test_resume_on_two_ranks(tmp_path: Path, write) -> None:
+    """Two processes joined by DDP, with 0 and 2 workers each: together they see what one rank with larger batches sees."""
+    options = {"train": write("a.jsonl", texts(14)), "max_length": 16, "block_fraction": 0.5}
+    alone = fit(tmp_path / "alone", MTPDataModule(**options, batch_size=4), 2, accumulate_grad_batches=2).seen
+    assert len(alone) == 8
+    ranks = two_processes.run(whole_and_resumed, tmp_path, str(tmp_path), options | {"batch_size": 2}, [0, 2], [3])
+    for workers in (0, 2):
+        for rank in ranks:
+            whole, resumed = rank[workers]
+            assert [seen[0] for seen in whole] == [0] * 4 + [1] * 4
+            assert resumed[3] == whole[6:]
+        for one, *both in zip(alone, ranks[0][workers][0], ranks[1][workers][0], strict=True):
+            rows = [
+                (number, drawn(starts))
+                for _, ids, all_starts, _ in both
+                for number, starts in zip(ids, all_starts, strict=True)
+            ]
+            assert sorted(rows) == sorted((number, drawn(starts)) for number, starts in zip(one[1], one[2], strict=True))
+            assert [a + b for a, b in zip(both[0][3], both[1][3], strict=True)] == one[3]
+
+
+def drawn(starts: list[int]) -> list[int]:
+    return [start for start in starts if start >= 0]

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Preparing: rows and their report by hand, mixes, held-out rows, the cache of encoded rows, and rows that are refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from toy_tokenizers import texts, word_tokenizer
+
+from mtp_lightning.data import documents
+from mtp_lightning.data.preparing import prepare
+from mtp_lightning.errors import RunError, UsageError
+
+
+def test_report_by_hand(write, tokenizer) -> None:
+    path = write(
+        "a.jsonl",
+        [
+            {"text": "one two"},  # <bos> one two <eos>: 4 tokens
+            {"text": "one two three four five"},  # 7 tokens: 5 and 2
+            {"text": ""},
+            {"prompt": "one", "completion": "two three four five"},  # 2 + 5 tokens: the last 2 are dropped, 3 carry loss
+            {"prompt": "one two three four", "completion": "five"},  # 5 + 2 tokens: nothing of the answer is left
+            {"input_ids": [9, 10, 11], "labels": [-100, 10, -100]},
+        ],
+    )
+    rows, _ = prepare(path, tokenizer, max_length=5)
+    assert rows.report.as_dict() == {
+        "rows_read": 6,
+        "skipped": {"shorter than two tokens": 1, "no token with loss after the first": 1},
+        "cut": 1,
+        "truncated": 1,
+        "tokens_lost": 4,
+        "documents": 5,
+        "rows": 5,
+        "tokens": 4 + 5 + 2 + 5 + 3,
+        "loss_tokens": 4 + 5 + 2 + 3 + 1,
+        "eligible_starts": 3 + 4 + 1 + 3 + 1,
+        "padding_share": 0.0,
+    }
+    assert str(rows.report) == (
+        "6 rows read, 1 left out (shorter than two tokens), 1 left out (no token with loss after the first),"
+        " 1 cut into pieces, 1 truncated, 4 tokens lost; 5 documents in 5 rows an epoch, 19 tokens, 12 eligible starts,"
+        " 0.0% padding"
+    )
+    assert [rows.rows.row(number).input_ids.tolist() for number in range(5)] == [
+        [1, 9, 10, 2],
+        [1, 9, 10, 11, 12],
+        [13, 2],
+        [1, 9, 10, 11, 12],
+        [9, 10, 11],
+    ]
+    assert rows.rows.row(3).labels.tolist() == [-100, -100, 10, 11, 12]
+
+
+def test_tokens_take_the_fast_way_to_the_same_rows(write, tmp_path: Path, tokenizer) -> None:
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(0, 17, length).tolist() for length in (0, 1, 2, 7, 8, 9, 16, 17, 30)]
+    labels = [[token if generator.random() < 0.5 else -100 for token in row] for row in ids]
+    for columns in ({"input_ids": ids}, {"input_ids": ids, "labels": labels, "domain": ["d"] * len(ids)}):
+        table = {
+            name: pa.array(values, pa.list_(pa.int32())) if name != "domain" else values for name, values in columns.items()
+        }
+        pq.write_table(pa.table(table), tmp_path / "fast.parquet")
+        pq.write_table(pa.table(table | {"text": pa.nulls(len(ids), pa.string())}), tmp_path / "slow.parquet")
+        fast, slow = (prepare(str(tmp_path / f"{name}.parquet"), tokenizer, max_length=8)[0] for name in ("fast", "slow"))
+        assert fast.report == slow.report and fast.report.skipped and fast.report.cut + fast.report.truncated == 4
+        for number in range(fast.report.rows):
+            a, b = fast.rows.row(number), slow.rows.row(number)
+            assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels) and a.domain == b.domain
+
+
+def test_tokens_are_encoded_many_at_a_time(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("one row at a time")
+
+    monkeypatch.setattr(documents, "encode_row", never)
+    ids = np.random.default_rng(0).integers(0, 17, (20_000, 64)).astype(np.int32)
+    pq.write_table(pa.table({"input_ids": list(ids)}), tmp_path / "a.parquet")
+    assert prepare(str(tmp_path / "a.parquet"), tokenizer, max_length=64)[0].report.tokens == 20_000 * 64
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"input_ids": [[1, 2], [5, 6]], "labels": [[1, 2], [6, 6]]},
+            "row 2: labels must be the token of the same position or -100",
+        ),
+        ({"input_ids": [[1, 2], [5, 6]], "labels": [[1, 2], [6]]}, "row 2: labels must be as long as input_ids"),
+        ({"input_ids": [[1, 2], None]}, "row 2: expected a list of token ids in input_ids, got nothing"),
+        ({"input_ids": ["a", "b"]}, "input_ids must be lists of token ids, got string"),
+        (
+            {"input_ids": [[1, 2], [3, 17]]},
+            "row 2: expected token ids from 0 to 16, the base's vocabulary, got 17. The rows were",
+        ),
+        ({"input_ids": [[-1, 2]]}, "row 1: expected token ids from 0 to 16, the base's vocabulary, got -1. The rows were"),
+        ({"text": [3, 4]}, "row 1: text must be text, got int."),
+        ({"text": ["one", None]}, r"row 2: expected messages \| prompt .*, got no field."),
+    ],
+)
+def test_rows_that_are_refused_are_named(tmp_path: Path, tokenizer, columns: dict, message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(RunError, match=rf"^{re.escape(str(tmp_path / 'a.parquet'))}(, |: ){message}"):
+        prepare(str(tmp_path / "a.parquet"), tokenizer, max_length=8)
+
+
+def test_no_usable_row(write, tokenizer) -> None:
+    path = write("a.jsonl", [{"text": ""}, {"text": ""}, {"prompt": "one two three", "completion": "four"}])
+    with pytest.raises(RunError) as error:
+        prepare(path, tokenizer, max_length=3, name="data.validation")
+    assert str(error.value) == (
+        "data.validation: none of the 3 rows can be used: 2 shorter than two tokens, 1 no token with loss after the first."
+        " Expected rows of two tokens or more with loss after the first; check the fields, max_length and the chat template."
+    )
+
+
+def test_encoding_is_cached_by_content_and_settings(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = documents.encode_row
+    monkeypatch.setattr(documents, "encode_row", lambda *arguments: calls.append(1) or real(*arguments))
+
+    def encodes(**options) -> int:
+        calls.clear()
+        prepare(path, options.pop("tokenizer", word_tokenizer()), **({"max_length": 8} | options))
+        return len(calls)
+
+    path = write("cached.jsonl", texts(5))
+    assert encodes() == 5
+    assert encodes() == 0  # another tokenizer object, the same tokenizer
+    assert encodes(packing=True, seed=3, held_out=0.4) == 0  # what is made of documents later
+    assert encodes(max_length=9) == 5
+    assert encodes(chat_template="x") == 5
+    assert encodes(tokenizer=word_tokenizer(bos=False)) == 5
+    used = word_tokenizer()
+    used("one", truncation=True, max_length=1)
+    assert encodes(tokenizer=used) == 0
+    write("cached.jsonl", texts(6))
+    assert encodes() == 6
+
+
+def test_list_and_mix(write, tokenizer) -> None:
+    a = write("a.jsonl", [{"input_ids": [5, 6, 7]}] * 4)
+    b = write("b.jsonl", [{"input_ids": [8, 9]}] * 2)
+    both, _ = prepare([a, b], tokenizer, max_length=8)
+    assert both.rows.lengths.tolist() == [3, 3, 3, 3, 2, 2]
+    mixed, _ = prepare({a: 1, b: 3}, tokenizer, max_length=8)
+    assert sorted(mixed.rows.lengths.tolist()) == [2] * 12 + [3] * 4
+    assert (mixed.report.rows, mixed.report.documents, mixed.report.tokens) == (16, 6, 36)
+    long = write("d.jsonl", [{"input_ids": [7] * 20}, {"input_ids": [6] * 4}])
+    cut, _ = prepare({a: 3, long: 1}, tokenizer, max_length=8)  # 6 rows against 2: one of the latter is three documents
+    assert sorted(cut.rows.lengths.tolist()) == [3] * 6 + [4, 4, 8, 8]
+    text = write("c.txt", "one two")
+    assert prepare({a: 1, text: 1}, tokenizer, max_length=8)[0].report.rows == 8  # sources of different kinds
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], r"^data.train must name at least one source, got \[\].$"),
+        ({}, r"^data.train must name at least one source, got \{\}.$"),
+        ({"a.jsonl": 0.0}, r"^data.train: the weight of a.jsonl must be above 0, got 0.0. Leave the source out instead.$"),
+    ],
+)
+def test_wrong_sources(tokenizer, sources, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        prepare(sources, tokenizer, max_length=8)
+
+
+def test_a_source_of_a_mix_without_usable_rows(write, tokenizer) -> None:
+    a, b = write("a.jsonl", [{"text": "one"}]), write("b.jsonl", [{"text": ""}])
+    with pytest.raises(
+        RunError, match=r"^data.train: none of the rows of .*b.jsonl can be used. Leave the source out of the mix"
+    ):
+        prepare({a: 1, b: 1}, tokenizer, max_length=8)
+
+
+def test_max_rows_spreads_over_the_sources(write, tokenizer) -> None:
+    a = write("a.jsonl", [{"input_ids": [row, 16]} for row in range(10)])
+    b = write("b.jsonl", [{"input_ids": [row, 15]} for row in range(10)])
+
+    def firsts(sources, max_rows: int) -> list[list[int]]:
+        rows = prepare(sources, tokenizer, max_length=8, max_rows=max_rows)[0].rows
+        return [rows.row(number).input_ids.tolist() for number in range(len(rows))]
+
+    assert firsts([a, b], 4) == [[0, 16], [5, 16], [0, 15], [5, 15]]
+    assert firsts(a, 3) == [[0, 16], [3, 16], [6, 16]]
+    assert len(firsts([a, b], 100)) == 20
+    assert sorted(row[1] for row in firsts({a: 3, b: 1}, 4)) == [15, 16, 16, 16]
+
+
+def test_held_out_rows(write, tokenizer) -> None:
+    path = write("a.jsonl", [{"input_ids": [row % 17, row // 17] * (8 if row % 2 else 2)} for row in range(40)])
+
+    def sides(**options) -> tuple[list[tuple], list[tuple]]:
+        prepared = prepare(path, tokenizer, max_length=8, held_out=0.25, **options)
+        return tuple([tuple(side.rows.row(n).input_ids.tolist()[:2]) for n in range(len(side.rows))] for side in prepared)
+
+    train, apart = sides()
+    assert not set(train) & set(apart)  # rows are held out whole: the pieces of one text are on one side
+    assert len(set(train)) == 30 and len(set(apart)) == 10
+    assert sides(seed=5) == (train, apart)
+    assert sides(max_held_out=4)[1] == [apart[number * len(apart) // 4] for number in range(4)]
+    for_use, held = prepare(path, tokenizer, max_length=8, held_out=0.25)
+    assert (for_use.report.rows_read, held.report.rows_read) == (30, 10)
+    assert for_use.report.cut + held.report.cut == 20
+    assert for_use.report.tokens + held.report.tokens == 20 * 16 + 20 * 4
+
+
+def test_holding_out_of_too_few(write, tokenizer) -> None:
+    path = write("a.jsonl", [{"text": "one"}])
+    with pytest.raises(
+        RunError, match="data.train: holding out 0.5 of 1 rows leaves no usable row on one side. Give more rows"
+    ):
+        prepare(path, tokenizer, max_length=8, held_out=0.5)
+
+
+def test_tokenizer_digest() -> None:
+    digest = documents.tokenizer_digest
+    assert digest(word_tokenizer()) == digest(word_tokenizer())
+    other = word_tokenizer()
+    other.chat_template = "x"
+    digests = {digest(word_tokenizer()), digest(word_tokenizer(eos=False)), digest(word_tokenizer(bos=False)), digest(other)}
+    assert len(digests) == 4
