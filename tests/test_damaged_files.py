@@ -6,13 +6,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from command_line import error_of, leave_no_trace, own_cache, save_base  # noqa: F401 - some are fixtures
+from command_line import error_of, leave_no_trace, mtp, own_cache, save_base  # noqa: F401 - some are fixtures
 from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
 from trained_run import CONTEXT, contents
@@ -47,7 +48,7 @@ def test_files_that_are_no_checkpoint(run: Path, capsys, command: str) -> None:
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: str) -> None:
     save_base(here / "wider", "llama", word_tokenizer(), torch.float32, max_position_embeddings=CONTEXT, hidden_size=40)
     before = contents(run)
@@ -62,12 +63,29 @@ def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: 
     ):
         words = ["--config", "config.yaml", "--ckpt_path", LAST, f"--{key}", value]
         # Seen before the data is read.
-        found = error_of(capsys, 1, command, *words, "--data.train", "no.jsonl", "--data.validation", "no.jsonl")
+        no_data = [word for split in ("train", "validation", "test") for word in (f"--data.{split}", "no.jsonl")]
+        found = error_of(capsys, 1, command, *words, *no_data)
+        if command == "predict" and value == "wider":  # it reads the base itself, which may have moved
+            assert found.startswith("the checkpoint belongs to a base with hidden_size 32, and 'wider' has 40.")
+            continue
         changed = key.removesuffix(".hidden_size")
         assert found == (
             f"the checkpoint's {name} is {there}, the configuration's is {here_}. Change {changed} or --ckpt_path."
         )
     assert contents(run) == before
+
+
+def test_predict_asks_for_no_more_than_is_named(run: Path, here: Path, capsys) -> None:
+    """A key that is left out has a default, and the checkpoint's own value counts; one that is named must be the same."""
+    predict = ["predict", "--ckpt_path", LAST, "--prompts", "prompts.jsonl", "--max_new_tokens", "2"]
+    words = [*predict, "--model.base_model", "base"]
+    assert mtp(*words) == 0  # of the checkpoint's 3 masks, rank 2 and GRU head the configuration says nothing
+    assert mtp(*words, "--model.lora.dropout", "0.5", "--model.num_masks", "3", "--model.lora.gated", "true") == 0
+    (here / "default.yaml").write_text("model: {num_masks: 8}")  # the default, named
+    found = error_of(capsys, 1, *words, "--config", "default.yaml")
+    assert found == "the checkpoint's num_masks is 3, the configuration's is 8. Change model.num_masks or --ckpt_path."
+    found = error_of(capsys, 1, *words, "--model.sampler_head", "false", "--model.losses", "{base: BaseCrossEntropy}")
+    assert re.fullmatch(r"the checkpoint's sampler head is .*GRU.*, the configuration's is None\. Change .*", found)
 
 
 def change(path: str, alter: Callable[[dict[str, Any]], object]) -> None:

@@ -41,7 +41,6 @@ def trained_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def checkpoint_settings(module: MTPModule) -> dict[str, Any]:
     """What the trained weights belong to: base, its shape, masks, LoRA and sampler head; plain types."""
-    head = module.sampler_head
     config = module.base_config
     return {
         "base_model": module.base_model,
@@ -53,6 +52,14 @@ def checkpoint_settings(module: MTPModule) -> dict[str, Any]:
             "num_hidden_layers": int(config.num_hidden_layers),
             "vocab_size": int(config.vocab_size),
         },
+        **part_settings(module),
+    }
+
+
+def part_settings(module: MTPModule) -> dict[str, Any]:
+    """The settings of the trained parts: masks, LoRA and sampler head; plain types."""
+    head = module.sampler_head
+    return {
         "num_masks": module.num_masks,
         "lora": asdict(module.lora),
         "sampler_head": None if head is None else {"class_path": class_path(head), "init_args": init_args(head)},
@@ -186,6 +193,7 @@ def load_model(
     quantization: str | None = None,
     device_map: Any = None,
     base: PreTrainedModel | None = None,
+    named: dict[str, Any] | None = None,
 ) -> MTPModel:
     """Build a model from a checkpoint file, for use without Lightning.
 
@@ -199,17 +207,20 @@ def load_model(
         quantization: ``4bit``, ``8bit``, or None.
         device_map: transformers' placement of the base on several devices, ``auto`` or a dict, instead of ``device``.
         base: the base model, loaded already; it gets the adapters in place.
+        named: ``part_settings`` that the checkpoint must have, as far as a configuration names them.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        RunError: the file can't be used, or the base is another one.
+        RunError: the file can't be used, the base is another one, or the checkpoint has other settings than those named.
         UsageError: the device is not there.
     """
     check_placement(device, device_map, base)
     checkpoint = read_checkpoint(path)
     settings = checkpoint[SETTINGS]
+    if named is not None:
+        check_settings(checkpoint, {**settings, **named, "lora": {**settings["lora"], **named["lora"]}})
     name = base_model or settings["base_model"]
     if base is None:
         base = load_base(

@@ -25,7 +25,7 @@ from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
 from mtp_lightning.callbacks.run_guards import as_text, explain, unwritable
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
 from mtp_lightning.callbacks.together import checkpoint_folders, run_folder
-from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
+from mtp_lightning.checkpoint import check_settings, checkpoint_settings, part_settings, read_checkpoint
 from mtp_lightning.checkpoint_files import newest_checkpoint, read_run_id, run_of
 from mtp_lightning.commands import DecodingArguments, print_generations
 from mtp_lightning.data import MTPDataModule
@@ -273,10 +273,19 @@ class PredictCLI(MTPCLI):
         return parser
 
     def instantiate_classes(self) -> None:
-        """Nothing: no trainer and no data module take part in decoding."""
+        """The module and the data module; no weights, and no trainer, which would want the devices that are named."""
+        made = self.parser.instantiate_classes(self.config)
+        self.model, self.datamodule = self._get(made, "model"), self._get(made, "data")
 
     def after_instantiate_classes(self) -> None:
         """Nothing: there is no trainer; decoding itself reads the checkpoint."""
+
+    def named_parts(self, args: list[str]) -> dict[str, Any]:
+        """``part_settings`` as far as the options and the configuration name them: defaults are not a user's words."""
+        given = self.parser.parse_args(args, defaults=False).get("model") or {}
+        own, lora = part_settings(self.model), given.get("lora") or {}
+        named = {name: value for name, value in own.items() if name in given}
+        return {**named, "lora": {name: value for name, value in own["lora"].items() if name in lora}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of predict beside the configuration."""
@@ -314,6 +323,7 @@ def run_predict(args: list[str]) -> None:
         arguments.chosen_device(),
         config.model.attention,
         config.model.quantization,
+        named=cli.named_parts(args),
     )
     print_generations(model, read_prompts(source, model.tokenizer, context=model.context), arguments, as_json=True)
 
@@ -322,11 +332,6 @@ class DataCLI(PredictCLI):
     """The same configuration files, of which the data and what it asks the model for are made: no weights, no trainer."""
 
     USAGE = "mtp data --config F [--config G ...] [--split S] [--rows N] [--steps N] [options]"
-
-    def instantiate_classes(self) -> None:
-        """The module and the data module; the trainer would want the devices that the configuration names."""
-        made = self.parser.instantiate_classes(self.config)
-        self.model, self.datamodule = self._get(made, "model"), self._get(made, "data")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options of data beside the configuration."""
