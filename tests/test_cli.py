@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command_line import error_of, leave_no_trace, mtp  # noqa: F401 - one is a fixture
@@ -36,6 +40,54 @@ def test_python_m_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "mtp_lightning", "fitt"], capture_output=True, text=True)
     expected = f"mtp: error: unknown command 'fitt': expected one of {', '.join(cli.COMMANDS)}.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "content", "code"),
+    [
+        ("yaml", "raise KeyboardInterrupt", 130),  # which main imports
+        ("yaml", "exec('raise KeyboardInterrupt')", 130),  # Python itself would end by the signal, though it was caught
+        ("yaml", "import atexit, os; atexit.register(os.kill, os.getpid(), 2); raise KeyboardInterrupt", 130),
+        # Registered before the program begins, called when it has ended: there is nothing to interrupt.
+        ("sitecustomize", "import atexit, os; atexit.register(os.kill, os.getpid(), 2)", 1),
+    ],
+    ids=["import", "code given as text", "pressed twice", "at the end"],
+)
+@pytest.mark.parametrize("door", [["-m", "mtp_lightning"], ["-c", "import mtp_lightning.cli as c; c.main()"]])
+def test_ctrl_c(tmp_path: Path, door: list[str], module: str, content: str, code: int) -> None:
+    """Anywhere between the call of ``main`` and the end of the process: one line and exit code 130."""
+    (tmp_path / f"{module}.py").write_text(content)
+    # A shell starts jobs in the background with Ctrl-C ignored, and children would inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, *door, "data", "--config", "none.yaml"],
+        env={**os.environ, "PYTHONPATH": path},
+        preexec_fn=heed,
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    if code == 130:
+        assert set(lines) == {"mtp: interrupted"}
+    else:
+        assert lines == [
+            "mtp: error: configuration file 'none.yaml' does not exist. Give the path of a YAML file with --config."
+        ]
+
+
+def test_ctrl_c_in_a_run(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning takes the trainer down and ends with exit code 1."""
+
+    def interrupted(words: list[str]) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    assert mtp("fit") == 130 and capsys.readouterr().err == "\nmtp: interrupted\n"
 
 
 @pytest.mark.parametrize(("words", "variable"), [(["--debug"], "0"), ([], "1")])

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program ``mtp``: one function that the console script, ``python -m mtp_lightning`` and the tests call."""
+"""The program ``mtp``: one function that the console script, ``python -m mtp_lightning`` and the tests call.
+
+What takes long to import is imported in functions: Ctrl-C before ``main`` is called would show a traceback.
+"""
 
 from __future__ import annotations
 
-import logging
+import atexit
 import os
+import signal
 import sys
-import traceback
 import warnings
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from mtp_lightning.configuration_file import check_configuration
 from mtp_lightning.errors import MTPError, UsageError
+
+if TYPE_CHECKING:
+    import logging
+    from types import FrameType
 
 
 class Command(NamedTuple):
@@ -59,6 +65,10 @@ def main(args: list[str] | None = None) -> None:
             the reader of standard output has gone.
     """
     words = list(sys.argv[1:] if args is None else args)
+    # In a process of its own; not where Ctrl-C is ignored, as a shell has it for what it starts in the background.
+    heeds = args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heeds:  # called last of all: what Python takes down after that no handler is asked about
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     debug = "--debug" in words or os.environ.get("MTP_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     # A user's own losses and heads lie in the current folder; appended, so that they can't hide an installed package.
@@ -66,20 +76,45 @@ def main(args: list[str] | None = None) -> None:
         sys.path.append(os.getcwd())
     try:
         _run(words)
+        print(end="", flush=True)
     except KeyboardInterrupt:
-        # What was said is on standard output already: every piece is written at once.
-        print("\nmtp: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _interrupted(heeds)
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):  # else Lightning's own end, with exit code 1
+            raise
+        _interrupted(heeds)
     except BrokenPipeError:
         # The reader has enough, as `| head` does. Python would complain when it flushes what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except Exception as error:
         if debug:
+            import traceback
+
             traceback.print_exc()
         else:
             print(f"mtp: error: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2 if isinstance(_cause(error), UsageError) else 1) from None
+    finally:
+        if heeds:
+            signal.signal(signal.SIGINT, _leave)
+
+
+def _interrupted(heeds: bool) -> NoReturn:
+    """End after Ctrl-C. What was said is on standard output already: every piece is written at once."""
+    if heeds:
+        signal.signal(signal.SIGINT, _leave)  # pressed again
+    # Python notes a KeyboardInterrupt that leaves code given as text, as namedtuple's is, and under -m ends by the signal
+    # itself, caught or not. Other such code takes the note back.
+    exec("")
+    print("\nmtp: interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Answer to Ctrl-C when the command is done: leave at once, without the traceback of whatever is being taken down."""
+    os.write(2, b"\nmtp: interrupted\n")
+    os._exit(130)
 
 
 def _run(words: list[str]) -> None:
@@ -109,6 +144,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory already
     warnings.filterwarnings("ignore", message=".*intended to run from within Python.*")  # main() passes the arguments on
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
+    import logging
+
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils.logging import disable_progress_bar
@@ -122,6 +159,8 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def _check_configurations(words: list[str]) -> None:
+    from mtp_lightning.configuration_file import check_configuration
+
     for word, value in zip(words, [*words[1:], ""], strict=True):
         name, _, given = word.partition("=")
         path = given or value
