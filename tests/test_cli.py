@@ -48,10 +48,11 @@ def test_python_m_is_the_same_program() -> None:
         ("yaml", "raise KeyboardInterrupt", 130),  # which main imports
         ("yaml", "exec('raise KeyboardInterrupt')", 130),  # Python itself would end by the signal, though it was caught
         ("yaml", "import atexit, os; atexit.register(os.kill, os.getpid(), 2); raise KeyboardInterrupt", 130),
+        ("yaml", "class A: __del__ = lambda self: exec('raise KeyboardInterrupt')\nA()\nwhile True: pass", 130),
         # Registered before the program begins, called when it has ended: there is nothing to interrupt.
         ("sitecustomize", "import atexit, os; atexit.register(os.kill, os.getpid(), 2)", 1),
     ],
-    ids=["import", "code given as text", "pressed twice", "at the end"],
+    ids=["import", "code given as text", "pressed twice", "in a destructor", "at the end"],
 )
 @pytest.mark.parametrize("door", [["-m", "mtp_lightning"], ["-c", "import mtp_lightning.cli as c; c.main()"]])
 def test_ctrl_c(tmp_path: Path, door: list[str], module: str, content: str, code: int) -> None:
@@ -64,6 +65,7 @@ def test_ctrl_c(tmp_path: Path, door: list[str], module: str, content: str, code
         [sys.executable, *door, "data", "--config", "none.yaml"],
         env={**os.environ, "PYTHONPATH": path},
         preexec_fn=heed,
+        timeout=120,
         capture_output=True,
         text=True,
     )

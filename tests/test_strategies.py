@@ -195,7 +195,7 @@ ends, batches = LastCheckpoint.on_train_batch_end, 0
 def stops(self, trainer, *others):
     global batches
     batches += 1
-    if batches == 4:
+    if batches == {at}:
         trainer.should_stop = True
     ends(self, trainer, *others)
 
@@ -203,12 +203,13 @@ LastCheckpoint.on_train_batch_end = stops
 """
 
 
-def test_the_last_loss_of_a_run_that_is_stopped_is_of_all_processes(zygote: Zygote, here: Path) -> None:
-    """Steps of 3 batches, and the stop is asked for in the first of the second step, which is logged for that alone."""
+@pytest.mark.parametrize("at", [4, 6])
+def test_the_last_loss_of_a_run_that_is_stopped_is_of_all_processes(zygote: Zygote, here: Path, at: int) -> None:
+    """Steps of 3 batches; the stop is asked for at the end of one of the second step, which is logged for that alone."""
     common = ["fit", "--config", "config.yaml", "--trainer.limit_val_batches", 0, "--data.packing", "true"]
     words = [*common, "--trainer.accumulate_grad_batches", 3, "--data.batch_size", 2, "--trainer.devices", 2]
     words += ["--trainer.strategy", "ddp", "--trainer.logger.save_dir", "stopped", "--trainer.log_every_n_steps", 50]
-    for process in zygote.ranks(here, free_port(), words, words, preludes=[STOPS_IN_A_STEP, STOPS_IN_A_STEP]):
+    for process in zygote.ranks(here, free_port(), words, words, preludes=[STOPS_IN_A_STEP.format(at=at)] * 2):
         ended = process.wait()
         assert ended.code == 0, ended.err
     assert zygote.run(here, *common, "--data.batch_size", 12, "--trainer.logger.save_dir", "on").code == 0

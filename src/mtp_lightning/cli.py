@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import warnings
+from _thread import interrupt_main
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -18,6 +19,7 @@ from mtp_lightning.errors import MTPError, UsageError
 
 if TYPE_CHECKING:
     import logging
+    from sys import UnraisableHookArgs
     from types import FrameType
 
 
@@ -67,8 +69,10 @@ def main(args: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     # In a process of its own; not where Ctrl-C is ignored, as a shell has it for what it starts in the background.
     heeds = args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if heeds:  # called last of all: what Python takes down after that no handler is asked about
+    if heeds:
+        # Called last of all: what Python takes down after that no handler is asked about.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        sys.unraisablehook = _raise_again
     debug = "--debug" in words or os.environ.get("MTP_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     # A user's own losses and heads lie in the current folder; appended, so that they can't hide an installed package.
@@ -109,6 +113,16 @@ def _interrupted(heeds: bool) -> NoReturn:
     exec("")
     print("\nmtp: interrupted", file=sys.stderr)
     raise SystemExit(130) from None
+
+
+def _raise_again(unraisable: UnraisableHookArgs) -> None:
+    """Have a KeyboardInterrupt that met a destructor, where Python drops all errors, come once more, outside of it."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        import threading
+
+        threading.Timer(0.01, interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -8,7 +8,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from torchmetrics import MetricCollection, SumMetric
 
 from mtp_lightning.attention import text_config
 from mtp_lightning.base import config_context, load_base, load_config, load_tokenizer, parse_dtype
-from mtp_lightning.callbacks.last_checkpoint import LastCheckpoint
 from mtp_lightning.callbacks.together import figures_are_logged
 from mtp_lightning.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
 from mtp_lightning.errors import UsageError
@@ -109,6 +107,7 @@ class MTPModule(LightningModule):
         self.model: MTPModel = None  # type: ignore[assignment] # built in configure_model, where sharding wants it
         self.strict_loading = False  # checkpoints hold trained weights only
         self._shares: tuple[int, Tensor] | None = None  # of an optimizer step and what its batches so far add up to
+        self._estimate: Tensor | None = None  # what was logged in the place of the mean over all processes
         self.val_terms = nn.ModuleDict({name: TermMean() for name in chosen})
         self.val_ntp = MetricCollection(
             # Not the default, which drops NaN and would show a broken model as a perfect one.
@@ -224,22 +223,36 @@ class MTPModule(LightningModule):
         output: ForwardOutput = self.model(batch, self.terms)
         values = {name: term_value(sums, counts) * parts for name, sums in output.sums.items()}
         loss = self.weighted(values)
-        self._log_training(torch.stack([loss, *values.values()]).detach(), list(values))
+        self._log_training(torch.stack([loss, *values.values()]).detach())
         return loss
 
-    def _log_training(self, shown: Tensor, names: list[str]) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: MaskedInput, batch_idx: int) -> None:
+        """Have the mean in the place of an estimate that goes to a logger after all: a callback has just ended the run."""
+        if self._estimate is not None and figures_are_logged(self.trainer):
+            hook, self._current_fx_name = self._current_fx_name, "training_step"  # under the same name: in its place
+            self._log_step(all_reduce(self._estimate.clone(), "mean"))
+            self._current_fx_name = hook
+
+    def _log_training(self, shown: Tensor) -> None:
         """Log the loss of an optimizer step and its terms, [1 + terms]: each process and batch has a share of the sums."""
         step = self.trainer.global_step
         before = self._shares[1] if self._shares is not None and self._shares[0] == step else 0.0
         shown = before + shown / self.trainer.accumulate_grad_batches
-        self._shares = (step, shown)
+        self._shares, self._estimate = (step, shown), None
         if self.trainer.fit_loop._should_accumulate():
             return
         # The processes meet only where the figures go to a logger; in between the progress bar has this process's estimate.
-        if self.trainer.world_size > 1 and logs_this_step(self.trainer):
-            shown = all_reduce(shown.clone(), "mean")
+        if self.trainer.world_size > 1:
+            if figures_are_logged(self.trainer):
+                shown = all_reduce(shown.clone(), "mean")
+            else:
+                self._estimate = shown
+        self._log_step(shown)
+
+    def _log_step(self, shown: Tensor) -> None:
+        """Log the loss of an optimizer step and its terms, [1 + terms]."""
         self.log("train/loss", shown[0], prog_bar=True)
-        self.log_dict({f"train/loss/{name}": value for name, value in zip(names, shown[1:], strict=True)})
+        self.log_dict({f"train/loss/{name}": value for name, value in zip(self.losses, shown[1:], strict=True)})
 
     def weighted(self, values: dict[str, Tensor]) -> Tensor:
         """The sum of the terms' values times their weights."""
@@ -301,18 +314,3 @@ class MTPModule(LightningModule):
         """Refuse a checkpoint of another base, number of masks or head, and one that lacks a weight."""
         check_settings(checkpoint, checkpoint_settings(self))
         check_complete(checkpoint, self.state_dict())
-
-
-def logs_this_step(trainer: Any) -> bool:
-    """Whether Lightning may log the optimizer step that is being made.
-
-    Args:
-        trainer: the trainer, in ``training_step``.
-
-    Returns:
-        Whether it is one of every ``log_every_n_steps``, or may be the last: where the time is limited any step is logged
-        after which the limit is found to be reached, and a stop that was put off ends the run with its step.
-    """
-    timed = any(isinstance(each, Timer) for each in trainer.callbacks)
-    put_off = any(isinstance(each, LastCheckpoint) and each.stop_is_put_off for each in trainer.callbacks)
-    return timed or put_off or figures_are_logged(trainer)

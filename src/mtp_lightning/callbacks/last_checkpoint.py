@@ -42,11 +42,6 @@ class LastCheckpoint(Checkpoint):
         self._stopped_at: int | None = None
         self._folder: Path | None = None
 
-    @property
-    def stop_is_put_off(self) -> bool:
-        """Whether the run ends with the optimizer step that is being made."""
-        return self._stop_asked
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder."""
         self._folder = Path(self.dirpath) if self.dirpath else checkpoint_folders(trainer)[-1]
