@@ -126,16 +126,16 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
         ("{}\n", "line 1: expected prompt or messages, got the fields: none"),
         ('{"prompt": 3}\n', "line 1: expected prompt as text or messages as a list, got int"),
         ('{"messages": "one"}\n', "line 1: expected prompt as text or messages as a list, got str"),
-        ('{"messages": []}\n', "line 1: expected messages as a list of objects with role and content"),
-        ('{"messages": ["one"]}\n', "line 1: expected messages as a list of objects with role and content"),
+        ('{"messages": []}\n', "line 1: expected messages of which one is to be answered, got none."),
+        ('{"messages": ["one"]}\n', "line 1: each of messages must be {role, content}, got 'one'."),
         ('{"prompt": "one", "domain": 3}\n', "line 1: expected domain as text, got int"),
         ('{"prompt": "one", "id": "\\ud800"}\n', "line 1: expected id as UTF-8 text, got half a character or other bytes"),
         ('{"prompt": "\\ud800"}\n', "line 1: expected UTF-8 text, got half a character or other bytes"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "line 1: expected UTF-8 text, got half a character"),
         ("[" * 100_000, "line 1: expected JSON, got brackets in one another without end"),
-        ('{"messages": [{"role": "user"}]}\n', "line 1: expected messages of role and content, got {'role': 'user'}"),
-        ('{"messages": [{"role": 1, "content": "one"}]}\n', "line 1: expected messages of role and content, got"),
-        ('{"messages": [{"role": "user", "content": 3}]}\n', "line 1: expected content of a message as text, got int"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1: each of messages must be {role, content}, got {'role': 'user'}"),
+        ('{"messages": [{"role": 1, "content": "one"}]}\n', "line 1: role of a message must be text, got int"),
+        ('{"messages": [{"role": "user", "content": 3}]}\n', "line 1: content of a message must be text, got int"),
         ('{"messages": [{"role": "usr", "content": "one"}]}\n', "line 1: message 1 has the role 'usr', which the chat"),
         ('{"prompt": "one"}\n{"prompt": "  "}\n', "line 2: expected at least one token, the prompt has none"),
     ],
@@ -153,7 +153,7 @@ def test_messages_without_a_template_or_refused_by_it(write) -> None:
         read_prompts(source, AppendingTokenizer())
     strict = word_tokenizer()
     strict.chat_template = "{{ raise_exception('only systems') }}"
-    with pytest.raises(RunError, match="line 1: the chat template does not take these messages: only systems"):
+    with pytest.raises(RunError, match="line 1: the chat template refuses the messages .*: only systems"):
         read_prompts(source, strict)
 
 

@@ -231,9 +231,14 @@ def test_standard_input_that_gives_nothing(
             "{% for %}",
             "",
             1,
-            "the chat template does not take these messages: Expected an expression, got 'end of statement",
+            "the chat template refuses the messages (roles: user): Expected an expression, got 'end of statement",
         ),
-        ("{{ raise_exception('no system') }}", "Be brief.", 1, "the chat template does not take these messages: no system."),
+        (
+            "{{ raise_exception('no system') }}",
+            "Be brief.",
+            1,
+            "the chat template refuses the messages (roles: system, user): no system.",
+        ),
         (None, "one " * 99, 2, "the system message makes a prompt of 10"),
     ],
 )

@@ -280,25 +280,14 @@ def _render(row: PromptRow, tokenizer: Any) -> str:
             " Write the text to a prompt field, or take a base model made for chat."
         )
     messages = open_messages(row.content)
-    if not messages or not all(isinstance(message, dict) for message in messages):
-        raise RunError(
-            f"{row.place}: expected messages as a list of objects with role and content, one of them to be answered."
-        )
-    for message in messages:
-        if not isinstance(message.get("role"), str) or len([value for value in message.values() if value is not None]) < 2:
-            raise RunError(f"{row.place}: expected messages of role and content, got {one_line(Exception(message), 80)}.")
-        if not isinstance(message.get("content"), str | list | None):
-            raise RunError(
-                f"{row.place}: expected content of a message as text, got {type(message['content']).__name__}."
-                " Put it in quotes."
-            )
-    from mtp_lightning.data.chat import check_roles, template_of  # not at the top: it needs more than prompts do
+    if not messages:
+        raise RunError(f"{row.place}: expected messages of which one is to be answered, got none. Add a turn of the user.")
+    # Not at the top: it needs more than prompts do.
+    from mtp_lightning.data.chat import check_roles, clean_messages, render, template_of
 
     try:
-        check_roles(messages, template_of(tokenizer, None))
+        messages, template = clean_messages(messages), template_of(tokenizer, None)
+        check_roles(messages, template)
+        return render(messages, tokenizer, template, generation_prompt=True)
     except RunError as error:
         raise RunError(f"{row.place}: {error}") from error
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise whatever their author and Jinja raise
-        raise RunError(f"{row.place}: the chat template does not take these messages: {one_line(error)}") from error
