@@ -19,24 +19,22 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 import mtp_lightning.lm_eval  # noqa: E402, F401 - registers the class
 from mtp_lightning import MTPModel  # noqa: E402
 
-CHOICE = """
-task: toy_choice
+ROWS = """
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}
 test_split: test
-output_type: multiple_choice
 doc_to_text: "{{{{text}}}}"
+"""
+CHOICE = """
+task: toy_choice
+output_type: multiple_choice
 doc_to_choice: [" one", " two", " three"]
 doc_to_target: 1
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 WRITE = """
 task: toy_write
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{text}}}}"
 doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: ["six"], max_gen_toks: 20, do_sample: false}}
 metric_list: [{{metric: bypass, aggregation: bypass, higher_is_better: true}}]
@@ -51,7 +49,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["one two three", "two", "four five one one", "six three"]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text, "answer": "two"}) + "\n" for text in texts))
     for name, text in (("choice", CHOICE), ("write", WRITE)):
-        (folder / f"{name}.yaml").write_text(text.format(folder=folder))
+        (folder / f"{name}.yaml").write_text((ROWS + text).format(folder=folder))
     return folder
 
 

@@ -10,19 +10,16 @@ from typing import Any
 import pytest
 import torch
 from reference_sampling import sampled_text
-from tiny import greedy_text, tiny_base, tiny_model, token_row
+from tiny import greedy_text, learn, tiny_base, tiny_model, token_row
 from torch import Tensor
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from mtp_lightning import token_choice
 from mtp_lightning.decoding import DecodingOptions, decode_rows
 from mtp_lightning.errors import UsageError
-from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy, term_value
-from mtp_lightning.masking import build_masked_input
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
-from mtp_lightning.types import TokenRow
 
 ROWS, G, K, SEED = 16, 14, 8, 11
 LENGTHS = [1 + 3 * r % 11 for r in range(ROWS)]
@@ -52,15 +49,7 @@ def fitted(head: str) -> MTPModel:
     """A model that has learnt a half of the texts: its drafts are often right and often not."""
     model = tiny_model("qwen3", K, sampler_head={"mlp": MLPSamplerHead, "gru": GRUSamplerHead}[head]())
     texts = [torch.tensor([*p.tolist(), *t]) for s in (0, 1) for p, t in zip(prompts(), reference(s), strict=True)][::2]
-    batch = build_masked_input([TokenRow(t, t, torch.zeros_like(t), r) for r, t in enumerate(texts)], K)
-    terms = {"base": BaseCrossEntropy(), "sampler": SamplerCrossEntropy()}
-    optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=1e-2)
-    for _ in range(60):
-        sums = model(batch, terms).sums
-        optimizer.zero_grad()
-        torch.stack([term_value(s, batch.counts) for s in sums.values()]).sum().backward()
-        optimizer.step()
-    return model
+    return learn(model, texts, 60)
 
 
 def rows_of(out: Any) -> list[list[int]]:

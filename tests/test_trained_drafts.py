@@ -12,17 +12,14 @@ from injected_drafts import (
     N,
     prompt_and_text,
 )
-from tiny import naive_states, tiny_model
+from tiny import learn, naive_states, tiny_model
 from torch import Tensor
 
 from mtp_lightning import decoding_step
 from mtp_lightning.decoding import DecodingOptions
-from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy, term_value
-from mtp_lightning.masking import build_masked_input
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
 from mtp_lightning.token_choice import TokenChoice
-from mtp_lightning.types import TokenRow
 
 GREEDY = TokenChoice(DecodingOptions(), [0], torch.device("cpu"))
 
@@ -33,16 +30,7 @@ def fitted(request: pytest.FixtureRequest) -> tuple[MTPModel, list[Tensor]]:
     head = {"mlp": MLPSamplerHead, "gru": GRUSamplerHead}[request.param]()
     model = tiny_model("qwen3-window", 4, sampler_head=head)
     texts = [torch.tensor([*p.tolist(), *t[:G]]) for p, t in (prompt_and_text("qwen3-window", seed) for seed in range(4))]
-    rows = [TokenRow(text, text, torch.zeros_like(text), r) for r, text in enumerate(texts)]
-    batch = build_masked_input(rows, 4)
-    terms = {"base": BaseCrossEntropy(), "sampler": SamplerCrossEntropy()}
-    optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=1e-2)
-    for _ in range(40):
-        sums = model(batch, terms).sums
-        optimizer.zero_grad()
-        torch.stack([term_value(s, batch.counts) for s in sums.values()]).sum().backward()
-        optimizer.step()
-    return model, texts
+    return learn(model, texts, 40), texts
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])

@@ -103,20 +103,6 @@ from mtp_lightning import cli
             1,
             "long.txt, line 2: the prompt has 100 tokens and the model's context is 96: shorten it to 95 or less, or delete",
         ),
-    ],
-)
-def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:
-    Path("long.txt").write_text("one\n" + "one " * 99 + "\n")
-    before = contents(here)
-    # str.format would take the braces of a mix of sources for a field.
-    found = error_of(capsys, code, *shlex.split(words.replace("{last}", LAST)))
-    assert found.startswith(expected.replace("{here}", str(here))), found
-    assert contents(here) == before
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "expected"),
-    [
         ("generate {last} --prompt a --stop ''", 2, "stop must be a text of one character at least, got an empty one."),
         ("generate {last} --prompt a --temperature hot", 2, "temperature: expected float, got hot. Change --temperature."),
         ("generate {last} --prompt ''", 2, "the prompt is empty"),
@@ -192,10 +178,15 @@ def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: in
         ("export --ckpt_path {last} --output ''", 2, "output must be a path, got an empty one. Change --output."),
     ],
 )
-def test_wrong_options(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:
-    if "''" in words and "--prompt ''" in words:
+def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:
+    Path("long.txt").write_text("one\n" + "one " * 99 + "\n")
+    if "--prompt ''" in words:
         word_tokenizer(bos=False).save_pretrained("base")  # else an empty text is one token
-    test_wrong_command_lines(run, here, capsys, words, code, expected)
+    before = contents(here)
+    # str.format would take the braces of a mix of sources for a field.
+    found = error_of(capsys, code, *shlex.split(words.replace("{last}", LAST)))
+    assert found.startswith(expected.replace("{here}", str(here))), found
+    assert contents(here) == before
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mtp_lightning.gated_lora import LoRA, lora_layers
+from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy, term_value
 from mtp_lightning.masking import build_masked_input
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import SamplerHead
@@ -100,6 +101,19 @@ def tiny_model(
         for p in () if sampler_head is None else sampler_head.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model.eval()
+
+
+def learn(model: MTPModel, texts: Sequence[Tensor], steps: int) -> MTPModel:
+    """The model, trained for so many steps on all of the texts: its drafts are often right and often not."""
+    batch = build_masked_input([TokenRow(t, t, torch.zeros_like(t), r) for r, t in enumerate(texts)], model.num_masks)
+    terms = {"base": BaseCrossEntropy(), "sampler": SamplerCrossEntropy()}
+    optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=1e-2)
+    for _ in range(steps):
+        sums = model(batch, terms).sums
+        optimizer.zero_grad()
+        torch.stack([term_value(s, batch.counts) for s in sums.values()]).sum().backward()
+        optimizer.step()
+    return model
 
 
 def tolerance(base: PreTrainedModel) -> dict[str, float]:
