@@ -28,6 +28,7 @@ from mtp_lightning.masking import build_masked_input
 from mtp_lightning.model import MTPModel
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
+from mtp_lightning.shortlist import Shortlist
 from mtp_lightning.step_masks import StepLayout, StepMasks
 from mtp_lightning.token_choice import TokenChoice
 from mtp_lightning.types import TokenRow
@@ -208,7 +209,9 @@ def test_greedy_text_is_the_bases_for_every_number_of_masks(
 def test_greedy_text_is_the_bases_with_its_own_drafts(architecture: str, head: str, kind: str) -> None:
     model, (prompt, text) = shared_model(architecture, head), prompt_and_text(architecture)
     for J in (1, 8) if head == "none" else (3,):
-        assert new_tokens(model, prompt, decoding=kind, num_masks=J, max_new_tokens=12) == list(text[:12])
+        for listed in ("all", 5):
+            options = {"decoding": kind, "num_masks": J, "draft_vocabulary": listed}
+            assert new_tokens(model, prompt, max_new_tokens=12, **options) == list(text[:12])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -270,15 +273,17 @@ def fitted(request: pytest.FixtureRequest) -> tuple[MTPModel, list[Tensor]]:
 @pytest.mark.parametrize("sampler_head", [True, False])
 def test_own_drafts_of_a_trained_model(fitted: tuple[MTPModel, list[Tensor]], kind: str, sampler_head: bool) -> None:
     model, texts = fitted
-    counts = []
-    for text in texts:
-        for J in (1, 2, 4):
-            out = model.generate(
-                text[None, :N], decoding=kind, num_masks=J, sampler_head=sampler_head, max_new_tokens=len(text) - N
-            )
+    kept = {}
+    for listed in ("all", 64, 24, 8):
+        counts = []
+        for text, J in itertools.product(texts, (1, 2, 4) if listed == "all" else (4,)):
+            options = {"decoding": kind, "num_masks": J, "sampler_head": sampler_head, "draft_vocabulary": listed}
+            out = model.generate(text[None, :N], max_new_tokens=len(text) - N, **options)
             assert out.sequences[0].tolist() == text.tolist()
             counts += out.accepted_per_step[0][1:]
-    assert 0 in counts and 2 in counts and sum(counts) > 20  # the drafts are of both kinds
+        kept[listed] = sum(counts)
+        assert 0 in counts and (listed != "all" or 2 in counts)
+    assert kept["all"] > 20 and kept[64] > 0  # the drafts are of both kinds
 
 
 def test_the_sampler_head_is_conditioned_on_what_it_drew(fitted: tuple[MTPModel, list[Tensor]]) -> None:
@@ -529,7 +534,9 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_step(model: MTPModel, tokens: Tensor, num_drafts: int, layouts: list[StepLayout], **options: Any) -> StepInput:
+def make_step(
+    model: MTPModel, tokens: Tensor, num_drafts: int, layouts: list[StepLayout], listed: bool = False, **options: Any
+) -> StepInput:
     """A step over an empty cache; each row's drafts are its last tokens."""
     B = len(tokens)
     cache = RowCache(model.base, B)
@@ -539,6 +546,8 @@ def make_step(model: MTPModel, tokens: Tensor, num_drafts: int, layouts: list[St
     positions, mask = StepMasks(model.base, CONTEXT).get(kinds, choice, cache, None)
     cache.begin_step(kinds[0].size, tokens, None)
     token_choice = TokenChoice(DecodingOptions(**options), list(range(B)), torch.device("cpu"))
+    if listed:
+        token_choice.shortlist = Shortlist(model.unembed, torch.arange(1, VOCAB, 9))
     ends = [layout.last + 1 for layout in layouts]
     scores = torch.randn(B, num_drafts, VOCAB, dtype=torch.float64) if token_choice.rejects else None
     return StepInput(
@@ -551,7 +560,9 @@ SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
 
 @pytest.mark.parametrize("head", ["none", "mlp", "gru"])
 @pytest.mark.parametrize(
-    "options", [{}, SAMPLING, {**SAMPLING, "verification": "rejection"}], ids=["greedy", "coupled", "rejects"]
+    "options",
+    [{}, SAMPLING, {**SAMPLING, "verification": "rejection"}, {**SAMPLING, "verification": "rejection", "listed": True}],
+    ids=["greedy", "coupled", "rejects", "listed"],
 )
 @pytest.mark.parametrize(
     ("num_drafts", "blocks"),

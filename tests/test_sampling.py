@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from reference_sampling import sampled_text
-from tiny import greedy_text, tiny_base, tiny_model, token_row
+from tiny import VOCAB, greedy_text, tiny_base, tiny_model, token_row
 from torch import Tensor
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from mtp_lightning import token_choice
 from mtp_lightning.decoding import DecodingOptions, decode_rows
 from mtp_lightning.errors import UsageError
+from mtp_lightning.label_counts import LabelCounts, count_labels
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy, term_value
 from mtp_lightning.masking import build_masked_input
 from mtp_lightning.model import MTPModel
@@ -60,6 +61,9 @@ def fitted(head: str) -> MTPModel:
         optimizer.zero_grad()
         torch.stack([term_value(s, batch.counts) for s in sums.values()]).sum().backward()
         optimizer.step()
+    counts = torch.zeros(VOCAB, dtype=torch.int64)
+    count_labels(counts, batch.mtp_labels)
+    model.label_counts = LabelCounts(counts)
     return model
 
 
@@ -92,10 +96,19 @@ def test_every_decoding_draws_the_same_text(head: str, kind: str, setting: int) 
             if J != "auto":  # what pays depends on the whole batch
                 assert alone.accepted_per_step[0] == out.accepted_per_step[r]
     assert {0, 1, 2, 4} <= set(kept)  # the drafts are of all kinds
+    kept.clear()
+    for J, listed in ((8, 5), (3, 24), ("auto", 5), ("auto", 48)):
+        options = {"decoding": kind, "num_masks": J, "max_new_tokens": G, **SETTINGS[setting]}
+        out = model.generate(*padded(prompts()), seed=SEED, draft_vocabulary=listed, **options)
+        assert rows_of(out) == expected, (J, listed)
+        kept += [count for row in out.accepted_per_step for count in row]
+    assert {0, 1} <= set(kept)
     without = model.generate(
         *padded(prompts()), seed=SEED, sampler_head=False, decoding=kind, **SETTINGS[setting], max_new_tokens=G
     )
     assert rows_of(without) == expected
+    options = {"decoding": kind, "max_new_tokens": G, "sampler_head": False, "draft_vocabulary": 9, **SETTINGS[setting]}
+    assert rows_of(model.generate(*padded(prompts()), seed=SEED, num_masks=4, **options)) == expected
 
 
 def test_seeds() -> None:
@@ -127,6 +140,10 @@ def test_seeds() -> None:
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
+        ({"draft_vocabulary": 0}, "draft_vocabulary must be auto, all, or a number from 1 on, got 0. Change draft_vocab"),
+        ({"draft_vocabulary": True}, "draft_vocabulary must be auto, all, or a number from 1 on, got True"),
+        ({"draft_vocabulary": "most"}, "draft_vocabulary must be auto, all, or a number from 1 on, got 'most'"),
+        ({"draft_vocabulary": None}, "draft_vocabulary must be auto, all, or a number from 1 on, got None"),
         ({"verification": "hope"}, "verification must be coupled or rejection, got 'hope'"),
     ],
 )
@@ -233,14 +250,15 @@ def planted(bias: float) -> Callable[..., Tensor]:
     return noise
 
 
-TESTS = 4
+TESTS = 6
 """Tests of the distribution below that must pass: Bonferroni's correction."""
 
 
 @pytest.mark.parametrize("count", [40_000, pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("listed", ["all", 3])
 @pytest.mark.parametrize("verification", ["coupled", "rejection"])
-def test_sequences_have_the_bases_probabilities(verification: str, count: int) -> None:
-    p, share = p_value(count, 5_000, num_masks=2, verification=verification)
+def test_sequences_have_the_bases_probabilities(verification: str, listed: Any, count: int) -> None:
+    p, share = p_value(count, 5_000, num_masks=2, verification=verification, draft_vocabulary=listed)
     assert p > 0.01 / TESTS
     assert 0.2 < share < 0.8  # both outcomes are frequent
 
