@@ -25,6 +25,7 @@ from mtp_lightning import MTPModel
 from mtp_lightning import export as exporting
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.gated_lora import LoRA, lora_layers
+from mtp_lightning.label_counts import LabelCounts
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
 
 FILES = {
@@ -75,6 +76,8 @@ def trained(model: MTPModel) -> dict[str, torch.Tensor]:
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head: SamplerHead, lora: LoRA) -> None:
     model = model_on_disk(tmp_path, architecture, head, lora)
+    counts = LabelCounts(torch.arange(17).flip(0)) if head else None  # folders are written with and without
+    model.label_counts = counts
     before = [
         model.generate(PROMPT, max_new_tokens=24, decoding=name, num_masks=model.num_masks)
         for name in ("quadratic", "linear")
@@ -95,6 +98,10 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head
         assert a.sequences.equal(b.sequences) and a.accepted_per_step == b.accepted_per_step
     assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
     assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
+    assert (loaded.label_counts and loaded.label_counts.counts.tolist()) == (counts and counts.counts.tolist())
+    few = [m.generate(PROMPT, max_new_tokens=24, num_masks=3, draft_vocabulary=5) for m in (model, loaded)]
+    assert few[0].sequences.equal(before[0].sequences) and few[1].sequences.equal(before[0].sequences)
+    assert few[0].accepted_per_step == few[1].accepted_per_step
     loaded.save_pretrained(tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(tmp_path / "saved")
 
@@ -171,6 +178,16 @@ def drop_tensor(folder: Path) -> None:
     """Leave a tensor out, and write the new digest."""
     heads = load_file(folder / "mtp_heads.safetensors")
     del heads["sampler_head.output.bias"]
+    save_heads(folder, heads)
+
+
+def add_counts(folder: Path) -> None:
+    """Add counts of a smaller vocabulary, and write the new digest."""
+    heads = load_file(folder / "mtp_heads.safetensors")
+    save_heads(folder, {**heads, "mtp_label_counts": torch.arange(16)})
+
+
+def save_heads(folder: Path, heads: dict[str, torch.Tensor]) -> None:
     save_file(heads, folder / "mtp_heads.safetensors", metadata={"format": "pt"})
     files = json.loads((folder / "mtp_config.json").read_text())["files"]
     set_config(folder, files={**files, "mtp_heads.safetensors": exporting.file_digest(folder / "mtp_heads.safetensors")})
@@ -194,6 +211,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         drop_tensor,
         "{f}: the weights do not fit mtp_config.json: sampler_head.output.bias should be (32,) and is absent."
         " It is damaged.",
+    ),
+    "counts of another vocabulary": (
+        add_counts,
+        "{f}: the weights do not fit mtp_config.json: mtp_label_counts should be 17 int64 numbers from 0 on and is (16,)"
+        " torch.int64. It is damaged.",
     ),
     "tampered count": (
         lambda f: set_config(f, num_masks=4),
