@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 1024, 512, 256, 128])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[2048, 1536, 1280, 1024, 512, 256, 128])
     parser.add_argument("--prompts", default="package://demo/prompts.jsonl")
     parser.add_argument("--num_prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96)

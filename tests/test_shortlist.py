@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VOCAB, tiny_model, token_row
+from tiny import VOCAB, greedy_text, tiny_model, token_row
 from torch import Tensor, nn
 
 from mtp_lightning import decoding, lean
 from mtp_lightning.decoding import DecodingOptions, decode, draft_shortlist, named_masks
 from mtp_lightning.decoding_step import Drafts, draft_block
 from mtp_lightning.errors import RunError
-from mtp_lightning.label_counts import LABEL_COUNTS, LabelCounts, checked_counts, count_labels
+from mtp_lightning.label_counts import COVERAGE, LABEL_COUNTS, LabelCounts, checked_counts, count_labels
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
 from mtp_lightning.shortlist import Shortlist, shortlist_size
@@ -144,6 +144,23 @@ def test_where_there_can_be_none_drafts_are_of_the_whole_vocabulary(monkeypatch:
     assert made(model) is None
 
 
+@pytest.mark.parametrize("verification", ["coupled", "rejection"])
+def test_auto_lists_what_had_nearly_all_labels(verification: str) -> None:
+    model = tiny_model("llama", 3, sampler_head=GRUSamplerHead(), vocab_size=256)
+    frequent = torch.arange(100, 150)
+    model.label_counts = LabelCounts(torch.zeros(256, dtype=torch.int64).index_fill_(0, frequent, 1000))
+    with torch.inference_mode(), model.lean.use(model):
+        shortlist = draft_shortlist(model, DecodingOptions())
+    assert shortlist is not None and shortlist.tokens.tolist() == [*range(14), *range(100, 150)]
+    prompt = token_row([6]).input_ids
+    expected = greedy_text(model.base, prompt, 12)
+    for num_masks in (3, "auto"):
+        out = model.generate(prompt[None], max_new_tokens=12, num_masks=num_masks)
+        assert out.sequences[0, 6:].tolist() == expected
+        list(decode(model, prompt, DecodingOptions(num_masks=num_masks, temperature=1.0, verification=verification, seed=1)))
+    assert [*model.lean.draft_costs] == [64]
+
+
 def test_costs_are_those_of_the_shortlist_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model, used = tiny_model("llama", 3, sampler_head=GRUSamplerHead()), []
     original = decoding.measure_step_costs
@@ -194,19 +211,19 @@ def test_the_usual_size_has_nearly_all_labels() -> None:
         return LabelCounts((total * shares / shares.sum()).long())
 
     long = steep(1e9)
-    assert long.usual_size == 64 and long.share(58) > 0.99 > long.share(56)
-    middle = steep(5e4)  # a label more for each of 1000 tokens is 2 % of all
-    assert middle.usual_size == 512
+    assert long.usual_size == 64 and long.share(20) > COVERAGE > long.share(19)
+    middle = steep(2e4)  # a label more for each of 1000 tokens is 5 % of all
+    assert middle.usual_size == 384
     # Slower: token by token, from the most frequent one.
     seen = sorted(((n + 1, -i) for i, n in enumerate(middle.counts.tolist())), reverse=True)
     reached, needed = 0, 0
-    while reached < 0.99 * sum(n for n, _ in seen):
+    while reached < COVERAGE * sum(n for n, _ in seen):
         reached, needed = reached + seen[needed][0], needed + 1
     assert middle.usual_size == -(-needed // 64) * 64
     short = steep(2e3)  # has met most of it never
     assert short.usual_size > 900
     assert [shortlist_size(each, 1000, "auto") for each in (long, short, None)] == [64, 1000, 1000]
-    assert shortlist_size(middle, 1000, "auto") == 1000 and shortlist_size(middle, 1024, "auto") == 512  # a half at most
+    assert shortlist_size(middle, 768, "auto") == 384 and shortlist_size(middle, 767, "auto") == 767  # a half at most
     assert [shortlist_size(long, 1000, asked) for asked in ("all", 7, 4000)] == [1000, 7, 1000]
 
 

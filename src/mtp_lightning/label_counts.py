@@ -13,7 +13,7 @@ from mtp_lightning.errors import RunError
 
 LABEL_COUNTS = "mtp_label_counts"
 """What they are called in files; those of a run that did not count have none."""
-COVERAGE = 0.99
+COVERAGE = 0.97
 """Share of the labels that a usual shortlist has."""
 ROUNDED_TO = 64
 """A shortlist's size is a multiple of this: kernels work on tiles."""
