@@ -49,6 +49,7 @@ def main() -> None:
                         torch.tensor([prompt.input_ids]),
                         max_new_tokens=args.tokens,
                         num_masks=model.num_masks,
+                        draft_vocabulary="all",
                         **sampling,
                         **options,
                     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch
 from bigram import bigram_base, bigram_text, planted_drafts
 from command_line import error_of, leave_no_trace, mtp, own_cache  # noqa: F401 - some are fixtures
 from prompt_results import result
-from tiny import greedy_text, tiny_model
+from tiny import greedy_text, tiny_model, token_row
 from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning import decoding_step
+from mtp_lightning import benchmark, decoding_step
 from mtp_lightning.benchmark import Setting, acceptance_grid, decode_batch, order, settings_of
 from mtp_lightning.benchmark_report import markdown, save_benchmark_plot
 from mtp_lightning.benchmark_speed import AUTOREGRESSIVE, LOOKUP, TRANSFORMERS, Timed, bare, contenders, groups, speed
@@ -113,6 +114,18 @@ def test_a_stop_text_ends_every_text_alike(batch_size: int) -> None:
     assert grid["settings"][0]["overall"]["lossless"]["equal"] == 4
     assert grid["texts"]["overall"]["num_tokens"] == sum(ends)
     assert list(contenders(model, OPTIONS, [3], 1, "two")) == [AUTOREGRESSIVE, "quadratic, sampler head, 3 masks"]
+
+
+def test_the_table_names_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the paper's protocol has it, unless a number was asked for; then the texts are the same."""
+    model, prompts, seen = tiny_model(num_masks=3), [Prompt("", token_row([n]).input_ids.tolist(), "") for n in (3, 8)], []
+    original = benchmark.decode_batch
+    monkeypatch.setattr(benchmark, "decode_batch", lambda *args: seen.append(args[2]) or original(*args))
+    for asked in ("auto", "all", 5):
+        grid = acceptance_grid(model, prompts, [Setting("quadratic", True, 3)], replace(OPTIONS, draft_vocabulary=asked))
+        assert grid["settings"][0]["overall"]["lossless"]["equal"] == 2
+    drafting = [each.draft_vocabulary for each in seen if each.decoding == "quadratic"]
+    assert [*dict.fromkeys(drafting)] == ["all", 5]
 
 
 def test_order() -> None:

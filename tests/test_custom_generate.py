@@ -82,7 +82,7 @@ def test_it_is_what_transformers_generates(model: MTPModel, case: str, decoding:
     for inputs in ({"input_ids": PROMPT}, {"input_ids": PADDED, "attention_mask": MASK}):
         expected = model.base.generate(**inputs, **options)
         found = model.base.generate(
-            **inputs, **options, custom_generate=model.custom_generate, decoding=decoding, num_masks=2
+            **inputs, **options, custom_generate=model.custom_generate, decoding=decoding, num_masks=2, draft_vocabulary=9
         )
         assert found.equal(expected)
 
@@ -141,6 +141,7 @@ def test_several_returned_sequences(model: MTPModel) -> None:
         ({"num_beams": 2}, "num_beams must be 1"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is not given"),
         ({"num_masks": 9}, "num_masks must be auto or from 1 to 3"),
+        ({"draft_vocabulary": 0}, "draft_vocabulary must be auto, all, or a number from 1 on, got 0"),
         ({"decoding": "cubic"}, "decoding must be quadratic, linear or autoregressive"),
         ({"inputs_embeds": torch.zeros(1, 3, 32).double()}, "takes input_ids, got inputs_embeds"),
     ],

@@ -120,6 +120,18 @@ def test_a_checkpoint_without_a_weight_is_not_measured_without_it(run: Path, her
     assert contents(here) == before
 
 
+def test_a_checkpoint_of_damaged_counts(run: Path, here: Path, capsys) -> None:
+    change(LAST, lambda checkpoint: checkpoint.update(mtp_label_counts=torch.zeros(3)))
+    before = contents(here)
+    said = "mtp_label_counts should be 17 int64 numbers from 0 on and is (3,) torch.float32. It is damaged."
+    for command in ("fit", "validate"):
+        found = error_of(capsys, 1, command, "--config", "config.yaml", "--ckpt_path", LAST)
+        assert found == f"the checkpoint is damaged: {said}"
+    found = error_of(capsys, 1, "generate", LAST, "--prompt", "one")
+    assert found == f"checkpoint '{LAST}' does not fit its own settings: {said}"
+    assert contents(here) == before
+
+
 @pytest.mark.parametrize("missing", ["optimizer_states", "loops", "pytorch-lightning_version"])
 def test_a_checkpoint_that_training_cannot_go_on_from(run: Path, here: Path, capsys, missing: str) -> None:
     change(LAST, lambda checkpoint: checkpoint.pop(missing))

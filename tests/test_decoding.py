@@ -80,7 +80,9 @@ def test_greedy_text_is_the_bases_for_every_number_of_masks(
 def test_greedy_text_is_the_bases_with_its_own_drafts(architecture: str, head: str, kind: str) -> None:
     model, (prompt, text) = shared_model(architecture, head), prompt_and_text(architecture)
     for J in (1, 8) if head == "none" else (3,):
-        assert new_tokens(model, prompt, decoding=kind, num_masks=J, max_new_tokens=12) == list(text[:12])
+        for listed in ("all", 5):
+            options = {"decoding": kind, "num_masks": J, "draft_vocabulary": listed}
+            assert new_tokens(model, prompt, max_new_tokens=12, **options) == list(text[:12])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

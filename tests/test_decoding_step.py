@@ -19,6 +19,7 @@ from mtp_lightning.decoding import DecodingOptions
 from mtp_lightning.decoding_step import StepInput, num_accepted
 from mtp_lightning.model import MTPModel
 from mtp_lightning.row_cache import RowCache
+from mtp_lightning.shortlist import Shortlist
 from mtp_lightning.step_masks import StepLayout, StepMasks
 from mtp_lightning.token_choice import TokenChoice
 
@@ -36,7 +37,9 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make_step(model: MTPModel, tokens: Tensor, num_drafts: int, layouts: list[StepLayout], **options: Any) -> StepInput:
+def make_step(
+    model: MTPModel, tokens: Tensor, num_drafts: int, layouts: list[StepLayout], listed: bool = False, **options: Any
+) -> StepInput:
     """A step over an empty cache; each row's drafts are its last tokens."""
     B = len(tokens)
     cache = RowCache(model.base, B)
@@ -46,6 +49,8 @@ def make_step(model: MTPModel, tokens: Tensor, num_drafts: int, layouts: list[St
     positions, mask = StepMasks(model.base, CONTEXT).get(kinds, choice, cache, None)
     cache.begin_step(kinds[0].size, tokens, None)
     token_choice = TokenChoice(DecodingOptions(**options), list(range(B)), torch.device("cpu"))
+    if listed:
+        token_choice.shortlist = Shortlist(model.unembed, torch.arange(1, VOCAB, 9))
     ends = [layout.last + 1 for layout in layouts]
     scores = torch.randn(B, num_drafts, VOCAB, dtype=torch.float64) if token_choice.rejects else None
     return StepInput(
@@ -58,7 +63,9 @@ SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
 
 @pytest.mark.parametrize("head", ["none", "mlp", "gru"])
 @pytest.mark.parametrize(
-    "options", [{}, SAMPLING, {**SAMPLING, "verification": "rejection"}], ids=["greedy", "coupled", "rejects"]
+    "options",
+    [{}, SAMPLING, {**SAMPLING, "verification": "rejection"}, {**SAMPLING, "verification": "rejection", "listed": True}],
+    ids=["greedy", "coupled", "rejects", "listed"],
 )
 @pytest.mark.parametrize(
     ("num_drafts", "blocks"),

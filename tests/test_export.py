@@ -20,6 +20,7 @@ from mtp_lightning import MTPModel
 from mtp_lightning import export as exporting
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.gated_lora import LoRA, lora_layers
+from mtp_lightning.label_counts import LabelCounts
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
 
 
@@ -35,6 +36,8 @@ from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerH
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head: SamplerHead, lora: LoRA) -> None:
     model = model_on_disk(tmp_path, architecture, head, lora)
+    counts = LabelCounts(torch.arange(17).flip(0)) if head else None  # folders are written with and without
+    model.label_counts = counts
     before = [
         model.generate(PROMPT, max_new_tokens=24, decoding=name, num_masks=model.num_masks)
         for name in ("quadratic", "linear")
@@ -55,6 +58,10 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head
         assert a.sequences.equal(b.sequences) and a.accepted_per_step == b.accepted_per_step
     assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
     assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
+    assert (loaded.label_counts and loaded.label_counts.counts.tolist()) == (counts and counts.counts.tolist())
+    few = [m.generate(PROMPT, max_new_tokens=24, num_masks=3, draft_vocabulary=5) for m in (model, loaded)]
+    assert few[0].sequences.equal(before[0].sequences) and few[1].sequences.equal(before[0].sequences)
+    assert few[0].accepted_per_step == few[1].accepted_per_step
     loaded.save_pretrained(tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(tmp_path / "saved")
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 from command_line import leave_no_trace, mtp, own_cache, read_metrics, write_rows  # noqa: F401 - some are fixtures
-from tiny_run import LAST
+from tiny_run import LAST, label_counts
 from trained_run import NUM_MASKS, STEPS, contents, fit, losses, validations, weights
 
-from mtp_lightning import MTPModel
+from mtp_lightning import MTPModel, module
+from mtp_lightning.label_counts import LABEL_COUNTS
 
 TERMS = ("base", "lcm", "sampler")
 FIGURES = {"ntp_loss", "forced_acceptance_length", "forced_reference", "share_of_reference", "loss"}
@@ -58,6 +59,39 @@ def test_a_checkpoint_holds_trained_weights_alone(trained: Path, here: Path) -> 
         assert path.stat().st_size < 3 * 4 * sum(shape.numel() for shape in expected.values()) + 100_000
         assert path.stat().st_size < sum(p.numel() * 4 for p in model.parameters()) + 100_000
     assert checkpoint["global_step"] == STEPS
+
+
+def test_a_checkpoint_counts_the_labels_of_the_masks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all batches so far, of a resumed run too; one that was written without goes on without what was before."""
+    seen: list[int] = []
+    batches: list[list[int]] = []
+    original = module.count_labels
+
+    def count(counts: torch.Tensor, labels: torch.Tensor) -> None:
+        batches.append(labels[labels >= 0].tolist())
+        seen.extend(batches[-1])
+        original(counts, labels)
+
+    def counted(labels: list[int]) -> list[int]:
+        return [labels.count(token) for token in range(17)]
+
+    monkeypatch.setattr(module, "count_labels", count)
+    assert fit("--trainer.max_steps", 4, "--trainer.accumulate_grad_batches", 2) == 0
+    assert len(batches) == 8 and len(seen) > 500
+    assert label_counts(LAST) == counted(seen)
+    assert MTPModel.from_pretrained(LAST).label_counts.counts.tolist() == counted(seen)  # type: ignore[union-attr]
+    assert fit("--ckpt_path", LAST, "--trainer.max_steps", 6, "--trainer.accumulate_grad_batches", 2) == 0
+    assert len(batches) == 12
+    assert label_counts(LAST) == counted(seen)
+    older = torch.load(LAST, weights_only=True)
+    del older[LABEL_COUNTS]
+    torch.save(older, LAST)
+    assert MTPModel.from_pretrained(LAST).label_counts is None
+    assert mtp("validate", "--config", "config.yaml", "--ckpt_path", LAST) == 0
+    assert mtp("generate", LAST, "--prompt", "one two", "--draft_vocabulary", 4, "--max_new_tokens", 4) == 0
+    seen.clear()
+    assert fit("--ckpt_path", LAST, "--trainer.max_steps", 7, "--trainer.accumulate_grad_batches", 2) == 0
+    assert label_counts(LAST) == counted(seen) and len(batches) == 14
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_and_adds_to_its_figures(run: Path) -> None:

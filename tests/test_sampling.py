@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from reference_sampling import sampled_text
-from tiny import greedy_text, learn, tiny_base, tiny_model, token_row
+from tiny import VOCAB, greedy_text, learn, tiny_base, tiny_model, token_row
 from torch import Tensor
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from mtp_lightning import token_choice
 from mtp_lightning.decoding import DecodingOptions, decode_rows
 from mtp_lightning.errors import UsageError
+from mtp_lightning.label_counts import LabelCounts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
@@ -49,6 +50,7 @@ def fitted(head: str) -> MTPModel:
     """A model that has learnt a half of the texts: its drafts are often right and often not."""
     model = tiny_model("qwen3", K, sampler_head={"mlp": MLPSamplerHead, "gru": GRUSamplerHead}[head]())
     texts = [torch.tensor([*p.tolist(), *t]) for s in (0, 1) for p, t in zip(prompts(), reference(s), strict=True)][::2]
+    model.label_counts = LabelCounts(torch.cat(texts).bincount(minlength=VOCAB))
     return learn(model, texts, 60)
 
 
@@ -81,10 +83,19 @@ def test_every_decoding_draws_the_same_text(head: str, kind: str, setting: int) 
             if J != "auto":  # what pays depends on the whole batch
                 assert alone.accepted_per_step[0] == out.accepted_per_step[r]
     assert {0, 1, 2, 4} <= set(kept)  # the drafts are of all kinds
+    kept.clear()
+    for J, listed in ((8, 5), (3, 24), ("auto", 5), ("auto", 48)):
+        options = {"decoding": kind, "num_masks": J, "max_new_tokens": G, **SETTINGS[setting]}
+        out = model.generate(*padded(prompts()), seed=SEED, draft_vocabulary=listed, **options)
+        assert rows_of(out) == expected, (J, listed)
+        kept += [count for row in out.accepted_per_step for count in row]
+    assert {0, 1} <= set(kept)
     without = model.generate(
         *padded(prompts()), seed=SEED, sampler_head=False, decoding=kind, **SETTINGS[setting], max_new_tokens=G
     )
     assert rows_of(without) == expected
+    options = {"decoding": kind, "max_new_tokens": G, "sampler_head": False, "draft_vocabulary": 9, **SETTINGS[setting]}
+    assert rows_of(model.generate(*padded(prompts()), seed=SEED, num_masks=4, **options)) == expected
 
 
 def test_seeds() -> None:
@@ -116,6 +127,10 @@ def test_seeds() -> None:
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
+        ({"draft_vocabulary": 0}, "draft_vocabulary must be auto, all, or a number from 1 on, got 0. Change draft_vocab"),
+        ({"draft_vocabulary": True}, "draft_vocabulary must be auto, all, or a number from 1 on, got True"),
+        ({"draft_vocabulary": "most"}, "draft_vocabulary must be auto, all, or a number from 1 on, got 'most'"),
+        ({"draft_vocabulary": None}, "draft_vocabulary must be auto, all, or a number from 1 on, got None"),
         ({"verification": "hope"}, "verification must be coupled or rejection, got 'hope'"),
     ],
 )
@@ -222,14 +237,15 @@ def planted(bias: float) -> Callable[..., Tensor]:
     return noise
 
 
-TESTS = 4
+TESTS = 6
 """Tests of the distribution below that must pass: Bonferroni's correction."""
 
 
 @pytest.mark.parametrize("count", [40_000, pytest.param(200_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("listed", ["all", 3])
 @pytest.mark.parametrize("verification", ["coupled", "rejection"])
-def test_sequences_have_the_bases_probabilities(verification: str, count: int) -> None:
-    p, share = p_value(count, 5_000, num_masks=2, verification=verification)
+def test_sequences_have_the_bases_probabilities(verification: str, listed: Any, count: int) -> None:
+    p, share = p_value(count, 5_000, num_masks=2, verification=verification, draft_vocabulary=listed)
     assert p > 0.01 / TESTS
     assert 0.2 < share < 0.8  # both outcomes are frequent
 

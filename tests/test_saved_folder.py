@@ -37,6 +37,16 @@ def drop_tensor(folder: Path) -> None:
     """Leave a tensor out, and write the new digest."""
     heads = load_file(folder / "mtp_heads.safetensors")
     del heads["sampler_head.output.bias"]
+    save_heads(folder, heads)
+
+
+def add_counts(folder: Path) -> None:
+    """Add counts of a smaller vocabulary, and write the new digest."""
+    heads = load_file(folder / "mtp_heads.safetensors")
+    save_heads(folder, {**heads, "mtp_label_counts": torch.arange(16)})
+
+
+def save_heads(folder: Path, heads: dict[str, torch.Tensor]) -> None:
     save_file(heads, folder / "mtp_heads.safetensors", metadata={"format": "pt"})
     files = json.loads((folder / "mtp_config.json").read_text())["files"]
     set_config(folder, files={**files, "mtp_heads.safetensors": exporting.file_digest(folder / "mtp_heads.safetensors")})
@@ -60,6 +70,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         drop_tensor,
         "{f}: the weights do not fit mtp_config.json: sampler_head.output.bias should be (32,) and is absent."
         " It is damaged.",
+    ),
+    "counts of another vocabulary": (
+        add_counts,
+        "{f}: the weights do not fit mtp_config.json: mtp_label_counts should be 17 int64 numbers from 0 on and is (16,)"
+        " torch.int64. It is damaged.",
     ),
     "tampered count": (
         lambda f: set_config(f, num_masks=4),

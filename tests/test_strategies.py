@@ -21,6 +21,7 @@ from tiny_run import LAST, write_config, write_run
 from zygote import Ended, Zygote
 
 from mtp_lightning.errors import UsageError
+from mtp_lightning.label_counts import LABEL_COUNTS
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
 from mtp_lightning.model import MTPModel
 
@@ -80,6 +81,7 @@ def assert_alike(one: Path, many: Path) -> None:
 def same_state(one: Path, many: Path) -> None:
     """The same trained weights and optimizer state, in the same form."""
     expected, found = (torch.load(path, weights_only=True) for path in (one, many))
+    assert expected[LABEL_COUNTS].equal(found[LABEL_COUNTS]) and expected[LABEL_COUNTS].sum() > 0
     assert expected["state_dict"].keys() == found["state_dict"].keys()
     for name, value in expected["state_dict"].items():
         torch.testing.assert_close(found["state_dict"][name], value, **CLOSE)
@@ -179,8 +181,9 @@ def test_processes_meet_for_the_loss_only_where_it_is_logged(zygote: Zygote, her
         ended = process.wait()
         assert ended.code == 0, ended.err
         sums, means, every = next(map(int, line.split()[1:]) for line in ended.out.splitlines() if "meetings" in line)
-        assert (sums, means) == (18, 2)  # a denominator a batch, a figure every third step
-        assert every == 18 + 2 + 2 * 6  # and each step: is all finite, was anybody told to stop
+        # A denominator a batch, and the labels at the checkpoints after steps 4 and 6; a figure every third step.
+        assert (sums, means) == (18 + 2, 2)
+        assert every == 18 + 2 + 2 + 2 * 6  # and each step: is all finite, was anybody told to stop
     assert zygote.run(here, *common, "--data.batch_size", 12, "--trainer.logger.save_dir", "at_once").code == 0
     one, many = ([line for line in figures(here / name) if "train/loss" in line] for name in ("at_once", "meetings"))
     assert [line["step"] for line in one] == [line["step"] for line in many] == [2, 5]

@@ -37,15 +37,17 @@ def fitted(request: pytest.FixtureRequest) -> tuple[MTPModel, list[Tensor]]:
 @pytest.mark.parametrize("sampler_head", [True, False])
 def test_own_drafts_of_a_trained_model(fitted: tuple[MTPModel, list[Tensor]], kind: str, sampler_head: bool) -> None:
     model, texts = fitted
-    counts = []
-    for text in texts:
-        for J in (1, 2, 4):
-            out = model.generate(
-                text[None, :N], decoding=kind, num_masks=J, sampler_head=sampler_head, max_new_tokens=len(text) - N
-            )
+    kept = {}
+    for listed in ("all", 64, 24, 8):
+        counts = []
+        for text, J in itertools.product(texts, (1, 2, 4) if listed == "all" else (4,)):
+            options = {"decoding": kind, "num_masks": J, "sampler_head": sampler_head, "draft_vocabulary": listed}
+            out = model.generate(text[None, :N], max_new_tokens=len(text) - N, **options)
             assert out.sequences[0].tolist() == text.tolist()
             counts += out.accepted_per_step[0][1:]
-    assert 0 in counts and 2 in counts and sum(counts) > 20  # the drafts are of both kinds
+        kept[listed] = sum(counts)
+        assert 0 in counts and (listed != "all" or 2 in counts)
+    assert kept["all"] > 20 and kept[64] > 0  # the drafts are of both kinds
 
 
 def test_the_sampler_head_is_conditioned_on_what_it_drew(fitted: tuple[MTPModel, list[Tensor]]) -> None:

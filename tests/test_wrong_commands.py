@@ -71,6 +71,13 @@ from mtp_lightning import cli
             "decoding: expected 'quadratic', 'linear', 'autoregressive', got cubic.",
         ),
         ("generate {last} --prompt a --num_masks x", 2, "num_masks: expected int or 'auto', got x."),
+        ("generate {last} --prompt a --draft_vocabulary 0", 2, "draft_vocabulary must be auto, all, or a number from 1 on"),
+        (
+            "predict --config config.yaml --ckpt_path {last} --prompts prompts.jsonl --draft_vocabulary -1",
+            2,
+            "draft_vocabulary must be auto, all, or a number from 1 on, got -1. Change draft_vocabulary.",
+        ),
+        ("chat {last} --draft_vocabulary few", 2, "draft_vocabulary: expected int or 'auto', 'all', got few."),
         ("generate {last} --prompt a --num_maskz 2", 2, "unknown key or option '--num_maskz': did you mean 'num_masks'?"),
         (
             "generate {last} --prompt a --num_masks 0",

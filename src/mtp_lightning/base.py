@@ -222,7 +222,10 @@ class FrozenUnembedding:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
-        logits = self.head(hidden)
+        return self.shaped(self.head(hidden))
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """What the layer gave, scaled and capped; of any part of the vocabulary."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

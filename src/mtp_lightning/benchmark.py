@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mtp_lightning.acceptance import PromptResult, summarise
-from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows, prepare
+from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows, named_masks, prepare
 from mtp_lightning.losslessness import autoregressive, first_difference
 from mtp_lightning.metrics.functional import repeated_ngrams
 from mtp_lightning.model import MTPModel
@@ -146,6 +146,8 @@ def acceptance_grid(
     results: dict[Setting, list[PromptResult]] = {}
     for setting in settings:
         chosen = replace(options, decoding=setting.decoding, sampler_head=setting.sampler_head, num_masks=setting.num_masks)
+        if setting.num_masks != "auto":
+            chosen = named_masks(model, chosen)
         label = f"{setting.family}, {setting.masks}"
         batches = _texts(model, prompts, chosen, batch_size, told, label, stop)
         results[setting] = _results(model, prompts, batches, expected, options, compared)

@@ -17,6 +17,7 @@ from mtp_lightning.base import load_base, load_tokenizer
 from mtp_lightning.base_identity import hub_commit
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.gated_lora import LoRA, lora_layers
+from mtp_lightning.label_counts import LABEL_COUNTS, checked_counts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import SamplerHead
 
@@ -247,7 +248,9 @@ def load_model(
     )
     prefix = "model."
     weights: dict[str, Tensor] = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    fit_weights(model, weights, f"checkpoint {str(path)!r} does not fit its own settings")
+    complaint = f"checkpoint {str(path)!r} does not fit its own settings"
+    fit_weights(model, weights, complaint)
+    model.label_counts = checked_counts(checkpoint.get(LABEL_COUNTS), model.unembed.vocab_size, complaint)
     model.base_model = name
     model.revision = hub_commit(name, revision or settings["revision"]) or revision or settings["revision"]
     return finish(model)

@@ -26,6 +26,7 @@ from mtp_lightning.errors import UsageError
 from mtp_lightning.grouped_attention import grouped
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.row_cache import RowCache
+from mtp_lightning.shortlist import Shortlist, shortlist_size
 from mtp_lightning.step_costs import measure_step_costs
 from mtp_lightning.step_masks import StepMasks
 from mtp_lightning.step_plan import budgeted_plan, prompt_plan, step_plan
@@ -145,6 +146,7 @@ def decode_rows(
     budget, spent = None, PLAIN
     steps = 0
     with evaluating(model), model.lean.use(model):
+        choice.shortlist = draft_shortlist(model, options) if J else None
         if options.num_masks == "auto" and J and not is_sharded(model):
             budget = make_budget(model, options, B)
             choice.confident = budget.coupled
@@ -274,16 +276,33 @@ def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int) -> Bud
     Returns:
         The planner.
     """
-    known = model.lean.draft_costs
-    if known is None:
+    shortlist = draft_shortlist(model, options)
+    size = model.unembed.vocab_size if shortlist is None else len(shortlist.tokens)
+    if size not in model.lean.draft_costs:
         single = TokenChoice(replace(options, logits_processor=None, repetition_penalty=1.0), [0], model.base.device)
-        known = model.lean.draft_costs = (
+        single.shortlist = shortlist
+        model.lean.draft_costs[size] = (
             measure_step_costs(model, single, usual_positions(model.num_masks)),
             DraftRecord(model.num_masks),
         )
-    costs, record = known
+    costs, record = model.lean.draft_costs[size]
     coupled = options.temperature == 0 or options.verification == "coupled"
     return Budget(costs, record, model.num_masks, num_rows, options.decoding == "quadratic", coupled)
+
+
+def draft_shortlist(model: MTPModel, options: DecodingOptions) -> Shortlist | None:
+    """The tokens that drafts are chosen from.
+
+    Args:
+        model: the model, its lean layers in use.
+        options: how to decode.
+
+    Returns:
+        The shortlist; None: the whole vocabulary.
+    """
+    vocab_size = model.unembed.vocab_size
+    size = shortlist_size(model.label_counts, vocab_size, options.draft_vocabulary)
+    return None if size == vocab_size or is_sharded(model) else model.lean.shortlist(model, size)
 
 
 def check_prompt(length: int, context: int) -> None:
@@ -330,7 +349,7 @@ def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
 
 
 def named_masks(model: MTPModel, options: DecodingOptions) -> DecodingOptions:
-    """The same options with a number of masks in place of ``auto``: k, as the paper's protocol has it.
+    """The same options with numbers in place of ``auto``: k masks and the whole vocabulary, as the paper's protocol has it.
 
     Args:
         model: the model.
@@ -343,7 +362,10 @@ def named_masks(model: MTPModel, options: DecodingOptions) -> DecodingOptions:
         UsageError: J outside 1..k.
     """
     masks = trained_masks(model, options)
-    return options if options.decoding == "autoregressive" else replace(options, num_masks=masks)
+    if options.decoding == "autoregressive":
+        return options
+    listed = "all" if options.draft_vocabulary == "auto" else options.draft_vocabulary
+    return replace(options, num_masks=masks, draft_vocabulary=listed)
 
 
 def is_sharded(model: MTPModel) -> bool:

@@ -36,6 +36,9 @@ class DecodingOptions:
         seed: of sampling: an int; or one a row; None: one is drawn from torch's generator.
         verification: of sampling: ``coupled`` (the text is a function of prompt and seed, the same for every way to decode)
             or ``rejection`` (keeps a few more drafts; only the distribution of the text is the base's).
+        draft_vocabulary: how many tokens drafts are chosen from, those that were labels most often in training (the first
+            ids, where that was not counted); ``all``; ``auto``: as many as had nearly all labels, where that is known and
+            half of the vocabulary at most, else all. The text is the same.
     """
 
     decoding: Decoding = "quadratic"
@@ -51,6 +54,7 @@ class DecodingOptions:
     logits_processor: Any = None
     seed: int | Sequence[int] | None = None
     verification: Literal["coupled", "rejection"] = "coupled"
+    draft_vocabulary: int | Literal["auto", "all"] = "auto"
 
     def __post_init__(self) -> None:
         if self.decoding not in ("quadratic", "linear", "autoregressive"):
@@ -59,7 +63,7 @@ class DecodingOptions:
             )
         if self.verification not in ("coupled", "rejection"):
             raise UsageError(f"verification must be coupled or rejection, got {self.verification!r}. Change verification.")
-        for name in ("num_masks", "max_new_tokens", "max_steps", "top_k", "seed", "eos_token_id"):
+        for name in ("num_masks", "max_new_tokens", "max_steps", "top_k", "seed", "eos_token_id", "draft_vocabulary"):
             setattr(self, name, _plain(getattr(self, name)))
         for name in ("seed", "eos_token_id"):
             value: Any = getattr(self, name)
@@ -69,6 +73,11 @@ class DecodingOptions:
             value = getattr(self, name)
             if value is not None and not (_is_int(value) and value >= 1):
                 raise UsageError(f"{name} must be 1 or more, got {value}.")
+        listed = self.draft_vocabulary
+        if listed not in ("auto", "all") and not (_is_int(listed) and listed >= 1):  # type: ignore[operator]
+            raise UsageError(
+                f"draft_vocabulary must be auto, all, or a number from 1 on, got {listed!r}. Change draft_vocabulary."
+            )
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}. Change temperature.")
         if self.top_p is not None and not 0 < self.top_p <= 1:

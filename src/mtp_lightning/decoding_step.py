@@ -120,35 +120,36 @@ def draft_block(
     Returns:
         The drafts.
     """
-    unembed, head, J = model.unembed, model.sampler_head, hidden.shape[1]
-    places = positions[:, None] + torch.arange(1, J + 1, device=positions.device)
+    unembed, head, J = choice.shortlist or model.unembed, model.sampler_head, hidden.shape[1]
+    at = positions[:, None] + torch.arange(1, J + 1, device=positions.device)
     if not sampler_head or head is None:
-        tokens, scores = choice.draft(unembed(hidden), places)
-        return _drafts(tokens, scores, choice)
+        return _drafts(*choice.draft(unembed(hidden), at), choice)
     chain = model.lean.chain(model)
     chain.begin(hidden)
-    drawn, chosen_from, previous = [], [], verified
+    places, chosen_from, previous = [], [], verified
     reached = torch.ones(len(verified), device=hidden.device)
     for j in range(J):
-        token, score = choice.draft(unembed(chain.next(j, previous))[:, None], places[:, j : j + 1])
-        previous = token[:, 0]
-        drawn.append(previous)
+        place, score = choice.draft(unembed(chain.next(j, previous))[:, None], at[:, j : j + 1])
+        previous = choice.drafted(place)[:, 0]
+        places.append(place)
         chosen_from.append(score)
         if choice.least > 0 and j + 1 < J:
-            reached = reached * _probability(score, token)[:, 0]
+            reached = reached * _probability(score, place)[:, 0]
             if float(reached.max()) < choice.least:  # only where nothing has to wait for the number: see TokenChoice
                 break
-    return _drafts(torch.stack(drawn, 1), torch.cat(chosen_from, 1), choice)
+    return _drafts(torch.cat(places, 1), torch.cat(chosen_from, 1), choice)
 
 
-def _probability(scores: Tensor, tokens: Tensor) -> Tensor:
+def _probability(scores: Tensor, places: Tensor) -> Tensor:
     wide = scores if scores.dtype == torch.float64 else scores.float()
-    return (wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)).exp()
+    return (wide.gather(-1, places[..., None])[..., 0] - wide.logsumexp(-1)).exp()
 
 
-def _drafts(tokens: Tensor, scores: Tensor, choice: TokenChoice) -> Drafts:
-    probabilities = _probability(scores, tokens) if choice.confident else None
-    return Drafts(tokens, scores if choice.rejects else None, probabilities)
+def _drafts(places: Tensor, scores: Tensor, choice: TokenChoice) -> Drafts:
+    probabilities = _probability(scores, places) if choice.confident else None
+    if choice.rejects and choice.shortlist is not None:
+        scores = choice.shortlist.spread(scores)
+    return Drafts(choice.drafted(places), scores if choice.rejects else None, probabilities)
 
 
 def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:

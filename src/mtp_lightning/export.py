@@ -24,6 +24,7 @@ from mtp_lightning.base_identity import describe
 from mtp_lightning.checkpoint import SETTINGS, class_path, init_args, load_model, read_checkpoint
 from mtp_lightning.decoding import is_sharded
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
+from mtp_lightning.label_counts import LABEL_COUNTS
 from mtp_lightning.model import MTPModel
 from mtp_lightning.model_card import card, read_figures
 from mtp_lightning.paths import PACKAGE, obstacle
@@ -102,7 +103,10 @@ def save_model(
     try:
         with written_aside(path) as aside:
             _write_adapter(model, trained, aside, name, revision)
-            _write_tensors({k: v for k, v in trained.items() if ".lora_" not in k}, aside / HEADS)
+            heads = {k: v for k, v in trained.items() if ".lora_" not in k}
+            if model.label_counts is not None:
+                heads[LABEL_COUNTS] = model.label_counts.counts
+            _write_tensors(heads, aside / HEADS)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(aside)
             (aside / "custom_generate").mkdir()

@@ -22,9 +22,11 @@ from mtp_lightning.draft_chain import Chain, DraftChain, unrolled
 from mtp_lightning.gated_lora import ADAPTER, Gate, GatedVariant, lora_layers
 from mtp_lightning.lean_layers import Forward, JoinedLayers, SharedAdapters, adapter, is_autocast, unembedding_forward
 from mtp_lightning.packed_linear import packed_dtypes
+from mtp_lightning.shortlist import Shortlist
 
 if TYPE_CHECKING:
     from mtp_lightning.budget import DraftRecord
+    from mtp_lightning.label_counts import LabelCounts
     from mtp_lightning.model import MTPModel
     from mtp_lightning.step_costs import StepCosts
 
@@ -42,16 +44,19 @@ class LeanWeights:
     A copied or pickled model makes its own.
 
     Attributes:
-        draft_costs: what steps cost on this device and in this dtype, and how drafts do; None until somebody asks.
+        draft_costs: what steps cost on this device and in this dtype, and how drafts do, by the number of tokens that drafts
+            are chosen from; empty until somebody asks.
     """
 
     def __init__(self) -> None:
         self._made_from: tuple[Any, ...] | None = None
         self._forwards: list[tuple[nn.Module, Forward]] = []
         self._chain: Chain | None = None
+        self._output: nn.Linear | None = None
+        self._shortlist: tuple[LabelCounts | None, int, Shortlist] | None = None
         self._depth = 0
         self._place: tuple[torch.device, torch.dtype] | None = None
-        self.draft_costs: tuple[StepCosts, DraftRecord] | None = None
+        self.draft_costs: dict[int, tuple[StepCosts, DraftRecord]] = {}
 
     def __reduce__(self) -> Any:
         return LeanWeights, ()
@@ -79,7 +84,7 @@ class LeanWeights:
         """Give the memory back; the next text makes its weights anew."""
         if self._depth:
             self._uncover()
-        self._forwards, self._chain, self._made_from = [], None, None
+        self._forwards, self._chain, self._shortlist, self._made_from = [], None, None, None
 
     def _uncover(self) -> None:
         for layer, _ in self._forwards:
@@ -92,18 +97,38 @@ class LeanWeights:
             return self._chain
         return DraftChain(model.sampler_head, model.base.get_input_embeddings())
 
+    def shortlist(self, model: MTPModel, size: int) -> Shortlist | None:
+        """The unembedding of the most frequent tokens. The last one that was asked for is kept.
+
+        Args:
+            model: the model, its lean layers in use.
+            size: number of tokens. Where nothing was counted the first ids stand for the most frequent ones.
+
+        Returns:
+            The shortlist; None where the output layer is no plain one, or so many rows of it are too large to be copied.
+        """
+        counts, output = model.label_counts, self._output
+        if output is None or size * output.in_features * output.weight.element_size() > LARGEST_COPY:
+            return None
+        if self._shortlist is None or self._shortlist[0] is not counts or self._shortlist[1] != size:
+            self._shortlist = None  # before a new one is made: both may not fit into memory
+            tokens = torch.arange(size) if counts is None else counts.order[:size].sort().values
+            self._shortlist = (counts, size, Shortlist(model.unembed, tokens.to(output.weight.device)))
+        return self._shortlist[2]
+
     def _prepare(self, model: MTPModel) -> None:
         device, dtype = model.base.device, model.base.dtype
         if self._place not in (None, (device, dtype)):
-            self.draft_costs = None
+            self.draft_costs = {}
         self._place = (device, dtype)
         layers = [layer for layer in lora_layers(model.base) if is_plain(layer, model.gate)]
         head = model.sampler_head
         weights = [each for layer in layers for each in (*adapter(layer), *layer.base_layer.parameters())]
         weights += [] if head is None else [model.base.get_input_embeddings().weight, *head.parameters()]
         output: Any = model.base.get_output_embeddings()
-        packs = _packs(output, layers)
-        weights += [*output.parameters()] if packs else []
+        self._output = output if _is_plain_linear(output) else None
+        packs = self._output is not None and _packs(output, layers)
+        weights += [*output.parameters()] if self._output is not None else []
         scalings = [layer.scaling[ADAPTER] for layer in layers]
         made_from = (head, *scalings, _sample(weights), *((w.data_ptr(), _version(w), w.dtype, w.device) for w in weights))
         if made_from == self._made_from:
@@ -187,10 +212,15 @@ def lean_forwards(layers: list[Any], model: MTPModel) -> list[tuple[nn.Module, F
     return found
 
 
-def _packs(output: Any, layers: list[Any]) -> bool:
-    """Whether the base's output layer is a plain one, and small enough to be packed beside the others."""
-    if type(output) is not nn.Linear or _is_touched(output) or type(output.weight.data) is not Tensor:
+def _is_plain_linear(layer: Any) -> bool:
+    """Whether a layer is a plain linear one whose weight is at hand, and nobody else has a hand in it."""
+    if type(layer) is not nn.Linear or _is_touched(layer):
         return False
+    return all(type(p.data) is Tensor and p.device.type != "meta" for p in layer.parameters())
+
+
+def _packs(output: nn.Linear, layers: list[Any]) -> bool:
+    """Whether the base's output layer, a plain one, is small enough to be packed beside the others."""
     weight = output.weight
     if weight.device.type != "cpu" or weight.dtype not in packed_dtypes():
         return False

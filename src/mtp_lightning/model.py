@@ -21,6 +21,7 @@ from mtp_lightning.decoding_step import StepInput, StepOutput, decode_step
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import Gate, LoRA, add_gated_lora
 from mtp_lightning.generation import Generation, generate
+from mtp_lightning.label_counts import LabelCounts
 from mtp_lightning.lean import LeanWeights
 from mtp_lightning.losses.base import LossTerm
 from mtp_lightning.masking import AttentionPattern, attention_pattern, gather_anchors
@@ -61,6 +62,7 @@ class MTPModel(nn.Module):
         base_model: what the base is called: a folder, a hub id, or ``package://...``; empty if it was not loaded.
         revision: hub commit of the base, or None.
         acceptance: figures of decoding for the model card, or None.
+        label_counts: how often each token was a label in training, or None where that is not known.
         lean: weights made ready for decoding.
     """
 
@@ -88,6 +90,7 @@ class MTPModel(nn.Module):
         self.base_model: str = base.name_or_path
         self.revision: str | None = None
         self.acceptance: dict[str, Any] | None = None
+        self.label_counts: LabelCounts | None = None
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
         # As the decoder sees it: Gemma's embedding layer scales, so a few rows are passed through it.
         ids = torch.arange(min(1000, int(base.get_input_embeddings().weight.shape[0])), device=base.device)

@@ -19,6 +19,7 @@ from mtp_lightning.callbacks.together import figures_are_logged
 from mtp_lightning.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
 from mtp_lightning.errors import UsageError
 from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.label_counts import LABEL_COUNTS, LabelCounts, checked_counts, count_labels
 from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, LossTerm, SamplerCrossEntropy, TokenLoss, term_value
 from mtp_lightning.metrics import ForcedAcceptance, TermMean
 from mtp_lightning.metrics.functional import share_of_reference
@@ -108,6 +109,7 @@ class MTPModule(LightningModule):
         self.strict_loading = False  # checkpoints hold trained weights only
         self._shares: tuple[int, Tensor] | None = None  # of an optimizer step and what its batches so far add up to
         self._estimate: Tensor | None = None  # what was logged in the place of the mean over all processes
+        self._counted: Tensor | None = None  # labels of this process that are not in the model's counts yet, [V]
         self.val_terms = nn.ModuleDict({name: TermMean() for name in chosen})
         self.val_ntp = MetricCollection(
             # Not the default, which drops NaN and would show a broken model as a perfect one.
@@ -221,6 +223,9 @@ class MTPModule(LightningModule):
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         counts = all_reduce(batch.counts.clone(), "sum")
         output: ForwardOutput = self.model(batch, self.terms)
+        if self._counted is None:
+            self._counted = batch.mtp_labels.new_zeros(self.model.unembed.vocab_size)
+        count_labels(self._counted, batch.mtp_labels)
         values = {name: term_value(sums, counts) * parts for name, sums in output.sums.items()}
         loss = self.weighted(values)
         self._log_training(torch.stack([loss, *values.values()]).detach())
@@ -305,8 +310,23 @@ class MTPModule(LightningModule):
         """Log the test figures."""
         self.log_evaluation("test")
 
+    def _gather_counts(self) -> None:
+        """Add the labels that all processes have counted since the last time to the model's counts; all must call it."""
+        if self._counted is None:
+            return
+        total, self._counted = all_reduce(self._counted, "sum").cpu(), None
+        known = self.model.label_counts
+        self.model.label_counts = LabelCounts(total if known is None else known.counts + total)
+
+    def on_train_end(self) -> None:
+        """Leave a model that knows its labels."""
+        self._gather_counts()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights only, and say what they belong to."""
+        self._gather_counts()
+        if self.model.label_counts is not None:
+            checkpoint[LABEL_COUNTS] = self.model.label_counts.counts
         checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
         checkpoint["mtp_settings"] = checkpoint_settings(self)
 
@@ -314,3 +334,5 @@ class MTPModule(LightningModule):
         """Refuse a checkpoint of another base, number of masks or head, and one that lacks a weight."""
         check_settings(checkpoint, checkpoint_settings(self))
         check_complete(checkpoint, self.state_dict())
+        found, vocab_size = checkpoint.get(LABEL_COUNTS), int(self.base_config.vocab_size)
+        self.model.label_counts, self._counted = checked_counts(found, vocab_size, "the checkpoint is damaged"), None

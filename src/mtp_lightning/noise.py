@@ -68,18 +68,18 @@ def uniform_noise(keys: Tensor) -> Tensor:
     return _uniform(_mix_(keys + _GOLDEN))
 
 
-def gumbel_noise(keys: Tensor, vocab_size: int) -> Tensor:
+def gumbel_noise(keys: Tensor, tokens: int | Tensor) -> Tensor:
     """Gumbel noise for each token at each position.
 
     Args:
         keys: [...] int64.
-        vocab_size: V.
+        tokens: V, for the whole vocabulary; or the ids of some tokens, [N] int64.
 
     Returns:
-        [..., V] float64.
+        [..., V or N] float64.
     """
-    tokens = torch.arange(1, vocab_size + 1, device=keys.device) * _GOLDEN
-    return _uniform(_mix_(keys[..., None] + tokens)).log_().neg_().log_().neg_()
+    ids = torch.arange(tokens, device=keys.device) if isinstance(tokens, int) else tokens
+    return _uniform(_mix_(keys[..., None] + (ids + 1) * _GOLDEN)).log_().neg_().log_().neg_()
 
 
 def row_seeds(seed: int | Sequence[int] | None, num_rows: int, first: int = 0) -> list[int]:

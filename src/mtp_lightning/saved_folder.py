@@ -26,6 +26,7 @@ from mtp_lightning.base_identity import check_revision, check_shape, check_vocab
 from mtp_lightning.checkpoint import build_head, check_placement, finish, fit_weights
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.label_counts import LABEL_COUNTS, checked_counts
 from mtp_lightning.model import MTPModel
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -61,11 +62,13 @@ class SavedFolder(NamedTuple):
         path: where it lies.
         config: ``mtp_config.json``.
         weights: trained weights by their names in ``MTPModel``.
+        label_counts: how often each token was a label in training, as it was read; None: not counted.
     """
 
     path: Path
     config: dict[str, Any]
     weights: dict[str, Tensor]
+    label_counts: Tensor | None
 
 
 def find_folder(name: str) -> Path:
@@ -136,7 +139,8 @@ def read_folder(path: Path) -> SavedFolder:
         for key, tensor in adapter.items()
     }
     weights |= _tensors(path, HEADS)
-    return SavedFolder(path, config, weights)
+    counts = weights.pop(LABEL_COUNTS, None)
+    return SavedFolder(path, config, weights, counts)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -270,7 +274,9 @@ def load_folder(
         tokenizer = load_tokenizer(str(folder))
         check_vocabulary(config["base"], tokenizer, str(folder))
     model = MTPModel(base, config["num_masks"], lora, head, tokenizer)
-    fit_weights(model, saved.weights, f"{folder}: the weights do not fit {CONFIG}")
+    complaint = f"{folder}: the weights do not fit {CONFIG}"
+    fit_weights(model, saved.weights, complaint)
+    model.label_counts = checked_counts(saved.label_counts, model.unembed.vocab_size, complaint)
     model.base_model, model.acceptance = there, config["acceptance"]
     model.revision = config["revision"] if there == config["base_model"] else revision
     return finish(model)

@@ -25,6 +25,7 @@ from mtp_lightning.noise import KEEP_STREAM, OWN_STREAM, TOKEN_STREAM, gumbel_no
 
 if TYPE_CHECKING:
     from mtp_lightning.decoding_options import DecodingOptions
+    from mtp_lightning.shortlist import Shortlist
 
 
 class Prefixes(NamedTuple):
@@ -54,6 +55,7 @@ class TokenChoice:
         rejects: whether drafts are verified by the rejection rule.
         processors: processors that read the text before a position.
         confident: whether drafts come with the probability that the drafting head gave them.
+        shortlist: the tokens that drafts are chosen from; None: the whole vocabulary.
         least: a draft ends early once the chance that it is kept so far is below this in every row. 0: never; reading it
             makes the host wait, so it is for devices where the host computes.
     """
@@ -63,6 +65,7 @@ class TokenChoice:
         self.rejects = not self.greedy and options.verification == "rejection"
         self.seeds = torch.tensor(seeds, device=device)
         self.confident = False
+        self.shortlist: Shortlist | None = None
         self.least = 0.0
         # The order of transformers' generate: penalty, the user's own, then what shapes the distribution.
         self.processors: list[Any] = []
@@ -130,24 +133,40 @@ class TokenChoice:
         """
         return self.noisy(scores, positions, stream).argmax(-1)
 
-    def noisy(self, scores: Tensor, positions: Tensor, stream: int = TOKEN_STREAM) -> Tensor:
-        """What the largest is taken of: scores [B, C, V] with the noise of their positions [B, C]; greedy: as they are."""
+    def noisy(self, scores: Tensor, positions: Tensor, stream: int = TOKEN_STREAM, tokens: Tensor | None = None) -> Tensor:
+        """What the largest is taken of.
+
+        Args:
+            scores: [B, C, V], or of some tokens alone, [B, C, N].
+            positions: absolute positions of the tokens, [B, C] int64.
+            stream: which noise.
+            tokens: ids of these tokens, [N] int64; None: all.
+
+        Returns:
+            The scores with the noise of positions and tokens; greedy: as they are.
+        """
         if self.greedy:
             return scores
-        return gumbel_noise(noise_keys(self.seeds, positions, stream), scores.shape[-1]).add_(scores)
+        keys = noise_keys(self.seeds, positions, stream)
+        return gumbel_noise(keys, scores.shape[-1] if tokens is None else tokens).add_(scores)
 
     def draft(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Draft tokens, drawn as the base's own would be, but from the drafting head's logits.
 
         Args:
-            logits: [B, C, V].
+            logits: [B, C, V], or of the listed tokens, [B, C, N].
             positions: absolute positions of the tokens, [B, C] int64.
 
         Returns:
-            Tokens [B, C], and the scores that they were chosen from.
+            Where each stands among the logits, [B, C], and the scores that they were chosen from.
         """
         scores = self.warped(logits)
-        return self.draw(scores, positions), scores
+        listed = None if self.shortlist is None else self.shortlist.tokens
+        return self.noisy(scores, positions, tokens=listed).argmax(-1), scores
+
+    def drafted(self, places: Tensor) -> Tensor:
+        """The tokens that stand at places among a draft's logits."""
+        return places if self.shortlist is None else self.shortlist.tokens[places]
 
     def reject(
         self, scores: Tensor, draft: Tensor, drafted: Tensor, draft_scores: Tensor | None, positions: Tensor
