@@ -36,6 +36,9 @@ class DecodingOptions:
         seed: of sampling: an int; or one a row; None: one is drawn from torch's generator.
         verification: of sampling: ``coupled`` (the text is a function of prompt and seed, the same for every way to decode)
             or ``rejection`` (keeps a few more drafts; only the distribution of the text is the base's).
+        compile: whether steps become graphs, one for each shape: CUDA graphs on a GPU, ``torch.compile`` on a CPU, where the
+            first of a shape takes many seconds. Steps that logits processors or the rejection rule look at are left as they
+            are.
     """
 
     decoding: Decoding = "quadratic"
@@ -51,6 +54,7 @@ class DecodingOptions:
     logits_processor: Any = None
     seed: int | Sequence[int] | None = None
     verification: Literal["coupled", "rejection"] = "coupled"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.decoding not in ("quadratic", "linear", "autoregressive"):

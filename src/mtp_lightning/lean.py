@@ -22,6 +22,7 @@ from mtp_lightning.draft_chain import Chain, DraftChain, unrolled
 from mtp_lightning.gated_lora import ADAPTER, Gate, GatedVariant, lora_layers
 from mtp_lightning.lean_layers import Forward, JoinedLayers, SharedAdapters, adapter, is_autocast, unembedding_forward
 from mtp_lightning.packed_linear import packed_dtypes
+from mtp_lightning.row_cache import RowCache
 
 if TYPE_CHECKING:
     from mtp_lightning.budget import DraftRecord
@@ -36,12 +37,24 @@ LARGEST_COPY = 2 << 30
 """Bytes of weights that are joined and packed, on a CPU; larger bases are read where they lie."""
 
 
+KEPT_CACHES = 2
+"""Caches that are kept for later texts, with the graphs over them; the one that was used last stays longest."""
+SMALLEST_CACHE = 256
+
+
+def fixed_slots(slots: int) -> int:
+    """Slots of a cache whose shape never changes: a power of two, so that texts share their graphs."""
+    return max(SMALLEST_CACHE, 1 << (slots - 1).bit_length())
+
+
 class LeanWeights:
     """Weights made ready for decoding, and whether they are still those of the model.
 
     A copied or pickled model makes its own.
 
     Attributes:
+        generation: counts up each time that weights are made.
+        no_graphs: whether making a graph of a step has failed.
         draft_costs: what steps cost on this device and in this dtype, and how drafts do; None until somebody asks.
     """
 
@@ -51,6 +64,9 @@ class LeanWeights:
         self._chain: Chain | None = None
         self._depth = 0
         self._place: tuple[torch.device, torch.dtype] | None = None
+        self._caches: dict[tuple[int, int], RowCache] = {}
+        self.generation = 0
+        self.no_graphs = False
         self.draft_costs: tuple[StepCosts, DraftRecord] | None = None
 
     def __reduce__(self) -> Any:
@@ -80,6 +96,34 @@ class LeanWeights:
         if self._depth:
             self._uncover()
         self._forwards, self._chain, self._made_from = [], None, None
+        self._caches.clear()
+        self.generation += 1
+        self.no_graphs = False
+
+    @contextlib.contextmanager
+    def cache(self, model: MTPModel, num_rows: int, slots: int) -> Iterator[RowCache]:
+        """An empty cache with buffers that later texts take again, and with them the graphs of steps over these buffers.
+
+        Args:
+            model: the model.
+            num_rows: rows B.
+            slots: slots that the cache needs.
+
+        Yields:
+            The cache; nobody else has it within the ``with`` block.
+        """
+        size = fixed_slots(slots)
+        cache = self._caches.pop((num_rows, size), None) or RowCache(model.base, num_rows)
+        cache.lengths = [0] * num_rows
+        cache.reserve(size, size)
+        generation = self.generation
+        try:
+            yield cache
+        finally:
+            if generation == self.generation:
+                while len(self._caches) >= KEPT_CACHES:
+                    self._caches.pop(next(iter(self._caches)))
+                self._caches[num_rows, size] = cache
 
     def _uncover(self) -> None:
         for layer, _ in self._forwards:
