@@ -117,7 +117,7 @@ class StepGraph:
         device, B, c = model.base.device, len(cache.lengths), plan.num_drafts
         self.tokens = torch.zeros(B, 1 + c, dtype=torch.int64, device=device)
         self.rows = torch.zeros(B, 4, dtype=torch.int64, device=device)
-        self.rows[:, 0] = min(cache.lengths)
+        self.rows[:, 0] = torch.tensor(cache.lengths)  # it is run while it is made: nothing that counts is written over
         self.seeds = choice.seeds.clone()
         self.masks, self.choice = masks, copy.copy(choice)
         self.choice.least = 0.0
@@ -131,12 +131,10 @@ class StepGraph:
             positions, mask = masks.get(layouts, layout_of, cache, slots)
             cache.begin_step(size, tokens, slots)
             verifies = torch.arange(c, device=device) < drafted[:, None] if c else None
-            out = decode_step(
-                model,
-                StepInput(
-                    tokens, c, verifies, None, layouts, layout_of, positions, mask, [], first, cache, self.choice, sampler_head
-                ),
+            fed = StepInput(
+                tokens, c, verifies, None, layouts, layout_of, positions, mask, [], first, cache, self.choice, sampler_head
             )  # fmt: skip
+            out = decode_step(model, fed)
             probabilities = [] if out.draft.probabilities is None else [out.draft.probabilities]
             return (out.own, out.num_accepted, out.numbers(), out.draft.tokens, *probabilities)
 
