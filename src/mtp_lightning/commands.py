@@ -37,6 +37,7 @@ class DecodingArguments:
         top_p: draw from the likeliest tokens that together have this probability.
         seed: seed of the draws; each prompt of a file has its own, made from this one and its number. Not given: any.
         verification: coupled (the text depends on prompt and seed alone) or rejection (a few more drafts are kept).
+        compile: run steps as graphs: CUDA graphs, or on a CPU torch.compile, which takes seconds for each new shape of step.
         batch_size: prompts decoded together.
         stop: a text that ends the generation; it is cut off.
         dtype: dtype of the model; not given: the one the base was saved in.
@@ -56,6 +57,7 @@ class DecodingArguments:
     top_p: float | None = None
     seed: int | None = None
     verification: Literal["coupled", "rejection"] = "coupled"
+    compile: bool = False
     batch_size: int = 1
     stop: str | None = None
     dtype: str | None = None
@@ -108,6 +110,7 @@ class DecodingArguments:
             top_p=self.top_p,
             seed=self.seed,
             verification=self.verification,
+            compile=self.compile,
         )
 
 

@@ -44,7 +44,7 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
 
     Returns:
         The function. Beside what ``generate`` prepares it takes ``decoding``, ``num_masks``, ``sampler_head``, ``seed``,
-        ``verification`` and ``mtp_streamer`` (transformers keeps ``streamer`` to itself).
+        ``verification``, ``compile`` and ``mtp_streamer`` (transformers keeps ``streamer`` to itself).
     """
 
     def custom_generate(
@@ -58,6 +58,7 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
         sampler_head: bool = True,
         seed: Any = None,
         verification: Any = "coupled",
+        compile: bool = False,
         mtp_streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
@@ -76,6 +77,7 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
             eos_token_id=_end_tokens(config),
             seed=seed,
             verification=verification,
+            compile=compile,
             **choice_options(list(logits_processor or []), bool(config.do_sample), padding),
         )
         if mtp_streamer is not None and len(prompts) > 1:

@@ -26,6 +26,10 @@ from mtp_lightning.token_choice import TokenChoice
 if TYPE_CHECKING:
     from mtp_lightning.model import MTPModel
 
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select"}
+"""Operations after which the host, or a shape, depends on what tensors hold."""
+HOST = "some layer decides on the host what to do next, which a recording can't follow."
+
 Step = Callable[..., tuple[Tensor, ...]]
 Replay = Callable[[], tuple[Tensor, ...]]
 
@@ -39,9 +43,15 @@ def recorded(step: Step, inputs: Sequence[Tensor]) -> Step:
 
     Returns:
         The recording, which takes other inputs of these shapes.
+
+    Raises:
+        RuntimeError: the step can't be recorded.
     """
     with packed_linear.as_operators():
-        return make_fx(step)(*inputs)
+        graph = make_fx(step)(*inputs)
+    if WAITS & {getattr(node.target, "_opname", "") for node in graph.graph.nodes}:
+        raise RuntimeError(HOST)
+    return graph
 
 
 def compiled(step: Step, inputs: Sequence[Tensor]) -> Replay:
@@ -54,7 +64,9 @@ def compiled(step: Step, inputs: Sequence[Tensor]) -> Replay:
     Returns:
         Runs it.
     """
-    run = torch.compile(recorded(step, inputs), dynamic=False, fullgraph=True)
+    recording = recorded(step, inputs)
+    _compare(step, lambda: recording(*inputs), inputs)
+    run = torch.compile(recording, dynamic=False, fullgraph=True)
     run(*inputs)  # compiles
     return lambda: run(*inputs)
 
@@ -83,7 +95,18 @@ def cuda_graph(step: Step, inputs: Sequence[Tensor]) -> Replay:
         graph.replay()
         return outputs
 
+    _compare(step, replay, inputs)
     return replay
+
+
+def _compare(step: Step, replay: Replay, inputs: Sequence[Tensor]) -> None:
+    """Refuse a recording that does not do what the step does with other tokens than it was made with."""
+    tokens = inputs[0]
+    tokens.copy_(torch.arange(1, 1 + tokens.numel(), device=tokens.device).view_as(tokens))
+    expected = [each.clone() for each in step(*inputs) if not each.is_floating_point()]
+    found = [each for each in replay() if not each.is_floating_point()]
+    if not all(map(torch.equal, expected, found)):
+        raise RuntimeError(HOST)
 
 
 CAPTURES: dict[str, Callable[[Step, Sequence[Tensor]], Replay]] = {"cpu": compiled, "cuda": cuda_graph}
