@@ -6,7 +6,7 @@ and ``auto``, and with the three others, one after another; then the next batch,
 ways is taken within a batch, so a busy moment hits neighbours alike. All write as many tokens (no end token), greedily.
 Prints medians of the ratios with quartiles, by domain; writes ``speed.json`` and ``speed.png`` into ``--output``.
 Prompt-lookup decoding takes one row, so it has no figure for larger batches. With ``--compile true`` our steps are graphs,
-those of our autoregressive loop too; every text is decoded once beforehand, for shapes of steps are compiled as they come up.
+those of our autoregressive loop too; every text is decoded once beforehand, for shapes are compiled as they come up.
 """
 
 from __future__ import annotations

@@ -295,8 +295,8 @@ def test_costs_are_measured_once_and_quickly(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: calls.append(args) or original(*args))
     for _ in range(3):
         list(decode(model, token_row([4]).input_ids, DecodingOptions(max_new_tokens=4)))
-    assert len(calls) == 1 and model.lean.draft_costs is not None
-    costs = model.lean.draft_costs[0]
+    assert len(calls) == 1 and model.lean.draft_costs
+    costs = model.lean.draft_costs[False][0]
     assert costs.positions[0] == 1 and all(second > 0 for second in costs.seconds)
     assert max(costs.positions) <= CONTEXT // 2
     list(decode(model, token_row([4]).input_ids, DecodingOptions(num_masks=2, max_new_tokens=4)))
@@ -307,7 +307,7 @@ def plan_counts(model: MTPModel, monkeypatch: pytest.MonkeyPatch, costs: StepCos
     monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: costs)
     monkeypatch.setattr(Budget, "observe", lambda *args: None)
     monkeypatch.setattr(budget_file, "PLAIN_FIRST", 0)
-    model.lean.draft_costs = None
+    model.lean.draft_costs.clear()
     out = model.generate(*padded(prompts()), seed=SEED, max_new_tokens=G, **options)
     assert rows_of(out) == [list(text) for text in reference(0)]
     return out.num_steps.tolist()
@@ -318,4 +318,4 @@ def test_free_positions_take_fewer_steps_than_steep_ones(monkeypatch: pytest.Mon
     free = plan_counts(model, monkeypatch, FREE, **SETTINGS[0])
     steep = plan_counts(model, monkeypatch, STEEP, **SETTINGS[0])
     assert sum(free) < sum(steep) <= G * len(LENGTHS)
-    model.lean.draft_costs = None
+    model.lean.draft_costs.clear()

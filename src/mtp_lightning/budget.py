@@ -178,9 +178,9 @@ class Budget:
         self.costs, self.record, self.num_masks, self.coupled, self.timed = costs, record, num_masks, coupled, timed
         self.rows = [RowRecord(record.usual.copy()) for _ in range(num_rows)]
         self.places = ("last", "ends", "all") if anywhere else ("last",)
-        self.sizes = tuple(size for size in draft_sizes(num_masks) if size in FEW or size == min(num_masks, max(FEW)))
-        if not few:
-            self.sizes = draft_sizes(num_masks)
+        self.sizes = draft_sizes(num_masks)
+        if few:
+            self.sizes = tuple(size for size in self.sizes if size in FEW or size == min(num_masks, FEW[-1]))
         c, m = np.array(self.sizes)[:, None, None], np.array(self.sizes)[None, :, None]
         starts = np.array(self.sizes)[:, None]
         blocks = np.concatenate([np.ones_like(starts), 1 + (starts > 0), 1 + starts], axis=1)[:, : len(self.places)]
@@ -242,18 +242,18 @@ class Budget:
             seconds: what it took.
             graph: whether the step ran as a graph, whose time depends on nothing else.
         """
-        B, place = len(self.rows), self._place(plan)
-        if graph:
-            mean, count = self.record.taken.get((B, plan), (0.0, 0))
-            count = min(count + 1, Pace.STEPS)
-            # A step that something held up says little.
-            seen = min(seconds, 2 * mean) if count > 1 else seconds
-            self.record.taken[B, plan] = mean + (seen - mean) / count, count
+        B = len(self.rows)
+        if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
+            return
         if (B, plan) not in self.record.shapes:  # a shape's first step says nothing of the others
             self.record.shapes.add((B, plan))
             return
-        if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
-            return
+        place = self._place(plan)
+        if graph:
+            mean, count = self.record.taken.get((B, plan), (0.0, 0))
+            count = min(count + 1, Pace.STEPS)
+            seen = min(seconds, 2 * mean) if count > 1 else seconds  # a step that something held up says little
+            self.record.taken[B, plan] = mean + (seen - mean) / count, count
         if B not in self._raw:
             self._raw[B] = self._expected(B)
         expected = float(self._raw[B][place]) + self._chain(links)

@@ -155,7 +155,7 @@ def decode_rows(
         tokens, draft_scores = torch.nn.utils.rnn.pad_sequence(remaining, batch_first=True), None
         room = _room(rows, J, runner.padded)
         if options.num_masks == "auto" and J and not is_sharded(model):
-            budget = make_budget(model, options, B, few=graphs and device.type == "cpu")
+            budget = make_budget(model, options, B, graphs)
             choice.confident = budget.coupled
             chained = options.sampler_head and model.sampler_head is not None
             budget.stops_early = budget.coupled and device.type == "cpu" and chained and not graphs
@@ -267,30 +267,31 @@ def prepare(model: MTPModel, options: DecodingOptions) -> None:
     """
     if trained_masks(model, options) and options.num_masks == "auto" and not is_sharded(model):
         with evaluating(model), model.lean.use(model):
-            make_budget(model, options, 1)
+            make_budget(model, options, 1, options.compile and GraphRunner.takes(model, options))
 
 
-def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int, few: bool = False) -> Budget:
+def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int, graphs: bool) -> Budget:
     """The planner of a batch; the costs of steps are measured once a model.
 
     Args:
         model: the model, its lean layers in use.
         options: how to decode.
         num_rows: rows of the batch.
-        few: whether there should be very few shapes.
+        graphs: whether steps are graphs, which take other times.
 
     Returns:
         The planner.
     """
-    known = model.lean.draft_costs
+    known = model.lean.draft_costs.get(graphs)
     if known is None:
         single = TokenChoice(replace(options, logits_processor=None, repetition_penalty=1.0), [0], model.base.device)
-        known = model.lean.draft_costs = (
+        known = model.lean.draft_costs[graphs] = (
             measure_step_costs(model, single, usual_positions(model.num_masks)),
             DraftRecord(model.num_masks),
         )
     costs, record = known
     coupled = options.temperature == 0 or options.verification == "coupled"
+    few = graphs and model.base.device.type == "cpu"  # there each shape takes seconds to compile
     return Budget(costs, record, model.num_masks, num_rows, options.decoding == "quadratic", coupled, few=few)
 
 

@@ -55,7 +55,8 @@ class LeanWeights:
     Attributes:
         generation: counts up each time that weights are made.
         no_graphs: whether making a graph of a step has failed.
-        draft_costs: what steps cost on this device and in this dtype, and how drafts do; None until somebody asks.
+        draft_costs: what steps cost on this device and in this dtype, and how drafts do; of steps as they are (False) and of
+            graphs (True), once somebody has asked.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ class LeanWeights:
         self._caches: dict[tuple[int, int], RowCache] = {}
         self.generation = 0
         self.no_graphs = False
-        self.draft_costs: tuple[StepCosts, DraftRecord] | None = None
+        self.draft_costs: dict[bool, tuple[StepCosts, DraftRecord]] = {}
 
     def __reduce__(self) -> Any:
         return LeanWeights, ()
@@ -139,7 +140,7 @@ class LeanWeights:
     def _prepare(self, model: MTPModel) -> None:
         device, dtype = model.base.device, model.base.dtype
         if self._place not in (None, (device, dtype)):
-            self.draft_costs = None
+            self.draft_costs.clear()
         self._place = (device, dtype)
         layers = [layer for layer in lora_layers(model.base) if is_plain(layer, model.gate)]
         head = model.sampler_head
