@@ -51,6 +51,16 @@ PAPER = {
 """Acceptance length for 1..8 masks (Samragh et al. 2025, Table 1)."""
 
 
+def random_model(shape: str, dtype: str, device: str, rank: int) -> MTPModel:
+    """A model of 8 masks with a GRU head on a random base."""
+    kind, sizes = SHAPES[shape]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, max_position_embeddings=4096, tie_word_embeddings=False, **sizes)
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    return MTPModel(base, 8, LoRA(rank=rank), GRUSamplerHead()).eval()
+
+
 def chances(lengths: list[float]) -> np.ndarray:
     """Chance that draft j is kept once the ones before are, [8]."""
     reached = np.diff([0.0, 1.0, *lengths])[1:]
@@ -97,12 +107,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    kind, sizes = SHAPES[args.shape]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, max_position_embeddings=4096, tie_word_embeddings=False, **sizes)
-    with torch.device(args.device):
-        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype)).eval()
-    model = MTPModel(base, 8, LoRA(rank=args.rank), GRUSamplerHead()).eval()
+    model = random_model(args.shape, args.dtype, args.device, args.rank)
+    base = model.base
     options = DecodingOptions(draft_vocabulary="all" if args.draft_vocabulary is None else args.draft_vocabulary)
     choice = TokenChoice(options, [0], base.device)
     measured = []

@@ -5,7 +5,8 @@
 and ``auto``, and with the three others, one after another; then the next batch, beginning with another one. The ratio of two
 ways is taken within a batch, so a busy moment hits neighbours alike. All write as many tokens (no end token), greedily.
 Prints medians of the ratios with quartiles, by domain; writes ``speed.json`` and ``speed.png`` into ``--output``.
-Prompt-lookup decoding takes one row, so it has no figure for larger batches.
+Prompt-lookup decoding takes one row, so it has no figure for larger batches. With ``--compile true`` our steps are graphs,
+those of our autoregressive loop too; every text is decoded once beforehand, for shapes are compiled as they come up.
 """
 
 from __future__ import annotations
@@ -27,18 +28,23 @@ from mtp_lightning.prompts import Prompt, read_prompts
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-OTHERS = {"autoregressive": "our loop", "generate": "transformers generate", "lookup": "prompt lookup"}
+OTHERS = {
+    "autoregressive": "our loop",
+    "plain": "our loop, not compiled",
+    "generate": "transformers generate",
+    "lookup": "prompt lookup",
+}
 
 
 def ways(
-    model: MTPModel, base: Any, rows: list[torch.Tensor], tokens: int, masks: list[str]
+    model: MTPModel, base: Any, rows: list[torch.Tensor], tokens: int, masks: list[str], compiled: bool = False
 ) -> dict[str, Callable[[], Any]]:
     """The ways to decode a batch; each gives the new tokens of each row and its acceptance length."""
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
     def ours(**options: Any) -> tuple[list[list[int]], float]:
-        out = model.generate(ids, mask, max_new_tokens=tokens, eos_token_id=[], **options)
+        out = model.generate(ids, mask, max_new_tokens=tokens, eos_token_id=[], **{"compile": compiled, **options})
         texts = [out.sequences[r, len(row) : len(row) + tokens].tolist() for r, row in enumerate(rows)]
         return texts, float(out.acceptance_length.mean())
 
@@ -55,6 +61,8 @@ def ways(
         return out[:, ids.shape[1] :].tolist(), 1.0
 
     found: dict[str, Callable[[], Any]] = {"autoregressive": lambda: ours(decoding="autoregressive"), "generate": theirs}
+    if compiled:
+        found["plain"] = lambda: ours(decoding="autoregressive", compile=False)
     if len(rows) == 1:
         found["lookup"] = lambda: theirs(prompt_lookup_num_tokens=5)
     for each in masks:
@@ -72,7 +80,7 @@ def spread(values: list[float]) -> dict[str, Any] | None:
 
 
 def measure(
-    model: MTPModel, base: Any, prompts: list[Prompt], batch: int, tokens: int, masks: list[str], rounds: int
+    model: MTPModel, base: Any, prompts: list[Prompt], batch: int, tokens: int, masks: list[str], rounds: int, compiled: bool
 ) -> dict[str, Any]:
     """Ratios by domain, way and what it is compared with."""
     domains: dict[str, list[Prompt]] = {}
@@ -85,12 +93,13 @@ def measure(
         # A domain with few prompts fills its batch by taking them again.
         batches = [members[i : i + batch] for i in range(0, len(members), batch)]
         batches[-1] = (batches[-1] + members * batch)[:batch]
-        for number, rows in enumerate(batches * rounds):
-            calls = ways(model, base, [torch.tensor(p.input_ids) for p in rows], tokens, masks)
+        for number, rows in enumerate((batches if compiled else batches[:1]) + batches * rounds):
+            calls = ways(model, base, [torch.tensor(p.input_ids) for p in rows], tokens, masks, compiled)
             names = list(calls)
-            if number == 0:
+            if number < (len(batches) if compiled else 1):
                 for name in names:
-                    calls[name]()  # the first time allocates, measures costs and compiles nothing
+                    calls[name]()  # the first time allocates, measures costs and compiles
+                continue
             seconds, found = {}, {}
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 begin = time.perf_counter()
@@ -98,7 +107,7 @@ def measure(
                 seconds[name] = time.perf_counter() - begin
                 lengths.setdefault(domain, {}).setdefault(name, []).append(length)
             turn += 1
-            for name in [*masks, "generate", "lookup"]:
+            for name in [*masks, *OTHERS]:
                 if name not in seconds:
                     continue
                 for other in OTHERS:
@@ -178,6 +187,7 @@ def main() -> None:
     parser.add_argument("--masks", nargs="+", default=[*map(str, range(1, 9)), "auto"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--compile", choices=["true", "false"], default="false")
     parser.add_argument("--output", default="runs/speed")
     args = parser.parse_args()
     folder = Path(args.output)
@@ -190,7 +200,9 @@ def main() -> None:
         prompts = read_prompts(args.prompts, model.tokenizer, args.num_prompts)
         for batch in args.batch_sizes:
             name = f"{dtype}, batch {batch}"
-            results[name] = measure(model, base, prompts, batch, args.tokens, args.masks, args.rounds)
+            results[name] = measure(
+                model, base, prompts, batch, args.tokens, args.masks, args.rounds, args.compile == "true"
+            )
             report(name, results[name])
             text = json.dumps({"arguments": vars(args), "threads": torch.get_num_threads(), "results": results}, indent=1)
             (folder / "speed.json").write_text(text, encoding="utf-8")

@@ -296,7 +296,7 @@ def test_costs_are_measured_once_and_quickly(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(3):
         list(decode(model, token_row([4]).input_ids, DecodingOptions(max_new_tokens=4)))
     assert len(calls) == 1
-    costs = model.lean.draft_costs[VOCAB][0]
+    costs = model.lean.draft_costs[False, VOCAB][0]
     assert costs.positions[0] == 1 and all(second > 0 for second in costs.seconds)
     assert max(costs.positions) <= CONTEXT // 2
     list(decode(model, token_row([4]).input_ids, DecodingOptions(num_masks=2, max_new_tokens=4)))

@@ -268,12 +268,12 @@ def test_costs_are_those_of_the_device_and_dtype() -> None:
     model = tiny_model("llama", 3, dtype=torch.float32)
     options = DecodingOptions(max_new_tokens=4)
     list(decode(model, token_row([6]).input_ids, options))
-    costs = model.lean.draft_costs[VOCAB]
+    costs = model.lean.draft_costs[False, VOCAB]
     list(decode(model, token_row([6]).input_ids, options))
-    assert model.lean.draft_costs == {VOCAB: costs}
+    assert model.lean.draft_costs == {(False, VOCAB): costs}
     model.double()
     list(decode(model, token_row([6]).input_ids, options))
-    assert [*model.lean.draft_costs] == [VOCAB] and model.lean.draft_costs[VOCAB] is not costs
+    assert [*model.lean.draft_costs] == [(False, VOCAB)] and model.lean.draft_costs[False, VOCAB] is not costs
 
 
 def test_a_copied_or_pickled_model_makes_its_own() -> None:

@@ -28,6 +28,8 @@ from mtp_lightning.step_costs import Pace, StepCosts
 
 SIZES = (0, 1, 2, 4, 8)
 """Drafts verified and masks in a block, beside 12, 16, 24, .. and k: few shapes, for kernels are made ready for each."""
+FEW = (0, 2, 4)
+"""The same, where each shape is compiled."""
 BINS = 20
 MEMORY = 800.0
 """Kept and verified drafts in a bin of the correction are forgotten beyond about so many."""
@@ -53,6 +55,7 @@ class DraftRecord:
         usual: the chance of each draft of a block, given that those before are kept.
         pace: what steps take.
         shapes: plans that were carried out before, with the rows of the batch.
+        taken: for plans that are graphs, with the rows of the batch, the seconds they take and the steps that say so.
     """
 
     def __init__(self, num_masks: int) -> None:
@@ -63,6 +66,7 @@ class DraftRecord:
         self.usual = np.linspace(0.6, 0.4, num_masks)
         self.pace = Pace()
         self.shapes: set[tuple[int, Plan]] = set()
+        self.taken: dict[tuple[int, Plan], tuple[float, int]] = {}
 
     def chance(self, probability: np.ndarray) -> np.ndarray:
         """The corrected chance that a draft of this probability is kept, once it is reached."""
@@ -141,11 +145,6 @@ def usual_positions(num_masks: int) -> set[int]:
     return {1 + c + blocks * m for c in sizes for m in sizes for blocks in (1, 2, 1 + c)}
 
 
-def _fitting(most: int, num_masks: int) -> int:
-    """The largest size that is not above ``most``."""
-    return max(size for size in draft_sizes(num_masks) if size <= most)
-
-
 class Budget:
     """Plans the steps of one batch.
 
@@ -158,6 +157,7 @@ class Budget:
         coupled: whether plans may depend on the drafts. The rejection rule forbids it: whether a token is verified must
             not depend on the token. Then only what earlier steps kept counts.
         timed: whether ``observe`` will be told what steps take.
+        few: whether each shape is dear to make ready, so that there should be very few.
 
     Attributes:
         stops_early: whether a draft ends once its chance is below ``least``.
@@ -173,11 +173,14 @@ class Budget:
         anywhere: bool,
         coupled: bool,
         timed: bool = True,
+        few: bool = False,
     ) -> None:
         self.costs, self.record, self.num_masks, self.coupled, self.timed = costs, record, num_masks, coupled, timed
         self.rows = [RowRecord(record.usual.copy()) for _ in range(num_rows)]
         self.places = ("last", "ends", "all") if anywhere else ("last",)
         self.sizes = draft_sizes(num_masks)
+        if few:
+            self.sizes = tuple(size for size in self.sizes if size in FEW or size == min(num_masks, FEW[-1]))
         c, m = np.array(self.sizes)[:, None, None], np.array(self.sizes)[None, :, None]
         starts = np.array(self.sizes)[:, None]
         blocks = np.concatenate([np.ones_like(starts), 1 + (starts > 0), 1 + starts], axis=1)[:, : len(self.places)]
@@ -209,7 +212,15 @@ class Budget:
 
     def spent(self, plan: Plan, links: int) -> float:
         """What a step costs that drafts so many tokens one after another."""
-        return float(self.seconds(len(self.rows))[self._place(plan)]) + self._chain(links)
+        taken = self.record.taken.get((len(self.rows), plan))
+        return taken[0] if taken else float(self.seconds(len(self.rows))[self._place(plan)]) + self._chain(links)
+
+    def _fitting(self, most: int) -> int:
+        """The largest size that is not above ``most``."""
+        return max(size for size in self.sizes if size <= most)
+
+    def _has(self, plan: Plan) -> bool:
+        return plan.num_drafts in self.sizes and plan.masks in self.sizes and plan.where in self.places
 
     def _place(self, plan: Plan) -> tuple[int, int, int]:
         return self.sizes.index(plan.num_drafts), self.sizes.index(plan.masks), self.places.index(plan.where)
@@ -222,14 +233,27 @@ class Budget:
         """What one more token of a draft costs."""
         return self.costs.drafted * len(self.rows) ** 0.5
 
-    def observe(self, plan: Plan, links: int, seconds: float) -> None:
-        """Take note of what a step took; the plans depend on it, the text does not."""
-        B, place = len(self.rows), self._place(plan)
+    def observe(self, plan: Plan, links: int, seconds: float, graph: bool = False) -> None:
+        """Take note of what a step took; the plans depend on it, the text does not.
+
+        Args:
+            plan: what was fed.
+            links: draft tokens drawn one after another.
+            seconds: what it took.
+            graph: whether the step ran as a graph, whose time depends on nothing else.
+        """
+        B = len(self.rows)
+        if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
+            return
         if (B, plan) not in self.record.shapes:  # a shape's first step says nothing of the others
             self.record.shapes.add((B, plan))
             return
-        if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
-            return
+        place = self._place(plan)
+        if graph:
+            mean, count = self.record.taken.get((B, plan), (0.0, 0))
+            count = min(count + 1, Pace.STEPS)
+            seen = min(seconds, 2 * mean) if count > 1 else seconds  # a step that something held up says little
+            self.record.taken[B, plan] = mean + (seen - mean) / count, count
         if B not in self._raw:
             self._raw[B] = self._expected(B)
         expected = float(self._raw[B][place]) + self._chain(links)
@@ -257,6 +281,9 @@ class Budget:
         B = len(self.rows)
         if self._price is None or self._price[2] != B or self._price[3] + PLAN_EVERY <= self._steps:
             seconds = self.seconds(B) + self._drafting()[None, :, None]
+            for (rows, plan), (taken, _) in self.record.taken.items():
+                if rows == B and self._has(plan):
+                    seconds[self._place(plan)] = taken
             usual = self.rows[0].mean if B == 1 else np.mean([row.mean for row in self.rows], axis=0)
             self.values.sweep(usual, seconds, SETTLE if self._price is None else SWEEPS)
             self._price = seconds, self.values.rate * B, B, self._steps
@@ -273,7 +300,7 @@ class Budget:
         """
         plan = self.choose(room, [0] * len(self.rows))
         self._resting = False
-        return Plan(0, _fitting(min(room, max(plan.masks, 2)), self.num_masks), "last")
+        return Plan(0, self._fitting(min(room, max(plan.masks, 2))), "last")
 
     def choose(self, room: int, limits: Sequence[int]) -> Plan:
         """The best plan for the next step.
@@ -313,8 +340,9 @@ class Budget:
         # on for all rows together.
         self.least = rate / B * self._link() if self.stops_early else 0.0
         # A few more drafts than there are, if the next size wants it; those count for nothing.
-        c = next(number for number, size in enumerate(self.sizes) if size >= max(limits, default=0))
-        best = value[: c + 1, : self.sizes.index(_fitting(min(room, k), k)) + 1]
+        most = max(limits, default=0)
+        c = next((number for number, size in enumerate(self.sizes) if size >= most), len(self.sizes) - 1)
+        best = value[: c + 1, : self.sizes.index(self._fitting(min(room, k))) + 1]
         place = np.unravel_index(int(best.argmax()), best.shape)
         plan = Plan(self.sizes[int(place[0])], self.sizes[int(place[1])], self.places[int(place[2])])
         # With no drafts at hand a plain step teaches nothing, so what is best after it is the same again.
@@ -326,7 +354,7 @@ class Budget:
 
     def _rest(self, num_rows: int, room: int) -> Plan:
         """A plain step, or once there is time for it a small block, to look whether drafting pays by now."""
-        look = _fitting(min(2, room), self.num_masks)
+        look = self._fitting(min(2, room))
         plain = self.spent(PLAIN, 0)
         self._owed += LOOK_SHARE * plain
         price = self.spent(Plan(0, look, "last"), look) - plain

@@ -44,7 +44,7 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
 
     Returns:
         The function. Beside what ``generate`` prepares it takes ``decoding``, ``num_masks``, ``sampler_head``, ``seed``,
-        ``verification``, ``draft_vocabulary`` and ``mtp_streamer`` (transformers keeps ``streamer`` to itself).
+        ``verification``, ``draft_vocabulary``, ``compile`` and ``mtp_streamer`` (transformers keeps ``streamer`` to itself).
     """
 
     def custom_generate(
@@ -59,6 +59,7 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
         seed: Any = None,
         verification: Any = "coupled",
         draft_vocabulary: Any = "auto",
+        compile: bool = False,
         mtp_streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
@@ -78,6 +79,7 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
             seed=seed,
             verification=verification,
             draft_vocabulary=draft_vocabulary,
+            compile=compile,
             **choice_options(list(logits_processor or []), bool(config.do_sample), padding),
         )
         if mtp_streamer is not None and len(prompts) > 1:

@@ -21,22 +21,20 @@ from mtp_lightning.attention import text_config
 from mtp_lightning.budget import PLAIN, Budget, DraftRecord, usual_positions
 from mtp_lightning.decoding_options import Decoding as Decoding
 from mtp_lightning.decoding_options import DecodingOptions as DecodingOptions
-from mtp_lightning.decoding_step import Drafts, StepInput, StepOutput
+from mtp_lightning.decoding_step import PARTS, Drafts
 from mtp_lightning.errors import UsageError
 from mtp_lightning.grouped_attention import grouped
+from mtp_lightning.lean import fixed_slots
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.shortlist import Shortlist, shortlist_size
 from mtp_lightning.step_costs import measure_step_costs
-from mtp_lightning.step_masks import StepMasks
 from mtp_lightning.step_plan import budgeted_plan, prompt_plan, step_plan
+from mtp_lightning.step_runner import GraphRunner, StepRunner, is_sharded
 from mtp_lightning.token_choice import TokenChoice
 
 if TYPE_CHECKING:
     from mtp_lightning.model import MTPModel
-
-PARTS = 1 << 20
-"""Probabilities travel to the host as whole numbers of this part, beside the tokens."""
 
 
 class StepTokens(NamedTuple):
@@ -94,12 +92,14 @@ class _Row:
         length: verified tokens, the prompt's included.
         limit: how many it may have.
         drafts: draft tokens that wait to be verified.
+        going: whether it goes on. One that has finished stays in the batch only where shapes must not change.
     """
 
     number: int
     length: int
     limit: int
     drafts: int = 0
+    going: bool = True
 
 
 @torch.inference_mode()
@@ -135,78 +135,81 @@ def decode_rows(
         raise UsageError(f"seed must be an int or one for each of the {B} rows, got {len(seeds)}.")
     stop = end_tokens(model, options)
     rows = [_Row(r, len(p), min(len(p) + options.max_new_tokens, model.context)) for r, p in enumerate(prompts)]
-    if cache is None:
-        cache = RowCache(model.base, B)
-    else:
-        cache.rewind(prompts[0].tolist())
+    slots_ever = max(row.limit for row in rows) + (J + 1) ** 2
     choice = TokenChoice(options, seeds, device)
-    step_masks = StepMasks(model.base, model.context)
-    remaining = [prompt[held:].to(device) for prompt, held in zip(prompts, cache.lengths, strict=True)]
-    tokens, draft_scores = torch.nn.utils.rnn.pad_sequence(remaining, batch_first=True), None
     budget, spent = None, PLAIN
     steps = 0
-    with evaluating(model), model.lean.use(model):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(model.lean.use(model))
+        graphs = options.compile and GraphRunner.takes(model, options)
+        if cache is not None:
+            cache.rewind(prompts[0].tolist())
+            if graphs:
+                cache.reserve(fixed_slots(slots_ever), fixed_slots(slots_ever))
+        elif graphs:
+            cache = stack.enter_context(model.lean.cache(model, B, slots_ever))
+        else:
+            cache = RowCache(model.base, B)
+        runner = (GraphRunner if graphs else StepRunner)(model, cache, choice, options.sampler_head)
+        remaining = [prompt[held:].to(device) for prompt, held in zip(prompts, cache.lengths, strict=True)]
+        tokens, draft_scores = torch.nn.utils.rnn.pad_sequence(remaining, batch_first=True), None
+        room = _room(rows, J, runner.padded)
         choice.shortlist = draft_shortlist(model, options) if J else None
         if options.num_masks == "auto" and J and not is_sharded(model):
-            budget = make_budget(model, options, B)
+            budget = make_budget(model, options, B, graphs)
             choice.confident = budget.coupled
             chained = options.sampler_head and model.sampler_head is not None
-            budget.stops_early = budget.coupled and device.type == "cpu" and chained
-            spent = budget.first(_room(rows, J))
-        plan = prompt_plan(options.decoding, [len(each) for each in remaining], spent.masks if budget else _room(rows, J))
-        slots_ever = max(row.limit for row in rows) + (J + 1) ** 2
+            budget.stops_early = budget.coupled and device.type == "cpu" and chained and not graphs
+            spent = budget.first(room)
+        plan = prompt_plan(options.decoding, [len(each) for each in remaining], spent.masks if budget else room)
         while True:
             begin = time.perf_counter()
-            c, size = plan.num_drafts, plan.layouts[0].size
-            cache.reserve(max(cache.lengths) + size, slots_ever)
-            slots = None if min(cache.lengths) == max(cache.lengths) else torch.tensor(cache.lengths, device=device)[:, None]
-            layout_of = None if len(plan.layouts) == 1 else torch.tensor(plan.choice, device=device)
-            positions, mask = step_masks.get(plan.layouts, layout_of, cache, slots)
-            cache.begin_step(size, tokens, slots)
-            ends = [row.length for row in rows]
+            c = plan.num_drafts
+            cache.reserve(max(cache.lengths) + plan.layouts[0].size, slots_ever)
             if budget is not None:
                 choice.least = budget.least
-            drafted = None
-            if min(plan.drafted) < c:
-                drafted = torch.arange(c, device=device) < torch.tensor(plan.drafted, device=device)[:, None]
-            first = torch.tensor(ends, device=device)
-            out: StepOutput = model(
-                StepInput(
-                    tokens, c, drafted, draft_scores, plan.layouts, layout_of, positions, mask, ends, first, cache, choice,
-                    options.sampler_head, plan.drafted,
-                )
-            )  # fmt: skip
-            # The one place in a step that waits for the device.
-            counts = [out.num_accepted[:, None], out.own]
-            if out.draft.probabilities is not None:
-                counts.append((out.draft.probabilities * PARTS).long())
-            read = torch.cat(counts, dim=1).tolist()
+            out, read = runner.run(plan, tokens, draft_scores, [row.length for row in rows])
             steps += 1
             gained: list[RowStep] = []
-            for r, (row, (kept, *numbers)) in enumerate(zip(rows, read, strict=True)):
-                own = numbers[: c + 1]
-                layout = plan.layouts[plan.choice[r]]
+            for r, (row, (kept, *found)) in enumerate(zip(rows, read, strict=True)):
+                if not row.going:
+                    continue
+                                layout = plan.layouts[plan.choice[r]]
                 cache.lengths[r] += layout.last + 1 + kept
-                new = own[: kept + 1]
+                new = found[: kept + 1]
                 end = next((i for i, token in enumerate(new, 1) if token in stop), None)
                 row.length += kept + 1
                 reason = "stop" if end else "length" if row.length >= row.limit or steps == options.max_steps else None
                 gained.append(RowStep(row.number, StepTokens(new[:end], plan.drafted[r]), reason))
                 depth = min(layout.block_after(kept)[1], out.draft.tokens.shape[1])
-                row.drafts = min(depth, row.limit - row.length - 1)
+                row.drafts = max(0, min(depth, row.limit - row.length - 1))
+            was = [r for r, row in enumerate(rows) if row.going]
             if budget is not None:
-                chances = [[part / PARTS for part in numbers[c + 2 :]] for numbers in read]
-                waiting = [max(0, row.drafts) for row in rows]
                 links = out.draft.tokens.shape[1]
-                if steps > 1:
-                    budget.observe(spent, links, time.perf_counter() - begin)
-                budget.learn(spent, links, [numbers[0] for numbers in read], plan.drafted, waiting, chances)
+                if steps > 1 and runner.was_graph is not None:
+                    budget.observe(spent, links, time.perf_counter() - begin, runner.was_graph)
+                budget.learn(
+                    spent,
+                    links,
+                    [read[r][0] for r in was],
+                    [plan.drafted[r] for r in was],
+                    [rows[r].drafts for r in was],
+                    [[part / PARTS for part in read[r][c + 2 :]] for r in was],
+                )
             yield gained
-            going = [r for r, each in enumerate(gained) if each.finish_reason is None and each.row not in finished]
+            going = [
+                r for r, each in zip(was, gained, strict=True) if each.finish_reason is None and each.row not in finished
+            ]
             if not going:
                 return
-            kept, own, draft = out.num_accepted, out.own, out.draft
-            if len(going) < len(rows):
+            accepted, own, draft = out.num_accepted, out.own, out.draft
+            if len(going) < len(was) and runner.padded:
+                if budget is not None:
+                    budget.select([was.index(r) for r in going])
+                for r in set(was) - set(going):
+                    rows[r].going, rows[r].drafts = False, 0
+            elif len(going) < len(was):
                 going = _filled(going)
                 cache.keep_rows(going)
                 rows = [rows[r] for r in going]
@@ -214,17 +217,17 @@ def decode_rows(
                 choice.select(index)
                 if budget is not None:
                     budget.select(going)
-                kept, own = kept.index_select(0, index), own.index_select(0, index)
+                accepted, own = accepted.index_select(0, index), own.index_select(0, index)
                 scores = None if draft.scores is None else draft.scores.index_select(0, index)
                 draft = Drafts(draft.tokens.index_select(0, index), scores)
-            drafts, room = [row.drafts for row in rows], _room(rows, J)
+            drafts, room = [row.drafts for row in rows], _room(rows, J, runner.padded)
             if budget is None:
-                plan = step_plan(options.decoding, drafts, room)
+                plan = step_plan(options.decoding, drafts, room, runner.padded)
             else:
-                spent = budget.choose(room, drafts)
-                plan = budgeted_plan(drafts, spent)
+                spent = budget.choose(room, [row.drafts for row in rows if row.going])
+                plan = budgeted_plan(drafts, spent, runner.padded)
             draft = _of_length(draft, plan.num_drafts)
-            tokens, draft_scores = torch.cat([own.gather(1, kept[:, None]), draft.tokens], dim=1), draft.scores
+            tokens, draft_scores = torch.cat([own.gather(1, accepted[:, None]), draft.tokens], dim=1), draft.scores
 
 
 def _of_length(draft: Drafts, count: int) -> Drafts:
@@ -237,9 +240,12 @@ def _of_length(draft: Drafts, count: int) -> Drafts:
     return Drafts(tokens, scores)
 
 
-def _room(rows: Sequence[_Row], num_masks: int) -> int:
-    """Masks that a block may have: those past the last token that a row may still gain would be for nothing."""
-    return max(0, min(num_masks, max(row.limit - row.length for row in rows) - 2))
+def _room(rows: Sequence[_Row], num_masks: int, padded: bool) -> int:
+    """Masks that a block may have: those past the last token that a row may still gain would be for nothing.
+
+    They are fed all the same where shapes must not change.
+    """
+    return num_masks if padded else max(0, min(num_masks, max(row.limit - row.length for row in rows) - 2))
 
 
 def _filled(going: list[int]) -> list[int]:
@@ -262,32 +268,34 @@ def prepare(model: MTPModel, options: DecodingOptions) -> None:
     """
     if trained_masks(model, options) and options.num_masks == "auto" and not is_sharded(model):
         with evaluating(model), model.lean.use(model):
-            make_budget(model, options, 1)
+            make_budget(model, options, 1, options.compile and GraphRunner.takes(model, options))
 
 
-def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int) -> Budget:
+def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int, graphs: bool) -> Budget:
     """The planner of a batch; the costs of steps are measured once a model.
 
     Args:
         model: the model, its lean layers in use.
         options: how to decode.
         num_rows: rows of the batch.
+        graphs: whether steps are graphs, which take other times.
 
     Returns:
         The planner.
     """
     shortlist = draft_shortlist(model, options)
-    size = model.unembed.vocab_size if shortlist is None else len(shortlist.tokens)
-    if size not in model.lean.draft_costs:
+    kind = graphs, model.unembed.vocab_size if shortlist is None else len(shortlist.tokens)
+    if kind not in model.lean.draft_costs:
         single = TokenChoice(replace(options, logits_processor=None, repetition_penalty=1.0), [0], model.base.device)
         single.shortlist = shortlist
-        model.lean.draft_costs[size] = (
+        model.lean.draft_costs[kind] = (
             measure_step_costs(model, single, usual_positions(model.num_masks)),
             DraftRecord(model.num_masks),
         )
-    costs, record = model.lean.draft_costs[size]
+    costs, record = model.lean.draft_costs[kind]
     coupled = options.temperature == 0 or options.verification == "coupled"
-    return Budget(costs, record, model.num_masks, num_rows, options.decoding == "quadratic", coupled)
+    few = graphs and model.base.device.type == "cpu"  # there each shape takes seconds to compile
+    return Budget(costs, record, model.num_masks, num_rows, options.decoding == "quadratic", coupled, few=few)
 
 
 def draft_shortlist(model: MTPModel, options: DecodingOptions) -> Shortlist | None:
@@ -366,11 +374,6 @@ def named_masks(model: MTPModel, options: DecodingOptions) -> DecodingOptions:
         return options
     listed = "all" if options.draft_vocabulary == "auto" else options.draft_vocabulary
     return replace(options, num_masks=masks, draft_vocabulary=listed)
-
-
-def is_sharded(model: MTPModel) -> bool:
-    """Whether parameters are spread over processes, which must then run every forward pass together."""
-    return any(hasattr(parameter, "placements") for parameter in model.parameters())  # a DTensor
 
 
 def end_tokens(model: MTPModel, options: DecodingOptions) -> set[int]:

@@ -39,6 +39,9 @@ class DecodingOptions:
         draft_vocabulary: how many tokens drafts are chosen from, those that were labels most often in training (the first
             ids, where that was not counted); ``all``; ``auto``: as many as had nearly all labels, where that is known and
             half of the vocabulary at most, else all. The text is the same.
+        compile: whether steps become graphs, one for each shape: CUDA graphs on a GPU, ``torch.compile`` on a CPU, where the
+            first of a shape takes many seconds. Steps that logits processors or the rejection rule look at are left as they
+            are.
     """
 
     decoding: Decoding = "quadratic"
@@ -55,6 +58,7 @@ class DecodingOptions:
     seed: int | Sequence[int] | None = None
     verification: Literal["coupled", "rejection"] = "coupled"
     draft_vocabulary: int | Literal["auto", "all"] = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.decoding not in ("quadratic", "linear", "autoregressive"):

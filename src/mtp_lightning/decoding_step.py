@@ -71,6 +71,10 @@ class Drafts(NamedTuple):
     probabilities: Tensor | None = None
 
 
+PARTS = 1 << 20
+"""Probabilities travel to the host as whole numbers of this part, beside the tokens."""
+
+
 class StepOutput(NamedTuple):
     """What one decoding step gives. All on the device: nothing here waits for it.
 
@@ -83,6 +87,17 @@ class StepOutput(NamedTuple):
     own: Tensor
     num_accepted: Tensor
     draft: Drafts
+
+    def numbers(self) -> Tensor:
+        """What the host wants to know, in one piece: drafts kept, own tokens, and in ``PARTS`` the drafts' probabilities.
+
+        Returns:
+            [B, 1 + c + 1 (+ J)] int64.
+        """
+        parts = [self.num_accepted[:, None], self.own]
+        if self.draft.probabilities is not None:
+            parts.append((self.draft.probabilities * PARTS).long())
+        return torch.cat(parts, dim=1)
 
 
 def num_accepted(draft: Tensor, own: Tensor, drafted: Tensor | None = None) -> Tensor:
@@ -219,9 +234,10 @@ def decode_step(model: MTPModel, step: StepInput) -> StepOutput:
         inputs = torch.cat([inputs, masks.expand(B, -1, -1)], dim=1)
     with model.gate.open(num_mtp if model.lora.gated else size):
         hidden = run_decoder(model.base, inputs, step.attention_mask, step.position_ids, step.cache)
-    if step.choice is None:
+    if len({layout.last for layout in layouts}) == 1:
         verified = hidden[:, layouts[0].last : layouts[0].last + c + 1]
     else:
+        assert step.choice is not None
         last = torch.tensor([layout.last for layout in layouts], device=hidden.device).index_select(0, step.choice)
         rows = torch.arange(B, device=hidden.device)
         verified = hidden[rows[:, None], last[:, None] + torch.arange(c + 1, device=hidden.device)]

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from mtp_lightning.base_identity import describe
 from mtp_lightning.checkpoint import SETTINGS, class_path, init_args, load_model, read_checkpoint
-from mtp_lightning.decoding import is_sharded
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.label_counts import LABEL_COUNTS
 from mtp_lightning.model import MTPModel
@@ -39,6 +38,7 @@ from mtp_lightning.saved_folder import (
     file_digest,
     read_config,
 )
+from mtp_lightning.step_runner import is_sharded
 
 CARD = "README.md"
 _GENERATE = '''# SPDX-License-Identifier: Apache-2.0

@@ -22,6 +22,7 @@ from mtp_lightning.draft_chain import Chain, DraftChain, unrolled
 from mtp_lightning.gated_lora import ADAPTER, Gate, GatedVariant, lora_layers
 from mtp_lightning.lean_layers import Forward, JoinedLayers, SharedAdapters, adapter, is_autocast, unembedding_forward
 from mtp_lightning.packed_linear import packed_dtypes
+from mtp_lightning.row_cache import RowCache
 from mtp_lightning.shortlist import Shortlist
 
 if TYPE_CHECKING:
@@ -38,14 +39,26 @@ LARGEST_COPY = 2 << 30
 """Bytes of weights that are joined and packed, on a CPU; larger bases are read where they lie."""
 
 
+KEPT_CACHES = 2
+"""Caches that are kept for later texts, with the graphs over them; the one that was used last stays longest."""
+SMALLEST_CACHE = 256
+
+
+def fixed_slots(slots: int) -> int:
+    """Slots of a cache whose shape never changes: a power of two, so that texts share their graphs."""
+    return max(SMALLEST_CACHE, 1 << (slots - 1).bit_length())
+
+
 class LeanWeights:
     """Weights made ready for decoding, and whether they are still those of the model.
 
     A copied or pickled model makes its own.
 
     Attributes:
-        draft_costs: what steps cost on this device and in this dtype, and how drafts do, by the number of tokens that drafts
-            are chosen from; empty until somebody asks.
+        generation: counts up each time that weights are made.
+        no_graphs: whether making a graph of a step has failed.
+        draft_costs: what steps cost on this device and in this dtype, and how drafts do, by whether steps are graphs and by
+            the number of tokens that drafts are chosen from; empty until somebody asks.
     """
 
     def __init__(self) -> None:
@@ -56,7 +69,10 @@ class LeanWeights:
         self._shortlist: tuple[LabelCounts | None, int, Shortlist] | None = None
         self._depth = 0
         self._place: tuple[torch.device, torch.dtype] | None = None
-        self.draft_costs: dict[int, tuple[StepCosts, DraftRecord]] = {}
+        self._caches: dict[tuple[int, int], RowCache] = {}
+        self.generation = 0
+        self.no_graphs = False
+        self.draft_costs: dict[tuple[bool, int], tuple[StepCosts, DraftRecord]] = {}
 
     def __reduce__(self) -> Any:
         return LeanWeights, ()
@@ -85,6 +101,34 @@ class LeanWeights:
         if self._depth:
             self._uncover()
         self._forwards, self._chain, self._shortlist, self._made_from = [], None, None, None
+        self._caches.clear()
+        self.generation += 1
+        self.no_graphs = False
+
+    @contextlib.contextmanager
+    def cache(self, model: MTPModel, num_rows: int, slots: int) -> Iterator[RowCache]:
+        """An empty cache with buffers that later texts take again, and with them the graphs of steps over these buffers.
+
+        Args:
+            model: the model.
+            num_rows: rows B.
+            slots: slots that the cache needs.
+
+        Yields:
+            The cache; nobody else has it within the ``with`` block.
+        """
+        size = fixed_slots(slots)
+        cache = self._caches.pop((num_rows, size), None) or RowCache(model.base, num_rows)
+        cache.lengths = [0] * num_rows
+        cache.reserve(size, size)
+        generation = self.generation
+        try:
+            yield cache
+        finally:
+            if generation == self.generation:
+                while len(self._caches) >= KEPT_CACHES:
+                    self._caches.pop(next(iter(self._caches)))
+                self._caches[num_rows, size] = cache
 
     def _uncover(self) -> None:
         for layer, _ in self._forwards:
@@ -119,7 +163,7 @@ class LeanWeights:
     def _prepare(self, model: MTPModel) -> None:
         device, dtype = model.base.device, model.base.dtype
         if self._place not in (None, (device, dtype)):
-            self.draft_costs = {}
+            self.draft_costs.clear()
         self._place = (device, dtype)
         layers = [layer for layer in lora_layers(model.base) if is_plain(layer, model.gate)]
         head = model.sampler_head

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed
 
-from mtp_lightning.decoding import is_sharded
 from mtp_lightning.model import MTPModel
+from mtp_lightning.step_runner import is_sharded
 
 
 @contextlib.contextmanager

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from mtp_lightning.decoding import DecodingOptions, decode, evaluating, is_sharded
+from mtp_lightning.decoding import DecodingOptions, decode, evaluating
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.prompts import Prompt
+from mtp_lightning.step_runner import is_sharded
 from mtp_lightning.token_choice import Prefixes, TokenChoice
 
 

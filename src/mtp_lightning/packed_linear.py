@@ -8,7 +8,11 @@ lives on. ``benchmarks/packed_linear.py`` measures it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
+import weakref
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,28 @@ TYPICAL_ROWS = 16
 """Rows that the layout is chosen for. Measured from 1 to 81 rows: what is best for 16 is best for all, or nearly."""
 SMALL = 1 << 19
 """Numbers in a float32 weight below which a single row is better off with a plain product, which is called more cheaply."""
+
+
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
+_as_operators = False
+
+
+@contextlib.contextmanager
+def as_operators() -> Iterator[None]:
+    """Within the ``with`` block packed products are operators of this package: compilers can't look into packed weights."""
+    global _as_operators
+    before, _as_operators = _as_operators, True
+    try:
+        yield
+    finally:
+        _as_operators = before
+
+
+_library = torch.library.Library("mtp_lightning", "DEF")
+_library.define("packed_linear(Tensor x, int number, int width) -> Tensor")
+_library.impl("packed_linear", lambda x, number, width: _by_number[number].product(x), "CPU")
+_library.impl("packed_linear", lambda x, number, width: x.new_empty(*x.shape[:-1], width), "Meta")
 
 
 @functools.cache
@@ -51,6 +77,9 @@ class PackedLinear:
         weight = weight.detach()
         if weight.device.type == "cpu" and weight.dtype in packed_dtypes():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS)
+        self.width = len(weight)
+        self.number = next(_numbers)
+        _by_number[self.number] = self
         self.plain_single = self.packed is None or (weight.dtype == torch.float32 and weight.numel() < SMALL)
         self.plain = weight if self.packed is None or (self.plain_single and single) else None
 
@@ -62,6 +91,12 @@ class PackedLinear:
         if self._is_plain(x.numel() // x.shape[-1]):
             assert self.plain is not None
             return F.linear(x, self.plain, self.bias)
+        if _as_operators:
+            return torch.ops.mtp_lightning.packed_linear(x, self.number, self.width)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The products with the packed weight."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def plus(self, base: Tensor, x: Tensor) -> Tensor:

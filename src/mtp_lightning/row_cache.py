@@ -94,6 +94,8 @@ class RowCache(Cache):
         num_rows: rows B.
 
     Attributes:
+        fixed: whether steps read all slots, whatever rows hold, so that their shapes never change.
+        graphs: steps that were made ready for these buffers, by what they feed; gone when the buffers grow.
         lengths: tokens of each row that count.
         tokens: those tokens, and behind them what the last step fed, [B, capacity] int64.
     """
@@ -102,6 +104,8 @@ class RowCache(Cache):
         self.windows = layer_windows(base)
         self._place = _Place()
         self._place.rows = num_rows
+        self.fixed = False
+        self.graphs: dict[Any, Any] = {}
         self.lengths = [0] * num_rows
         self.tokens = torch.zeros(num_rows, 0, dtype=torch.int64, device=base.device)
         super().__init__(layers=[RowLayer(self._place, window) for window in self.windows])
@@ -134,6 +138,7 @@ class RowCache(Cache):
             return
         wanted = max(capacity, min(old + old // 4, limit))
         size = -(-wanted // CHUNK) * CHUNK
+        self.graphs.clear()
         self.tokens = _grown(self.tokens, 1, size)
         for layer in self.layers:
             if layer.keys is not None:
@@ -141,10 +146,20 @@ class RowCache(Cache):
                 layer.values = _grown(layer.values, 2, size)
         self._place.capacity = size  # last: whoever stops it half-way (Ctrl-C, no memory left) may go on later
 
-    def first_slots(self) -> dict[int | None, int]:
-        """For each window the first slot that the next step's queries can see."""
+    def reach(self, num_positions: int) -> tuple[dict[int | None, int], int]:
+        """The slots that the next step's queries can see.
+
+        Args:
+            num_positions: positions that it feeds, Q.
+
+        Returns:
+            For each window the first of them, and the end.
+        """
+        if self.fixed:
+            return dict.fromkeys(self.kinds, 0), self.capacity
         shortest = min(self.lengths)
-        return {window: 0 if window is None else max(0, shortest - window + 1) for window in self.kinds}
+        first = {window: 0 if window is None else max(0, shortest - window + 1) for window in self.kinds}
+        return first, max(self.lengths) + num_positions
 
     def begin_step(self, num_positions: int, fed: Tensor, slots: Tensor | None) -> None:
         """Say where the next forward pass writes: after the tokens that count.
@@ -152,11 +167,11 @@ class RowCache(Cache):
         Args:
             num_positions: positions that it feeds, Q.
             fed: its tokens, [B, T].
-            slots: lengths of the rows, [B, 1] int64; None where all are equal.
+            slots: lengths of the rows, [B, 1] int64; None where all are equal. Not None where steps read all slots: then
+                nothing else says where rows end.
         """
         place = self._place
-        place.first = self.first_slots()
-        place.end = max(self.lengths) + num_positions
+        place.first, place.end = self.reach(num_positions)
         if slots is None:
             begin = self.lengths[0]
             place.begin = begin

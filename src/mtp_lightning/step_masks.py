@@ -116,8 +116,9 @@ class StepMasks:
         if cache.capacity != self._capacity:
             self._capacity = cache.capacity
             self._tables.clear()
-        first = cache.first_slots()
-        longest, Q = max(cache.lengths), layouts[0].size
+        Q = layouts[0].size
+        first, end = cache.reach(Q)
+        longest = end - Q
         positions = self._position_table(layouts)
         if choice is not None:
             positions = positions.index_select(0, choice)

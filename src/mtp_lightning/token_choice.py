@@ -61,6 +61,7 @@ class TokenChoice:
     """
 
     def __init__(self, options: DecodingOptions, seeds: list[int], device: torch.device) -> None:
+        self._settings = (options.temperature, options.top_k, options.top_p)
         self.greedy = options.temperature == 0
         self.rejects = not self.greedy and options.verification == "rejection"
         self.seeds = torch.tensor(seeds, device=device)
@@ -81,6 +82,11 @@ class TokenChoice:
             if options.top_p is not None and options.top_p < 1.0:
                 self.warpers.append(TopPLogitsWarper(float(options.top_p)))
         self._nothing = torch.empty(0, 0, dtype=torch.int64, device=device)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Two choices without processors and with one key choose alike, but for the seeds."""
+        return (*self._settings, self.rejects, self.confident, self.shortlist)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows alone."""

@@ -17,10 +17,11 @@ from mtp_lightning.acceptance_report import print_notes, print_table, save_json,
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
 from mtp_lightning.callbacks.throughput import pause_clocks
 from mtp_lightning.callbacks.together import run_folder
-from mtp_lightning.decoding import Decoding, DecodingOptions, is_sharded
+from mtp_lightning.decoding import Decoding, DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.lockstep import in_step
 from mtp_lightning.prompts import Prompt, round_robin
+from mtp_lightning.step_runner import is_sharded
 
 SECONDS_BETWEEN_LINES = 10.0
 

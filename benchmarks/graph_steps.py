@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quadratic step takes over a step of one token, as it is and as a graph, for random models of large shapes.
+
+``python benchmarks/graph_steps.py --shape qwen3-4b --device cuda`` prints a Markdown table: for k masks a step feeds
+(k + 1)^2 positions, verifies k drafts and draws k new ones with a GRU head; 2,048 tokens are in the cache. Ways take turns,
+and figures are medians, so a busy moment hits all alike. Nothing is decoded: a random model has no text, and time does not
+depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from large_shapes import SHAPES, random_model
+
+from mtp_lightning.decoding import DecodingOptions, evaluating
+from mtp_lightning.lean import fixed_slots
+from mtp_lightning.model import MTPModel
+from mtp_lightning.row_cache import RowCache
+from mtp_lightning.step_plan import StepPlan, prompt_plan, step_plan
+from mtp_lightning.step_runner import USES, GraphRunner, StepRunner
+from mtp_lightning.token_choice import TokenChoice
+
+
+@torch.inference_mode()
+def measure(model: MTPModel, context: int, masks: list[int], repeats: int, graphs: bool) -> None:
+    """Print the table."""
+    device = model.base.device
+    cache, slots = RowCache(model.base, 1), fixed_slots(context + (max(masks) + 1) ** 2)
+    cache.reserve(slots, slots)
+    choice = TokenChoice(DecodingOptions(), [0], device)
+    runners = {"as it is": StepRunner(model, cache, choice, True)}
+    if graphs:
+        USES[device.type] = 0
+        runners["graph"] = GraphRunner(model, cache, choice, True)
+    prompt = torch.randint(model.unembed.vocab_size, (1, context), device=device)
+    runners["as it is"].run(prompt_plan("autoregressive", [context], 0), prompt, None, [context])
+    cache.lengths = [context]
+    plans: dict[int, StepPlan] = {0: step_plan("autoregressive", [0], 0)}
+    plans |= {k: step_plan("quadratic", [k], k) for k in masks}
+    seconds: dict[tuple[int, str], list[float]] = {}
+    for number in range(repeats + 2):
+        for k, plan in plans.items():
+            for name, runner in runners.items():
+                tokens = torch.randint(model.unembed.vocab_size, (1, 1 + plan.num_drafts), device=device)
+                begin = time.perf_counter()
+                runner.run(plan, tokens, None, [context + 1])  # reads the tokens, so it waits for the device
+                if number > 1:  # the first two make things ready
+                    seconds.setdefault((k, name), []).append(time.perf_counter() - begin)
+    names = list(runners)
+    print("| masks | positions | " + " | ".join(f"{name}, ms | over 1 token" for name in names) + " |")
+    print("|---|---|" + "---|---|" * len(names))
+    for k, plan in plans.items():
+        cells = []
+        for name in names:
+            ratios = [a / b for a, b in zip(seconds[k, name], seconds[0, name], strict=True)]
+            cells += [f"{1e3 * statistics.median(seconds[k, name]):.2f}", f"{statistics.median(ratios):.2f}"]
+        print(f"| {k} | {plan.layouts[0].size} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--context", type=int, default=2048, help="tokens in the cache")
+    parser.add_argument("--masks", type=int, nargs="+", default=list(range(1, 9)))
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--graphs", choices=["true", "false"], default="true")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = random_model(args.shape, args.dtype, args.device, args.rank)
+    print(f"{args.shape}, {args.dtype}, {args.device}, rank {args.rank}, {args.context} tokens in the cache\n")
+    with evaluating(model), model.lean.use(model):
+        measure(model, args.context, args.masks, args.repeats, args.graphs == "true")
+
+
+if __name__ == "__main__":
+    main()
