@@ -175,7 +175,7 @@ def decode_rows(
             for r, (row, (kept, *found)) in enumerate(zip(rows, read, strict=True)):
                 if not row.going:
                     continue
-                                layout = plan.layouts[plan.choice[r]]
+                layout = plan.layouts[plan.choice[r]]
                 cache.lengths[r] += layout.last + 1 + kept
                 new = found[: kept + 1]
                 end = next((i for i, token in enumerate(new, 1) if token in stop), None)
