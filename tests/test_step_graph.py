@@ -143,8 +143,6 @@ def test_experts_that_the_host_picks(architecture: str, models: dict[str, MTPMod
 def test_drafts_of_the_heads(
     kind: str, masks: Any, head: str, listed: Any, models: dict[str, MTPModel], recordings: list[Any]
 ) -> None:
-    kind: str, masks: Any, head: str, listed: Any, models: dict[str, MTPModel], recordings: list[Any]
-) -> None:
     """The drafts too are those of steps that are no graphs, so what is kept is the same."""
     model = model_of(models, "gemma2", "gru" if head == "base" else head)
     options: dict[str, Any] = {"decoding": kind, "num_masks": masks, "sampler_head": head != "base", "max_new_tokens": G}
