@@ -158,7 +158,7 @@ def test_auto_lists_what_had_nearly_all_labels(verification: str) -> None:
         out = model.generate(prompt[None], max_new_tokens=12, num_masks=num_masks)
         assert out.sequences[0, 6:].tolist() == expected
         list(decode(model, prompt, DecodingOptions(num_masks=num_masks, temperature=1.0, verification=verification, seed=1)))
-    assert [*model.lean.draft_costs] == [64]
+    assert [*model.lean.draft_costs] == [(False, 64)]
 
 
 def test_costs_are_those_of_the_shortlist_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +170,7 @@ def test_costs_are_those_of_the_shortlist_that_is_used(monkeypatch: pytest.Monke
     for asked in (5, "all", 5, 7):
         list(decode(model, token_row([4]).input_ids, DecodingOptions(max_new_tokens=4, draft_vocabulary=asked)))
     assert [None if each is None else len(each.tokens) for each in used] == [5, None, 7]
-    assert [*model.lean.draft_costs] == [5, VOCAB, 7]
+    assert [*model.lean.draft_costs] == [(False, 5), (False, VOCAB), (False, 7)]
 
 
 def test_a_copy_has_the_counts_and_makes_its_own_list() -> None:
