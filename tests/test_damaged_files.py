@@ -86,6 +86,9 @@ def test_predict_asks_for_no_more_than_is_named(run: Path, here: Path, capsys) -
     assert found == "the checkpoint's num_masks is 3, the configuration's is 8. Change model.num_masks or --ckpt_path."
     found = error_of(capsys, 1, *words, "--model.sampler_head", "false", "--model.losses", "{base: BaseCrossEntropy}")
     assert re.fullmatch(r"the checkpoint's sampler head is .*GRU.*, the configuration's is None\. Change .*", found)
+    # What only training needs may be missing here.
+    (here / "logger.yaml").write_text("trainer: {logger: {class_path: lightning.pytorch.loggers.CometLogger}}")
+    assert mtp(*words, "--config", "logger.yaml") == 0
 
 
 def change(path: str, alter: Callable[[dict[str, Any]], object]) -> None:

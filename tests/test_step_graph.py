@@ -8,8 +8,10 @@ compiled for a CPU. Whatever a recording has taken from the host would be the fi
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -193,6 +195,17 @@ def test_changed_weights_make_graphs_anew(models: dict[str, MTPModel]) -> None:
     after = texts(model, [row], decoding="autoregressive")
     assert after != before
     assert texts(model, [row], num_masks=2, compile=True) == after
+
+
+def test_another_shortlist_lets_go_of_the_one_before(models: dict[str, MTPModel]) -> None:
+    """And of the graphs that read it."""
+    model, row = copy.deepcopy(model_of(models, "llama")), prompts(1)[0]
+    lists = weakref.WeakSet[Any]()
+    for size in (5, 7, 5, 7):
+        texts(model, [row], num_masks=2, compile=True, draft_vocabulary=size)
+        lists.add(model.lean._shortlist[2])  # type: ignore[index]
+        gc.collect()
+        assert len(lists) == 1
 
 
 def test_a_kept_cache_keeps_its_graphs(models: dict[str, MTPModel]) -> None:

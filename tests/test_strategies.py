@@ -20,6 +20,7 @@ from tiny import tiny_model
 from tiny_run import LAST, write_config, write_run
 from zygote import Ended, Zygote
 
+from mtp_lightning.checkpoint_files import RESUME
 from mtp_lightning.errors import UsageError
 from mtp_lightning.label_counts import LABEL_COUNTS
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
@@ -219,6 +220,10 @@ def test_the_last_loss_of_a_run_that_is_stopped_is_of_all_processes(zygote: Zygo
     (stopped,) = (line for line in figures(here / "stopped") if "train/loss" in line)
     whole = next(line for line in figures(here / "on") if line["step"] == stopped["step"])
     assert stopped["step"] == 1 and stopped == pytest.approx(whole, rel=CLOSE["rtol"], abs=CLOSE["atol"])
+    # What last.ckpt says was about to be logged, and a run that goes on from it logs.
+    last = torch.load(here / "stopped" / "checkpoints" / "last.ckpt", weights_only=True)
+    pending = last[RESUME]["pending"]["figures"]
+    assert pending["train/loss"] == pytest.approx(whole["train/loss"], rel=CLOSE["rtol"])
 
 
 # one sentence for all processes

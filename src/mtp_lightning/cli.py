@@ -13,6 +13,7 @@ import sys
 import warnings
 from _thread import interrupt_main
 from importlib import import_module
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from mtp_lightning.errors import MTPError, UsageError
@@ -68,7 +69,11 @@ def main(args: list[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if args is None else args)
     # In a process of its own; not where Ctrl-C is ignored, as a shell has it for what it starts in the background.
-    heeds = args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    heeds = (
+        args is None
+        and current_thread() is main_thread()  # no other may set handlers
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
     if heeds:
         # Called last of all: what Python takes down after that no handler is asked about.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
@@ -118,9 +123,9 @@ def _interrupted(heeds: bool) -> NoReturn:
 def _raise_again(unraisable: UnraisableHookArgs) -> None:
     """Have a KeyboardInterrupt that met a destructor, where Python drops all errors, come once more, outside of it."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
-        import threading
+        from threading import Timer
 
-        threading.Timer(0.01, interrupt_main).start()
+        Timer(0.01, interrupt_main).start()
     else:
         sys.__unraisablehook__(unraisable)
 

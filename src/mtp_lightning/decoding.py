@@ -142,6 +142,7 @@ def decode_rows(
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(model.lean.use(model))
+        choice.shortlist = draft_shortlist(model, options) if J else None
         graphs = options.compile and GraphRunner.takes(model, options)
         if cache is not None:
             cache.rewind(prompts[0].tolist())
@@ -155,7 +156,6 @@ def decode_rows(
         remaining = [prompt[held:].to(device) for prompt, held in zip(prompts, cache.lengths, strict=True)]
         tokens, draft_scores = torch.nn.utils.rnn.pad_sequence(remaining, batch_first=True), None
         room = _room(rows, J, runner.padded)
-        choice.shortlist = draft_shortlist(model, options) if J else None
         if options.num_masks == "auto" and J and not is_sharded(model):
             budget = make_budget(model, options, B, graphs)
             choice.confident = budget.coupled

@@ -38,7 +38,7 @@ class DecodingOptions:
             or ``rejection`` (keeps a few more drafts; only the distribution of the text is the base's).
         draft_vocabulary: how many tokens drafts are chosen from, those that were labels most often in training (the first
             ids, where that was not counted); ``all``; ``auto``: as many as had nearly all labels, where that is known and
-            half of the vocabulary at most, else all. The text is the same.
+            half of the vocabulary at most, else all. The text is the same; under the rejection rule its distribution is.
         compile: whether steps become graphs, one for each shape: CUDA graphs on a GPU, ``torch.compile`` on a CPU, where the
             first of a shape takes many seconds. Steps that logits processors or the rejection rule look at are left as they
             are.

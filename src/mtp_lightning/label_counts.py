@@ -80,6 +80,7 @@ def checked_counts(found: Any, vocab_size: int, complaint: str) -> LabelCounts |
     right = isinstance(found, Tensor) and found.dtype == torch.int64 and tuple(found.shape) == (vocab_size,)
     if not right or bool((found < 0).any()):
         what = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+        what += ", with a number below 0" if right else ""
         raise RunError(
             f"{complaint}: {LABEL_COUNTS} should be {vocab_size} int64 numbers from 0 on and is {what}. It is damaged."
         )

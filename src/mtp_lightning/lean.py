@@ -101,9 +101,13 @@ class LeanWeights:
         if self._depth:
             self._uncover()
         self._forwards, self._chain, self._shortlist, self._made_from = [], None, None, None
+        self.no_graphs = False
+        self._outdate()
+
+    def _outdate(self) -> None:
+        """Let go of the graphs, which read what is about to be replaced."""
         self._caches.clear()
         self.generation += 1
-        self.no_graphs = False
 
     @contextlib.contextmanager
     def cache(self, model: MTPModel, num_rows: int, slots: int) -> Iterator[RowCache]:
@@ -155,6 +159,8 @@ class LeanWeights:
         if output is None or size * output.in_features * output.weight.element_size() > LARGEST_COPY:
             return None
         if self._shortlist is None or self._shortlist[0] is not counts or self._shortlist[1] != size:
+            if self._shortlist is not None:
+                self._outdate()  # the graphs over it
             self._shortlist = None  # before a new one is made: both may not fit into memory
             tokens = torch.arange(size) if counts is None else counts.order[:size].sort().values
             self._shortlist = (counts, size, Shortlist(model.unembed, tokens.to(output.weight.device)))

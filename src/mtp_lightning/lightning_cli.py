@@ -274,7 +274,9 @@ class PredictCLI(MTPCLI):
 
     def instantiate_classes(self) -> None:
         """The module and the data module; no weights, and no trainer, which would want the devices that are named."""
-        made = self.parser.instantiate_classes(self.config)
+        config = self.config.clone()
+        config.pop("trainer", None)  # its loggers and callbacks may need packages that only training has
+        made = self.parser.instantiate_classes(config)
         self.model, self.datamodule = self._get(made, "model"), self._get(made, "data")
 
     def after_instantiate_classes(self) -> None:

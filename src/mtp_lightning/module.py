@@ -232,11 +232,15 @@ class MTPModule(LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: MaskedInput, batch_idx: int) -> None:
-        """Have the mean in the place of an estimate that goes to a logger after all: a callback has just ended the run."""
+        """A callback may just have ended the run."""
+        self.settle_figures()
+
+    def settle_figures(self) -> None:
+        """Have the mean in the place of an estimate that goes to a logger after all; all processes must call it."""
         if self._estimate is not None and figures_are_logged(self.trainer):
             hook, self._current_fx_name = self._current_fx_name, "training_step"  # under the same name: in its place
             self._log_step(all_reduce(self._estimate.clone(), "mean"))
-            self._current_fx_name = hook
+            self._current_fx_name, self._estimate = hook, None
 
     def _log_training(self, shown: Tensor) -> None:
         """Log the loss of an optimizer step and its terms, [1 + terms]: each process and batch has a share of the sums."""
@@ -318,6 +322,10 @@ class MTPModule(LightningModule):
         known = self.model.label_counts
         self.model.label_counts = LabelCounts(total if known is None else known.counts + total)
 
+    def on_train_start(self) -> None:
+        """Forget what a run that failed had counted, perhaps on another device."""
+        self._counted = None
+
     def on_train_end(self) -> None:
         """Leave a model that knows its labels."""
         self._gather_counts()
@@ -335,4 +343,4 @@ class MTPModule(LightningModule):
         check_settings(checkpoint, checkpoint_settings(self))
         check_complete(checkpoint, self.state_dict())
         found, vocab_size = checkpoint.get(LABEL_COUNTS), int(self.base_config.vocab_size)
-        self.model.label_counts, self._counted = checked_counts(found, vocab_size, "the checkpoint is damaged"), None
+        self.model.label_counts, self._counted = checked_counts(found, vocab_size, "the checkpoint does not fit"), None

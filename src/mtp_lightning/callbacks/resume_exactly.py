@@ -44,6 +44,8 @@ class ResumeExactly(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the entry. All processes come here; one of them writes."""
+        if (settle := getattr(pl_module, "settle_figures", None)) is not None:  # they are among those that wait
+            settle()
         states = gather(random_state())
         lines = [writer.num_lines() if trainer.is_global_zero else 0 for writer in writers(trainer)]
         checkpoint[RESUME] = {
