@@ -208,6 +208,55 @@ def test_another_shortlist_lets_go_of_the_one_before(models: dict[str, MTPModel]
         assert len(lists) == 1
 
 
+def test_a_replaced_weight_and_a_hook_are_seen(models: dict[str, MTPModel], recordings: list[Any]) -> None:
+    model, row = copy.deepcopy(model_of(models, "llama")), prompts(1)[0]
+    before = texts(model, [row], num_masks=2, compile=True)
+    norm: Any = model.base.get_decoder().norm
+    norm.weight = torch.nn.Parameter(norm.weight.detach() * torch.linspace(-1, 2, len(norm.weight)))
+    after = texts(model, [row], decoding="autoregressive")
+    assert after != before
+    assert texts(model, [row], num_masks=2, compile=True) == after
+    made = len(recordings)
+    norm.register_forward_hook(lambda module, args, out: out.flip(-1))
+    hooked = texts(model, [row], decoding="autoregressive")
+    assert hooked != after
+    assert texts(model, [row], num_masks=2, compile=True) == hooked
+    assert len(recordings) == made
+
+
+def test_autocast_is_left_alone(models: dict[str, MTPModel], recordings: list[Any]) -> None:
+    model, row = tiny_model("llama", 2, GRUSamplerHead(), dtype=torch.float32), prompts(1)[0]
+    plain = texts(model, [row], num_masks=2)
+    assert texts(model, [row], num_masks=2, compile=True) == plain
+    made = len(recordings)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = texts(model, [row], num_masks=2)
+        assert texts(model, [row], num_masks=2, compile=True) == cast
+    assert len(recordings) == made
+    assert texts(model, [row], num_masks=2, compile=True) == plain
+
+
+def test_a_nan_of_an_earlier_text_is_gone(models: dict[str, MTPModel]) -> None:
+    """A graph reads all slots, and nothing times NaN is NaN."""
+    model, row = copy.deepcopy(model_of(models, "llama")), prompts(1)[0]
+    expected = texts(model, [row], num_masks=2, compile=True)
+    (cache,) = model.lean._caches.values()
+    with torch.inference_mode():
+        for layer in cache.layers:
+            layer.keys[:, :, 30:] = layer.values[:, :, 30:] = torch.nan
+    assert texts(model, [row], num_masks=2, compile=True) == expected
+
+
+def test_a_cache_that_was_another_models(models: dict[str, MTPModel]) -> None:
+    one, other = (tiny_model("llama", 2, GRUSamplerHead(), seed=seed) for seed in (0, 3))
+    row, options = prompts(1)[0], DecodingOptions(num_masks=2, max_new_tokens=G, compile=True)
+    cache = RowCache(one.base, 1)
+    for seed, model in ((0, one), (3, other), (0, one)):
+        cache.lengths = [0]
+        said = [token for step in decode(model, row, options, cache) for token in step.tokens]
+        assert said == greedy_text(tiny_base("llama", seed=seed), row, G)
+
+
 def test_a_kept_cache_keeps_its_graphs(models: dict[str, MTPModel]) -> None:
     """As a chat has it: the cache goes on from turn to turn."""
     model, row = model_of(models, "gemma3"), prompts(1)[0]

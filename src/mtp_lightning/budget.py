@@ -55,7 +55,7 @@ class DraftRecord:
         usual: the chance of each draft of a block, given that those before are kept.
         pace: what steps take.
         shapes: plans that were carried out before, with the rows of the batch.
-        taken: for plans that are graphs, with the rows of the batch, the seconds they take and the steps that say so.
+        taken: for plans that are graphs, with the batch, the seconds they take and the steps that say so.
     """
 
     def __init__(self, num_masks: int) -> None:
@@ -66,7 +66,7 @@ class DraftRecord:
         self.usual = np.linspace(0.6, 0.4, num_masks)
         self.pace = Pace()
         self.shapes: set[tuple[int, Plan]] = set()
-        self.taken: dict[tuple[int, Plan], tuple[float, int]] = {}
+        self.taken: dict[tuple[tuple[int, int], Plan], tuple[float, int]] = {}
 
     def chance(self, probability: np.ndarray) -> np.ndarray:
         """The corrected chance that a draft of this probability is kept, once it is reached."""
@@ -160,6 +160,7 @@ class Budget:
         few: whether each shape is dear to make ready, so that there should be very few.
 
     Attributes:
+        batch: rows that steps feed, those that have finished included, and slots of the cache.
         stops_early: whether a draft ends once its chance is below ``least``.
         least: the chance below which another draft token costs more than it can bring.
     """
@@ -188,6 +189,7 @@ class Budget:
         self._parts = np.broadcast_to(costs.verified * c, self._positions.shape)
         self.values = DraftValues(self.sizes)
         self._price: tuple[np.ndarray, float, int, int] | None = None
+        self.batch = num_rows, 0
         self.stops_early, self.least = False, 0.0
         self._curve = costs.curve(int(self._positions.max()) * num_rows)
         self._seconds: dict[int, np.ndarray] = {}
@@ -212,7 +214,7 @@ class Budget:
 
     def spent(self, plan: Plan, links: int) -> float:
         """What a step costs that drafts so many tokens one after another."""
-        taken = self.record.taken.get((len(self.rows), plan))
+        taken = self.record.taken.get((self.batch, plan))
         return taken[0] if taken else float(self.seconds(len(self.rows))[self._place(plan)]) + self._chain(links)
 
     def _fitting(self, most: int) -> int:
@@ -240,7 +242,7 @@ class Budget:
             plan: what was fed.
             links: draft tokens drawn one after another.
             seconds: what it took.
-            graph: whether the step ran as a graph, whose time depends on nothing else.
+            graph: whether the step ran as a graph, whose time does not depend on what rows hold.
         """
         B = len(self.rows)
         if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
@@ -250,10 +252,10 @@ class Budget:
             return
         place = self._place(plan)
         if graph:
-            mean, count = self.record.taken.get((B, plan), (0.0, 0))
+            mean, count = self.record.taken.get((self.batch, plan), (0.0, 0))
             count = min(count + 1, Pace.STEPS)
             seen = min(seconds, 2 * mean) if count > 1 else seconds  # a step that something held up says little
-            self.record.taken[B, plan] = mean + (seen - mean) / count, count
+            self.record.taken[self.batch, plan] = mean + (seen - mean) / count, count
         if B not in self._raw:
             self._raw[B] = self._expected(B)
         expected = float(self._raw[B][place]) + self._chain(links)
@@ -281,8 +283,8 @@ class Budget:
         B = len(self.rows)
         if self._price is None or self._price[2] != B or self._price[3] + PLAN_EVERY <= self._steps:
             seconds = self.seconds(B) + self._drafting()[None, :, None]
-            for (rows, plan), (taken, _) in self.record.taken.items():
-                if rows == B and self._has(plan):
+            for (batch, plan), (taken, _) in self.record.taken.items():
+                if batch == self.batch and self._has(plan):
                     seconds[self._place(plan)] = taken
             usual = self.rows[0].mean if B == 1 else np.mean([row.mean for row in self.rows], axis=0)
             self.values.sweep(usual, seconds, SETTLE if self._price is None else SWEEPS)

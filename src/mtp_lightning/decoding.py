@@ -144,6 +144,8 @@ def decode_rows(
         stack.enter_context(model.lean.use(model))
         choice.shortlist = draft_shortlist(model, options) if J else None
         graphs = options.compile and GraphRunner.takes(model, options)
+        if graphs:
+            model.lean.watch(model)
         if cache is not None:
             cache.rewind(prompts[0].tolist())
             if graphs:
@@ -152,12 +154,15 @@ def decode_rows(
             cache = stack.enter_context(model.lean.cache(model, B, slots_ever))
         else:
             cache = RowCache(model.base, B)
+        if graphs:
+            cache.wipe()
         runner = (GraphRunner if graphs else StepRunner)(model, cache, choice, options.sampler_head)
         remaining = [prompt[held:].to(device) for prompt, held in zip(prompts, cache.lengths, strict=True)]
         tokens, draft_scores = torch.nn.utils.rnn.pad_sequence(remaining, batch_first=True), None
         room = _room(rows, J, runner.padded)
         if options.num_masks == "auto" and J and not is_sharded(model):
             budget = make_budget(model, options, B, graphs)
+            budget.batch = B, cache.capacity
             choice.confident = budget.coupled
             chained = options.sampler_head and model.sampler_head is not None
             budget.stops_early = budget.coupled and device.type == "cpu" and chained and not graphs

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,7 @@ class LeanWeights:
         self._shortlist: tuple[LabelCounts | None, int, Shortlist] | None = None
         self._depth = 0
         self._place: tuple[torch.device, torch.dtype] | None = None
+        self._read: tuple[Any, ...] | None = None
         self._caches: dict[tuple[int, int], RowCache] = {}
         self.generation = 0
         self.no_graphs = False
@@ -106,8 +108,27 @@ class LeanWeights:
 
     def _outdate(self) -> None:
         """Let go of the graphs, which read what is about to be replaced."""
+        had_graphs = any(cache.graphs for cache in self._caches.values())
         self._caches.clear()
         self.generation += 1
+        if had_graphs:
+            gc.collect()  # compiled code and its buffers hold each other
+
+    def watch(self, model: MTPModel) -> None:
+        """Let go of the graphs where the model has another weight by now, or would compute otherwise.
+
+        Args:
+            model: the model.
+        """
+        tensors = (*model.parameters(), *model.buffers())
+        read = (
+            tuple((id(each), each.data_ptr()) for each in tensors),
+            model.base.config._attn_implementation,
+            torch.get_num_threads(),
+        )
+        if read != self._read:
+            self._read = read
+            self._outdate()
 
     @contextlib.contextmanager
     def cache(self, model: MTPModel, num_rows: int, slots: int) -> Iterator[RowCache]:
@@ -131,7 +152,8 @@ class LeanWeights:
         finally:
             if generation == self.generation:
                 while len(self._caches) >= KEPT_CACHES:
-                    self._caches.pop(next(iter(self._caches)))
+                    if self._caches.pop(next(iter(self._caches))).graphs:
+                        gc.collect()
                 self._caches[num_rows, size] = cache
 
     def _uncover(self) -> None:

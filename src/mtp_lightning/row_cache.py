@@ -183,6 +183,13 @@ class RowCache(Cache):
         place.index = (rows, slice(None), columns)
         self.tokens[rows, columns[:, : fed.shape[1]]] = fed
 
+    def wipe(self) -> None:
+        """Zero the slots behind the tokens that count: steps that read all slots would spread a NaN from there."""
+        for layer in self.layers:
+            if layer.keys is not None:
+                layer.keys[:, :, min(self.lengths) :].zero_()
+                layer.values[:, :, min(self.lengths) :].zero_()
+
     def rewind(self, tokens: list[int]) -> None:
         """Keep of a single row what it has in common with the beginning of another text.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mtp_lightning import packed_linear
-from mtp_lightning.decoding_step import Drafts, StepInput, StepOutput, decode_step
+from mtp_lightning.decoding_step import Drafts, StepInput, StepOutput, block_index, decode_step, mask_index
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.step_masks import StepMasks
 from mtp_lightning.step_plan import StepPlan
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select"}
 """Operations after which the host, or a shape, depends on what tensors hold."""
+COPIES = {"lift_fresh", "lift_fresh_copy"}
+"""Tensors made from numbers of the host, which a CUDA graph can't hold."""
 HOST = "some layer decides on the host what to do next, which a recording can't follow."
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -49,7 +51,8 @@ def recorded(step: Step, inputs: Sequence[Tensor]) -> Step:
     """
     with packed_linear.as_operators():
         graph = make_fx(step)(*inputs)
-    if WAITS & {getattr(node.target, "_opname", "") for node in graph.graph.nodes}:
+    refused = WAITS | COPIES if inputs[0].is_cuda else WAITS
+    if refused & {getattr(node.target, "_opname", "") for node in graph.graph.nodes}:
         raise RuntimeError(HOST)
     return graph
 
@@ -81,15 +84,18 @@ def cuda_graph(step: Step, inputs: Sequence[Tensor]) -> Replay:
     Returns:
         Runs it. What it gives is overwritten by the next run.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # what kernels make ready at their first call must not be recorded
-        for _ in range(2):
-            step(*inputs)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(*inputs)
+    recorded(step, inputs)  # refuses what a capture would fail at half-way
+    with torch.cuda.device(inputs[0].device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what kernels make ready at their first call must not be recorded
+            for _ in range(2):
+                step(*inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # The outer one puts the stream back where a capture fails; other threads may go on using the device.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = step(*inputs)
 
     def replay() -> tuple[Tensor, ...]:
         graph.replay()
@@ -119,7 +125,6 @@ class StepGraph:
     Args:
         model: the model, its lean layers in use.
         cache: the batch's keys and values.
-        masks: positions and masks of steps over this cache; kept, for the graph reads its tables.
         choice: how tokens are chosen, but for the seeds.
         sampler_head: whether to draft with the sampler head.
         plan: a step of this shape.
@@ -132,7 +137,6 @@ class StepGraph:
         self,
         model: MTPModel,
         cache: RowCache,
-        masks: StepMasks,
         choice: TokenChoice,
         sampler_head: bool,
         plan: StepPlan,
@@ -140,9 +144,11 @@ class StepGraph:
         device, B, c = model.base.device, len(cache.lengths), plan.num_drafts
         self.tokens = torch.zeros(B, 1 + c, dtype=torch.int64, device=device)
         self.rows = torch.zeros(B, 4, dtype=torch.int64, device=device)
-        self.rows[:, 0] = torch.tensor(cache.lengths)  # it is run while it is made: nothing that counts is written over
+        # It is run while it is made: at the rows' ends, so that nothing that counts is written over.
+        self.rows.copy_(torch.tensor([[length, length + 1, 0, c] for length in cache.lengths]))
         self.seeds = choice.seeds.clone()
-        self.masks, self.choice = masks, copy.copy(choice)
+        # The graph reads the tables of masks and of indices: they must stay.
+        self.masks, self.choice = (masks := StepMasks(model.base, model.context)), copy.copy(choice)
         self.choice.least = 0.0
         layouts, size = plan.layouts, plan.layouts[0].size
         several = len(layouts) > 1
@@ -166,6 +172,8 @@ class StepGraph:
         try:
             # Once as it is: it makes tables that steps share. The slots that it writes are the next step's own.
             step(*inputs)
+            if layouts[0].num_mtp:
+                self.indices = mask_index(layouts[0], device), block_index(layouts, c, device)
             self.replay = CAPTURES[device.type](step, inputs)
         finally:
             cache.fixed = before

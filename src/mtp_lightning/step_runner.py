@@ -7,10 +7,11 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_lightning.decoding_options import DecodingOptions
 from mtp_lightning.decoding_step import StepInput, StepOutput
+from mtp_lightning.lean_layers import is_autocast
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.step_graph import CAPTURES, StepGraph
 from mtp_lightning.step_masks import StepMasks
@@ -20,6 +21,8 @@ from mtp_lightning.token_choice import TokenChoice
 if TYPE_CHECKING:
     from mtp_lightning.model import MTPModel
 
+MOST = 64
+"""Shapes of steps over one cache that are remembered."""
 USES = {"cpu": 8, "cuda": 1}
 """Steps of a shape that are run as they are before one is made into a graph, which takes as long as many steps."""
 
@@ -27,6 +30,10 @@ USES = {"cpu": 8, "cuda": 1}
 def is_sharded(model: MTPModel) -> bool:
     """Whether parameters are spread over processes, which must then run every forward pass together."""
     return any(hasattr(parameter, "placements") for parameter in model.parameters())  # a DTensor
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
 
 
 class StepRunner:
@@ -101,20 +108,26 @@ class GraphRunner(StepRunner):
 
     @staticmethod
     def takes(model: MTPModel, options: DecodingOptions) -> bool:
-        """Whether steps can be graphs: not where something of the host's looks at each token, or processes must agree."""
-        if options.logits_processor or options.repetition_penalty != 1.0 or model.base.device.type not in CAPTURES:
+        """Whether steps can be graphs: not where something of the host's has a hand in them, or processes must agree."""
+        device = model.base.device
+        if options.logits_processor or options.repetition_penalty != 1.0 or device.type not in CAPTURES:
             return False
-        return (options.temperature == 0 or options.verification == "coupled") and not is_sharded(model)
+        if (options.temperature and options.verification == "rejection") or is_sharded(model) or is_autocast(device):
+            return False
+        if model.lean.no_graphs or any(parameter.device != device for parameter in model.parameters()):
+            return False
+        return not any(_is_hooked(module) for module in model.modules())
 
     def run(
         self, plan: StepPlan, tokens: Tensor, draft_scores: Tensor | None, ends: list[int]
     ) -> tuple[StepOutput, list[list[int]]]:
         """See ``StepRunner``."""
-        self.was_graph = True
+        self.was_graph = False
         graph = self._graph(plan)
         if graph is None:
-            self.was_graph = False
             return super().run(plan, tokens, draft_scores, ends)
+        if self.was_graph is False:
+            self.was_graph = True
         return graph.run(tokens, self.cache.lengths, ends, plan, self.choice.seeds)
 
     def _graph(self, plan: StepPlan) -> StepGraph | None:
@@ -122,10 +135,10 @@ class GraphRunner(StepRunner):
         lean, graphs = self.model.lean, self.cache.graphs
         if plan.layouts[0].last or max(self.cache.lengths) == 0 or lean.no_graphs:  # a prompt's shape comes once
             return None
-        if self.generation != lean.generation:  # weights that graphs read may be gone
-            if graphs.get("generation") != lean.generation:
+        if self.generation != lean.generation:  # weights that graphs read may be gone, or be another model's
+            if graphs.get("made for") != (lean, lean.generation):
                 graphs.clear()
-                graphs["generation"] = lean.generation
+                graphs["made for"] = lean, lean.generation
             self.generation = lean.generation
         key = (plan.layouts, plan.num_drafts, len(self.cache.lengths), self.choice.key, self.sampler_head)
         found = graphs.get(key, 0)
@@ -134,10 +147,12 @@ class GraphRunner(StepRunner):
         device = self.model.base.device.type
         if found < USES[device]:
             graphs[key] = found + 1
+            while len(graphs) > MOST:  # the oldest, behind what they were made for
+                graphs.pop(list(graphs)[1])
             return None
+        self.was_graph = None
         try:
-            self.was_graph = None
-            graphs[key] = StepGraph(self.model, self.cache, self.masks, self.choice, self.sampler_head, plan)
+            graphs[key] = StepGraph(self.model, self.cache, self.choice, self.sampler_head, plan)
         except Exception as error:  # compilers and drivers raise anything; the text does not depend on them
             lean.no_graphs = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
