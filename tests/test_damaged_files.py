@@ -129,7 +129,7 @@ def test_a_checkpoint_of_damaged_counts(run: Path, here: Path, capsys) -> None:
     said = "mtp_label_counts should be 17 int64 numbers from 0 on and is (3,) torch.float32. It is damaged."
     for command in ("fit", "validate"):
         found = error_of(capsys, 1, command, "--config", "config.yaml", "--ckpt_path", LAST)
-        assert found == f"the checkpoint is damaged: {said}"
+        assert found == f"the checkpoint does not fit: {said}"
     found = error_of(capsys, 1, "generate", LAST, "--prompt", "one")
     assert found == f"checkpoint '{LAST}' does not fit its own settings: {said}"
     assert contents(here) == before

@@ -59,7 +59,7 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     for name in ("instantiate_classes", "after_instantiate_classes"):
         monkeypatch.setattr(MTPCLI, name, lambda self: None)
     monkeypatch.setattr(MTPCLI, "_run_subcommand", lambda self, subcommand: reached.append(subcommand))
-    monkeypatch.setattr("mtp_lightning.checkpoint.load_model", lambda *args: torch.nn.Identity())
+    monkeypatch.setattr("mtp_lightning.checkpoint.load_model", lambda *args, **options: torch.nn.Identity())
     monkeypatch.setattr("mtp_lightning.export_command.export_checkpoint", lambda *args: reached.append("export"))
     monkeypatch.setattr("mtp_lightning.benchmark_command.measure", lambda *args: reached.append("benchmark"))
     monkeypatch.setattr("mtp_lightning.chat_command.conversation", lambda *args: None)

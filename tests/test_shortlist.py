@@ -239,7 +239,8 @@ def test_evaluation_names_the_whole_vocabulary() -> None:
     [
         (torch.zeros(4, dtype=torch.int64), r"\(4,\) torch.int64"),
         (torch.zeros(5), r"\(5,\) torch.float32"),
-        (torch.tensor([0, 1, -1, 0, 0]), r"\(5,\) torch.int64"),
+        (torch.tensor([0, 1, -1, 0, 0]), r"\(5,\) torch.int64, with a number below 0"),
+        (torch.tensor([0, 1, 1, 0, 0]).to_sparse(), r"\(5,\) torch.int64"),
         ([1, 2, 3, 4, 5], "list"),
     ],
 )

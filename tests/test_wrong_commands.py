@@ -273,7 +273,8 @@ def test_base_model_not_found(run: Path, capsys, command: str) -> None:
     found = error_of(capsys, 1, command, *words)
     assert re.match(r"base model '(\./|owner/)?no_base' could not be loaded: ", found)
     assert found.endswith(
-        "Set model.base_model to a folder with config.json and weights, or to a hub id that this machine can reach."
+        "Set model.base_model (--base_model) to a folder with config.json and weights,"
+        " or to a hub id that this machine can reach."
     )
     assert contents(run) == before
 

@@ -60,7 +60,8 @@ def load_config(base_model: str, revision: str | None = None) -> Any:
 def _not_loaded(base_model: str, error: Exception) -> RunError:
     return RunError(
         f"base model {base_model!r} could not be loaded: {_first_line(error)}"
-        " Set model.base_model to a folder with config.json and weights, or to a hub id that this machine can reach."
+        " Set model.base_model (--base_model) to a folder with config.json and weights, or to a hub id that this machine can"
+        " reach."
     )
 
 

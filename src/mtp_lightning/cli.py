@@ -151,6 +151,9 @@ def _run(words: list[str]) -> None:
     if words[0] not in COMMANDS:
         raise UsageError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}.")
     _check_configurations(words)
+    # Before torch is imported: its threads would spin, milliseconds at each of hundreds of small operations a token, for one
+    # that another process keeps from its core. Decoding a small model beside a busy process took ten times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _quiet()
     command = COMMANDS[words[0]]
     getattr(import_module(f"mtp_lightning.{command.module}"), command.function)(
@@ -163,6 +166,17 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory already
     warnings.filterwarnings("ignore", message=".*intended to run from within Python.*")  # main() passes the arguments on
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
+    show = warnings.showwarning
+
+    def show_shortly(message: Warning | str, category: type[Warning], filename: str, *place: Any) -> None:
+        """Warnings of this package as one line, without the place in its source."""
+        if f"{os.sep}mtp_lightning{os.sep}" in filename and category is UserWarning:
+            print(f"mtp: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, filename, *place)
+
+    if show.__name__ != show_shortly.__name__:
+        warnings.showwarning = show_shortly
     import logging
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)

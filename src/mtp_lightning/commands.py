@@ -86,6 +86,12 @@ class DecodingArguments:
         Returns:
             The model.
         """
+        if self.compile:
+            print(
+                "mtp: each shape of step is compiled when it has come up a few times, which takes seconds or more:"
+                " this pays for thousands of tokens.",
+                file=sys.stderr,
+            )
         return MTPModel.from_pretrained(
             name,
             base_model=self.base_model,

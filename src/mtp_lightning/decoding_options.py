@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 from mtp_lightning.errors import UsageError
 
+COLDEST = 1e-6
+"""Logits are divided by the temperature in float32."""
+
 Decoding = Literal["quadratic", "linear", "autoregressive"]
 
 
@@ -67,7 +70,20 @@ class DecodingOptions:
             )
         if self.verification not in ("coupled", "rejection"):
             raise UsageError(f"verification must be coupled or rejection, got {self.verification!r}. Change verification.")
-        for name in ("num_masks", "max_new_tokens", "max_steps", "top_k", "seed", "eos_token_id", "draft_vocabulary"):
+        for name in (
+            "num_masks",
+            "max_new_tokens",
+            "max_steps",
+            "top_k",
+            "seed",
+            "eos_token_id",
+            "draft_vocabulary",
+            "temperature",
+            "top_p",
+            "repetition_penalty",
+            "compile",
+            "sampler_head",
+        ):
             setattr(self, name, _plain(getattr(self, name)))
         for name in ("seed", "eos_token_id"):
             value: Any = getattr(self, name)
@@ -82,8 +98,24 @@ class DecodingOptions:
             raise UsageError(
                 f"draft_vocabulary must be auto, all, or a number from 1 on, got {listed!r}. Change draft_vocabulary."
             )
+        for name in ("temperature", "top_p", "repetition_penalty", "compile", "sampler_head"):
+            value = getattr(self, name)
+            switch = name in ("compile", "sampler_head")
+            if isinstance(value, bool) != switch or not (
+                isinstance(value, (bool, int, float)) or name == "top_p" and not value
+            ):
+                raise UsageError(
+                    f"{name} must be {'True or False' if switch else 'a number'}, got {value!r}. Change {name}."
+                )
+        if self.max_new_tokens is None:
+            raise UsageError("max_new_tokens must be 1 or more, got None.")
         if not 0 <= self.temperature < math.inf:
             raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}. Change temperature.")
+        if 0 < self.temperature < COLDEST:
+            raise UsageError(
+                f"temperature must be 0 (greedy) or at least {COLDEST}, below which logits overflow, got {self.temperature}."
+                " Change temperature."
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}. Change top_p.")
         if not 0 < self.repetition_penalty < math.inf:
@@ -105,7 +137,7 @@ class DecodingOptions:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
                 raise UsageError(f"unknown option {name!r}: {hint}")
         return cls(**options)

@@ -77,7 +77,11 @@ def checked_counts(found: Any, vocab_size: int, complaint: str) -> LabelCounts |
     """
     if found is None:
         return None
-    right = isinstance(found, Tensor) and found.dtype == torch.int64 and tuple(found.shape) == (vocab_size,)
+    right = (
+        isinstance(found, Tensor)
+        and (found.dtype, found.layout, found.device.type) == (torch.int64, torch.strided, "cpu")
+        and tuple(found.shape) == (vocab_size,)
+    )
     if not right or bool((found < 0).any()):
         what = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
         what += ", with a number below 0" if right else ""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -132,6 +133,13 @@ class MTPCLI(LightningCLI):
                 f"{missing[1]} needs {missing[2]}, which is not installed. Run pip install '{missing[2]}', or leave it out"
                 " of the configuration."
             ) from error
+
+    def after_fit(self) -> None:
+        """Say where the result lies."""
+        best = [each.best_model_path for each in self.trainer.checkpoint_callbacks if getattr(each, "best_model_path", "")]
+        if best and self.trainer.is_global_zero:
+            path = os.path.relpath(best[0])
+            print(f"\nbest checkpoint: {path}\ntry it: mtp generate {path} --prompt TEXT", flush=True)
 
     def after_instantiate_classes(self) -> None:
         """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""

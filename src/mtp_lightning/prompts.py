@@ -277,7 +277,8 @@ def _render(row: PromptRow, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise RunError(
             f"{row.place}: there are messages, and the base's tokenizer has no chat template."
-            " Write the text to a prompt field, or take a base model made for chat."
+            " Give prompts of text alone (a prompt field; in a configuration trainer.callbacks.prompts names the file),"
+            " or take a base model made for chat."
         )
     messages = open_messages(row.content)
     if not messages:
