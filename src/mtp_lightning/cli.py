@@ -152,7 +152,7 @@ def _run(words: list[str]) -> None:
         raise UsageError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}.")
     _check_configurations(words)
     # Before torch is imported: its threads would spin, milliseconds at each of hundreds of small operations a token, for one
-    # that another process keeps from its core. Decoding a small model beside a busy process took ten times as long.
+    # that another process keeps from its core. Decoding a small model beside a busy process took many times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _quiet()
     command = COMMANDS[words[0]]
@@ -176,7 +176,7 @@ def _quiet() -> None:
             show(message, category, filename, *place)
 
     if show.__name__ != show_shortly.__name__:
-        warnings.showwarning = show_shortly
+        warnings.showwarning = show_shortly  # type: ignore[assignment] # typeshed names the arguments one by one
     import logging
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)

@@ -136,9 +136,9 @@ class MTPCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the result lies."""
-        best = [each.best_model_path for each in self.trainer.checkpoint_callbacks if getattr(each, "best_model_path", "")]
-        if best and self.trainer.is_global_zero:
-            path = os.path.relpath(best[0])
+        best = [getattr(each, "best_model_path", "") for each in self.trainer.checkpoint_callbacks]
+        if any(best) and self.trainer.is_global_zero:
+            path = os.path.relpath(next(filter(None, best)))
             print(f"\nbest checkpoint: {path}\ntry it: mtp generate {path} --prompt TEXT", flush=True)
 
     def after_instantiate_classes(self) -> None:
