@@ -14,7 +14,7 @@ import statistics
 import time
 
 import torch
-from large_shapes import SHAPES, random_model
+from large_shapes import random_model, shape_arguments
 
 from mtp_lightning.decoding import DecodingOptions, evaluating
 from mtp_lightning.lean import fixed_slots
@@ -64,11 +64,7 @@ def measure(model: MTPModel, context: int, masks: list[int], repeats: int, graph
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-4b")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--rank", type=int, default=128)
+    shape_arguments(parser, "qwen3-4b", "cuda")
     parser.add_argument("--context", type=int, default=2048, help="tokens in the cache")
     parser.add_argument("--masks", type=int, nargs="+", default=list(range(1, 9)))
     parser.add_argument("--repeats", type=int, default=20)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtp_lightning.budget import Budget, DraftRecord, usual_positions
+from mtp_lightning.budget import Budget, usual_positions
 from mtp_lightning.decoding import DecodingOptions, draft_shortlist, evaluating
+from mtp_lightning.draft_record import DraftRecord
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead
@@ -92,14 +93,19 @@ def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: in
     return tokens / seconds * float(costs.curve(1)[1]), tokens / (steps - steps // 5)
 
 
+def shape_arguments(parser: argparse.ArgumentParser, shape: str, device: str) -> None:
+    """The arguments that say which random model, with defaults."""
+    parser.add_argument("--shape", choices=SHAPES, default=shape)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--rank", type=int, default=128)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--rank", type=int, default=128)
+    shape_arguments(parser, "qwen3-0.6b", "cpu")
     parser.add_argument(
         "--draft_vocabulary", type=int, default=None, help="tokens that drafts are chosen from; not given: all"
     )

@@ -14,10 +14,11 @@ from test_sampling import LENGTHS, SEED, SETTINGS, TESTS, G, fitted, p_value, pa
 from tiny import CONTEXT, VOCAB, greedy_text, tiny_base, tiny_model, token_row
 
 from mtp_lightning import budget as budget_file
-from mtp_lightning import decoding, step_costs
-from mtp_lightning.budget import PLAIN, Budget, DraftRecord, Plan
+from mtp_lightning import decoding, draft_record, step_costs
+from mtp_lightning.budget import PLAIN, Budget, Plan
 from mtp_lightning.decoding import DecodingOptions, decode
 from mtp_lightning.decoding_step import draft_block
+from mtp_lightning.draft_record import DraftRecord
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.sampler_heads import GRUSamplerHead
@@ -197,7 +198,7 @@ def test_what_is_little_known_is_hoped_for() -> None:
 
 
 def test_chances_are_corrected_by_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget_file, "HOPE", 0.0)
+    monkeypatch.setattr(draft_record, "HOPE", 0.0)
     record, generator = DraftRecord(4), np.random.default_rng(0)
     before = record.chance(np.array([0.1, 0.5, 0.9]))
     np.testing.assert_allclose(before, [0.1, 0.5, 0.9], atol=0.03)

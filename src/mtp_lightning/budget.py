@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from mtp_lightning.draft_record import DraftRecord, RowRecord
 from mtp_lightning.draft_values import SETTLE, DraftValues, availability
 from mtp_lightning.step_costs import Pace, StepCosts
 
@@ -30,11 +31,6 @@ SIZES = (0, 1, 2, 4, 8)
 """Drafts verified and masks in a block, beside 12, 16, 24, .. and k: few shapes, for kernels are made ready for each."""
 FEW = (0, 2, 4)
 """The same, where each shape is compiled."""
-BINS = 20
-MEMORY = 800.0
-"""Kept and verified drafts in a bin of the correction are forgotten beyond about so many."""
-HOPE = 0.5
-"""Standard errors by which a chance is taken to be better than was seen: after bad luck it would never be tried again."""
 FORESIGHT = 0.12
 """Weight of the newest block in a row's mean chances."""
 LOOK_SHARE = 0.01
@@ -43,62 +39,6 @@ REFRESH, PLAIN_EVERY, PLAIN_FIRST = 16, 256, 2
 """Steps between corrections of the costs by what steps really take; and plain steps taken to know what those take."""
 PLAN_EVERY, SWEEPS = 3, 6
 """Steps for which prices and values are used, and sweeps that renew them."""
-
-
-class DraftRecord:
-    """How often drafts of a probability were kept, and how blocks of this model do in general. Shared by all texts.
-
-    Args:
-        num_masks: k.
-
-    Attributes:
-        usual: the chance of each draft of a block, given that those before are kept.
-        pace: what steps take.
-        shapes: plans that were carried out before, with the rows of the batch.
-        taken: for plans that are graphs, with the batch, the seconds they take and the steps that say so.
-    """
-
-    def __init__(self, num_masks: int) -> None:
-        middles = (np.arange(BINS) + 0.5) / BINS
-        weight = 8.0  # drafts that the head's own word counts for
-        self._verified = np.full(BINS, weight)
-        self._kept = middles * weight
-        self.usual = np.linspace(0.6, 0.4, num_masks)
-        self.pace = Pace()
-        self.shapes: set[tuple[int, Plan]] = set()
-        self.taken: dict[tuple[tuple[int, int], Plan], tuple[float, int]] = {}
-
-    def chance(self, probability: np.ndarray) -> np.ndarray:
-        """The corrected chance that a draft of this probability is kept, once it is reached."""
-        place = np.clip(probability * BINS - 0.5, 0, BINS - 1)
-        kept = self._kept / self._verified
-        doubt = np.sqrt(kept * (1 - kept) / self._verified)
-        return np.interp(place, np.arange(BINS), np.minimum(kept + HOPE * doubt, 1.0))
-
-    def learn(self, probabilities: Sequence[float], kept: int, verified: int) -> None:
-        """Take note of one row's step: of the drafts that were looked at all but the last were kept."""
-        for j in range(min(kept + 1, verified)):
-            bin_ = min(int(probabilities[j] * BINS), BINS - 1)
-            if self._verified[bin_] > MEMORY:
-                self._verified[bin_] *= 0.5
-                self._kept[bin_] *= 0.5
-            self._verified[bin_] += 1
-            self._kept[bin_] += j < kept
-
-
-@dataclass
-class RowRecord:
-    """What is known of one row.
-
-    Attributes:
-        mean: chance of each draft of a block, given that the ones before are kept; lately, in this text.
-        probabilities: the head's probabilities of the drafts that wait.
-        blocks: blocks that the mean is over, what other texts say counting as one.
-    """
-
-    mean: np.ndarray
-    probabilities: list[float] = field(default_factory=list)
-    blocks: int = 1
 
 
 @dataclass(frozen=True)

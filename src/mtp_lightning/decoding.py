@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.attention import text_config
-from mtp_lightning.budget import PLAIN, Budget, DraftRecord, usual_positions
+from mtp_lightning.budget import PLAIN, Budget, usual_positions
 from mtp_lightning.decoding_options import Decoding as Decoding
 from mtp_lightning.decoding_options import DecodingOptions as DecodingOptions
 from mtp_lightning.decoding_step import PARTS, Drafts
+from mtp_lightning.draft_record import DraftRecord
 from mtp_lightning.errors import UsageError
 from mtp_lightning.grouped_attention import grouped
 from mtp_lightning.lean import fixed_slots

@@ -27,7 +27,7 @@ from mtp_lightning.row_cache import RowCache
 from mtp_lightning.shortlist import Shortlist
 
 if TYPE_CHECKING:
-    from mtp_lightning.budget import DraftRecord
+    from mtp_lightning.draft_record import DraftRecord
     from mtp_lightning.label_counts import LabelCounts
     from mtp_lightning.model import MTPModel
     from mtp_lightning.step_costs import StepCosts
