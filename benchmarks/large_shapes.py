@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtp_lightning.budget import Budget, usual_positions
+from mtp_lightning.budget import Budget
 from mtp_lightning.decoding import DecodingOptions, draft_shortlist, evaluating
+from mtp_lightning.draft_plan import usual_positions
 from mtp_lightning.draft_record import DraftRecord
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.model import MTPModel
@@ -89,7 +90,7 @@ def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: in
         budget.learn(plan, plan.masks, [kept], [drafted], [waiting], [chance.tolist()])
         if number >= steps // 5:  # once the planner knows the text
             tokens += kept + 1
-            seconds += budget.spent(plan, plan.masks)
+            seconds += budget.costs.spent(plan, plan.masks)
     return tokens / seconds * float(costs.curve(1)[1]), tokens / (steps - steps // 5)
 
 

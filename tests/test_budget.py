@@ -15,14 +15,16 @@ from tiny import CONTEXT, VOCAB, greedy_text, tiny_base, tiny_model, token_row
 
 from mtp_lightning import budget as budget_file
 from mtp_lightning import decoding, draft_record, step_costs
-from mtp_lightning.budget import PLAIN, Budget, Plan
+from mtp_lightning.budget import Budget
 from mtp_lightning.decoding import DecodingOptions, decode
 from mtp_lightning.decoding_step import draft_block
+from mtp_lightning.draft_plan import PLAIN, Plan
 from mtp_lightning.draft_record import DraftRecord
 from mtp_lightning.model import MTPModel
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.step_costs import Pace, StepCosts
+from mtp_lightning.text_lookup import FoundDraft
 from mtp_lightning.token_choice import Prefixes, TokenChoice
 
 FREE = StepCosts((1, 81), (1.0, 1.01), 0.0, 0.0)
@@ -38,10 +40,17 @@ def use_plans(monkeypatch: pytest.MonkeyPatch, seed: int, costs: StepCosts = GEN
     """Plans drawn at random, whatever pays; gives the list that they are noted in."""
     generator, seen = random.Random(seed), []
 
-    def choose(self: Budget, room: int, limits: list[int]) -> Plan:
+    def choose(self: Budget, room: int, limits: list[int], spare: list[int]) -> Plan:
         sizes = [size for size in self.sizes if size <= room]
+        for row, most in zip(self.rows, spare, strict=True):
+            # Drafts of the text, and some that are nonsense, in place of the block's.
+            row.offered = row.text.draft(min(most, 8)) if row.text and most > 0 else None
+            if row.text and most > 0 and generator.random() < 0.2:
+                row.offered = FoundDraft([generator.randrange(VOCAB) for _ in range(generator.randint(1, most))], 3)
+            row.found = row.offered if generator.random() < 0.5 else None
         # Also more drafts than there are: none of those is verified.
-        c, m = generator.choice([size for size in self.sizes if size <= max(limits, default=0) + 2]), generator.choice(sizes)
+        most = max([*limits, *(len(row.found.tokens) for row in self.rows if row.found)], default=0)
+        c, m = generator.choice([size for size in self.sizes if size <= most + 2]), generator.choice(sizes)
         self.least = generator.choice([0.0, 0.05, 0.5]) if self.coupled else 0.0  # drafts also end early
         seen.append(Plan(c, m, generator.choice(self.places)))
         return seen[-1]
@@ -136,7 +145,7 @@ def test_where_drafts_are_never_kept_steps_are_plain(coupled: bool) -> None:
     plans = settled(budget, 0.3, 0, 3000)
     assert plans[100:200].count(PLAIN) >= 95
     # Looking whether it pays by now costs little.
-    spent = sum(budget.spent(p, p.masks) for p in plans)
+    spent = sum(budget.costs.spent(p, p.masks) for p in plans)
     assert spent < 1.03 * len(plans) * 1.0
     assert any(plan != PLAIN for plan in plans[1000:])
 
@@ -146,7 +155,7 @@ def test_rates_are_those_of_the_whole_batch(num_rows: int) -> None:
     budget = make(STEEP, num_rows)
     for row in budget.rows:
         row.mean[:] = 0.01
-    assert budget._prices()[1] == pytest.approx(num_rows / budget.spent(PLAIN, 0))
+    assert budget._prices()[1] == pytest.approx(num_rows / budget.costs.spent(PLAIN, 0))
     drafting = make(GENTLE, num_rows)
     drafting.stops_early = True
     plans = settled(drafting, 0.9, 8)
@@ -157,7 +166,7 @@ def test_rates_are_those_of_the_whole_batch(num_rows: int) -> None:
 
 def test_beginning_a_draft_has_its_price() -> None:
     dear = make(GENTLE._replace(begun=2.0))
-    assert dear.spent(Plan(0, 2, "last"), 2) == pytest.approx(make(GENTLE).spent(Plan(0, 2, "last"), 2) + 2.0)
+    assert dear.costs.spent(Plan(0, 2, "last"), 2) == pytest.approx(make(GENTLE).costs.spent(Plan(0, 2, "last"), 2) + 2.0)
     assert settled(make(GENTLE), 0.9, 8)[-1] != PLAIN and settled(dear, 0.5, 1)[-1] == PLAIN
 
 
@@ -261,13 +270,15 @@ def test_pace_corrects_the_curve() -> None:
     pace = Pace()
     assert (pace.factors(90) == 1).all()
     for _ in range(100):
-        pace.observe(1, 1.0, 2.0)
-        pace.observe(40, 1.0, 0.5)
-    factors = pace.factors(90)
+        pace.observe(1, True, 1.0, 2.0)
+        pace.observe(40, True, 1.0, 0.5)
+    without, factors = pace.factors(90)
+    assert (without == 1).all()  # steps without masks are apart
     np.testing.assert_allclose([factors[1], factors[60]], [2.0, 0.5], rtol=0.01)
     assert 0.5 < factors[8] < 2.0
-    pace.observe(1, 1.0, 1e9)  # a machine that slept
-    assert pace.factors(1)[1] < 3
+    pace.observe(1, False, 1.0, 2.0)
+    pace.observe(1, True, 1.0, 1e9)  # a machine that slept
+    assert pace.factors(1)[1, 1] < 3 and pace.factors(90)[0] == pytest.approx(2.0)
 
 
 def test_a_slow_models_calls_all_count(monkeypatch: pytest.MonkeyPatch) -> None:

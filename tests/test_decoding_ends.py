@@ -19,7 +19,8 @@ from injected_drafts import (
 )
 from tiny import CONTEXT, greedy_text, tiny_base, tiny_model, token_row
 
-from mtp_lightning.decoding import DecodingOptions, end_tokens
+from mtp_lightning.decoding import DecodingOptions
+from mtp_lightning.model_limits import end_tokens
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])

@@ -11,11 +11,12 @@ from tiny import VOCAB, greedy_text, tiny_model, token_row
 from torch import Tensor, nn
 
 from mtp_lightning import decoding, lean
-from mtp_lightning.decoding import DecodingOptions, decode, draft_shortlist, named_masks
+from mtp_lightning.decoding import DecodingOptions, decode, draft_shortlist
 from mtp_lightning.decoding_step import Drafts, draft_block
 from mtp_lightning.errors import RunError
 from mtp_lightning.label_counts import COVERAGE, LABEL_COUNTS, LabelCounts, checked_counts, count_labels
 from mtp_lightning.model import MTPModel
+from mtp_lightning.model_limits import named_masks
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
 from mtp_lightning.shortlist import Shortlist, shortlist_size
 from mtp_lightning.token_choice import TokenChoice

@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from mtp_lightning.acceptance import PromptResult, summarise
-from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows, named_masks, prepare
+from mtp_lightning.decoding import Decoding, DecodingOptions, decode_rows, prepare
 from mtp_lightning.losslessness import autoregressive, first_difference
 from mtp_lightning.metrics.functional import repeated_ngrams
 from mtp_lightning.model import MTPModel
+from mtp_lightning.model_limits import named_masks
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.prompts import Prompt
 from mtp_lightning.text_stream import stop_index

@@ -19,9 +19,10 @@ from mtp_lightning.benchmark import Setting, acceptance_grid, settings_of
 from mtp_lightning.benchmark_report import markdown, save_benchmark_plot
 from mtp_lightning.benchmark_speed import contenders, groups, speed
 from mtp_lightning.commands import DecodingArguments, OneLineParser
-from mtp_lightning.decoding import Decoding, DecodingOptions, trained_masks
+from mtp_lightning.decoding import Decoding, DecodingOptions
 from mtp_lightning.errors import RunError, UsageError, os_reason
 from mtp_lightning.model import MTPModel
+from mtp_lightning.model_limits import trained_masks
 from mtp_lightning.paths import obstacle
 from mtp_lightning.prompts import read_prompts
 

@@ -13,10 +13,11 @@ import torch
 
 from mtp_lightning.acceptance import spread
 from mtp_lightning.benchmark import Setting, Told, decode_batch, row_seed
-from mtp_lightning.decoding import DecodingOptions, end_tokens
+from mtp_lightning.decoding import DecodingOptions
 from mtp_lightning.gated_lora import lora_layers
 from mtp_lightning.losslessness import autoregressive
 from mtp_lightning.model import MTPModel
+from mtp_lightning.model_limits import end_tokens
 from mtp_lightning.prompts import Prompt, round_robin
 
 AUTOREGRESSIVE, TRANSFORMERS, LOOKUP = "autoregressive", "transformers generate", "transformers prompt lookup"

@@ -6,83 +6,37 @@ small set are valued. A plan verifies the first c drafts and places blocks of m 
 last draft (as linear decoding does), after the last verified token and the last draft, or after all of them (as quadratic).
 
 * What it gains now: 1 + the chances that the first 1, 2, .., c drafts are all kept. A draft's chance is the drafting
-  head's probability for it, corrected by how often drafts with such a probability were kept so far.
+  head's probability for it, corrected by how often drafts with such a probability were kept so far. Where the text itself
+  offers a better draft (``text_lookup``), that is verified instead.
 * What it gains later: the chance that there is a block after the last token kept, times what its draft will be worth
-  (``draft_values``), as drafts of this text did lately.
-* What it costs: the measured time of its positions, verifications and draft tokens (``step_costs``), in tokens at the rate
-  that the best plans reach.
+  (``draft_values``), as drafts of this text did lately, and beyond what the text offers for nothing.
+* What it costs: the measured time of its positions, verifications and draft tokens (``plan_costs``), in tokens at the
+  rate that the best plans reach.
 
 Where drafting does not pay, the best plan is a plain step; then now and then a small block looks whether it would.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from mtp_lightning.draft_plan import PLAIN, Plan, draft_sizes, few_sizes
 from mtp_lightning.draft_record import DraftRecord, RowRecord
 from mtp_lightning.draft_values import SETTLE, DraftValues, availability
+from mtp_lightning.plan_costs import PlanCosts
 from mtp_lightning.step_costs import Pace, StepCosts
+from mtp_lightning.text_lookup import TextLookup
 
-SIZES = (0, 1, 2, 4, 8)
-"""Drafts verified and masks in a block, beside 12, 16, 24, .. and k: few shapes, for kernels are made ready for each."""
-FEW = (0, 2, 4)
-"""The same, where each shape is compiled."""
 FORESIGHT = 0.12
-"""Weight of the newest block in a row's mean chances."""
+"""Weight of the newest block in a row's mean chances, and of the newest step in how far the text's own drafts go."""
 LOOK_SHARE = 0.01
 """Share of the time of plain steps that is spent on looking whether drafting pays."""
-REFRESH, PLAIN_EVERY, PLAIN_FIRST = 16, 256, 2
-"""Steps between corrections of the costs by what steps really take; and plain steps taken to know what those take."""
-PLAN_EVERY, SWEEPS = 3, 6
-"""Steps for which prices and values are used, and sweeps that renew them."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to feed.
-
-    Attributes:
-        num_drafts: drafts to verify, c.
-        masks: masks in a block.
-        where: the tokens that get a block: ``last``: each row's last draft that is verified, or its last verified token;
-            ``ends``: draft c and the last verified token; ``all``.
-    """
-
-    num_drafts: int
-    masks: int
-    where: str
-
-    def blocks(self, drafted: int | None = None) -> tuple[tuple[int, int], ...]:
-        """Starts and sizes, as a layout has them, of a row that has so many drafts to verify; None: c."""
-        if not self.masks:
-            return ()
-        c = self.num_drafts
-        starts = {"last": [c if drafted is None else drafted], "ends": sorted({0, c}), "all": list(range(c + 1))}[self.where]
-        return tuple((start, self.masks) for start in starts)
-
-
-PLAIN = Plan(0, 0, "last")
-
-
-@functools.cache
-def draft_sizes(num_masks: int) -> tuple[int, ...]:
-    """The numbers of drafts and masks that plans have, ascending, for k masks: ``draft_sizes(6) -> (0, 1, 2, 4, 6)``."""
-    sizes, step = [size for size in SIZES if size < num_masks], 4
-    while sizes[-1] >= SIZES[-1] and sizes[-1] + step < num_masks:
-        sizes.append(sizes[-1] + step)
-        if sizes[-1] == 4 * step:
-            step *= 2
-    return (*sizes, num_masks)
-
-
-def usual_positions(num_masks: int) -> set[int]:
-    """Positions of a row in the steps that plans may have, for k masks."""
-    sizes = draft_sizes(num_masks)
-    return {1 + c + blocks * m for c in sizes for m in sizes for blocks in (1, 2, 1 + c)}
+PLAIN_EVERY, PLAIN_FIRST = 256, 2
+"""Steps between plain steps taken to know what those take, and how many are taken at first."""
+PLAN_EVERY, SWEEPS, CLOSE = 3, 6, 1e-3
+"""Steps for which prices and values are used, sweeps that renew them, and the change, in tokens, that is too small for more."""
 
 
 class Budget:
@@ -100,7 +54,9 @@ class Budget:
         few: whether each shape is dear to make ready, so that there should be very few.
 
     Attributes:
-        batch: rows that steps feed, those that have finished included, and slots of the cache.
+        rows: what is known of each row that goes on; ``rows[r].found`` is the draft that its text offers, where the plan
+            is to verify that one.
+        costs: what plans cost.
         stops_early: whether a draft ends once its chance is below ``least``.
         least: the chance below which another draft token costs more than it can bring.
     """
@@ -116,119 +72,58 @@ class Budget:
         timed: bool = True,
         few: bool = False,
     ) -> None:
-        self.costs, self.record, self.num_masks, self.coupled, self.timed = costs, record, num_masks, coupled, timed
+        self.record, self.num_masks, self.coupled, self.timed = record, num_masks, coupled, timed
         self.rows = [RowRecord(record.usual.copy()) for _ in range(num_rows)]
         self.places = ("last", "ends", "all") if anywhere else ("last",)
-        self.sizes = draft_sizes(num_masks)
-        if few:
-            self.sizes = tuple(size for size in self.sizes if size in FEW or size == min(num_masks, FEW[-1]))
-        c, m = np.array(self.sizes)[:, None, None], np.array(self.sizes)[None, :, None]
-        starts = np.array(self.sizes)[:, None]
-        blocks = np.concatenate([np.ones_like(starts), 1 + (starts > 0), 1 + starts], axis=1)[:, : len(self.places)]
-        self._positions = 1 + c + blocks[:, None, :] * m  # [c, m, place], c and m by their numbers among the sizes
-        self._parts = np.broadcast_to(costs.verified * c, self._positions.shape)
-        self.values = DraftValues(self.sizes)
+        self.sizes = few_sizes(num_masks) if few else draft_sizes(num_masks)
+        self.costs = PlanCosts(costs, record, self.sizes, self.places, num_rows)
         self._price: tuple[np.ndarray, float, int, int] | None = None
-        self.batch = num_rows, 0
         self.stops_early, self.least = False, 0.0
-        self._curve = costs.curve(int(self._positions.max()) * num_rows)
-        self._seconds: dict[int, np.ndarray] = {}
-        self._raw: dict[int, np.ndarray] = {}
         self._steps = 0
-        self._since_refresh = 0
         self._since_plain = 0
         self._owed = 0.0
         self._looks = 1
         self._resting = False
         self._sure = False
 
-    def seconds(self, num_rows: int) -> np.ndarray:
-        """What every plan costs but for drafting, [c, m, place] by numbers of sizes."""
-        if num_rows not in self._seconds:
-            factors = self.record.pace.factors(len(self._curve) - 1)
-            self._seconds[num_rows] = self._expected(num_rows) * factors[self._positions * num_rows]
-        return self._seconds[num_rows]
+    def read(self, texts: Sequence[Sequence[int]]) -> None:
+        """Look for drafts in the texts from now on.
 
-    def _expected(self, num_rows: int) -> np.ndarray:
-        return self._curve[self._positions * num_rows] + self._parts * num_rows**0.5
-
-    def spent(self, plan: Plan, links: int) -> float:
-        """What a step costs that drafts so many tokens one after another."""
-        taken = self.record.taken.get((self.batch, plan))
-        return taken[0] if taken else float(self.seconds(len(self.rows))[self._place(plan)]) + self._chain(links)
+        Args:
+            texts: the tokens of each row so far.
+        """
+        for row, tokens in zip(self.rows, texts, strict=True):
+            row.text = TextLookup(tokens)
 
     def _fitting(self, most: int) -> int:
         """The largest size that is not above ``most``."""
         return max(size for size in self.sizes if size <= most)
 
-    def _has(self, plan: Plan) -> bool:
-        return plan.num_drafts in self.sizes and plan.masks in self.sizes and plan.where in self.places
-
-    def _place(self, plan: Plan) -> tuple[int, int, int]:
-        return self.sizes.index(plan.num_drafts), self.sizes.index(plan.masks), self.places.index(plan.where)
-
-    def _chain(self, links: float) -> float:
-        """What it costs to draft so many tokens."""
-        return links * self._link() + (self.costs.begun * len(self.rows) ** 0.5 if links else 0.0)
-
-    def _link(self) -> float:
-        """What one more token of a draft costs."""
-        return self.costs.drafted * len(self.rows) ** 0.5
-
     def observe(self, plan: Plan, links: int, seconds: float, graph: bool = False) -> None:
-        """Take note of what a step took; the plans depend on it, the text does not.
+        """Take note of what a step took; see ``PlanCosts``. The plans depend on it, the text does not."""
+        if not self._resting or plan != PLAIN or self.costs.known() < Pace.STEPS:
+            self.costs.observe(plan, links, seconds, graph)
 
-        Args:
-            plan: what was fed.
-            links: draft tokens drawn one after another.
-            seconds: what it took.
-            graph: whether the step ran as a graph, whose time does not depend on what rows hold.
-        """
-        B = len(self.rows)
-        if self._resting and plan == PLAIN and self.record.pace.counts[B.bit_length() - 1] >= Pace.STEPS:
-            return
-        if (B, plan) not in self.record.shapes:  # a shape's first step says nothing of the others
-            self.record.shapes.add((B, plan))
-            return
-        place = self._place(plan)
-        if graph:
-            mean, count = self.record.taken.get((self.batch, plan), (0.0, 0))
-            count = min(count + 1, Pace.STEPS)
-            seen = min(seconds, 2 * mean) if count > 1 else seconds  # a step that something held up says little
-            self.record.taken[self.batch, plan] = mean + (seen - mean) / count, count
-        if B not in self._raw:
-            self._raw[B] = self._expected(B)
-        expected = float(self._raw[B][place]) + self._chain(links)
-        self.record.pace.observe(int(self._positions[place]) * B, expected, seconds)
-        self._since_refresh += 1
-        if self._since_refresh >= REFRESH:
-            self._since_refresh = 0
-            self._seconds.clear()
-
-    def _more(self) -> np.ndarray:
-        """The chances that the first 1, 2, .. of a draft are all kept, [B, k]."""
-        return np.stack([row.mean for row in self.rows]).cumprod(1)
-
-    def _drafting(self) -> np.ndarray:
-        """What drafting costs for each size of block, [m]."""
-        links = np.ones(self.num_masks + 1)
-        links[0] = 0.0
-        if self.stops_early and self.num_masks > 1:
-            links[2:] = self._more().max(0)[:-1]  # about as often as it is reached, a token is drafted
-        begun = self._chain(1) - self._link()
-        return (links.cumsum() * self._link() + np.where(links.cumsum() > 0, begun, 0.0))[list(self.sizes)]
+    def _values(self) -> DraftValues:
+        """What drafts are worth to a batch of so many rows; the next text begins with what the last one found."""
+        key = (len(self.rows), self.sizes, self.places)
+        if key not in self.record.values:
+            self.record.values[key] = DraftValues(self.sizes)
+        return self.record.values[key]
 
     def _prices(self) -> tuple[np.ndarray, float]:
         """What every plan takes, [c, m, place], and the tokens a second that the best plans reach. Renewed now and then."""
-        B = len(self.rows)
+        B, values = len(self.rows), self._values()
         if self._price is None or self._price[2] != B or self._price[3] + PLAN_EVERY <= self._steps:
-            seconds = self.seconds(B) + self._drafting()[None, :, None]
-            for (batch, plan), (taken, _) in self.record.taken.items():
-                if batch == self.batch and self._has(plan):
-                    seconds[self._place(plan)] = taken
+            more = None
+            if self.stops_early and self.num_masks > 1:  # about as often as it is reached, a token is drafted
+                more = np.stack([row.mean for row in self.rows]).cumprod(1).max(0)[: self.sizes[-1] - 1]
+            seconds = self.costs.seconds() + self.costs.drafting(more)[None, :, None]
+            for plan, taken in self.costs.taken():
+                seconds[self.costs.place(plan)] = taken
             usual = self.rows[0].mean if B == 1 else np.mean([row.mean for row in self.rows], axis=0)
-            self.values.sweep(usual, seconds, SETTLE if self._price is None else SWEEPS)
-            self._price = seconds, self.values.rate * B, B, self._steps
+            values.sweep(usual, seconds, SETTLE if self._price is None else SWEEPS, CLOSE)
+            self._price = seconds, values.rate * B, B, self._steps
         return self._price[0], self._price[1]
 
     def first(self, room: int) -> Plan:
@@ -240,70 +135,115 @@ class Budget:
         Returns:
             The plan.
         """
-        plan = self.choose(room, [0] * len(self.rows))
+        plan = self._best(room, [0] * len(self.rows))
         self._resting = False
         return Plan(0, self._fitting(min(room, max(plan.masks, 2))), "last")
 
-    def choose(self, room: int, limits: Sequence[int]) -> Plan:
+    def choose(self, room: int, limits: Sequence[int], spare: Sequence[int] = ()) -> Plan:
         """The best plan for the next step.
 
         Args:
             room: largest block that is of use.
-            limits: drafts that each row has, as far as they may be verified.
+            limits: drafts that each row has from its block, as far as they may be verified.
+            spare: how many drafts each row might have verified; empty: no more than those.
 
         Returns:
             The plan.
         """
-        B, k = len(self.rows), self.num_masks
+        for row, most in zip(self.rows, spare, strict=False):
+            row.offered = row.text.draft(min(most, self.num_masks)) if row.text is not None and most > 0 else None
+            row.found = row.offered
         if self._resting:
-            return self._rest(B, room)
+            plan = self._without_masks()
+            return self._rest(room) if plan == PLAIN else plan
+        return self._best(room, limits)
+
+    def _best(self, room: int, limits: Sequence[int]) -> Plan:
+        B, k = len(self.rows), self.num_masks
         self._since_plain += 1
-        known = self.record.pace.counts[B.bit_length() - 1]
-        if self.timed and (known < PLAIN_FIRST or self._since_plain >= PLAIN_EVERY):
+        if self.timed and (self.costs.known() < PLAIN_FIRST or self._since_plain >= PLAIN_EVERY):
             self._since_plain = 0
-            self._seconds.clear()
-            return PLAIN
+            self.costs.refresh()
+            return self._plain()
         price, rate = self._prices()
         chances, lasting = np.zeros((B, k)), np.ones((B, k))
+        most = 0
         for r, (row, limit) in enumerate(zip(self.rows, limits, strict=True)):
+            own = np.zeros(0)
             if limit > 0:
-                chances[r, :limit] = (
-                    self.record.chance(np.array(row.probabilities[:limit])) if self.coupled else row.mean[:limit]
-                )
-                lasting[r, :limit] = chances[r, :limit]
+                own = self.record.chance(np.array(row.probabilities[:limit])) if self.coupled else row.mean[:limit]
+            if row.found is not None:
+                read = self.record.lookups.chances(row.found)
+                gain = read.cumprod().sum()
+                # What the next block will be worth, for the text will go on offering drafts as good as now.
+                row.lacking += FORESIGHT * (max(0.0, 1.0 - gain / row.mean.cumprod().sum()) - row.lacking)
+                if gain > own.cumprod().sum():
+                    own = read
+                else:
+                    row.found = None
+            elif row.text is not None:
+                row.lacking += FORESIGHT * (1.0 - row.lacking)
+            chances[r, : len(own)] = own
+            lasting[r, : len(own)] = own
+            most = max(most, len(own))
         sizes, one = list(self.sizes), np.ones((B, 1))
         reached = np.concatenate([one, chances.cumprod(1)], axis=1)  # that the first a are all kept
         whole = np.concatenate([one, lasting.cumprod(1)], axis=1)  # those of them that there are
         now = reached.cumsum(1).sum(0)[sizes]  # tokens of verifying c drafts, [c]
-        # Rows that will have a block after their last token.
-        there = availability(reached[:, sizes].sum(0), whole[:, sizes].sum(0), len(self.places))
-        value = now[:, None, None] + there[:, None, :] * self.values.worth[None, :, None] - rate * price
+        # Rows that will have a block after their last token, as far as they need one.
+        needed = np.array([[row.lacking] for row in self.rows])
+        there = availability((needed * reached)[:, sizes].sum(0), (needed * whole)[:, sizes].sum(0), len(self.places))
+        value = now[:, None, None] + there[:, None, :] * self._values().worth[None, :, None] - rate * price
         # A token that is reached more seldom than this brings less than the time to draft it would elsewhere. The chain goes
         # on for all rows together.
-        self.least = rate / B * self._link() if self.stops_early else 0.0
+        self.least = rate / B * self.costs.link() if self.stops_early else 0.0
         # A few more drafts than there are, if the next size wants it; those count for nothing.
-        most = max(limits, default=0)
         c = next((number for number, size in enumerate(self.sizes) if size >= most), len(self.sizes) - 1)
         best = value[: c + 1, : self.sizes.index(self._fitting(min(room, k))) + 1]
         place = np.unravel_index(int(best.argmax()), best.shape)
         plan = Plan(self.sizes[int(place[0])], self.sizes[int(place[1])], self.places[int(place[2])])
         # With no drafts at hand a plain step teaches nothing, so what is best after it is the same again.
-        self._resting = plan == PLAIN and not max(limits, default=0)
+        alone = whole[:, :1].sum() * self._values().worth - rate * price[0, :, 0]
+        self._resting = not plan.masks and not max(limits, default=0) and not alone[: best.shape[1]].argmax()
         if self._resting and not self._sure:  # for long, so not by values that are on their way
             self._price, self._resting, self._sure = None, False, True
-            return self.choose(room, limits)
-        return self._rest(B, room) if self._resting else plan
+            return self._best(room, limits)
+        return self._rest(room) if self._resting and plan == PLAIN else plan
 
-    def _rest(self, num_rows: int, room: int) -> Plan:
+    def _plain(self) -> Plan:
+        for row in self.rows:
+            row.found = None
+        return PLAIN
+
+    def _without_masks(self) -> Plan:
+        """The best plan that has none: how many of the drafts that the texts offer are to be verified."""
+        lists = [self.record.lookups.chances(row.found).tolist() for row in self.rows if row.found is not None]
+        if not lists:
+            return PLAIN
+        seconds = self.costs.verifying()
+        rate = max(self._values().rate, 1.0 / seconds[0]) * len(self.rows)
+        best, gain, total, j = 0, 0.0, 0.0, 0
+        reached = [1.0] * len(lists)
+        for number, size in enumerate(self.sizes[1:], 1):
+            while j < size:
+                reached = [chance * (row[j] if j < len(row) else 0.0) for chance, row in zip(reached, lists, strict=True)]
+                total += sum(reached)
+                j += 1
+            if total - rate * (seconds[number] - seconds[0]) > gain:
+                best, gain = number, total - rate * (seconds[number] - seconds[0])
+        return Plan(self.sizes[best], 0, "last") if best else self._plain()
+
+    def _rest(self, room: int) -> Plan:
         """A plain step, or once there is time for it a small block, to look whether drafting pays by now."""
         look = self._fitting(min(2, room))
-        plain = self.spent(PLAIN, 0)
+        plain = self.costs.spent(PLAIN, 0)
         self._owed += LOOK_SHARE * plain
-        price = self.spent(Plan(0, look, "last"), look) - plain
+        price = self.costs.spent(Plan(0, look, "last"), look) - plain
         if look < 1 or self._owed < price * self._looks:
-            return PLAIN
+            return self._plain()
         self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
         self._steps += PLAN_EVERY  # what it shows is to count at once
+        self._plain()
         return Plan(0, look, "last")
 
     def learn(
@@ -314,6 +254,7 @@ class Budget:
         drafted: Sequence[int],
         depths: Sequence[int],
         new: Sequence[Sequence[float]],
+        texts: Sequence[Sequence[int]] = (),
     ) -> None:
         """Take note of a step.
 
@@ -324,13 +265,19 @@ class Budget:
             drafted: drafts verified in each row.
             depths: drafts that each row has now.
             new: the head's probabilities of them.
+            texts: the tokens that each row gained; not needed where no drafts are looked for in texts.
         """
+        for row, tokens in zip(self.rows, texts, strict=False):
+            if row.text is not None:
+                if row.offered is not None:  # whether or not it was verified
+                    self.record.lookups.learn(row.offered, tokens)
+                row.text.extend(tokens)
         if self._resting:
             return
         self._steps += 1
         self._sure = False
         for row, a, c, depth, probabilities in zip(self.rows, kept, drafted, depths, new, strict=True):
-            if self.coupled:
+            if self.coupled and row.found is None:
                 self.record.learn(row.probabilities, a, c)
             if not self.coupled and c:
                 seen = min(a + 1, c)
@@ -354,3 +301,4 @@ class Budget:
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
         self.rows = [self.rows[r] for r in rows]
+        self.costs.num_rows = len(self.rows)

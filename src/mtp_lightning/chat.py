@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from mtp_lightning.data.chat import end_of_turn
-from mtp_lightning.decoding import DecodingOptions, end_tokens
+from mtp_lightning.decoding import DecodingOptions
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.model_limits import end_tokens
 from mtp_lightning.prompts import Prompt, render_messages
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.text_stream import GrowingText, TextStream

@@ -11,9 +11,9 @@ from typing import Any
 
 from mtp_lightning.chat import PLAIN, PLAIN_STOP, Conversation
 from mtp_lightning.commands import DecodingArguments, OneLineParser
-from mtp_lightning.decoding import trained_masks
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
 from mtp_lightning.model import MTPModel
+from mtp_lightning.model_limits import trained_masks
 from mtp_lightning.prompts import render_messages
 
 MAX_NEW_TOKENS = 1024

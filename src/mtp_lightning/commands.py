@@ -13,9 +13,10 @@ from typing import Any, Literal, NoReturn
 import torch
 from jsonargparse import ArgumentParser
 
-from mtp_lightning.decoding import DecodingOptions, check_prompt, decode_rows, prepare, trained_masks
+from mtp_lightning.decoding import DecodingOptions, decode_rows, prepare
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
+from mtp_lightning.model_limits import check_prompt, trained_masks
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.parser_messages import clear_message, missing_arguments, required
 from mtp_lightning.prompts import Prompt, encode_prompt, read_prompts

@@ -11,27 +11,30 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.attention import text_config
-from mtp_lightning.budget import PLAIN, Budget, usual_positions
+from mtp_lightning.budget import Budget
 from mtp_lightning.decoding_options import Decoding as Decoding
 from mtp_lightning.decoding_options import DecodingOptions as DecodingOptions
 from mtp_lightning.decoding_step import PARTS, Drafts
+from mtp_lightning.draft_plan import PLAIN, usual_positions
 from mtp_lightning.draft_record import DraftRecord
 from mtp_lightning.errors import UsageError
 from mtp_lightning.grouped_attention import grouped
 from mtp_lightning.lean import fixed_slots
+from mtp_lightning.model_limits import check_prompt, end_tokens, trained_masks
 from mtp_lightning.noise import row_seeds
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.shortlist import Shortlist, shortlist_size
 from mtp_lightning.step_costs import measure_step_costs
 from mtp_lightning.step_plan import budgeted_plan, prompt_plan, step_plan
 from mtp_lightning.step_runner import GraphRunner, StepRunner, is_sharded
+from mtp_lightning.text_lookup import FoundDraft
 from mtp_lightning.token_choice import TokenChoice
 
 if TYPE_CHECKING:
@@ -93,6 +96,7 @@ class _Row:
         length: verified tokens, the prompt's included.
         limit: how many it may have.
         drafts: draft tokens that wait to be verified.
+        found: a draft from the text itself that is verified instead.
         going: whether it goes on. One that has finished stays in the batch only where shapes must not change.
     """
 
@@ -100,6 +104,7 @@ class _Row:
     length: int
     limit: int
     drafts: int = 0
+    found: FoundDraft | None = None
     going: bool = True
 
 
@@ -163,11 +168,13 @@ def decode_rows(
         room = _room(rows, J, runner.padded)
         if options.num_masks == "auto" and J and not is_sharded(model):
             budget = make_budget(model, options, B, graphs)
-            budget.batch = B, cache.capacity
+            budget.costs.batch = B, cache.capacity
             choice.confident = budget.coupled
             chained = options.sampler_head and model.sampler_head is not None
             budget.stops_early = budget.coupled and device.type == "cpu" and chained and not graphs
             spent = budget.first(room)
+            if options.prompt_lookup and budget.coupled:
+                budget.read([prompt.tolist() for prompt in prompts])
         plan = prompt_plan(options.decoding, [len(each) for each in remaining], spent.masks if budget else room)
         while True:
             begin = time.perf_counter()
@@ -202,6 +209,7 @@ def decode_rows(
                     [plan.drafted[r] for r in was],
                     [rows[r].drafts for r in was],
                     [[part / PARTS for part in read[r][c + 2 :]] for r in was],
+                    [read[r][1 : read[r][0] + 2] for r in was],
                 )
             yield gained
             going = [
@@ -226,13 +234,19 @@ def decode_rows(
                 accepted, own = accepted.index_select(0, index), own.index_select(0, index)
                 scores = None if draft.scores is None else draft.scores.index_select(0, index)
                 draft = Drafts(draft.tokens.index_select(0, index), scores)
-            drafts, room = [row.drafts for row in rows], _room(rows, J, runner.padded)
+            room = _room(rows, J, runner.padded)
             if budget is None:
-                plan = step_plan(options.decoding, drafts, room, runner.padded)
+                plan = step_plan(options.decoding, [row.drafts for row in rows], room, runner.padded)
             else:
-                spent = budget.choose(room, [row.drafts for row in rows if row.going])
-                plan = budgeted_plan(drafts, spent, runner.padded)
+                live = [row for row in rows if row.going]
+                spent = budget.choose(room, [row.drafts for row in live], [row.limit - row.length - 1 for row in live])
+                for row, known in zip(live, budget.rows, strict=True):
+                    row.found = known.found
+                    row.drafts = len(row.found.tokens) if row.found else row.drafts
+                plan = budgeted_plan([row.drafts for row in rows], spent, runner.padded)
             draft = _of_length(draft, plan.num_drafts)
+            if plan.num_drafts:
+                draft = _with_found(draft, [row.found for row in rows])
             tokens, draft_scores = torch.cat([own.gather(1, accepted[:, None]), draft.tokens], dim=1), draft.scores
 
 
@@ -244,6 +258,16 @@ def _of_length(draft: Drafts, count: int) -> Drafts:
         tokens = F.pad(tokens, (0, missing))
         scores = None if scores is None else F.pad(scores, (0, 0, 0, missing))
     return Drafts(tokens, scores)
+
+
+def _with_found(draft: Drafts, found: Sequence[FoundDraft | None]) -> Drafts:
+    """The drafts of the rows whose text offers a better one put in place of those of their blocks."""
+    at, count = [r for r, each in enumerate(found) if each is not None], draft.tokens.shape[1]
+    if not at:
+        return draft
+    lines = [(each.tokens + [0] * count)[:count] for each in found if each is not None]
+    rows, tokens = torch.tensor(at, device=draft.tokens.device), torch.tensor(lines, device=draft.tokens.device)
+    return draft._replace(tokens=draft.tokens.index_copy(0, rows, tokens))
 
 
 def _room(rows: Sequence[_Row], num_masks: int, padded: bool) -> int:
@@ -317,82 +341,6 @@ def draft_shortlist(model: MTPModel, options: DecodingOptions) -> Shortlist | No
     vocab_size = model.unembed.vocab_size
     size = shortlist_size(model.label_counts, vocab_size, options.draft_vocabulary)
     return None if size == vocab_size or is_sharded(model) else model.lean.shortlist(model, size)
-
-
-def check_prompt(length: int, context: int) -> None:
-    """Refuse a prompt that can't be decoded.
-
-    Args:
-        length: its tokens.
-        context: the model's context.
-
-    Raises:
-        UsageError: it is empty or leaves no room in the context.
-    """
-    if length == 0:
-        raise UsageError("the prompt is empty: it needs at least one token.")
-    if length >= context:
-        raise UsageError(
-            f"the prompt has {length} tokens and the model's context is {context}: shorten it to {context - 1} or less."
-        )
-
-
-def trained_masks(model: MTPModel, options: DecodingOptions) -> int:
-    """The largest number of masks J in a block that the options allow.
-
-    Args:
-        model: the model.
-        options: how to decode.
-
-    Returns:
-        J, 0 for autoregressive decoding.
-
-    Raises:
-        UsageError: J outside 1..k.
-    """
-    if options.decoding == "autoregressive":
-        return 0
-    if options.num_masks == "auto":
-        return model.num_masks
-    if type(options.num_masks) is not int or not 1 <= options.num_masks <= model.num_masks:
-        raise UsageError(
-            f"num_masks must be auto or from 1 to {model.num_masks}, the number this model was trained with,"
-            f" got {options.num_masks}. Change num_masks."
-        )
-    return options.num_masks
-
-
-def named_masks(model: MTPModel, options: DecodingOptions) -> DecodingOptions:
-    """The same options with numbers in place of ``auto``: k masks and the whole vocabulary, as the paper's protocol has it.
-
-    Args:
-        model: the model.
-        options: how to decode.
-
-    Returns:
-        Options whose steps do not depend on the machine.
-
-    Raises:
-        UsageError: J outside 1..k.
-    """
-    masks = trained_masks(model, options)
-    if options.decoding == "autoregressive":
-        return options
-    listed = "all" if options.draft_vocabulary == "auto" else options.draft_vocabulary
-    return replace(options, num_masks=masks, draft_vocabulary=listed)
-
-
-def end_tokens(model: MTPModel, options: DecodingOptions) -> set[int]:
-    """The tokens that end a text."""
-    chosen: Any = options.eos_token_id
-    if chosen is None:
-        generation = getattr(model.base, "generation_config", None)
-        chosen = getattr(generation, "eos_token_id", None)
-        if chosen is None:
-            chosen = text_config(model.base).eos_token_id
-    if chosen is None:
-        return set()
-    return {chosen} if isinstance(chosen, int) else set(chosen)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,8 @@ class DecodingOptions:
         draft_vocabulary: how many tokens drafts are chosen from, those that were labels most often in training (the first
             ids, where that was not counted); ``all``; ``auto``: as many as had nearly all labels, where that is known and
             half of the vocabulary at most, else all. The text is the same; under the rejection rule its distribution is.
+        prompt_lookup: whether ``auto`` may also verify drafts that the text itself offers (what followed where its last
+            tokens stood before). The text is the same. No effect with a fixed number of masks or under the rejection rule.
         compile: whether steps become graphs, one for each shape: CUDA graphs on a GPU, ``torch.compile`` on a CPU, where the
             first of a shape takes many seconds. Steps that logits processors or the rejection rule look at are left as they
             are.
@@ -61,6 +63,7 @@ class DecodingOptions:
     seed: int | Sequence[int] | None = None
     verification: Literal["coupled", "rejection"] = "coupled"
     draft_vocabulary: int | Literal["auto", "all"] = "auto"
+    prompt_lookup: bool = True
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -82,6 +85,7 @@ class DecodingOptions:
             "top_p",
             "repetition_penalty",
             "compile",
+            "prompt_lookup",
             "sampler_head",
         ):
             setattr(self, name, _plain(getattr(self, name)))
@@ -98,9 +102,9 @@ class DecodingOptions:
             raise UsageError(
                 f"draft_vocabulary must be auto, all, or a number from 1 on, got {listed!r}. Change draft_vocabulary."
             )
-        for name in ("temperature", "top_p", "repetition_penalty", "compile", "sampler_head"):
+        for name in ("temperature", "top_p", "repetition_penalty", "compile", "prompt_lookup", "sampler_head"):
             value = getattr(self, name)
-            switch = name in ("compile", "sampler_head")
+            switch = name in ("compile", "prompt_lookup", "sampler_head")
             if isinstance(value, bool) != switch or not (
                 isinstance(value, (bool, int, float)) or name == "top_p" and not value
             ):

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtp_lightning.draft_values import DraftValues
 from mtp_lightning.step_costs import Pace
+from mtp_lightning.text_lookup import FoundDraft, LookupRecord, TextLookup
 
 if TYPE_CHECKING:
-    from mtp_lightning.budget import Plan
+    from mtp_lightning.draft_plan import Plan
 
 BINS = 20
 MEMORY = 800.0
@@ -29,6 +31,8 @@ class DraftRecord:
 
     Attributes:
         usual: the chance of each draft of a block, given that those before are kept.
+        lookups: how texts go on where they were read off themselves.
+        values: what drafts are worth, by rows of the batch and what plans there are.
         pace: what steps take.
         shapes: plans that were carried out before, with the rows of the batch.
         taken: for plans that are graphs, with the batch, the seconds they take and the steps that say so.
@@ -40,6 +44,8 @@ class DraftRecord:
         self._verified = np.full(BINS, weight)
         self._kept = middles * weight
         self.usual = np.linspace(0.6, 0.4, num_masks)
+        self.lookups = LookupRecord()
+        self.values: dict[tuple[int, tuple[int, ...], tuple[str, ...]], DraftValues] = {}
         self.pace = Pace()
         self.shapes: set[tuple[int, Plan]] = set()
         self.taken: dict[tuple[tuple[int, int], Plan], tuple[float, int]] = {}
@@ -70,8 +76,16 @@ class RowRecord:
         mean: chance of each draft of a block, given that the ones before are kept; lately, in this text.
         probabilities: the head's probabilities of the drafts that wait.
         blocks: blocks that the mean is over, what other texts say counting as one.
+        text: where drafts are looked for in the text; None: nowhere.
+        offered: the draft that the text offers.
+        found: the same where it is to be verified, in place of the block's.
+        lacking: which part of a block's worth the drafts that the text offers do not bring already; lately.
     """
 
     mean: np.ndarray
     probabilities: list[float] = field(default_factory=list)
     blocks: int = 1
+    text: TextLookup | None = None
+    offered: FoundDraft | None = None
+    found: FoundDraft | None = None
+    lacking: float = 1.0

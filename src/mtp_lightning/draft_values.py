@@ -51,13 +51,14 @@ class DraftValues:
         self.worth = np.zeros(len(self.sizes))
         self.rate = 0.0
 
-    def sweep(self, chances: np.ndarray, seconds: np.ndarray, sweeps: int = 1) -> None:
+    def sweep(self, chances: np.ndarray, seconds: np.ndarray, sweeps: int = 1, close: float = 0.0) -> None:
         """Improve the values.
 
         Args:
             chances: chance of each draft of a block, given that the ones before are kept, [k].
             seconds: what each plan takes, drafting included, [c, m, place].
             sweeps: how often.
+            close: stop once values change less, in tokens.
         """
         reached = np.concatenate([[1.0], chances.cumprod()])
         tokens = reached.cumsum()[self.sizes]
@@ -69,6 +70,9 @@ class DraftValues:
             best = np.maximum.accumulate(gain.max(axis=(1, 2)))
             surplus = float(best[0])
             # Half-way only: plans that draft in one step and verify in the next would have the values swing for ever.
-            worth = 0.5 * (worth + best - surplus)
+            change = 0.5 * (best - surplus - worth)
+            worth = worth + change
             rate = max(floor, rate + 0.25 * surplus * floor)
+            if abs(surplus) < close and float(np.abs(change).max()) < close:
+                break
         self.rate, self.worth = rate, worth

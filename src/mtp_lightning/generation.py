@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding import decode_rows, end_tokens
+from mtp_lightning.decoding import decode_rows
 from mtp_lightning.decoding_options import DecodingOptions
 from mtp_lightning.errors import UsageError
+from mtp_lightning.model_limits import end_tokens
 from mtp_lightning.noise import row_seeds
 
 if TYPE_CHECKING:

@@ -60,30 +60,34 @@ class StepCosts(NamedTuple):
 class Pace:
     """What steps really take over what the curve says, by powers of two of the positions; a busy machine's curve is wrong.
 
+    Apart for steps with masks, which are what the curve was measured with, and for those without, which need no adapters.
+
     Attributes:
-        counts: steps seen, by power of two; at most ``STEPS``, so that old ones are forgotten.
+        counts: steps seen, [without masks or with, power of two]; at most ``STEPS``, so that old ones are forgotten.
     """
 
     STEPS = 24
 
     def __init__(self) -> None:
-        self.counts = np.zeros(20)
-        self._logs = np.zeros(20)
+        self.counts = np.zeros((2, 20))
+        self._logs = np.zeros((2, 20))
 
-    def observe(self, positions: int, expected: float, seconds: float) -> None:
+    def observe(self, positions: int, masked: bool, expected: float, seconds: float) -> None:
         """Take note of a step that fed so many positions."""
-        place = positions.bit_length() - 1
+        place = int(masked), positions.bit_length() - 1
         ratio = min(max(math.log(seconds / expected), -1.5), 1.5)
         self.counts[place] = min(self.counts[place] + 1, self.STEPS)
         self._logs[place] += (ratio - self._logs[place]) / self.counts[place]
 
     def factors(self, largest: int) -> np.ndarray:
-        """What to multiply the seconds of 0, 1, .., ``largest`` positions by, [largest + 1]; where unseen, as nearby."""
-        seen = self.counts.nonzero()[0]
-        if not len(seen):
-            return np.ones(largest + 1)
+        """What to multiply the seconds of 0, 1, .., ``largest`` positions by, [2, largest + 1]; where unseen, as nearby."""
         at = np.log2(np.maximum(np.arange(largest + 1), 1))
-        return np.exp(np.interp(at, seen + 0.3, self._logs[seen]))
+        found = np.ones((2, largest + 1))
+        for line, counts, logs in zip(found, self.counts, self._logs, strict=True):
+            seen = counts.nonzero()[0]
+            if len(seen):
+                line[:] = np.exp(np.interp(at, seen + 0.3, logs[seen]))
+        return found
 
 
 def _time(

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mtp_lightning.budget import Plan
 from mtp_lightning.decoding_options import Decoding
+from mtp_lightning.draft_plan import Plan
 from mtp_lightning.step_masks import StepLayout
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding import DecodingOptions, decode, end_tokens, prepare, trained_masks
+from mtp_lightning.decoding import DecodingOptions, decode, prepare
 from mtp_lightning.errors import UsageError
+from mtp_lightning.model_limits import end_tokens, trained_masks
 from mtp_lightning.prompts import Prompt, encode_prompt, render_messages
 from mtp_lightning.row_cache import RowCache
 

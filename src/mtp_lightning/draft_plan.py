@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a budgeted step may feed: plans, from a small set of sizes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+SIZES = (0, 1, 2, 4, 8)
+"""Drafts verified and masks in a block, beside 12, 16, 24, .. and k: few shapes, for kernels are made ready for each."""
+FEW = (0, 2, 4)
+"""The same, where each shape is compiled."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to feed.
+
+    Attributes:
+        num_drafts: drafts to verify, c.
+        masks: masks in a block.
+        where: the tokens that get a block: ``last``: each row's last draft that is verified, or its last verified token;
+            ``ends``: draft c and the last verified token; ``all``.
+    """
+
+    num_drafts: int
+    masks: int
+    where: str
+
+    def blocks(self, drafted: int | None = None) -> tuple[tuple[int, int], ...]:
+        """Starts and sizes, as a layout has them, of a row that has so many drafts to verify; None: c."""
+        if not self.masks:
+            return ()
+        c = self.num_drafts
+        starts = {"last": [c if drafted is None else drafted], "ends": sorted({0, c}), "all": list(range(c + 1))}[self.where]
+        return tuple((start, self.masks) for start in starts)
+
+
+PLAIN = Plan(0, 0, "last")
+
+
+@functools.cache
+def draft_sizes(num_masks: int) -> tuple[int, ...]:
+    """The numbers of drafts and masks that plans have, ascending, for k masks: ``draft_sizes(6) -> (0, 1, 2, 4, 6)``."""
+    sizes, step = [size for size in SIZES if size < num_masks], 4
+    while sizes[-1] >= SIZES[-1] and sizes[-1] + step < num_masks:
+        sizes.append(sizes[-1] + step)
+        if sizes[-1] == 4 * step:
+            step *= 2
+    return (*sizes, num_masks)
+
+
+def few_sizes(num_masks: int) -> tuple[int, ...]:
+    """The same where each shape is dear to make ready: ``few_sizes(3) -> (0, 2, 3)``."""
+    return tuple(size for size in draft_sizes(num_masks) if size in FEW or size == min(num_masks, FEW[-1]))
+
+
+def usual_positions(num_masks: int) -> set[int]:
+    """Positions of a row in the steps that plans may have, for k masks."""
+    sizes = draft_sizes(num_masks)
+    return {1 + c + blocks * m for c in sizes for m in sizes for blocks in (1, 2, 1 + c)}
