@@ -87,6 +87,6 @@ def test_short_prompts_and_prompts_near_the_whole_context(
 def test_max_steps_counts_the_prompts_step() -> None:
     model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
     for steps in (1, 2, 5):
-        out = model.generate(prompt[None], max_steps=steps, max_new_tokens=G)
+        out = model.generate(prompt[None], max_steps=steps, max_new_tokens=G, num_masks=1)
         new = out.sequences[0, N:].tolist()
         assert out.num_steps.tolist() == [steps] and new == list(text[: len(new)]) and out.finish_reasons == ["length"]

@@ -93,7 +93,7 @@ def test_batches_and_seeds(run: Path, capsys) -> None:
 
 
 def test_a_stop_text_ends_the_text_and_is_not_shown(run: Path, capsys) -> None:
-    words = ["generate", LAST, "--prompt", "one two", "--max_new_tokens", 30]
+    words = ["generate", LAST, "--prompt", "one two", "--max_new_tokens", 30, "--num_masks", 2]
     assert mtp(*words, "--json") == 0
     whole = json_lines(capsys)[0]
     # A part of the text that begins within one token and ends within a later one.
@@ -122,7 +122,7 @@ def test_generate_reads_standard_input(run: Path, capsys, monkeypatch: pytest.Mo
 
 
 def test_a_base_that_moved(run: Path, capsys) -> None:
-    words = ["generate", LAST, "--prompt", "one", "--max_new_tokens", 5, "--json"]
+    words = ["generate", LAST, "--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]
     assert mtp(*words) == 0
     expected = json_lines(capsys)
     os.rename("base", "moved")

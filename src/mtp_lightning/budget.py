@@ -32,11 +32,11 @@ from mtp_lightning.text_lookup import TextLookup
 FORESIGHT = 0.12
 """Weight of the newest block in a row's mean chances, and of the newest step in how far the text's own drafts go."""
 LOOK_SHARE = 0.01
-"""Share of the time of plain steps that is spent on looking whether drafting pays."""
+"""Share of the time of steps without masks that is spent on looking whether drafting pays."""
 PLAIN_EVERY, PLAIN_FIRST = 256, 2
 """Steps between plain steps taken to know what those take, and how many are taken at first."""
 PLAN_EVERY, SWEEPS, CLOSE = 3, 6, 1e-3
-"""Steps for which prices and values are used, sweeps that renew them, and the change, in tokens, that is too small for more."""
+"""Steps for which prices and values are used, sweeps that renew them, and the change in tokens that ends these early."""
 
 
 class Budget:
@@ -153,10 +153,7 @@ class Budget:
         for row, most in zip(self.rows, spare, strict=False):
             row.offered = row.text.draft(min(most, self.num_masks)) if row.text is not None and most > 0 else None
             row.found = row.offered
-        if self._resting:
-            plan = self._without_masks()
-            return self._rest(room) if plan == PLAIN else plan
-        return self._best(room, limits)
+        return self._look(room, *self._without_masks()) if self._resting else self._best(room, limits)
 
     def _best(self, room: int, limits: Sequence[int]) -> Plan:
         B, k = len(self.rows), self.num_masks
@@ -202,49 +199,59 @@ class Budget:
         best = value[: c + 1, : self.sizes.index(self._fitting(min(room, k))) + 1]
         place = np.unravel_index(int(best.argmax()), best.shape)
         plan = Plan(self.sizes[int(place[0])], self.sizes[int(place[1])], self.places[int(place[2])])
+        if plan.masks or max(limits, default=0):
+            return plan
         # With no drafts at hand a plain step teaches nothing, so what is best after it is the same again.
-        alone = whole[:, :1].sum() * self._values().worth - rate * price[0, :, 0]
-        self._resting = not plan.masks and not max(limits, default=0) and not alone[: best.shape[1]].argmax()
+        alone = B * self._values().worth - rate * price[0, :, 0]
+        self._resting = not alone[: best.shape[1]].argmax()
         if self._resting and not self._sure:  # for long, so not by values that are on their way
             self._price, self._resting, self._sure = None, False, True
             return self._best(room, limits)
-        return self._rest(room) if self._resting and plan == PLAIN else plan
+        return self._look(room, plan, float(best.max() - best[0, 0, 0]) / rate)
 
     def _plain(self) -> Plan:
         for row in self.rows:
             row.found = None
         return PLAIN
 
-    def _without_masks(self) -> Plan:
-        """The best plan that has none: how many of the drafts that the texts offer are to be verified."""
+    def _look(self, room: int, plan: Plan, seconds: float) -> Plan:
+        """This plan without masks, or once there is time for it a small block, to look whether drafting pays by now.
+
+        Args:
+            room: largest block that is of use.
+            plan: the plan.
+            seconds: what it saves beside a plain step.
+
+        Returns:
+            The plan to carry out.
+        """
+        masks, plain = self._fitting(min(2, room)), self.costs.spent(PLAIN, 0)
+        self._owed += LOOK_SHARE * plain
+        price = self.costs.spent(Plan(0, masks, "last"), masks) - plain + seconds
+        if masks < 1 or self._owed < price * self._looks:
+            return plan
+        self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
+        self._steps += PLAN_EVERY  # what it shows is to count at once
+        self._plain()
+        return Plan(0, masks, "last")
+
+    def _without_masks(self) -> tuple[Plan, float]:
+        """The best plan that has none: how many of the drafts that the texts offer to verify; and the seconds it saves."""
         lists = [self.record.lookups.chances(row.found).tolist() for row in self.rows if row.found is not None]
         if not lists:
-            return PLAIN
+            return PLAIN, 0.0
         seconds = self.costs.verifying()
         rate = max(self._values().rate, 1.0 / seconds[0]) * len(self.rows)
-        best, gain, total, j = 0, 0.0, 0.0, 0
+        best, saved, total, j = 0, 0.0, 0.0, 0
         reached = [1.0] * len(lists)
         for number, size in enumerate(self.sizes[1:], 1):
             while j < size:
                 reached = [chance * (row[j] if j < len(row) else 0.0) for chance, row in zip(reached, lists, strict=True)]
                 total += sum(reached)
                 j += 1
-            if total - rate * (seconds[number] - seconds[0]) > gain:
-                best, gain = number, total - rate * (seconds[number] - seconds[0])
-        return Plan(self.sizes[best], 0, "last") if best else self._plain()
-
-    def _rest(self, room: int) -> Plan:
-        """A plain step, or once there is time for it a small block, to look whether drafting pays by now."""
-        look = self._fitting(min(2, room))
-        plain = self.costs.spent(PLAIN, 0)
-        self._owed += LOOK_SHARE * plain
-        price = self.costs.spent(Plan(0, look, "last"), look) - plain
-        if look < 1 or self._owed < price * self._looks:
-            return self._plain()
-        self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
-        self._steps += PLAN_EVERY  # what it shows is to count at once
-        self._plain()
-        return Plan(0, look, "last")
+            if total / rate - (seconds[number] - seconds[0]) > saved:
+                best, saved = number, total / rate - (seconds[number] - seconds[0])
+        return (Plan(self.sizes[best], 0, "last"), saved) if best else (self._plain(), 0.0)
 
     def learn(
         self,

@@ -39,6 +39,7 @@ class DecodingArguments:
         seed: seed of the draws; each prompt of a file has its own, made from this one and its number. Not given: any.
         verification: coupled (the text depends on prompt and seed alone) or rejection (a few more drafts are kept).
         draft_vocabulary: tokens that drafts are chosen from, the most frequent ones; all; auto: what pays.
+        prompt_lookup: whether auto also verifies drafts that the text itself offers; the text is the same.
         compile: run steps as graphs: CUDA graphs, or on a CPU torch.compile, which takes seconds for each new shape of step.
         batch_size: prompts decoded together.
         stop: a text that ends the generation; it is cut off.
@@ -60,6 +61,7 @@ class DecodingArguments:
     seed: int | None = None
     verification: Literal["coupled", "rejection"] = "coupled"
     draft_vocabulary: int | Literal["auto", "all"] = "auto"
+    prompt_lookup: bool = True
     compile: bool = False
     batch_size: int = 1
     stop: str | None = None
@@ -120,6 +122,7 @@ class DecodingArguments:
             seed=self.seed,
             verification=self.verification,
             draft_vocabulary=self.draft_vocabulary,
+            prompt_lookup=self.prompt_lookup,
             compile=self.compile,
         )
 

@@ -44,7 +44,8 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
 
     Returns:
         The function. Beside what ``generate`` prepares it takes ``decoding``, ``num_masks``, ``sampler_head``, ``seed``,
-        ``verification``, ``draft_vocabulary``, ``compile`` and ``mtp_streamer`` (transformers keeps ``streamer`` to itself).
+        ``verification``, ``draft_vocabulary``, ``prompt_lookup``, ``compile`` and ``mtp_streamer`` (transformers keeps
+        ``streamer`` to itself).
     """
 
     def custom_generate(
@@ -59,6 +60,7 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
         seed: Any = None,
         verification: Any = "coupled",
         draft_vocabulary: Any = "auto",
+        prompt_lookup: bool = True,
         compile: bool = False,
         mtp_streamer: Any = None,
         **model_kwargs: Any,
@@ -79,6 +81,7 @@ def generate_function(mtp: MTPModel) -> Callable[..., Any]:
             seed=seed,
             verification=verification,
             draft_vocabulary=draft_vocabulary,
+            prompt_lookup=prompt_lookup,
             compile=compile,
             **choice_options(list(logits_processor or []), bool(config.do_sample), padding),
         )

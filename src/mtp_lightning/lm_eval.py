@@ -31,6 +31,7 @@ class MTPLM(HFLM):
         sampler_head: draft with the sampler head.
         seed: of sampling; None: the harness's own.
         draft_vocabulary: tokens that drafts are chosen from, ``all`` or ``auto``.
+        prompt_lookup: whether ``auto`` also verifies drafts that the text itself offers.
         compile: whether steps become graphs.
         **options: those of the harness's class, ``batch_size``, ``max_length``, ``add_bos_token`` and others.
     """
@@ -47,6 +48,7 @@ class MTPLM(HFLM):
         sampler_head: bool = True,
         seed: int | None = None,
         draft_vocabulary: int | str = "auto",
+        prompt_lookup: bool = True,
         compile: bool = False,
         **options: Any,
     ) -> None:
@@ -64,7 +66,7 @@ class MTPLM(HFLM):
             )
         self.mtp = pretrained
         self.decoding_options = {"decoding": decoding, "num_masks": num_masks, "sampler_head": sampler_head, "seed": seed}
-        self.decoding_options |= {"draft_vocabulary": draft_vocabulary, "compile": compile}
+        self.decoding_options |= {"draft_vocabulary": draft_vocabulary, "prompt_lookup": prompt_lookup, "compile": compile}
         super().__init__(pretrained=pretrained.base, tokenizer=pretrained.tokenizer, **options)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
