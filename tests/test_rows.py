@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from injected_drafts import RUNS, InjectedDrafts, K, expected_steps, shared_model
-from tiny import ARCHITECTURES, CONTEXT, greedy_text, tiny_base, tiny_model, token_row
+from tiny import ARCHITECTURES, CONTEXT, WINDOW, greedy_text, tiny_base, tiny_model, token_row
 from torch import Tensor
 
 from mtp_lightning import row_cache
+from mtp_lightning.base import run_decoder
 from mtp_lightning.decoding import DecodingOptions, decode, decode_rows
 from mtp_lightning.model import MTPModel
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.sampler_heads import GRUSamplerHead
+from mtp_lightning.step_masks import StepLayout, StepMasks
 
 LENGTHS = [9, 1, 14, 4, 9, 7, 2, 22]
 G = 20
@@ -118,6 +121,133 @@ def test_a_growing_cache_keeps_its_rows(
     assert together(model, rows, decoding=kind, num_masks=2, max_new_tokens=30, seed=list(range(4)))[0] == [
         text[:30] for text in texts
     ]
+
+
+# --- What a step writes and sees ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_writes_of_rows_of_different_lengths(dtype: torch.dtype, fixed: bool) -> None:
+    """Against loops, bit for bit, while steps change their size, the buffers grow and rows leave."""
+    generator = torch.Generator().manual_seed(0)
+    cache = RowCache(tiny_base("llama"), 4)
+    shapes = [(2, 8, 8), (3, 4, 6)]  # heads, and the width of keys and of values: layers need not be alike
+    cache.lengths, cache.fixed = [3, 0, 7, 5], fixed
+    cache.reserve(12, 99)
+    tokens = cache.tokens.clone()
+    held = [[torch.zeros(4, H, cache.capacity, d, dtype=dtype) for d in widths] for H, *widths in shapes]
+    steps = [(1, 1, 1, [0, 1, 2, 3]), (5, 3, 2, [0, 1, 2, 3]), (1, 1, 1, [0, 3, 2]), (1, 1, 1, [0, 1, 2])]
+    for size, num_tokens, kept, rows in [*steps, (7, 1, 7, [0, 2]), (2, 2, 1, [0, 1])]:
+        if size == 7:
+            cache.reserve(cache.capacity + 1, 99)
+            tokens = row_cache._grown(tokens, 1, cache.capacity)
+            held = [[row_cache._grown(each, 2, cache.capacity) for each in layer] for layer in held]
+        B = len(cache.lengths)
+        fed = torch.randint(97, (B, num_tokens), generator=generator)
+        cache.begin_step(size, fed, torch.tensor(cache.lengths)[:, None])
+        for number, (H, *widths) in enumerate(shapes):
+            # As attention layers give them: views of [B, Q, H * d].
+            new = [torch.randn(B, size, H * d, generator=generator).to(dtype).view(B, size, H, d) for d in widths]
+            found = cache.layers[number].update(*(each.transpose(1, 2) for each in new))
+            end = cache.capacity if fixed else max(cache.lengths) + size
+            layer = cache.layers[number]
+            for buffer, own, states, given in zip(held[number], (layer.keys, layer.values), new, found, strict=True):
+                for r, h, q in itertools.product(range(B), range(H), range(size)):
+                    buffer[r, h, cache.lengths[r] + q] = states[r, q, h]
+                assert torch.equal(own, buffer) and torch.equal(given, buffer[:, :, :end])
+        for r, q in itertools.product(range(B), range(num_tokens)):
+            tokens[r, cache.lengths[r] + q] = fed[r, q]
+        assert torch.equal(cache.tokens, tokens)
+        cache.lengths = [length + kept for length in cache.lengths]
+        cache.keep_rows(rows)
+        held = [[each[rows] for each in layer] for layer in held]
+        tokens = tokens[rows]
+        for layer, buffers in zip(cache.layers, held, strict=True):  # only what counts is kept
+            for own, buffer in zip((layer.keys, layer.values), buffers, strict=True):
+                for r, length in enumerate(cache.lengths):
+                    assert torch.equal(own[r, :, :length], buffer[r, :, :length])
+                buffer.copy_(own)
+        tokens.copy_(cache.tokens)
+
+
+def sees(layout: StepLayout, length: int, query: int, slot: int, window: int | None) -> bool:
+    """Whether a row that holds so many tokens sees what is in a slot: the rule once more, for one query and one slot."""
+    fed = [(index, -1, index) for index in range(layout.num_tokens)]  # token that it comes after, block, position
+    for block, (start, masks) in enumerate(layout.blocks):
+        fed += [(start, block, start + j) for j in range(1, masks + 1)]
+    after, own, position = fed[query]
+    if slot < length:
+        return window is None or length + position - slot < window
+    if slot >= length + len(fed):
+        return False
+    other, block, at = fed[slot - length]
+    seen = other <= after if block == -1 else block == own and at <= position
+    return seen and (window is None or position - at < window)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral-window", "gemma3"])
+@torch.inference_mode()
+def test_masks_of_steps_that_follow_each_other(architecture: str, kernel: str) -> None:
+    """Steps of one position and others in turn; rows leave, lengths become equal, and the cache grows."""
+    base = tiny_base(architecture, attn_implementation=kernel)
+    masks, cache = StepMasks(base, CONTEXT), RowCache(base, 3)
+    plain, drafts = StepLayout(1, 0, ()), StepLayout(2, 0, ())
+    block, two = StepLayout(2, 0, ((0, 1), (1, 2))), StepLayout(2, 0, ((1, 3),))
+    for lengths, layouts in (
+        ([0], [plain]), ([1], [plain]),
+        ([9, 3, 7], [plain]), ([10, 4, 8], [plain]), ([12, 4, 9], [block]), ([13, 5, 10], [plain]), ([5, 10, 13], [plain]),
+        ([14, 11], [plain]), ([15, 12], [block, two]), ([16, 16], [plain]), ([17, 17], [plain]), ([17, 18], [plain]),
+        ([34, 35], [plain]), ([36, 36], [block]), ([61, 63], [plain]), ([60, 63], [block]), ([62, 63], [drafts]),
+        ([40], [plain]), ([41], [plain]),
+    ):  # fmt: skip
+        cache.lengths = lengths
+        B, Q = len(lengths), layouts[0].size
+        cache.reserve(max(lengths) + Q, 99)
+        of_row = [layouts[r % len(layouts)] for r in range(B)]
+        choice = None if len(layouts) == 1 else torch.tensor([layouts.index(each) for each in of_row])
+        slots = None if len(set(lengths)) == 1 else torch.tensor(lengths)[:, None]
+        positions, given = masks.get(tuple(layouts), choice, cache, slots)
+        first, end = cache.reach(Q)
+        windows = {"full_attention": None, "sliding_attention": WINDOW}
+        by_window = {windows[name]: mask for name, mask in given.items()} if isinstance(given, dict) else {}
+        for window in cache.kinds:
+            mask = by_window[window] if by_window else given
+            seen = [
+                [[[sees(each, length, query, slot, window) for slot in range(first[window], end)] for query in range(Q)]]
+                for length, each in zip(lengths, of_row, strict=True)
+            ]
+            assert torch.equal(mask.expand(B, -1, -1, -1) == 0, torch.tensor(seen))
+            assert set(mask.unique().tolist()) <= {0, -torch.inf if kernel == "sdpa" else torch.finfo(base.dtype).min}
+        places = [[*range(each.num_tokens), *(s + j for s, m in each.blocks for j in range(1, m + 1))] for each in of_row]
+        expected = torch.tensor([[min(n + at, CONTEXT - 1) for at in row] for n, row in zip(lengths, places, strict=True)])
+        assert torch.equal(positions.expand(B, -1), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@torch.inference_mode()
+def test_masks_in_the_kernels_form_change_no_bit(architecture: str, dtype: torch.dtype) -> None:
+    """The hidden states that a boolean mask gives."""
+    base = tiny_base(architecture, dtype)
+    for layout in (StepLayout(1, 0, ()), StepLayout(2, 0, ((0, 2), (1, 2)))):
+        found = []
+        for boolean in (False, True):
+            torch.manual_seed(0)
+            masks, cache = StepMasks(base, CONTEXT), RowCache(base, 3)
+            cache.reserve(20, 20)
+            for lengths, each in (([0, 0, 0], StepLayout(11, 10, ())), ([11, 4, 8], layout), ([12, 5, 9], layout)):
+                cache.lengths = lengths
+                slots = torch.tensor(lengths)[:, None] if lengths[0] else None
+                positions, mask = masks.get((each,), None, cache, slots)
+                if boolean:
+                    mask = {name: m == 0 for name, m in mask.items()} if isinstance(mask, dict) else mask == 0
+                cache.begin_step(each.size, torch.zeros(3, each.num_tokens, dtype=torch.int64), slots)
+                hidden = run_decoder(base, torch.randn(3, each.size, 32).to(dtype), mask, positions, cache)
+            found.append(hidden)
+        assert found[0].isfinite().all() and torch.equal(*found)
 
 
 # --- A cache that is kept -----------------------------------------------------------------------------------------------

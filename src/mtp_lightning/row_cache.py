@@ -29,10 +29,37 @@ class _Place:
     def __init__(self) -> None:
         self.rows = 0
         self.capacity = 0
-        self.begin: int | None = 0  # the same for all rows, or None: see index
+        self.begin: int | None = 0  # the same for all rows, or None: see columns
+        self.columns: Tensor | None = None  # each row's slots, [B, Q], or None: see index
         self.index: tuple[Any, ...] = ()
         self.end = 0
         self.first: dict[int | None, int] = {}
+        self._begins: dict[tuple[int, int, int], Tensor] = {}
+        self._lines: dict[tuple[int, int], tuple[Tensor]] = {}
+
+    def write_at(self, columns: Tensor) -> None:
+        """Let the next step write each row at slots of its own, [B, Q] int64."""
+        self.begin, self.columns = None, columns
+        self._lines.clear()
+
+    def lines(self, extent: tuple[int, int]) -> tuple[Tensor]:
+        """Where the step's positions stand in a buffer [B, H, slots, head] that is seen as [B * H * slots, head].
+
+        Args:
+            extent: its H and slots; layers that have the same share the index.
+
+        Returns:
+            The index, [B, H, Q] int64.
+        """
+        if extent not in self._lines:
+            assert self.columns is not None
+            rows, (heads, slots) = len(self.columns), extent
+            key = rows, heads, slots
+            if key not in self._begins:
+                begins = torch.arange(0, rows * heads * slots, slots, device=self.columns.device)
+                self._begins[key] = begins.view(rows, heads, 1)
+            self._lines[extent] = (self.columns[:, None] + self._begins[key],)
+        return self._lines[extent]
 
 
 class RowLayer(CacheLayerMixin):
@@ -50,12 +77,17 @@ class RowLayer(CacheLayerMixin):
         super().__init__()
         self.place, self.window = place, window
 
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take buffers, [B, H, slots, head] each, contiguous."""
+        self.keys, self.values = keys, values
+        self.extent = keys.shape[1], keys.shape[2]
+        self.flat = keys.view(-1, keys.shape[3]), values.view(-1, values.shape[3])  # here, for views take time too
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers. Zeros: a slot that no row has written is masked, but NaN times 0 would be NaN."""
-        self.keys, self.values = (
-            states.new_zeros(self.place.rows, states.shape[1], self.place.capacity, states.shape[3])
-            for states in (key_states, value_states)
-        )
+        rows, capacity = self.place.rows, self.place.capacity
+        buffers = [s.new_zeros(rows, s.shape[1], capacity, s.shape[3]) for s in (key_states, value_states)]
+        self.hold(*buffers)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -65,13 +97,19 @@ class RowLayer(CacheLayerMixin):
         place = self.place
         keys, values = self.keys, self.values
         if place.begin is not None:
-            keys[:, :, place.begin : place.end].copy_(key_states)
-            values[:, :, place.begin : place.end].copy_(value_states)
+            size = place.end - place.begin
+            keys.narrow(2, place.begin, size).copy_(key_states)
+            values.narrow(2, place.begin, size).copy_(value_states)
+        elif place.columns is not None:
+            lines = place.lines(self.extent)
+            self.flat[0].index_put_(lines, key_states)
+            self.flat[1].index_put_(lines, value_states)
         else:
             keys[place.index] = key_states.transpose(1, 2)
             values[place.index] = value_states.transpose(1, 2)
         first = place.first[self.window]
-        return keys[:, :, first : place.end], values[:, :, first : place.end]
+        size = place.end - first
+        return keys.narrow(2, first, size), values.narrow(2, first, size)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a step sees, and the first one's slot; masks are made by ``StepMasks``, so nothing asks."""
@@ -142,8 +180,7 @@ class RowCache(Cache):
         self.tokens = _grown(self.tokens, 1, size)
         for layer in self.layers:
             if layer.keys is not None:
-                layer.keys = _grown(layer.keys, 2, size)
-                layer.values = _grown(layer.values, 2, size)
+                layer.hold(_grown(layer.keys, 2, size), _grown(layer.values, 2, size))
         self._place.capacity = size  # last: whoever stops it half-way (Ctrl-C, no memory left) may go on later
 
     def reach(self, num_positions: int) -> tuple[dict[int | None, int], int]:
@@ -177,11 +214,14 @@ class RowCache(Cache):
             place.begin = begin
             self.tokens[:, begin : begin + fed.shape[1]].copy_(fed)
             return
-        place.begin = None
-        rows = torch.arange(len(self.lengths), device=fed.device)[:, None]
-        columns = slots + torch.arange(num_positions, device=fed.device)
-        place.index = (rows, slice(None), columns)
-        self.tokens[rows, columns[:, : fed.shape[1]]] = fed
+        columns = slots if num_positions == 1 else slots + torch.arange(num_positions, device=fed.device)
+        if self.fixed:  # a recording must know of the buffers alone, not of views that are kept beside them
+            rows = torch.arange(len(self.lengths), device=fed.device)[:, None]
+            place.begin, place.columns, place.index = None, None, (rows, slice(None), columns)
+            self.tokens[rows, columns[:, : fed.shape[1]]] = fed
+            return
+        place.write_at(columns)
+        self.tokens.scatter_(1, columns.narrow(1, 0, fed.shape[1]), fed)
 
     def wipe(self) -> None:
         """Zero the slots behind the tokens that count: steps that read all slots would spread a NaN from there."""
@@ -218,7 +258,7 @@ class RowCache(Cache):
         self._place.rows = len(sources)
         self.tokens = self.tokens[: len(sources)]
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[: len(sources)], layer.values[: len(sources)]
+            layer.hold(layer.keys[: len(sources)], layer.values[: len(sources)])
 
 
 def _grown(buffer: Tensor, dim: int, size: int) -> Tensor:

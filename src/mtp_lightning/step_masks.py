@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtp_lightning.attention import kernel_mask, per_layer_type
+from mtp_lightning.attention import GROUPED_SDPA, kernel_mask, per_layer_type
 from mtp_lightning.masking import AttentionPattern, dense_mask
 from mtp_lightning.row_cache import RowCache
 
@@ -97,6 +97,12 @@ class StepMasks:
         self._capacity = 0
         self._positions: dict[tuple[StepLayout, ...], Tensor] = {}
         self._tables: dict[tuple[tuple[StepLayout, ...], int | None], Tensor] = {}
+        self._shifted: dict[int | None, tuple[list[int], Tensor]] = {}
+        self._additive: tuple[Tensor, Tensor] | None = None
+        on_cpu = base.device.type == "cpu" and not hasattr(base, "_hf_hook")  # which may move tensors elsewhere
+        if on_cpu and base.config._attn_implementation in ("sdpa", GROUPED_SDPA):
+            wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+            self._additive = torch.zeros((), dtype=wide), torch.tensor(-torch.inf, dtype=wide)
 
     def get(
         self, layouts: tuple[StepLayout, ...], choice: Tensor | None, cache: RowCache, slots: Tensor | None
@@ -116,30 +122,63 @@ class StepMasks:
         if cache.capacity != self._capacity:
             self._capacity = cache.capacity
             self._tables.clear()
+            self._shifted.clear()
         Q = layouts[0].size
         first, end = cache.reach(Q)
         longest = end - Q
         positions = self._position_table(layouts)
         if choice is not None:
             positions = positions.index_select(0, choice)
-        # A position past the context belongs to a mask or draft that can no longer become text.
-        positions = (positions + (cache.lengths[0] if slots is None else slots)).clamp_(max=self.context - 1)
+        positions = positions + (cache.lengths[0] if slots is None else slots)
+        if cache.fixed or end > self.context:
+            # A position past the context belongs to a mask or draft that can no longer become text.
+            positions.clamp_(max=self.context - 1)
 
         def make(window: int | None) -> Tensor:
             table = self._table(layouts, window, longest)
             behind = table.shape[-1] - Q - 1
-            if choice is not None:
+            alike = slots is None
+            if Q == 1 and longest and not cache.fixed:
+                missing = [0] if alike else [longest - length for length in cache.lengths]
+                table, alike = self._shift(table, window, missing), True
+            elif choice is not None:
                 table = table.index_select(0, choice)
-            if slots is None:
-                return table[:, None, :, behind - longest + first[window] : behind + Q]
-            columns = torch.arange(first[window] + behind, longest + Q + behind, device=slots.device) - slots
+            if alike:
+                return self._for_kernel(table.narrow(3, behind - longest + first[window], end - first[window]))
+            assert slots is not None
+            columns = torch.arange(first[window] + behind, end + behind, device=slots.device) - slots
             columns = columns.clamp_(max=behind + Q)  # behind a short row's own positions is nothing that it sees
-            index = columns[:, None, :].expand(-1, Q, -1)
-            return table.expand(len(slots), -1, -1).gather(2, index)[:, None]
+            index = columns[:, None, None, :].expand(-1, -1, Q, -1)
+            return self._for_kernel(table.expand(len(slots), -1, -1, -1).gather(3, index))
 
         if isinstance(self._windows, dict):
             return positions, {name: make(window) for name, window in self._windows.items()}
         return positions, make(self._windows)
+
+    def _for_kernel(self, mask: Tensor) -> Tensor:
+        """A mask as PyTorch's CPU kernel reads it: 0 and -inf. Given a boolean one it would make the same, once a layer."""
+        if self._additive is None or mask.dtype != torch.bool:
+            return mask
+        return torch.where(mask, *self._additive)
+
+    def _shift(self, table: Tensor, window: int | None, missing: list[int]) -> Tensor:
+        """The table of a single position for rows of different lengths, as the longest row's slots stand in it.
+
+        Such steps add one to every length, so the rows' table stays right until a row leaves.
+
+        Args:
+            table: [1, 1, 1, capacity + 2].
+            window: its window.
+            missing: how many tokens fewer than the longest row's each row has in the cache.
+
+        Returns:
+            [B, 1, 1, capacity + 2], as the kernel takes it.
+        """
+        if window not in self._shifted or self._shifted[window][0] != missing:
+            last = table.shape[-1] - 1
+            columns = torch.arange(last + 1, device=table.device) + torch.tensor(missing, device=table.device)[:, None]
+            self._shifted[window] = missing, self._for_kernel(table[0, 0, 0, columns.clamp_(max=last)][:, None, None])
+        return self._shifted[window][1]
 
     def _position_table(self, layouts: tuple[StepLayout, ...]) -> Tensor:
         if layouts not in self._positions:
@@ -148,7 +187,7 @@ class StepMasks:
         return self._positions[layouts]
 
     def _table(self, layouts: tuple[StepLayout, ...], window: int | None, longest: int) -> Tensor:
-        """For each layout what its positions see: [n, Q, capacity + Q + 1], cached keys, the step's own, and nothing.
+        """For each layout what its positions see: [n, 1, Q, capacity + Q + 1], cached keys, the step's own, and nothing.
 
         Column c of the cached ones is the key ``capacity - c`` tokens before the step's first token, so that a shorter
         cache is a slice.
@@ -166,7 +205,7 @@ class StepMasks:
             context = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
             local = dense_mask(pattern, layout.num_tokens, window)[0, 0]
             made.append(torch.cat([context, local, torch.zeros_like(local[:, :1])], dim=1))
-        table = kernel_mask(self.base, torch.stack(made))
+        table = kernel_mask(self.base, torch.stack(made)[:, None])
         if longest:
             self._tables[key] = table
         return table
