@@ -4,9 +4,12 @@
 ``python benchmarks/speed.py MODEL --prompts F.jsonl`` decodes batches of prompts of one domain with every number of masks
 and ``auto``, and with the three others, one after another; then the next batch, beginning with another one. The ratio of two
 ways is taken within a batch, so a busy moment hits neighbours alike. All write as many tokens (no end token), greedily.
-Prints medians of the ratios with quartiles, by domain; writes ``speed.json`` and ``speed.png`` into ``--output``.
-Prompt-lookup decoding takes one row, so it has no figure for larger batches. With ``--compile true`` our steps are graphs,
-those of our autoregressive loop too; every text is decoded once beforehand, for shapes are compiled as they come up.
+``blocks`` is ``auto`` without the drafts that the text itself offers. Prints medians of the ratios with quartiles, by
+domain; writes ``speed.json`` and ``speed.png`` into ``--output``.
+
+Prompt-lookup decoding takes one row, so it has no figure for larger batches. With ``--temperature T`` texts are sampled, by
+our ways alone, from one seed. With ``--compile true`` our steps are graphs, those of our autoregressive loop too; every text
+is decoded once beforehand, for shapes are compiled as they come up.
 """
 
 from __future__ import annotations
@@ -37,14 +40,21 @@ OTHERS = {
 
 
 def ways(
-    model: MTPModel, base: Any, rows: list[torch.Tensor], tokens: int, masks: list[str], compiled: bool = False
+    model: MTPModel,
+    base: Any,
+    rows: list[torch.Tensor],
+    tokens: int,
+    masks: list[str],
+    compiled: bool = False,
+    temperature: float = 0.0,
 ) -> dict[str, Callable[[], Any]]:
     """The ways to decode a batch; each gives the new tokens of each row and its acceptance length."""
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
 
     def ours(**options: Any) -> tuple[list[list[int]], float]:
-        out = model.generate(ids, mask, max_new_tokens=tokens, eos_token_id=[], **{"compile": compiled, **options})
+        options = {"compile": compiled, "temperature": temperature, "seed": 0, **options}
+        out = model.generate(ids, mask, max_new_tokens=tokens, eos_token_id=[], **options)
         texts = [out.sequences[r, len(row) : len(row) + tokens].tolist() for r, row in enumerate(rows)]
         return texts, float(out.acceptance_length.mean())
 
@@ -60,14 +70,16 @@ def ways(
         )
         return out[:, ids.shape[1] :].tolist(), 1.0
 
-    found: dict[str, Callable[[], Any]] = {"autoregressive": lambda: ours(decoding="autoregressive"), "generate": theirs}
+    found: dict[str, Callable[[], Any]] = {"autoregressive": lambda: ours(decoding="autoregressive")}
+    if not temperature:
+        found["generate"] = theirs
     if compiled:
         found["plain"] = lambda: ours(decoding="autoregressive", compile=False)
-    if len(rows) == 1:
+    if len(rows) == 1 and not temperature:
         found["lookup"] = lambda: theirs(prompt_lookup_num_tokens=5)
     for each in masks:
-        value: Any = each if each == "auto" else int(each)
-        found[each] = lambda value=value: ours(num_masks=value)
+        value: dict[str, Any] = {"num_masks": int(each) if each.isdigit() else "auto", "prompt_lookup": each != "blocks"}
+        found[each] = lambda value=value: ours(**value)
     return found
 
 
@@ -80,7 +92,15 @@ def spread(values: list[float]) -> dict[str, Any] | None:
 
 
 def measure(
-    model: MTPModel, base: Any, prompts: list[Prompt], batch: int, tokens: int, masks: list[str], rounds: int, compiled: bool
+    model: MTPModel,
+    base: Any,
+    prompts: list[Prompt],
+    batch: int,
+    tokens: int,
+    masks: list[str],
+    rounds: int,
+    compiled: bool,
+    temperature: float,
 ) -> dict[str, Any]:
     """Ratios by domain, way and what it is compared with."""
     domains: dict[str, list[Prompt]] = {}
@@ -94,7 +114,7 @@ def measure(
         batches = [members[i : i + batch] for i in range(0, len(members), batch)]
         batches[-1] = (batches[-1] + members * batch)[:batch]
         for number, rows in enumerate((batches if compiled else batches[:1]) + batches * rounds):
-            calls = ways(model, base, [torch.tensor(p.input_ids) for p in rows], tokens, masks, compiled)
+            calls = ways(model, base, [torch.tensor(p.input_ids) for p in rows], tokens, masks, compiled, temperature)
             names = list(calls)
             if number < (len(batches) if compiled else 1):
                 for name in names:
@@ -184,9 +204,10 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--masks", nargs="+", default=[*map(str, range(1, 9)), "auto"])
+    parser.add_argument("--masks", nargs="+", default=[*map(str, range(1, 9)), "blocks", "auto"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--compile", choices=["true", "false"], default="false")
     parser.add_argument("--output", default="runs/speed")
     args = parser.parse_args()
@@ -201,7 +222,15 @@ def main() -> None:
         for batch in args.batch_sizes:
             name = f"{dtype}, batch {batch}"
             results[name] = measure(
-                model, base, prompts, batch, args.tokens, args.masks, args.rounds, args.compile == "true"
+                model,
+                base,
+                prompts,
+                batch,
+                args.tokens,
+                args.masks,
+                args.rounds,
+                args.compile == "true",
+                args.temperature,
             )
             report(name, results[name])
             text = json.dumps({"arguments": vars(args), "threads": torch.get_num_threads(), "results": results}, indent=1)

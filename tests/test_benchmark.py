@@ -194,7 +194,7 @@ def test_contenders_write_the_same_text(batch_size: int) -> None:
     model = tiny_model(sampler_head=GRUSamplerHead(8), eos_token_id=[3, 52])
     prompts = [Prompt("", [9, 10, 11], ""), Prompt("", [5, 6, 7, 8, 9], "")][:batch_size]
     field = contenders(model, OPTIONS, [1, 3, "auto"], batch_size)
-    ours = [f"quadratic, sampler head, {masks}" for masks in ("1 mask", "3 masks", "auto")]
+    ours = [f"quadratic, sampler head, {masks}" for masks in ("1 mask", "3 masks", "auto", "auto without prompt lookup")]
     assert list(field) == [AUTOREGRESSIVE, TRANSFORMERS, *([LOOKUP] if batch_size == 1 else []), *ours]
     expected = [greedy_text(model.base, torch.tensor(prompt.input_ids), 20) for prompt in prompts]
     assert 1 < len(expected[0]) < 20  # an end token ends it
@@ -323,7 +323,10 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
         AUTOREGRESSIVE,
         TRANSFORMERS,
         LOOKUP,
-        *(f"quadratic, sampler head, {masks}" for masks in ("1 mask", "2 masks", "3 masks", "auto")),
+        *(
+            f"quadratic, sampler head, {masks}"
+            for masks in ("1 mask", "2 masks", "3 masks", "auto", "auto without prompt lookup")
+        ),
     ]
     assert all(each["equal_texts"] == [2, 2] for each in report["speed"]["contenders"].values())
     # Named options restrict it.

@@ -135,6 +135,7 @@ def test_seeds() -> None:
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
+        ({"prompt_lookup": 1}, "prompt_lookup must be True or False, got 1. Change prompt_lookup."),
         ({"draft_vocabulary": 0}, "draft_vocabulary must be auto, all, or a number from 1 on, got 0. Change draft_vocab"),
         ({"draft_vocabulary": True}, "draft_vocabulary must be auto, all, or a number from 1 on, got True"),
         ({"draft_vocabulary": "most"}, "draft_vocabulary must be auto, all, or a number from 1 on, got 'most'"),

@@ -71,7 +71,11 @@ def contenders(
             found[LOOKUP] = _theirs(model, options, prompt_lookup_num_tokens=10)
     for count in num_masks:
         setting = Setting(options.decoding, options.sampler_head, count)
-        found[f"{setting.family}, {setting.masks}"] = _ours(model, replace(options, num_masks=count), stop)
+        name, chosen = f"{setting.family}, {setting.masks}", replace(options, num_masks=count)
+        found[name] = _ours(model, chosen, stop)
+        coupled = options.temperature == 0 or options.verification == "coupled"
+        if count == "auto" and options.prompt_lookup and coupled:  # what the blocks do by themselves
+            found[f"{name} without prompt lookup"] = _ours(model, replace(chosen, prompt_lookup=False), stop)
     return found
 
 
