@@ -112,3 +112,8 @@ def test_errors_that_nobody_foresaw(capsys, monkeypatch: pytest.MonkeyPatch) -> 
     assert error_of(capsys, 1, "bug") == "ValueError: first line second line (--debug shows where)"
     assert error_of(capsys, 1, "own") == "mend it"  # another library wrapped it
     assert error_of(capsys, 2, "usage") == "say it"
+
+
+def test_a_command_has_a_file_of_its_own() -> None:
+    others = [command.module for command in cli.COMMANDS.values() if command.function != "run_trainer"]
+    assert len(set(others)) == len(others) and "lightning_cli" not in others

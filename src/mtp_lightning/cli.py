@@ -43,11 +43,11 @@ COMMANDS = {
     "validate": Command("losses, NTP figure and acceptance on the validation set", "lightning_cli", "run_trainer"),
     "test": Command("the same on the test set", "lightning_cli", "run_trainer"),
     "predict": Command(
-        "speculative generation over the test prompts, one JSON line a prompt", "lightning_cli", "run_predict"
+        "speculative generation over the test prompts, one JSON line a prompt", "predict_command", "run_predict"
     ),
     "generate": Command("generate text with a trained model", "commands", "run_generate"),
     "chat": Command("talk with a trained model", "chat_command", "run_chat"),
-    "data": Command("show a few rows with the role of every token, and the shares", "lightning_cli", "run_data"),
+    "data": Command("show a few rows with the role of every token, and the shares", "data_command", "run_data"),
     "distill": Command("write the base model's own answers to prompts, to train on", "distill.command", "run_distill"),
     "export": Command("checkpoint to saved folder (safetensors and JSON)", "export_command", "run_export"),
     "benchmark": Command(
