@@ -133,6 +133,10 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
         ('{"prompt": "\\ud800"}\n', "line 1: expected UTF-8 text, got half a character or other bytes"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "line 1: expected UTF-8 text, got half a character"),
         ("[" * 100_000, "line 1: expected JSON, got brackets in one another without end"),
+        (
+            '{"prompt": "one"}\n{"prompt": "one", "id": ' + "9" * 5_000 + "}\n",
+            "line 2: expected numbers of at most 4300 digits, got one of 5000. Correct or delete the line.",
+        ),
         ('{"messages": [{"role": "user"}]}\n', "line 1: each of messages must be {role, content}, got {'role': 'user'}"),
         ('{"messages": [{"role": 1, "content": "one"}]}\n', "line 1: role of a message must be text, got int"),
         ('{"messages": [{"role": "user", "content": 3}]}\n', "line 1: content of a message must be text, got int"),

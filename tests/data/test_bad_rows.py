@@ -63,12 +63,26 @@ def read(folder: Path, data: bytes, name: str = "a.jsonl") -> Prepared:
             b'{"text": "one"}\n\0\0\n',
             ", line 2: expected JSON, got Expecting value at column 1. Correct or delete",
         ),
+        (
+            b'{"text": "one", "n": ' + b"9" * 5_000 + b'}\n{"text": \n',  # Arrow takes the number, and fails at line 2
+            ", line 1: expected numbers of at most 4300 digits, got one of 5000. Correct or delete the line.",
+        ),
+        (b'{"text": "one"}\n{"n": ' + b"[" * 100_000, ", line 2: expected JSON, got brackets in one another without end."),
         (b'{"text": "\\ud800"}\n', ": expected a .jsonl file, it cannot be read: JSON parse error: The surrogate pair"),
     ],
 )
 def test_rows_that_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(RunError, match="^" + re.escape(f"{tmp_path / 'a.jsonl'}{message}")):
         read(tmp_path, data)
+
+
+def test_a_number_without_end_in_other_files(tmp_path: Path) -> None:
+    nines = "9" * 5_000
+    data = f'[{{"text": "{nines} \\""}},\n\n {{"text": "two", "n": -{nines}1}}]'  # digits of a text are no number
+    with pytest.raises(RunError, match="a.json, line 3: expected numbers of at most 4300 digits, got one of 5001. Correct"):
+        read(tmp_path, data.encode(), "a.json")
+    with pytest.raises(RunError, match="a.json: expected JSON, got brackets in one another without end. Correct or delete"):
+        read(tmp_path, b'[{"text": "one"},\n' + b"[" * 100_000, "a.json")
 
 
 def test_text_that_is_no_utf_8_in_other_files(tmp_path: Path) -> None:
