@@ -19,6 +19,7 @@ from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.gated_lora import LoRA, lora_layers
 from mtp_lightning.label_counts import LABEL_COUNTS, checked_counts
 from mtp_lightning.model import MTPModel
+from mtp_lightning.paths import lasting_name
 from mtp_lightning.sampler_heads import SamplerHead
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def checkpoint_settings(module: MTPModule) -> dict[str, Any]:
     config = module.base_config
     return {
         "base_model": module.base_model,
+        "base_folder": lasting_name(module.base_model),
         # The commit, where the base comes from the hub: a branch moves on.
         "revision": hub_commit(module.base_model, module.revision) or module.revision,
         "base": {
@@ -55,6 +57,19 @@ def checkpoint_settings(module: MTPModule) -> dict[str, Any]:
         },
         **part_settings(module),
     }
+
+
+def named_base(settings: dict[str, Any]) -> str:
+    """Where the base of a checkpoint lies: by the name that it was given, else where that name was a folder.
+
+    Args:
+        settings: the checkpoint's.
+
+    Returns:
+        A name to load it by.
+    """
+    name: str = settings["base_model"]
+    return name if Path(name).is_dir() else settings.get("base_folder", name)
 
 
 def part_settings(module: MTPModule) -> dict[str, Any]:
@@ -222,7 +237,7 @@ def load_model(
     settings = checkpoint[SETTINGS]
     if named is not None:
         check_settings(checkpoint, {**settings, **named, "lora": {**settings["lora"], **named["lora"]}})
-    name = base_model or settings["base_model"]
+    name = base_model or named_base(settings)
     if base is None:
         base = load_base(
             name,
