@@ -149,7 +149,7 @@ class MTPCLI(LightningCLI):
                 config[self.subcommand].ckpt_path = path
         if path:
             checkpoint = read_checkpoint(path)
-            check_settings(checkpoint, checkpoint_settings(self.model))
+            check_settings(checkpoint, checkpoint_settings(self.model), self.model.whole_config)
             check_states(path, checkpoint, self.subcommand or "")
             append = self.subcommand != "fit" or figures_are_its_own(self.trainer, self._folder, checkpoint)
             for each in self.callbacks_of(ResumeExactly):
