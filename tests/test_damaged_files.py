@@ -86,7 +86,7 @@ def test_predict_asks_for_no_more_than_is_named(run: Path, here: Path, capsys) -
     validate = ["validate", "--config", "config.yaml", "--ckpt_path", LAST]
     assert mtp(*validate, "--model.lora.alpha", "4", "--model.lora.target_modules", "all-linear") == 0
     capsys.readouterr()
-    for option, value in (("alpha", "5"), ("target_modules", "[q_proj]"), ("target_modules", r".*\.0\..*")):
+    for option, value in (("alpha", "5"), ("target_modules", "[q_proj]"), ("target_modules", r".*\.0\..*proj")):
         for command in (words, validate):
             found = error_of(capsys, 1, *command, f"--model.lora.{option}", value)
             assert found.startswith(f"the checkpoint's LoRA {option} is None, the configuration's is ")
