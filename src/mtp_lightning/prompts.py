@@ -282,6 +282,9 @@ def _render(row: PromptRow, tokenizer: Any) -> str:
     try:
         messages, template = clean_messages(messages), template_of(tokenizer, None)
         check_roles(messages, template)
+        for number, message in enumerate(messages, 1):
+            if message["role"] == "user" and not message["content"].strip():
+                raise RunError(f"message {number} is the user's and empty. Add text, or delete the line.")
         return render(messages, tokenizer, template, generation_prompt=True)
     except RunError as error:
         raise RunError(f"{row.place}: {error}") from error

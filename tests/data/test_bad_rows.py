@@ -51,6 +51,14 @@ def read(folder: Path, data: bytes, name: str = "a.jsonl") -> Prepared:
         ),
         (lines(GOOD, {"messages": [says("gtp4", "x")]}), ", row 2: message 1 has the role 'gtp4', which the chat"),
         (lines(GOOD, {"messages": [says("user", None)]}), ", row 2: each of messages must be {role, content}, got {'role'"),
+        (
+            lines(GOOD, {"messages": [says("user", None) | {"name": "a"}, says("assistant", "two")]}),
+            ", row 2: each of messages must be {role, content}, got {'role': 'user', 'content': None, 'name': 'a'}.",
+        ),
+        (
+            lines({"messages": [says("user", [{"type": "image", "url": "a.png"}]), says("assistant", "two")]}),
+            ", row 1: content of a message must be text or parts of text, got a part {'type': 'image', 'url': 'a.png'}.",
+        ),
         (lines({"text": "one", "domain": 3}), ", row 1: domain must be text, got int."),
         (lines({"input_ids": [9, 10]}, {"input_ids": [9], "domain": [1]}), ", row 2: domain must be text, got list."),
         (lines({"input_ids": ["a"]}), ": input_ids must be lists of token ids, got list<item: string>."),
