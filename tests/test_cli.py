@@ -112,3 +112,22 @@ def test_errors_that_nobody_foresaw(capsys, monkeypatch: pytest.MonkeyPatch) -> 
     assert error_of(capsys, 1, "bug") == "ValueError: first line second line (--debug shows where)"
     assert error_of(capsys, 1, "own") == "mend it"  # another library wrapped it
     assert error_of(capsys, 2, "usage") == "say it"
+
+
+def test_a_command_has_a_file_of_its_own() -> None:
+    others = [command.module for command in cli.COMMANDS.values() if command.function != "run_trainer"]
+    assert len(set(others)) == len(others) and "lightning_cli" not in others
+
+
+@pytest.mark.parametrize("below", ["", "/cache", "/deep/cache"])
+def test_a_compile_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, below: str) -> None:
+    """torch makes the folder while it is imported. A file stands in its place, which holds for root too."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tmp_path}/file{below}")
+    for words in (["generate", "saved", "--prompt", "one"], ["fit", "--help"]):
+        assert error_of(capsys, 1, *words) == (
+            f"TORCHINDUCTOR_CACHE_DIR is '{tmp_path}/file{below}', a folder that can't be made: '{tmp_path}/file' is a file,"
+            " not a folder. Name another folder, or unset it."
+        )
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tmp_path}/new/cache")
+    assert mtp("generate", "--help") == 0

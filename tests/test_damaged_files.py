@@ -81,6 +81,15 @@ def test_predict_asks_for_no_more_than_is_named(run: Path, here: Path, capsys) -
     words = [*predict, "--model.base_model", "base"]
     assert mtp(*words) == 0  # of the checkpoint's 3 masks, rank 2 and GRU head the configuration says nothing
     assert mtp(*words, "--model.lora.dropout", "0.5", "--model.num_masks", "3", "--model.lora.gated", "true") == 0
+    layers = ["--model.lora.target_modules", "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"]
+    assert mtp(*words, "--model.lora.alpha", "4", *layers) == 0  # what the checkpoint's null stands for
+    validate = ["validate", "--config", "config.yaml", "--ckpt_path", LAST]
+    assert mtp(*validate, "--model.lora.alpha", "4", "--model.lora.target_modules", "all-linear") == 0
+    capsys.readouterr()
+    for option, value in (("alpha", "5"), ("target_modules", "[q_proj]"), ("target_modules", r".*\.0\..*proj")):
+        for command in (words, validate):
+            found = error_of(capsys, 1, *command, f"--model.lora.{option}", value)
+            assert found.startswith(f"the checkpoint's LoRA {option} is None, the configuration's is ")
     (here / "default.yaml").write_text("model: {num_masks: 8}")  # the default, named
     found = error_of(capsys, 1, *words, "--config", "default.yaml")
     assert found == "the checkpoint's num_masks is 3, the configuration's is 8. Change model.num_masks or --ckpt_path."

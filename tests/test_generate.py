@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import error_of, leave_no_trace, mtp, own_cache  # noqa: F401 - some are fixtures
 from tiny_run import LAST
-from trained_run import json_lines, without_times
+from trained_run import as_if_trained_here, json_lines, without_times
 
 from mtp_lightning import MTPModel
+from mtp_lightning.checkpoint import named_base
+from mtp_lightning.distill.command import base_of
 from mtp_lightning.text_stream import possible_stop
 
 FIELDS = "prompt text token_ids num_steps acceptance_length accepted_per_step seconds tokens_per_second decoding num_masks"
@@ -121,11 +124,36 @@ def test_generate_reads_standard_input(run: Path, capsys, monkeypatch: pytest.Mo
     assert [(line["prompt"], line["num_steps"]) for line in json_lines(capsys)] == [("one", 2), ("two", 2)]
 
 
-def test_a_base_that_moved(run: Path, capsys) -> None:
+def test_a_base_of_a_relative_path(trained: Path, run: Path, here: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """The folder of that name, and where there is none, where it was in training; in every command that needs the base."""
+    words = ["--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]
+    assert mtp("generate", LAST, *words) == 0
+    expected = json_lines(capsys)
+    settings = torch.load(LAST, weights_only=True)["mtp_settings"]
+    assert (settings["base_model"], settings["base_folder"]) == ("base", str(trained / "base"))
+    assert named_base(settings) == "base"
+    as_if_trained_here()
+    monkeypatch.chdir(tmp_path)
+    assert mtp("generate", here / LAST, *words) == 0
+    assert without_times(json_lines(capsys)) == without_times(expected)
+    assert base_of(str(here / LAST)) == (str(here / "base"), None)
+    assert mtp("export", "--ckpt_path", here / LAST, "--output", "saved") == 0
+    assert MTPModel.from_pretrained("saved").base_model == str(here / "base")
+    (here / "base").rename("moved")
+    found = error_of(capsys, 1, "generate", here / LAST, *words)
+    assert found.startswith(
+        f"base model '{here / 'base'}' could not be loaded: no such folder is there. Set model.base_model"
+    )
+    del settings["base_folder"]  # as in a checkpoint of an earlier version
+    assert named_base(settings) == "base"
+
+
+def test_a_base_that_moved(run: Path, here: Path, capsys) -> None:
+    as_if_trained_here()
     words = ["generate", LAST, "--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]
     assert mtp(*words) == 0
     expected = json_lines(capsys)
     os.rename("base", "moved")
-    assert error_of(capsys, 1, *words).startswith("base model 'base' could not be loaded: ")
+    assert error_of(capsys, 1, *words).startswith(f"base model '{here / 'base'}' could not be loaded: no such folder is")
     assert mtp(*words, "--base_model", "moved") == 0
     assert without_times(json_lines(capsys)) == without_times(expected)

@@ -133,7 +133,25 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
         ('{"prompt": "\\ud800"}\n', "line 1: expected UTF-8 text, got half a character or other bytes"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "line 1: expected UTF-8 text, got half a character"),
         ("[" * 100_000, "line 1: expected JSON, got brackets in one another without end"),
+        (
+            '{"prompt": "one"}\n{"prompt": "one", "id": ' + "9" * 5_000 + "}\n",
+            "line 2: expected numbers of at most 4300 digits, got one of 5000. Correct or delete the line.",
+        ),
         ('{"messages": [{"role": "user"}]}\n', "line 1: each of messages must be {role, content}, got {'role': 'user'}"),
+        (
+            '{"messages": [{"role": "user", "content": null, "name": "a"}]}\n',
+            "line 1: each of messages must be {role, content}, got {'role': 'user', 'content': None, 'name': 'a'}",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": []}, {"role": "user", "content": "one"}]}\n',
+            "line 1: each of messages must be {role, content}, got {'role': 'assistant', 'tool_calls': []}",
+        ),
+        ('{"messages": [{"role": "user", "content": " "}]}\n', "line 1: message 1 is the user's and empty. Add text, or"),
+        ('{"messages": [{"role": "user", "content": []}]}\n', "line 1: content of a message must be text or parts of text"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image_url", "text": "one"}]}]}\n',
+            "line 1: content of a message must be text or parts of text, got a part {'type': 'image_url', 'text': 'one'}.",
+        ),
         ('{"messages": [{"role": 1, "content": "one"}]}\n', "line 1: role of a message must be text, got int"),
         ('{"messages": [{"role": "user", "content": 3}]}\n', "line 1: content of a message must be text, got int"),
         ('{"messages": [{"role": "usr", "content": "one"}]}\n', "line 1: message 1 has the role 'usr', which the chat"),
@@ -145,6 +163,13 @@ def test_what_is_wrong_is_said_in_one_line(write, content: str, message: str) ->
     with pytest.raises(RunError) as caught:
         read_prompts(source, word_tokenizer(bos=False))
     assert message in str(caught.value) and str(caught.value).startswith(source) and "\n" not in str(caught.value)
+
+
+def test_a_content_in_parts_is_their_text(write) -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": None, "text": "two", "image": None}, " three"]
+    rows = [{"messages": [{"role": "user", "content": content}]} for content in (parts, "one two three")]
+    first, second = read_prompts(write(rows), word_tokenizer())
+    assert first == second and "one two three" in first.text
 
 
 def test_messages_without_a_template_or_refused_by_it(write) -> None:

@@ -16,7 +16,8 @@ from command_line import leave_no_trace, mtp  # noqa: F401 - the first is a fixt
 from tiny import tiny_batch, tiny_model
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning import cli, commands, lightning_cli
+from mtp_lightning import cli, commands, predict_command
+from mtp_lightning.data_command import DataCLI
 from mtp_lightning.lightning_cli import MTPCLI
 from mtp_lightning.losses import LossTerm
 from mtp_lightning.model import MTPModel
@@ -59,14 +60,14 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     for name in ("instantiate_classes", "after_instantiate_classes"):
         monkeypatch.setattr(MTPCLI, name, lambda self: None)
     monkeypatch.setattr(MTPCLI, "_run_subcommand", lambda self, subcommand: reached.append(subcommand))
-    monkeypatch.setattr("mtp_lightning.checkpoint.load_model", lambda *args, **options: torch.nn.Identity())
+    monkeypatch.setattr("mtp_lightning.predict_command.load_model", lambda *args, **options: torch.nn.Identity())
     monkeypatch.setattr("mtp_lightning.export_command.export_checkpoint", lambda *args: reached.append("export"))
     monkeypatch.setattr("mtp_lightning.benchmark_command.measure", lambda *args: reached.append("benchmark"))
     monkeypatch.setattr("mtp_lightning.chat_command.conversation", lambda *args: None)
     monkeypatch.setattr("mtp_lightning.chat_command.converse", lambda *args: reached.append("chat"))
     monkeypatch.setattr("mtp_lightning.distill.command.chosen_shard", lambda *args: reached.append("distill") or sys.exit())
-    monkeypatch.setattr(lightning_cli.DataCLI, "instantiate_classes", lambda self: reached.append("data") or sys.exit())
-    for module in (commands, lightning_cli):
+    monkeypatch.setattr(DataCLI, "instantiate_classes", lambda self: reached.append("data") or sys.exit())
+    for module in (commands, predict_command):
         monkeypatch.setattr(module, "read_prompts", lambda *args, **options: [])
         monkeypatch.setattr(module, "print_generations", lambda *args, **options: reached.append("text"))
     monkeypatch.setattr(torch.nn.Identity, "tokenizer", word_tokenizer(), raising=False)

@@ -78,6 +78,19 @@ from mtp_lightning import cli
             "draft_vocabulary must be auto, all, or a number from 1 on, got -1. Change draft_vocabulary.",
         ),
         ("chat {last} --draft_vocabulary few", 2, "draft_vocabulary: expected int or 'auto', 'all', got few."),
+        (
+            "generate {last} --prompt a --draft_vocabulary=",
+            2,
+            "draft_vocabulary: expected int or 'auto', 'all', got an empty text. Change --draft_vocabulary.",
+        ),
+        ("generate {last} --prompt a --top_k=", 2, "top_k: expected int or null, got an empty text. Change --top_k."),
+        ("chat {last} --compile=", 2, "compile: expected bool, got an empty text. Change --compile."),
+        ("generate {last} --prompt a --compile", 2, "--compile needs a value behind it, and there is none. --help says"),
+        (
+            "predict --config null.yaml --ckpt_path {last} --prompts prompts.jsonl",
+            2,
+            "compile must be True or False, got None. Change compile.",
+        ),
         ("generate {last} --prompt a --num_maskz 2", 2, "unknown key or option '--num_maskz': did you mean 'num_masks'?"),
         (
             "generate {last} --prompt a --num_masks 0",
@@ -187,6 +200,7 @@ from mtp_lightning import cli
 )
 def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:
     Path("long.txt").write_text("one\n" + "one " * 99 + "\n")
+    Path("null.yaml").write_text("model: {base_model: base}\ncompile: null\n")
     if "--prompt ''" in words:
         word_tokenizer(bos=False).save_pretrained("base")  # else an empty text is one token
     before = contents(here)

@@ -21,7 +21,7 @@ WRONG_CONFIGURATION = {
     "--model.num_masks three": "model.num_masks: expected int, got three. Change model.num_masks.",
     "--trainer.max_steps 1.5": "trainer.max_steps: expected int, got 1.5. Change trainer.max_steps.",
     "--config no_list.yaml": re.compile(r"configuration file 'no_list\.yaml', line 3: expected YAML, .*\. Correct it\."),
-    "--config": "argument -c/--config: expected one argument",
+    "--config": "--config needs a value behind it, and there is none. --help says which.",
     "--model.num_masks 0": "num_masks must be 1 or more, got 0. Set model.num_masks in the YAML.",
     "--model.num_masks -1": "num_masks must be 1 or more, got -1. Set model.num_masks in the YAML.",
     "--model.lora.rank 0": "rank must be 1 or more, got 0. Set model.lora.rank in the YAML.",

@@ -14,7 +14,7 @@ import torch
 import yaml
 from command_line import mtp, read_metrics, save_base, write_rows
 from tiny import greedy_text
-from tiny_run import BEST, LOGGER
+from tiny_run import BEST, LAST, LOGGER
 from toy_tokenizers import word_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -81,6 +81,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def as_if_trained_here() -> None:
+    """Let ``LAST`` say that its base is in the current folder, which is a copy of the one where it was trained."""
+    checkpoint = torch.load(LAST, weights_only=True)
+    checkpoint["mtp_settings"]["base_folder"] = str(Path("base").resolve())
+    torch.save(checkpoint, LAST)
 
 
 def losses(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from mtp_lightning.attention import check_layer_types, text_config
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.paths import resolve
+from mtp_lightning.paths import PACKAGE, resolve
 from mtp_lightning.sizing import memory_error
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,8 +59,10 @@ def load_config(base_model: str, revision: str | None = None) -> Any:
 
 
 def _not_loaded(base_model: str, error: Exception) -> RunError:
+    a_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
+    missing = a_path and not base_model.startswith(PACKAGE) and not Path(base_model).exists()
     return RunError(
-        f"base model {base_model!r} could not be loaded: {_first_line(error)}"
+        f"base model {base_model!r} could not be loaded: {'no such folder is there.' if missing else _first_line(error)}"
         " Set model.base_model (--base_model) to a folder with config.json and weights, or to a hub id that this machine can"
         " reach."
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtp_lightning.base import load_base, load_tokenizer
+from mtp_lightning.base import load_base, load_config, load_tokenizer
 from mtp_lightning.base_identity import hub_commit
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
-from mtp_lightning.gated_lora import LoRA, lora_layers
+from mtp_lightning.gated_lora import LoRA, adapted_layers, lora_layers
 from mtp_lightning.label_counts import LABEL_COUNTS, checked_counts
 from mtp_lightning.model import MTPModel
+from mtp_lightning.paths import lasting_name
 from mtp_lightning.sampler_heads import SamplerHead
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def checkpoint_settings(module: MTPModule) -> dict[str, Any]:
     config = module.base_config
     return {
         "base_model": module.base_model,
+        "base_folder": lasting_name(module.base_model),
         # The commit, where the base comes from the hub: a branch moves on.
         "revision": hub_commit(module.base_model, module.revision) or module.revision,
         "base": {
@@ -55,6 +58,19 @@ def checkpoint_settings(module: MTPModule) -> dict[str, Any]:
         },
         **part_settings(module),
     }
+
+
+def named_base(settings: dict[str, Any]) -> str:
+    """Where the base of a checkpoint lies: by the name that it was given, else where that name was a folder.
+
+    Args:
+        settings: the checkpoint's.
+
+    Returns:
+        A name to load it by.
+    """
+    name: str = settings["base_model"]
+    return name if Path(name).is_dir() else settings.get("base_folder", name)
 
 
 def part_settings(module: MTPModule) -> dict[str, Any]:
@@ -84,12 +100,16 @@ def init_args(head: SamplerHead) -> dict[str, Any]:
     return {name: getattr(head, name) for name in names}
 
 
-def check_settings(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_settings(
+    checkpoint: dict[str, Any], expected: dict[str, Any], base_config: Callable[[], Any] | None = None
+) -> None:
     """Refuse a checkpoint whose weights do not fit the model that is to take them.
 
     Args:
         checkpoint: a loaded checkpoint.
         expected: ``checkpoint_settings`` of the model.
+        base_config: gives the base's configuration, asked where ``target_modules`` are said in other words, to find out
+            whether they are the same layers. None: other words are other layers.
 
     Raises:
         RunError: not one of ours, or of another base, number of masks, rank or head.
@@ -99,10 +119,11 @@ def check_settings(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None
         raise RunError(
             "the checkpoint was not written by mtp fit: it has no entry 'mtp_settings'. Give another --ckpt_path."
         )
+    others = [key for key in LORA_KEYS if not _same_lora(key, found["lora"], expected["lora"], base_config)]
     pairs = [
         ("base model", found["base"], expected["base"], "model.base_model"),
         ("num_masks", found["num_masks"], expected["num_masks"], "model.num_masks"),
-        *((f"LoRA {k}", found["lora"][k], expected["lora"][k], f"model.lora.{k}") for k in LORA_KEYS),
+        *((f"LoRA {k}", found["lora"][k], expected["lora"][k], f"model.lora.{k}") for k in others),
         ("sampler head", found["sampler_head"], expected["sampler_head"], "model.sampler_head"),
     ]
     for name, there, here, key in pairs:
@@ -110,6 +131,18 @@ def check_settings(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None
             raise RunError(
                 f"the checkpoint's {name} is {there}, the configuration's is {here}. Change {key} or --ckpt_path."
             )
+
+
+def _same_lora(key: str, there: dict[str, Any], here: dict[str, Any], base_config: Callable[[], Any] | None) -> bool:
+    """Whether a setting means the same, in the same words or in others."""
+    if there[key] == here[key] or there["rank"] != here["rank"]:  # then the rank is what differs
+        return there[key] == here[key]
+    if key == "alpha":
+        return LoRA(**there).numerator == LoRA(**here).numerator
+    if key == "target_modules" and base_config is not None:
+        config = base_config()
+        return adapted_layers(config, LoRA(**there)) == adapted_layers(config, LoRA(**here))
+    return False
 
 
 def check_complete(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
@@ -220,9 +253,10 @@ def load_model(
     check_placement(device, device_map, base)
     checkpoint = read_checkpoint(path)
     settings = checkpoint[SETTINGS]
+    name = base_model or named_base(settings)
     if named is not None:
-        check_settings(checkpoint, {**settings, **named, "lora": {**settings["lora"], **named["lora"]}})
-    name = base_model or settings["base_model"]
+        expected = {**settings, **named, "lora": {**settings["lora"], **named["lora"]}}
+        check_settings(checkpoint, expected, lambda: load_config(name, revision or settings["revision"]))
     if base is None:
         base = load_base(
             name,

@@ -16,7 +16,7 @@ from importlib import import_module
 from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from mtp_lightning.errors import MTPError, UsageError
+from mtp_lightning.errors import MTPError, RunError, UsageError
 
 if TYPE_CHECKING:
     import logging
@@ -43,11 +43,11 @@ COMMANDS = {
     "validate": Command("losses, NTP figure and acceptance on the validation set", "lightning_cli", "run_trainer"),
     "test": Command("the same on the test set", "lightning_cli", "run_trainer"),
     "predict": Command(
-        "speculative generation over the test prompts, one JSON line a prompt", "lightning_cli", "run_predict"
+        "speculative generation over the test prompts, one JSON line a prompt", "predict_command", "run_predict"
     ),
     "generate": Command("generate text with a trained model", "commands", "run_generate"),
     "chat": Command("talk with a trained model", "chat_command", "run_chat"),
-    "data": Command("show a few rows with the role of every token, and the shares", "lightning_cli", "run_data"),
+    "data": Command("show a few rows with the role of every token, and the shares", "data_command", "run_data"),
     "distill": Command("write the base model's own answers to prompts, to train on", "distill.command", "run_distill"),
     "export": Command("checkpoint to saved folder (safetensors and JSON)", "export_command", "run_export"),
     "benchmark": Command(
@@ -151,6 +151,7 @@ def _run(words: list[str]) -> None:
     if words[0] not in COMMANDS:
         raise UsageError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}.")
     _check_configurations(words)
+    _check_compile_cache()
     # Before torch is imported: its threads would spin, milliseconds at each of hundreds of small operations a token, for one
     # that another process keeps from its core. Decoding a small model beside a busy process took many times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -199,6 +200,21 @@ def _check_configurations(words: list[str]) -> None:
         path = given or value
         if name in ("--config", "-c") and path:
             check_configuration(path)
+
+
+def _check_compile_cache() -> None:
+    """Refuse a folder that torch would fail to make while it is imported."""
+    name = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not name or os.path.isdir(name):
+        return
+    from pathlib import Path
+
+    from mtp_lightning.paths import obstacle
+
+    if (reason := obstacle(Path(name).absolute())) is not None:
+        raise RunError(
+            f"TORCHINDUCTOR_CACHE_DIR is {name!r}, a folder that can't be made: {reason}. Name another folder, or unset it."
+        )
 
 
 def _cause(error: BaseException) -> BaseException:

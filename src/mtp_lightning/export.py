@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_lightning.base_identity import describe
-from mtp_lightning.checkpoint import SETTINGS, class_path, init_args, load_model, read_checkpoint
+from mtp_lightning.checkpoint import class_path, init_args, load_model, read_checkpoint
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.label_counts import LABEL_COUNTS
 from mtp_lightning.model import MTPModel
 from mtp_lightning.model_card import card, read_figures
-from mtp_lightning.paths import PACKAGE, obstacle
+from mtp_lightning.paths import PACKAGE, lasting_name, obstacle
 from mtp_lightning.saved_folder import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -127,13 +127,6 @@ def trained_weights(model: MTPModel) -> dict[str, Tensor]:
     if model.sampler_head is not None:
         weights |= {f"sampler_head.{name}": value for name, value in model.sampler_head.state_dict().items()}
     return weights
-
-
-def lasting_name(base_model: str) -> str:
-    """A base's name that holds in every current folder: a folder's becomes absolute."""
-    if base_model.startswith(PACKAGE) or not Path(base_model).expanduser().is_dir():
-        return base_model
-    return str(Path(base_model).expanduser().resolve()) if base_model else ""
 
 
 def check_target(path: Path) -> None:
@@ -268,8 +261,7 @@ def export_checkpoint(
     weights = {k[len(prefix) :]: v for k, v in state["state_dict"].items() if k.startswith(prefix)}
     if dtype is not None:
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
-    name = base_model or state[SETTINGS]["base_model"]
-    save_model(model, folder, name, model.revision, figures, weights)
+    save_model(model, folder, model.base_model, model.revision, figures, weights)
 
 
 def push_model(

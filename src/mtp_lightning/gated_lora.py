@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mtp_lightning.errors import UsageError
 
@@ -53,6 +53,11 @@ class LoRA:
             raise UsageError(f"alpha must be above 0, or null for 2 * rank, got {self.alpha}. Set model.lora.alpha.")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}. Set model.lora.dropout.")
+
+    @property
+    def numerator(self) -> float:
+        """What is divided by the rank to give the scale."""
+        return 2 * self.rank if self.alpha is None else self.alpha
 
 
 class Gate:
@@ -195,7 +200,7 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
         targets = decoder_layers(base)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
+        lora_alpha=lora.numerator,
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -213,6 +218,22 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
         layer.lora_A[ADAPTER].to(wide)
         layer.lora_B[ADAPTER].to(wide)
     return config
+
+
+def adapted_layers(config: Any, lora: LoRA) -> list[str]:
+    """Names of the layers that get an adapter, without weights.
+
+    Args:
+        config: the base's configuration.
+        lora: settings.
+
+    Returns:
+        Full names.
+    """
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+        add_gated_lora(base, lora, Gate())
+    return [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
 
 
 def _place(layer: Any) -> None:

@@ -6,11 +6,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import sys
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in its __all__, though documented
 from lightning import Callback, LightningModule, Trainer
@@ -25,17 +22,16 @@ import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
 from mtp_lightning.callbacks.run_guards import as_text, explain, unwritable
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
-from mtp_lightning.callbacks.together import checkpoint_folders, run_folder
-from mtp_lightning.checkpoint import check_settings, checkpoint_settings, part_settings, read_checkpoint
-from mtp_lightning.checkpoint_files import newest_checkpoint, read_run_id, run_of
-from mtp_lightning.commands import DecodingArguments, print_generations
+from mtp_lightning.callbacks.together import run_folder
+from mtp_lightning.checkpoint import check_settings, checkpoint_settings, read_checkpoint
+from mtp_lightning.checkpoint_files import run_of
 from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
 from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.module import MTPModule
 from mtp_lightning.parser_messages import clear_message
-from mtp_lightning.prompts import read_prompts
 from mtp_lightning.trainer import BesideCheckpointIO, MetricsWriter
+from mtp_lightning.trainer.earlier_run import figures_are_its_own, last_checkpoint, say_what_is_replaced
 from mtp_lightning.trainer.wrong_settings import check_clock, check_nulls, check_states, not_made, wrong_setting
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
@@ -148,18 +144,20 @@ class MTPCLI(LightningCLI):
         if path in ("", "best", "hpc", "registry"):  # Lightning's own words for what another command does not have
             raise UsageError(f"ckpt_path must be the path of a .ckpt file, or last, got {path!r}. Change --ckpt_path.")
         if path == "last":
-            path = self._last_checkpoint()
+            path = last_checkpoint(self.trainer, self._folder, self.subcommand == "fit")
+            for config in (self.config, self.config_init):
+                config[self.subcommand].ckpt_path = path
         if path:
             checkpoint = read_checkpoint(path)
-            check_settings(checkpoint, checkpoint_settings(self.model))
+            check_settings(checkpoint, checkpoint_settings(self.model), self.model.whole_config)
             check_states(path, checkpoint, self.subcommand or "")
-            append = self._figures_are_its_own(checkpoint)
+            append = self.subcommand != "fit" or figures_are_its_own(self.trainer, self._folder, checkpoint)
             for each in self.callbacks_of(ResumeExactly):
                 each.run = run_of(checkpoint)
             if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
                 self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
         elif self.subcommand == "fit":
-            self._say_what_is_replaced()
+            say_what_is_replaced(self.trainer)
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 try:
@@ -175,50 +173,6 @@ class MTPCLI(LightningCLI):
         """The trainer's callbacks of a kind."""
         trainer: Any = self.trainer
         return [each for each in trainer.callbacks if isinstance(each, kind)]
-
-    def _say_what_is_replaced(self) -> None:
-        """Say so where a new run begins in the folder of an earlier one."""
-        folders = dict.fromkeys(checkpoint_folders(self.trainer))
-        there = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
-        if there and not getattr(self.trainer, "fast_dev_run", False):
-            names = ", ".join(str(path) for path in there[:3]) + (", ..." if len(there) > 3 else "")
-            self._say(
-                f"checkpoints of an earlier run are there ({names}), and this one begins at step 0: its own will"
-                " replace those of the same name. To go on from an earlier one stop this run and name the file with"
-                " --ckpt_path."
-            )
-
-    def _figures_are_its_own(self, checkpoint: dict[str, Any]) -> bool:
-        """Whether the folder's figures are added to: not where training goes on in the folder of another run."""
-        owner = read_run_id(self._folder)
-        if self.subcommand != "fit" or owner is None or owner == run_of(checkpoint):
-            return True
-        if not getattr(self.trainer, "fast_dev_run", False):
-            self._say(
-                f"{str(self._folder)!r} has figures of another run than the checkpoint's: metrics.csv begins"
-                f" anew, after step {checkpoint['global_step']}."
-            )
-        return False
-
-    def _say(self, message: str) -> None:
-        """Tell the user, once for all processes."""
-        if self.trainer.is_global_zero:
-            print(f"mtp: {message}", file=sys.stderr)
-
-    def _last_checkpoint(self) -> str | None:
-        """The newest complete checkpoint of the run's folder, put in the place of ``last``."""
-        folders = checkpoint_folders(self.trainer)
-        run = read_run_id(self._folder)
-        found = newest_checkpoint(folders, run, self._say)
-        if found is None:
-            missing = f"no complete checkpoint of this run in {str(folders[-1])!r}"
-            if self.subcommand != "fit":
-                raise RunError(f"{missing}. Give the path of a .ckpt file with --ckpt_path.")
-            self._say(f"{missing}: training begins at step 0.")
-        path = None if found is None else str(found)
-        for config in (self.config, self.config_init):
-            config[self.subcommand].ckpt_path = path
-        return path
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run, with a sentence for what may happen to any long run."""
@@ -267,142 +221,3 @@ def run_trainer(args: list[str]) -> None:
         args: the command and its options.
     """
     MTPCLI(args)
-
-
-class PredictCLI(MTPCLI):
-    """The same configuration files, read for their settings alone, with the options of decoding."""
-
-    USAGE = "mtp predict --config F [--config G ...] --ckpt_path C [--prompts P] [options]"
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """The parser, with a usage line instead of a page of options."""
-        parser = super().init_parser(**kwargs)
-        parser.usage = self.USAGE
-        return parser
-
-    def instantiate_classes(self) -> None:
-        """The module and the data module; no weights, and no trainer, which would want the devices that are named."""
-        config = self.config.clone()
-        config.pop("trainer", None)  # its loggers and callbacks may need packages that only training has
-        made = self.parser.instantiate_classes(config)
-        self.model, self.datamodule = self._get(made, "model"), self._get(made, "data")
-
-    def after_instantiate_classes(self) -> None:
-        """Nothing: there is no trainer; decoding itself reads the checkpoint."""
-
-    def named_parts(self, args: list[str]) -> dict[str, Any]:
-        """``part_settings`` as far as the options and the configuration name them: defaults are not a user's words."""
-        given = self.parser.parse_args(args, defaults=False).get("model") or {}
-        own, lora = part_settings(self.model), given.get("lora") or {}
-        named = {name: value for name, value in own.items() if name in given}
-        return {**named, "lora": {name: value for name, value in own["lora"].items() if name in lora}}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options of predict beside the configuration."""
-        parser.add_argument("--ckpt_path", type=str, required=True, help="path of a checkpoint that mtp fit wrote")
-        parser.add_argument("--weights_only", type=bool | None, default=None, help="not used; a run's config.yaml has it")
-        parser.add_argument("--prompts", type=str, default=None, help="prompts file; not given: data.test")
-        parser.add_argument("--json", action="store_true", help="one JSON line a prompt, which is what this command prints")
-        parser.add_class_arguments(DecodingArguments, None)
-
-
-def run_predict(args: list[str]) -> None:
-    """``mtp predict``: decode the test prompts with a checkpoint, one JSON line a prompt.
-
-    Args:
-        args: options.
-
-    Raises:
-        UsageError: no prompts are named, or no checkpoint file.
-    """
-    from mtp_lightning.checkpoint import load_model
-
-    cli = PredictCLI(args, run=False, save_config_callback=None)
-    config = cli.config
-    if config.ckpt_path == "last":
-        raise UsageError("mtp predict needs the path of a .ckpt file, got 'last'. Change --ckpt_path.")
-    arguments = DecodingArguments(**{name: config[name] for name in DecodingArguments.__dataclass_fields__})
-    source = config.prompts or config.data.test
-    if not isinstance(source, str) or not source:
-        raise UsageError("mtp predict needs prompts: give --prompts FILE or set data.test to one file of prompts.")
-    model = load_model(
-        config.ckpt_path,
-        arguments.base_model or config.model.base_model,
-        arguments.revision or config.model.revision,
-        arguments.dtype or config.model.dtype,
-        arguments.chosen_device(),
-        config.model.attention,
-        config.model.quantization,
-        named=cli.named_parts(args),
-    )
-    print_generations(model, read_prompts(source, model.tokenizer, context=model.context), arguments, as_json=True)
-
-
-class DataCLI(PredictCLI):
-    """The same configuration files, of which the data and what it asks the model for are made: no weights, no trainer."""
-
-    USAGE = "mtp data --config F [--config G ...] [--split S] [--rows N] [--steps N] [options]"
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options of data beside the configuration."""
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="not used; a run's config.yaml has it")
-        parser.add_argument("--weights_only", type=bool | None, default=None, help="not used; a run's config.yaml has it")
-        parser.add_argument("--split", type=Literal["train", "validation", "test"], default="train", help="which data")
-        parser.add_argument("--rows", type=int, default=3, help="show so many rows")
-        parser.add_argument("--steps", type=int, default=10, help="count what so many optimizer steps hold")
-
-
-def run_data(args: list[str]) -> None:
-    """``mtp data``: show a few rows with the role of every token, and what a step holds.
-
-    Args:
-        args: options.
-
-    Raises:
-        UsageError: a number is wrong.
-    """
-    from rich.console import Console
-
-    from mtp_lightning.data.display import show_rows, show_steps
-
-    cli = DataCLI(args, run=False, save_config_callback=None)
-    config, data = cli.config, cli.datamodule
-    for name in ("rows", "steps"):
-        if config[name] < 1:
-            raise UsageError(f"{name} must be 1 or more, got {config[name]}. Change --{name}.")
-    training = config.split == "train"
-    devices, nodes = config.trainer.devices, config.trainer.num_nodes
-    named = isinstance(devices, list) or str(devices) in ("auto", "-1") or "," in str(devices)
-    for name, value in (
-        ("devices", 1 if named else int(devices) if str(devices).isdigit() else 0),
-        ("num_nodes", nodes),
-        ("accumulate_grad_batches", config.trainer.accumulate_grad_batches),
-    ):
-        if not value or value < 1:
-            raise UsageError(f"trainer.{name} must be 1 or more, got {config.trainer[name]}. Change trainer.{name}.")
-    world = nodes * (len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1)
-    accumulate = config.trainer.accumulate_grad_batches if training else 1
-    data.trainer = cast("Trainer", _Alone(cli.model, world, accumulate))
-    data.setup({"train": "fit", "validation": "validate", "test": "test"}[config.split])
-    loaders = {"train": data.train_dataloader, "validation": data.val_dataloader, "test": data.test_dataloader}
-    loader = loaders[config.split]()
-    batches = iter(loader)
-    steps = [step for _ in range(config.steps) if (step := list(islice(batches, accumulate)))]
-    console = Console(highlight=False)
-    show_rows([batch for step in steps for batch in step], cli.model.tokenizer, console, config.rows)
-    show_steps(steps, world, -(-len(loader) // accumulate), console)
-
-
-@dataclass
-class _Alone:
-    """What the data module asks of a trainer, as rank 0 of so many."""
-
-    lightning_module: MTPModule
-    world_size: int
-    accumulate_grad_batches: int
-    global_rank: int = 0
-    is_global_zero: bool = True
-    distributed_sampler_kwargs: dict[str, int] | None = None
-    limit_train_batches: float = 1.0
-    overfit_batches: float = 0.0
-    current_epoch: int = 0

@@ -150,7 +150,11 @@ class MTPModule(LightningModule):
         """The configuration of the base's text decoder; no weights are read."""
         if self.model is not None:
             return text_config(self.model.base)
-        return load_config(self.base_model, self.revision).get_text_config(decoder=True)
+        return self.whole_config().get_text_config(decoder=True)
+
+    def whole_config(self) -> Any:
+        """The configuration of the base, with what it has beside the decoder; no weights are read."""
+        return load_config(self.base_model, self.revision)
 
     @property
     def context(self) -> int:
@@ -340,7 +344,7 @@ class MTPModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base, number of masks or head, and one that lacks a weight."""
-        check_settings(checkpoint, checkpoint_settings(self))
+        check_settings(checkpoint, checkpoint_settings(self), self.whole_config)
         check_complete(checkpoint, self.state_dict())
         found, vocab_size = checkpoint.get(LABEL_COUNTS), int(self.base_config.vocab_size)
         self.model.label_counts, self._counted = checked_counts(found, vocab_size, "the checkpoint does not fit"), None

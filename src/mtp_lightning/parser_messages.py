@@ -70,6 +70,8 @@ def clear_message(message: str, known: Iterable[str]) -> str:
         return f"unknown key or option {name!r}: {f'did you mean {near[0]!r}?' if near else '--help lists what there is.'}"
     if missing := missing_arguments(line):
         return f"{required(missing)} in the configuration file or on the command line."
+    if bare := re.fullmatch(r"argument (?:-\w/)?(--\S+): expected one argument", line):
+        return f"{bare[1]} needs a value behind it, and there is none. --help says which."
     wrong = re.match(r'Parser key "(.+?)":(.*)', message, re.DOTALL)
     if not wrong:
         return line
@@ -79,7 +81,8 @@ def clear_message(message: str, known: Iterable[str]) -> str:
     for python, plain in _PLAIN.items():
         text = re.sub(python, plain, text)
     text = text.rstrip(".")
-    value = f", got {' '.join(got[1].split())[:100]}" if got and not known_type and "Namespace(" not in got[1] else ""
+    value = " ".join(got[1].split())[:100] or "an empty text" if got else ""
+    value = f", got {value}" if got and not known_type and "Namespace(" not in value else ""
     if "class_path " in text or "import path" in text.lower():
         return f"{key}: {text}{value}; {_CLASS_PATH}"
     if "required: set" in text:
@@ -92,7 +95,8 @@ def clear_message(message: str, known: Iterable[str]) -> str:
 def _what_is_wrong(what: str) -> tuple[str, bool]:
     """The errors in a message of jsonargparse about a key, and whether the type is right and something in it wrong."""
     # Of a type with alternatives each has its own error; a line that is indented deeper says more about the one before it.
-    errors = [" ".join(error.split()) for error in re.findall(r"^    - (.+(?:\n {8}.+)*)$", what, re.MULTILINE)]
+    # Where the value is an empty text all lines are one space less deep.
+    errors = [" ".join(error.split()) for error in re.findall(r"^ {3,4}- (.+(?:\n {7,8}.+)*)$", what, re.MULTILINE)]
     if not errors and "Subclass types expect" not in what:
         errors = re.findall(r"^  - (.+?)$", what, re.MULTILINE)
     errors = [error for error in errors if not error.startswith("Expected a path but")]

@@ -26,6 +26,13 @@ def resolve(name: str) -> str:
     return name
 
 
+def lasting_name(name: str) -> str:
+    """A name that holds in every current folder: a folder's becomes absolute."""
+    if not name or name.startswith(PACKAGE) or not Path(name).expanduser().is_dir():
+        return name
+    return str(Path(name).expanduser().resolve())
+
+
 def obstacle(folder: Path) -> str | None:
     """Why a folder can't be made or written to, as far as that is seen before anything is written.
 

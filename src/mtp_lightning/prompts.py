@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
+from mtp_lightning.json_text import read_json
 from mtp_lightning.paths import resolve
 
 
@@ -152,14 +152,7 @@ def _row(source: str, number: int, line: str, as_json: bool) -> PromptRow:
     place = f"{source}, line {number}"
     if not as_json:
         return PromptRow(place, line.rstrip("\r"), "", number)
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RunError(
-            f"{place}: expected JSON, got {error.msg} at column {error.colno}. Correct or delete the line."
-        ) from error
-    except RecursionError as error:
-        raise RunError(f"{place}: expected JSON, got brackets in one another without end. Correct or delete it.") from error
+    value = read_json(line, source, number)
     if not isinstance(value, dict):
         raise RunError(f"{place}: expected an object with prompt or messages, got {type(value).__name__}.")
     content = value.get("messages") if value.get("messages") is not None else value.get("prompt")
@@ -289,6 +282,9 @@ def _render(row: PromptRow, tokenizer: Any) -> str:
     try:
         messages, template = clean_messages(messages), template_of(tokenizer, None)
         check_roles(messages, template)
+        for number, message in enumerate(messages, 1):
+            if message["role"] == "user" and not message["content"].strip():
+                raise RunError(f"message {number} is the user's and empty. Add text, or delete the line.")
         return render(messages, tokenizer, template, generation_prompt=True)
     except RunError as error:
         raise RunError(f"{row.place}: {error}") from error

@@ -290,10 +290,9 @@ def _settings(saved: SavedFolder, trust_remote_code: bool, local: bool) -> tuple
         lora = LoRA(**config["lora"])
     except (TypeError, UsageError) as error:
         raise RunError(f"{path / CONFIG}: lora is not as mtp export writes it: {one_line(error, 100)}.") from error
-    alpha = 2 * lora.rank if lora.alpha is None else lora.alpha
-    if (adapter["r"], adapter["lora_alpha"]) != (lora.rank, alpha):
+    if (adapter["r"], adapter["lora_alpha"]) != (lora.rank, lora.numerator):
         raise RunError(
-            f"{path}: {CONFIG} names a LoRA of rank {lora.rank} and alpha {alpha}, {ADAPTER_CONFIG} one of rank"
+            f"{path}: {CONFIG} names a LoRA of rank {lora.rank} and alpha {lora.numerator}, {ADAPTER_CONFIG} one of rank"
             f" {adapter['r']} and alpha {adapter['lora_alpha']}. Save or copy the folder again."
         )
     check_head(config["sampler_head"], trust_remote_code, path if local else None)

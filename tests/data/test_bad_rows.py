@@ -51,6 +51,14 @@ def read(folder: Path, data: bytes, name: str = "a.jsonl") -> Prepared:
         ),
         (lines(GOOD, {"messages": [says("gtp4", "x")]}), ", row 2: message 1 has the role 'gtp4', which the chat"),
         (lines(GOOD, {"messages": [says("user", None)]}), ", row 2: each of messages must be {role, content}, got {'role'"),
+        (
+            lines(GOOD, {"messages": [says("user", None) | {"name": "a"}, says("assistant", "two")]}),
+            ", row 2: each of messages must be {role, content}, got {'role': 'user', 'content': None, 'name': 'a'}.",
+        ),
+        (
+            lines({"messages": [says("user", [{"type": "image", "url": "a.png"}]), says("assistant", "two")]}),
+            ", row 1: content of a message must be text or parts of text, got a part {'type': 'image', 'url': 'a.png'}.",
+        ),
         (lines({"text": "one", "domain": 3}), ", row 1: domain must be text, got int."),
         (lines({"input_ids": [9, 10]}, {"input_ids": [9], "domain": [1]}), ", row 2: domain must be text, got list."),
         (lines({"input_ids": ["a"]}), ": input_ids must be lists of token ids, got list<item: string>."),
@@ -63,12 +71,26 @@ def read(folder: Path, data: bytes, name: str = "a.jsonl") -> Prepared:
             b'{"text": "one"}\n\0\0\n',
             ", line 2: expected JSON, got Expecting value at column 1. Correct or delete",
         ),
+        (
+            b'{"text": "one", "n": ' + b"9" * 5_000 + b'}\n{"text": \n',  # Arrow takes the number, and fails at line 2
+            ", line 1: expected numbers of at most 4300 digits, got one of 5000. Correct or delete the line.",
+        ),
+        (b'{"text": "one"}\n{"n": ' + b"[" * 100_000, ", line 2: expected JSON, got brackets in one another without end."),
         (b'{"text": "\\ud800"}\n', ": expected a .jsonl file, it cannot be read: JSON parse error: The surrogate pair"),
     ],
 )
 def test_rows_that_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(RunError, match="^" + re.escape(f"{tmp_path / 'a.jsonl'}{message}")):
         read(tmp_path, data)
+
+
+def test_a_number_without_end_in_other_files(tmp_path: Path) -> None:
+    nines = "9" * 5_000
+    data = f'[{{"text": "{nines} \\""}},\n\n {{"text": "two", "n": -{nines}1}}]'  # digits of a text are no number
+    with pytest.raises(RunError, match="a.json, line 3: expected numbers of at most 4300 digits, got one of 5001. Correct"):
+        read(tmp_path, data.encode(), "a.json")
+    with pytest.raises(RunError, match="a.json: expected JSON, got brackets in one another without end. Correct or delete"):
+        read(tmp_path, b'[{"text": "one"},\n' + b"[" * 100_000, "a.json")
 
 
 def test_text_that_is_no_utf_8_in_other_files(tmp_path: Path) -> None:

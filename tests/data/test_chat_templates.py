@@ -102,7 +102,7 @@ def encoded(family: str, messages: list[dict]) -> str:
     return shown(tokenizer, row.input_ids, row.loss)
 
 
-def says(role: str, content: str | None = None, **more: object) -> dict:
+def says(role: str, content: object = None, **more: object) -> dict:
     return {"role": role, "content": content} | more
 
 
@@ -235,6 +235,19 @@ def test_tool_calls_carry_loss() -> None:
     )
     messages[1] = says("assistant", "look", tool_calls=call)
     assert "[[look\n<tool_call>add</tool_call><|im_end|>]]\n<|im_start|>user" in encoded("qwen", messages)
+
+
+def test_a_content_in_parts_is_their_text(write) -> None:
+    """As a table gives it, too: with the fields of every other part in each."""
+    parts = [{"type": "text", "text": "hi "}, {"type": "text", "text": "ab", "image": None}]
+    expected = encode_row({"messages": ONE}, tokenizer_of("qwen"))
+    assert encode_row({"messages": [says("user", parts), ONE[1]]}, tokenizer_of("qwen")) == expected
+    answer = [says("user", [parts[0], "ab"]), says("assistant", [{"text": ONE[1]["content"]}])]
+    assert encode_row({"messages": answer}, tokenizer_of("qwen")) == expected
+    row = {"messages": [says("user", parts), says("assistant", [{"type": "text", "text": ONE[1]["content"]}])]}
+    assert prepare(write("a.jsonl", [row]), tokenizer_of("qwen"), max_length=64)[0].rows.row(0).input_ids.tolist() == (
+        expected.input_ids
+    )
 
 
 def test_equal_answers_are_told_apart() -> None:

@@ -113,7 +113,7 @@ def end_of_turn(
 
 
 def clean_messages(messages: Sequence[Message]) -> list[Message]:
-    """The messages without the empty fields that a table fills in, checked for their form.
+    """The messages without the empty fields that a table fills in, contents as text, checked for their form.
 
     Args:
         messages: what stands in a row.
@@ -122,20 +122,37 @@ def clean_messages(messages: Sequence[Message]) -> list[Message]:
         New dictionaries.
 
     Raises:
-        RunError: it is not a list of ``{role, content}``.
+        RunError: it is not a list of ``{role, content}``; an assistant that calls a tool needs no content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RunError(f"messages must be a list of {{role, content}}, got {_short(messages)}.")
     cleaned = []
     for message in messages:
         fields = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-        if "role" not in fields or len(fields) < 2:
+        calls = fields.get("role") == "assistant" and any(fields.get(name) for name in ("tool_calls", "function_call"))
+        if "role" not in fields or not ("content" in fields or calls):
             raise RunError(f"each of messages must be {{role, content}}, got {_short(message)}.")
         for name, kinds in (("role", str), ("content", str | list)):
             if name in fields and not isinstance(fields[name], kinds):
                 raise RunError(f"{name} of a message must be text, got {type(fields[name]).__name__}: {_short(message)}.")
+        if isinstance(fields.get("content"), list):
+            fields["content"] = _joined(fields["content"])
         cleaned.append(fields)
     return cleaned
+
+
+def _joined(parts: list[Any]) -> str:
+    """The text of a content in parts: many templates would write the list itself."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") or "text" if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind != "text" or not isinstance(text, str):
+            raise RunError(f"content of a message must be text or parts of text, got a part {_short(part)}.")
+        texts.append(text)
+    if not texts:
+        raise RunError("content of a message must be text or parts of text, got an empty list.")
+    return "".join(texts)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:

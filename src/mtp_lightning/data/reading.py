@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mtp_lightning.data.cache import cache_errors, check_cache
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
+from mtp_lightning.json_text import read_json
 from mtp_lightning.paths import PACKAGE, resolve
 
 if TYPE_CHECKING:
@@ -314,23 +314,13 @@ def _explain_json(file: Path, error: Exception) -> None:
     with file.open(encoding="utf-8", errors="replace") as lines:
         if file.suffix == ".json" and lines.read(100).lstrip().startswith("["):
             lines.seek(0)
-            for number, row in enumerate(_parse(file, 0, lines.read(), error), 1):
+            for number, row in enumerate(read_json(lines.read(), str(file)), 1):
                 _check_row(f"{file}, row {number}", row, error)
             return
         lines.seek(0)
-        for number, line in enumerate(lines):
+        for number, line in enumerate(lines, 1):
             if line.strip():
-                _check_row(f"{file}, line {number + 1}", _parse(file, number, line.rstrip("\r\n"), error), error)
-
-
-def _parse(file: Path, lines_before: int, text: str, error: Exception) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as bad:
-        raise RunError(
-            f"{file}, line {lines_before + bad.lineno}: expected JSON, got {bad.msg} at column {bad.colno}."
-            " Correct or delete the line."
-        ) from error
+                _check_row(f"{file}, line {number}", read_json(line.rstrip("\r\n"), str(file), number), error)
 
 
 def _check_row(place: str, row: object, error: Exception) -> None:

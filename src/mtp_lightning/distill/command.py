@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtp_lightning.base import config_context, load_base, load_config, load_tokenizer, parse_dtype
-from mtp_lightning.checkpoint import SETTINGS, check_device, read_checkpoint
+from mtp_lightning.checkpoint import SETTINGS, check_device, named_base, read_checkpoint
 from mtp_lightning.commands import OneLineParser
 from mtp_lightning.data.chat import end_of_turn
 from mtp_lightning.distill.answer_file import AnswerFile, checksum
@@ -190,7 +190,7 @@ def base_of(model: str, base_model: str | None = None, revision: str | None = No
     path = Path(model).expanduser()
     if path.suffix == ".ckpt":
         settings = read_checkpoint(path)[SETTINGS]
-        return base_model or settings["base_model"], revision or settings["revision"]
+        return base_model or named_base(settings), revision or settings["revision"]
     if (adapter := _adapter_config(path, model)) is not None:
         try:
             found = json.loads(adapter.read_text(encoding="utf-8"))
