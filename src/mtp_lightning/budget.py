@@ -26,8 +26,8 @@ from mtp_lightning.draft_plan import PLAIN, Plan, draft_sizes, few_sizes
 from mtp_lightning.draft_record import DraftRecord, RowRecord
 from mtp_lightning.draft_values import SETTLE, DraftValues, availability
 from mtp_lightning.plan_costs import PlanCosts
-from mtp_lightning.step_costs import Pace, StepCosts
-from mtp_lightning.text_lookup import TextLookup
+from mtp_lightning.step_costs import StepCosts
+from mtp_lightning.text_lookup import ONE_TEXT, LookupRecord, TextLookup
 
 FORESIGHT = 0.12
 """Weight of the newest block in a row's mean chances, and of the newest step in how far the text's own drafts go."""
@@ -93,7 +93,7 @@ class Budget:
             texts: the tokens of each row so far.
         """
         for row, tokens in zip(self.rows, texts, strict=True):
-            row.text = TextLookup(tokens)
+            row.text, row.lookups = TextLookup(tokens), LookupRecord(self.record.lookups.table, ONE_TEXT)
 
     def _fitting(self, most: int) -> int:
         """The largest size that is not above ``most``."""
@@ -101,8 +101,7 @@ class Budget:
 
     def observe(self, plan: Plan, links: int, seconds: float, graph: bool = False) -> None:
         """Take note of what a step took; see ``PlanCosts``. The plans depend on it, the text does not."""
-        if not self._resting or plan != PLAIN or self.costs.known() < Pace.STEPS:
-            self.costs.observe(plan, links, seconds, graph)
+        self.costs.observe(plan, links, seconds, graph)
 
     def _values(self) -> DraftValues:
         """What drafts are worth to a batch of so many rows; the next text begins with what the last one found."""
@@ -137,7 +136,10 @@ class Budget:
         """
         plan = self._best(room, [0] * len(self.rows))
         self._resting = False
-        return Plan(0, self._fitting(min(room, max(plan.masks, 2))), "last")
+        masks = self._fitting(min(room, max(plan.masks, 2)))
+        if plan == PLAIN:  # that is a look, so the next one may come when this one has been paid
+            self._owed = -self._price_of_look(masks)
+        return Plan(0, masks, "last")
 
     def choose(self, room: int, limits: Sequence[int], spare: Sequence[int] = ()) -> Plan:
         """The best plan for the next step.
@@ -169,8 +171,8 @@ class Budget:
             own = np.zeros(0)
             if limit > 0:
                 own = self.record.chance(np.array(row.probabilities[:limit])) if self.coupled else row.mean[:limit]
-            if row.found is not None:
-                read = self.record.lookups.chances(row.found)
+            if row.found is not None and row.lookups is not None:
+                read = np.array(row.lookups.chances(row.found))
                 gain = read.cumprod().sum()
                 # What the next block will be worth, for the text will go on offering drafts as good as now.
                 row.lacking += FORESIGHT * (max(0.0, 1.0 - gain / row.mean.cumprod().sum()) - row.lacking)
@@ -225,19 +227,21 @@ class Budget:
         Returns:
             The plan to carry out.
         """
-        masks, plain = self._fitting(min(2, room)), self.costs.spent(PLAIN, 0)
-        self._owed += LOOK_SHARE * plain
-        price = self.costs.spent(Plan(0, masks, "last"), masks) - plain + seconds
-        if masks < 1 or self._owed < price * self._looks:
+        masks = self._fitting(min(2, room))
+        self._owed += LOOK_SHARE * self.costs.spent(PLAIN, 0)
+        if masks < 1 or self._owed < (self._price_of_look(masks) + seconds) * self._looks:
             return plan
         self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
         self._steps += PLAN_EVERY  # what it shows is to count at once
         self._plain()
         return Plan(0, masks, "last")
 
+    def _price_of_look(self, masks: int) -> float:
+        return self.costs.spent(Plan(0, masks, "last"), masks) - self.costs.spent(PLAIN, 0)
+
     def _without_masks(self) -> tuple[Plan, float]:
         """The best plan that has none: how many of the drafts that the texts offer to verify; and the seconds it saves."""
-        lists = [self.record.lookups.chances(row.found).tolist() for row in self.rows if row.found is not None]
+        lists = [row.lookups.chances(row.found) for row in self.rows if row.found is not None and row.lookups is not None]
         if not lists:
             return PLAIN, 0.0
         seconds = self.costs.verifying()
@@ -275,9 +279,10 @@ class Budget:
             texts: the tokens that each row gained; not needed where no drafts are looked for in texts.
         """
         for row, tokens in zip(self.rows, texts, strict=False):
-            if row.text is not None:
+            if row.text is not None and row.lookups is not None:
                 if row.offered is not None:  # whether or not it was verified
                     self.record.lookups.learn(row.offered, tokens)
+                    row.lookups.learn(row.offered, tokens)
                 row.text.extend(tokens)
         if self._resting:
             return

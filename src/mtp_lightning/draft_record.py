@@ -77,6 +77,7 @@ class RowRecord:
         probabilities: the head's probabilities of the drafts that wait.
         blocks: blocks that the mean is over, what other texts say counting as one.
         text: where drafts are looked for in the text; None: nowhere.
+        lookups: how this text goes on where it was read off itself.
         offered: the draft that the text offers.
         found: the same where it is to be verified, in place of the block's.
         lacking: which part of a block's worth the drafts that the text offers do not bring already; lately.
@@ -86,6 +87,7 @@ class RowRecord:
     probabilities: list[float] = field(default_factory=list)
     blocks: int = 1
     text: TextLookup | None = None
+    lookups: LookupRecord | None = None
     offered: FoundDraft | None = None
     found: FoundDraft | None = None
     lacking: float = 1.0

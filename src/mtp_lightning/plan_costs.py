@@ -44,6 +44,7 @@ class PlanCosts:
         self._raw: dict[int, np.ndarray] = {}
         self._seconds: dict[int, np.ndarray] = {}
         self._verifying: dict[int, list[float]] = {}
+        self._spent: dict[tuple[int, Plan, int], float] = {}
         self._since_refresh = 0
 
     def refresh(self) -> None:
@@ -51,6 +52,7 @@ class PlanCosts:
         self._since_refresh = 0
         self._seconds.clear()
         self._verifying.clear()
+        self._spent.clear()
 
     def seconds(self) -> np.ndarray:
         """What every plan costs but for drafting, [c, m, place] by numbers of sizes."""
@@ -84,7 +86,12 @@ class PlanCosts:
     def spent(self, plan: Plan, links: int) -> float:
         """What a step costs that drafts so many tokens one after another."""
         taken = self.record.taken.get((self.batch, plan))
-        return taken[0] if taken else float(self.seconds()[self.place(plan)]) + self.chain(links)
+        if taken:
+            return taken[0]
+        key = (self.num_rows, plan, links)
+        if key not in self._spent:
+            self._spent[key] = float(self.seconds()[self.place(plan)]) + self.chain(links)
+        return self._spent[key]
 
     def place(self, plan: Plan) -> tuple[int, int, int]:
         """Where a plan's figures stand."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-GRAMS = (8, 4, 2, 1)
-"""Runs of tokens by which an earlier occurrence is found, the longest first; of each the last occurrence is known."""
+GRAMS = (1, 2, 4)
+"""Runs of tokens by which an earlier occurrence is found; of each the last occurrence is known, and the longest counts."""
 LONGEST = 16
 """Matching tokens are counted as far as this."""
-MEMORY = 200.0
-"""Continuations of a match of one length are forgotten beyond about so many."""
+GUESS = 4.0
+"""Continuations that count for as much as the guess does where none were seen."""
+ALL_TEXTS, ONE_TEXT = 200.0, 30.0
+"""Continuations of a match of one length that are remembered, of all texts and of one."""
 
 
 class FoundDraft(NamedTuple):
@@ -67,42 +67,57 @@ class TextLookup:
             So many tokens, and how much matched; None: the last token is new.
         """
         text, end = self._text, len(self._text)
+        at = 0
         for size, behind in zip(GRAMS, self._behind, strict=True):
-            at = behind.get(hash(tuple(text[end - size :]))) if size <= end else None
-            if at is None:
-                continue
-            matched = 0
-            while matched < LONGEST and matched < at and text[at - 1 - matched] == text[end - 1 - matched]:
-                matched += 1
-            if matched:
-                tokens = text[at : at + most]
-                while len(tokens) < most:
-                    tokens.append(tokens[len(tokens) - (end - at)])
-                return FoundDraft(tokens, matched)
-        return None
+            place = behind.get(hash(tuple(text[end - size :]))) if size <= end else None
+            if place is None or text[place - size : place] != text[end - size :]:
+                break  # nor has a longer run stood anywhere
+            at = place
+        if not at:
+            return None
+        matched = 1
+        while matched < min(at, LONGEST) and text[at - 1 - matched] == text[end - 1 - matched]:
+            matched += 1
+        tokens = text[at : at + most]
+        while len(tokens) < most:
+            tokens.append(tokens[len(tokens) - (end - at)])
+        return FoundDraft(tokens, matched)
 
 
 class LookupRecord:
-    """How often a text went on as it had before, by the number of tokens that matched."""
+    """How often a text went on as it had before, by the number of tokens that matched.
 
-    def __init__(self) -> None:
-        weight = 4.0  # continuations that the guess counts for
-        self._seen = np.full(LONGEST, weight)
-        self._same = weight * np.linspace(0.2, 0.9, LONGEST)
+    Args:
+        guess: the chances where nothing was seen, by matching tokens from 1 on, [``LONGEST``]; None: some that rise.
+        memory: continuations of a match of one length are forgotten beyond about so many.
 
-    def chances(self, found: FoundDraft) -> np.ndarray:
-        """The chance of each token of a draft, given that those before it are kept, [tokens]."""
-        places = np.minimum(np.arange(found.matched - 1, found.matched - 1 + len(found.tokens)), LONGEST - 1)
-        return self._same[places] / self._seen[places]
+    Attributes:
+        table: the chance that a text goes on as before, by matching tokens from 1 on.
+    """
+
+    def __init__(self, guess: Sequence[float] | None = None, memory: float = ALL_TEXTS) -> None:
+        self._memory = memory
+        self._guess = [0.2 + 0.7 * n / (LONGEST - 1) for n in range(LONGEST)] if guess is None else list(guess)
+        self.table = list(self._guess)
+        self._seen = [GUESS] * LONGEST
+        self._same = [GUESS * chance for chance in self._guess]
+
+    def chances(self, found: FoundDraft) -> list[float]:
+        """The chance of each token of a draft, given that those before it are kept."""
+        begin, count = found.matched - 1, len(found.tokens)
+        deep = self.table[begin : begin + count]
+        return deep if len(deep) == count else deep + self.table[-1:] * (count - len(deep))
 
     def learn(self, found: FoundDraft, tokens: Sequence[int]) -> None:
         """Take note of how the text went on, whether or not the draft was verified."""
-        for j, (draft, token) in enumerate(zip(found.tokens, tokens, strict=False)):
-            place = min(found.matched + j, LONGEST) - 1
-            if self._seen[place] >= MEMORY:
+        place = found.matched - 1
+        for draft, token in zip(found.tokens, tokens, strict=False):
+            self._seen[place] += 1
+            self._same[place] += draft == token
+            if self._seen[place] > self._memory:
                 self._seen[place] *= 0.5
                 self._same[place] *= 0.5
-            self._seen[place] += 1
+            self.table[place] = self._same[place] / self._seen[place]
             if draft != token:
                 return
-            self._same[place] += 1
+            place = min(place + 1, LONGEST - 1)
