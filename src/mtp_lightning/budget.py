@@ -301,7 +301,7 @@ class Budget:
                 weight = self._weight(row)
                 row.mean[:depth] += weight * (chances - row.mean[:depth])
                 row.mean[depth:] += weight * (chances[-1] - row.mean[depth:])
-        if plan.num_drafts and sum(kept) > 0:
+        if any(a > 0 and row.found is None for a, row in zip(kept, self.rows, strict=True)):
             self._looks = 1
         usual = np.mean([row.mean for row in self.rows], axis=0)
         self.record.usual += 0.05 * (usual - self.record.usual)
