@@ -331,3 +331,23 @@ def test_free_positions_take_fewer_steps_than_steep_ones(monkeypatch: pytest.Mon
     steep = plan_counts(model, monkeypatch, STEEP, **SETTINGS[0])
     assert sum(free) < sum(steep) <= G * len(LENGTHS)
     model.lean.draft_costs.clear()
+
+
+def test_plain_steps_are_measured_again_across_short_texts() -> None:
+    """Two slow plain steps at the beginning must not make drafting look good for ever, however short texts are."""
+    record = DraftRecord(8)
+    plain, steps = 0, 0
+    for _text in range(40):
+        budget = Budget(FREE, record, 8, 1, True, True)
+        drafts = [0]
+        for _ in range(20):
+            plan = budget.choose(8, drafts)
+            steps += 1
+            slow = plan == PLAIN and plain < 4
+            plain += plan == PLAIN
+            budget.observe(plan, plan.masks, 10.0 if slow else 1.0)
+            kept = min(drafts[0], plan.num_drafts)
+            drafted, drafts = kept, [dict(plan.blocks()).get(kept, 0)]
+            budget.learn(plan, plan.masks, [kept], [drafted], drafts, [[0.9] * 8])
+    assert 6 < plain < 0.05 * steps
+    assert record.pace.factors(1)[0, 1] < 3.5  # was 10, of which a log is an average

@@ -94,21 +94,33 @@ def test_a_long_text_costs_no_more_a_token() -> None:
 def test_chances_are_what_was_seen() -> None:
     record, generator = LookupRecord(), np.random.default_rng(0)
     first = record.chances(FoundDraft([1] * 20, 1))
-    assert (np.diff(first) >= 0).all() and 0.1 < first[0] < 0.3 and first[-1] == pytest.approx(0.9)
+    assert (
+        (np.diff(record.mean) > 0).all() and record.mean[0] == pytest.approx(0.2) and first[LONGEST - 1 :] == first[-1:] * 5
+    )
     for _ in range(2000):  # after 3 tokens texts go on in 70 of 100 cases, after 4 in 20
         same = int(generator.uniform() < 0.7)
         record.learn(FoundDraft([5, 6, 7], 3), [5, 6 if generator.uniform() < 0.2 else 0] if same else [4, 6])
-    # A hundred to two hundred continuations are remembered: two standard errors are 0.09.
-    np.testing.assert_allclose(record.chances(FoundDraft([1, 1], 3)), [0.7, 0.2], atol=0.12)
+    # A hundred to two hundred continuations are remembered: three standard errors are 0.12.
+    np.testing.assert_allclose(record.mean[2:4], [0.7, 0.2], atol=0.12)
     assert record.chances(FoundDraft([1], 2)) == first[1:2] and record.chances(FoundDraft([1], 5)) == first[4:5]
     before = record.chances(FoundDraft([1] * 8, 2))
     record.learn(FoundDraft([1, 2], 2), [])
     assert record.chances(FoundDraft([1] * 8, 2)) == before
-    own = LookupRecord(record.table, 30)  # a text begins with what others did, and soon knows better
-    assert own.chances(FoundDraft([1, 1], 3)) == record.chances(FoundDraft([1, 1], 3))
+
+
+def test_little_seen_is_doubted() -> None:
+    record = LookupRecord([0.7] * LONGEST, 1000.0)
+    for count in (0, 20, 200):
+        for number in range(count):
+            record.learn(FoundDraft([5], 3), [5 if number % 10 < 7 else 4])
+        seen = 4.0 + (220 if count == 200 else count)  # the guess counts for four
+        assert record.mean[2] == pytest.approx(0.7)
+        assert record.table[2] == pytest.approx(0.7 - np.sqrt(0.7 * 0.3 / seen))
+    own = LookupRecord(record.mean, 30)  # a text begins with what others did, and soon knows better
+    assert own.mean == record.mean and own.table[2] < record.table[2]
     for _ in range(20):
         own.learn(FoundDraft([5], 3), [4])
-    assert own.table[2] < 0.2 and own.table[3] == record.table[3] and record.table[2] > 0.55
+    assert own.mean[2] < 0.2 and own.table[2] < 0.1 and own.mean[3] == record.mean[3]
 
 
 def written(planner: Budget, text: list[int], new: list[int], waiting: float = 0.0) -> list[Plan]:

@@ -33,8 +33,9 @@ FORESIGHT = 0.12
 """Weight of the newest block in a row's mean chances, and of the newest step in how far the text's own drafts go."""
 LOOK_SHARE = 0.01
 """Share of the time of steps without masks that is spent on looking whether drafting pays."""
-PLAIN_EVERY, PLAIN_FIRST = 256, 2
-"""Steps between plain steps taken to know what those take, and how many are taken at first."""
+PLAIN_EVERY, PLAIN_FIRST, PLAIN_MORE = 256, 2, 16
+"""Steps between plain steps taken to know what those take, and how many are taken at first. Until many are known the next
+one comes after so many steps for each that is, for two slow ones would make drafting look good for long."""
 PLAN_EVERY, SWEEPS, CLOSE = 3, 6, 1e-3
 """Steps for which prices and values are used, sweeps that renew them, and the change in tokens that ends these early."""
 
@@ -80,7 +81,6 @@ class Budget:
         self._price: tuple[np.ndarray, float, int, int] | None = None
         self.stops_early, self.least = False, 0.0
         self._steps = 0
-        self._since_plain = 0
         self._owed = 0.0
         self._looks = 1
         self._resting = False
@@ -93,7 +93,7 @@ class Budget:
             texts: the tokens of each row so far.
         """
         for row, tokens in zip(self.rows, texts, strict=True):
-            row.text, row.lookups = TextLookup(tokens), LookupRecord(self.record.lookups.table, ONE_TEXT)
+            row.text, row.lookups = TextLookup(tokens), LookupRecord(self.record.lookups.mean, ONE_TEXT)
 
     def _fitting(self, most: int) -> int:
         """The largest size that is not above ``most``."""
@@ -159,9 +159,9 @@ class Budget:
 
     def _best(self, room: int, limits: Sequence[int]) -> Plan:
         B, k = len(self.rows), self.num_masks
-        self._since_plain += 1
-        if self.timed and (self.costs.known() < PLAIN_FIRST or self._since_plain >= PLAIN_EVERY):
-            self._since_plain = 0
+        self.record.since_plain += 1
+        known = self.costs.known()
+        if self.timed and (known < PLAIN_FIRST or self.record.since_plain >= min(PLAIN_EVERY, PLAIN_MORE * (known + 1))):
             self.costs.refresh()
             return self._plain()
         price, rate = self._prices()
@@ -212,6 +212,7 @@ class Budget:
         return self._look(room, plan, float(best.max() - best[0, 0, 0]) / rate)
 
     def _plain(self) -> Plan:
+        self.record.since_plain = 0
         for row in self.rows:
             row.found = None
         return PLAIN

@@ -7,6 +7,7 @@ Whether it is verified is decided as for any draft: by the chance of each token,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ LONGEST = 16
 """Matching tokens are counted as far as this."""
 GUESS = 4.0
 """Continuations that count for as much as the guess does where none were seen."""
+DOUBT = 1.0
+"""Standard errors by which a chance is taken to be worse than was seen: nothing needs to be tried to become known, and of
+many chances those that look good are those that were overrated."""
 ALL_TEXTS, ONE_TEXT = 200.0, 30.0
 """Continuations of a match of one length that are remembered, of all texts and of one."""
 
@@ -92,7 +96,8 @@ class LookupRecord:
         memory: continuations of a match of one length are forgotten beyond about so many.
 
     Attributes:
-        table: the chance that a text goes on as before, by matching tokens from 1 on.
+        mean: how often a text went on as before, by matching tokens from 1 on.
+        table: the same by ``DOUBT`` lower, which is what plans go by.
     """
 
     def __init__(self, guess: Sequence[float] | None = None, memory: float = ALL_TEXTS) -> None:
@@ -101,6 +106,14 @@ class LookupRecord:
         self.table = list(self._guess)
         self._seen = [GUESS] * LONGEST
         self._same = [GUESS * chance for chance in self._guess]
+        self.mean = list(self._guess)
+        for place in range(LONGEST):
+            self._tell(place)
+
+    def _tell(self, place: int) -> None:
+        seen = self._seen[place]
+        self.mean[place] = mean = self._same[place] / seen
+        self.table[place] = max(0.0, mean - DOUBT * math.sqrt(mean * (1 - mean) / seen))
 
     def chances(self, found: FoundDraft) -> list[float]:
         """The chance of each token of a draft, given that those before it are kept."""
@@ -117,7 +130,7 @@ class LookupRecord:
             if self._seen[place] > self._memory:
                 self._seen[place] *= 0.5
                 self._same[place] *= 0.5
-            self.table[place] = self._same[place] / self._seen[place]
+            self._tell(place)
             if draft != token:
                 return
             place = min(place + 1, LONGEST - 1)
