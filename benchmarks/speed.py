@@ -3,7 +3,7 @@
 
 ``python benchmarks/speed.py MODEL --prompts F.jsonl`` decodes batches of prompts of one domain with every number of masks
 and ``auto``, and with the three others, one after another; then the next batch, beginning with another one. The ratio of two
-ways is taken within a batch, so a busy moment hits neighbours alike. All write as many tokens (no end token), greedily.
+ways is taken within a batch, so a busy moment hits neighbours alike. All write as many tokens (no end token).
 ``blocks`` is ``auto`` without the drafts that the text itself offers. Prints medians of the ratios with quartiles, by
 domain; writes ``speed.json`` and ``speed.png`` into ``--output``.
 
@@ -204,7 +204,12 @@ def main() -> None:
     parser.add_argument("--num_prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--masks", nargs="+", default=[*map(str, range(1, 9)), "blocks", "auto"])
+    parser.add_argument(
+        "--masks",
+        nargs="+",
+        choices=[*map(str, range(1, 65)), "blocks", "auto"],
+        default=[*map(str, range(1, 9)), "blocks", "auto"],
+    )
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--temperature", type=float, default=0.0)

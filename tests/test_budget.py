@@ -351,3 +351,54 @@ def test_plain_steps_are_measured_again_across_short_texts() -> None:
             budget.learn(plan, plan.masks, [kept], [drafted], drafts, [[0.9] * 8])
     assert 6 < plain < 0.05 * steps
     assert record.pace.factors(1)[0, 1] < 3.5  # was 10, of which a log is an average
+
+
+def test_the_look_beside_the_prompt_has_its_price() -> None:
+    """Where drafting does not pay, a text begins in debt for it, and where it does the block is no look."""
+    budget = make(STEEP)
+    for row in budget.rows:
+        row.mean[:] = 0.01
+    assert budget.first(8) == Plan(0, 2, "last")
+    price = budget.costs.spent(Plan(0, 2, "last"), 2) - budget.costs.spent(PLAIN, 0)
+    assert budget._owed == pytest.approx(-price)
+    free = make(FREE)
+    assert free.first(8).masks >= 2 and free._owed == 0
+    # A plain step that is due is not taken for the prompt's, which is none.
+    timed = Budget(FREE, DraftRecord(8), 8, 1, True, True)
+    assert timed.first(8).masks >= 2 and timed._owed == 0 and timed.choose(8, [2]) == PLAIN
+
+
+def test_only_blocks_tell_of_blocks() -> None:
+    budget = make(GENTLE)
+    usual = budget.record.usual.copy()
+    budget.rows[0].mean[:] = 0.01
+    for _ in range(50):
+        budget.learn(PLAIN, 0, [0], [0], [0], [[]])
+    assert (budget.record.usual == usual).all()
+    budget.learn(Plan(0, 2, "last"), 2, [0], [0], [2], [[0.1, 0.1]])
+    assert (budget.record.usual < usual).all()
+
+
+def test_drafts_of_the_text_do_not_make_looks_frequent() -> None:
+    budget = make(STEEP)
+    budget._looks = 4
+    budget.rows[0].found = FoundDraft([5], 3)
+    budget.learn(Plan(1, 0, "last"), 0, [1], [1], [0], [[]])
+    assert budget._looks == 4
+    budget.rows[0].found = None
+    budget.rows[0].probabilities = [0.5]
+    budget.learn(Plan(1, 0, "last"), 0, [1], [1], [0], [[]])
+    assert budget._looks == 1
+
+
+def test_times_of_graphs_count_where_there_are_no_masks() -> None:
+    few = Budget(GENTLE, DraftRecord(8), 8, 1, True, True, timed=False, few=True)
+    assert few.sizes == (0, 2, 4)
+    few.costs.batch = 1, 256
+    for plan, seconds in ((PLAIN, 1.0), (Plan(2, 0, "last"), 5.0)):
+        for _ in range(3):
+            few.observe(plan, 0, seconds, True)
+    few.costs.refresh()
+    assert few.costs.verifying()[:2] == pytest.approx([1.0, 5.0])
+    assert few.costs.verifying()[2] >= 5.0  # more drafts never take less
+    assert few.costs.spent(Plan(2, 0, "last"), 0) == pytest.approx(5.0)

@@ -77,5 +77,5 @@ def test_where_drafts_never_pay_the_rate_is_that_of_plain_steps() -> None:
 
 def test_availability() -> None:
     reached, whole = np.array([1.0, 0.5, 0.0]), np.array([1.0, 0.5, 0.5])
-    np.testing.assert_allclose(availability(reached, whole, 3), [[1.0, 1.0, 1.0], [0.5, 1.0, 1.0], [0.5, 0.5, 1.0]])
-    np.testing.assert_allclose(availability(reached, whole, 1), whole[:, None])
+    np.testing.assert_allclose(availability(reached, whole, 0.5, 3), [[1.0, 1.0, 1.0], [0.5, 1.0, 1.0], [0.5, 0.5, 1.0]])
+    np.testing.assert_allclose(availability(reached, whole, 0.5, 1), whole[:, None])

@@ -142,7 +142,7 @@ def acceptance_grid(
     """
     reference = _texts(model, prompts, autoregressive(options), batch_size, told, "autoregressive", stop)
     expected = [text for batch in reference for text in batch.tokens]
-    compared = options.temperature == 0 or options.verification == "coupled"
+    compared = options.coupled
     grid: list[dict[str, Any]] = []
     results: dict[Setting, list[PromptResult]] = {}
     for setting in settings:

@@ -73,8 +73,7 @@ def contenders(
         setting = Setting(options.decoding, options.sampler_head, count)
         name, chosen = f"{setting.family}, {setting.masks}", replace(options, num_masks=count)
         found[name] = _ours(model, chosen, stop)
-        coupled = options.temperature == 0 or options.verification == "coupled"
-        if count == "auto" and options.prompt_lookup and coupled:  # what the blocks do by themselves
+        if count == "auto" and options.prompt_lookup and options.coupled:  # what the blocks do by themselves
             found[f"{name} without prompt lookup"] = _ours(model, replace(chosen, prompt_lookup=False), stop)
     return found
 

@@ -55,8 +55,8 @@ class Budget:
         few: whether each shape is dear to make ready, so that there should be very few.
 
     Attributes:
-        rows: what is known of each row that goes on; ``rows[r].found`` is the draft that its text offers, where the plan
-            is to verify that one.
+        rows: what is known of each row that goes on; ``rows[r].found`` is the draft that its text offers, where that one is
+            verified in place of the block's, as far as the plan has drafts.
         costs: what plans cost.
         stops_early: whether a draft ends once its chance is below ``least``.
         least: the chance below which another draft token costs more than it can bring.
@@ -101,7 +101,12 @@ class Budget:
 
     def observe(self, plan: Plan, links: int, seconds: float, graph: bool = False) -> None:
         """Take note of what a step took; see ``PlanCosts``. The plans depend on it, the text does not."""
+        self.record.since_plain[len(self.rows).bit_length()] = 0 if plan == PLAIN else self._since_plain() + 1
         self.costs.observe(plan, links, seconds, graph)
+
+    def _since_plain(self) -> int:
+        """Steps since the last plain one of about so many rows, of all texts."""
+        return self.record.since_plain.get(len(self.rows).bit_length(), 0)
 
     def _values(self) -> DraftValues:
         """What drafts are worth to a batch of so many rows; the next text begins with what the last one found."""
@@ -121,7 +126,7 @@ class Budget:
             for plan, taken in self.costs.taken():
                 seconds[self.costs.place(plan)] = taken
             usual = self.rows[0].mean if B == 1 else np.mean([row.mean for row in self.rows], axis=0)
-            values.sweep(usual, seconds, SETTLE if self._price is None else SWEEPS, CLOSE)
+            values.sweep(usual, seconds, SETTLE if self._price is None or not values.rate else SWEEPS, CLOSE)
             self._price = seconds, values.rate * B, B, self._steps
         return self._price[0], self._price[1]
 
@@ -134,7 +139,7 @@ class Budget:
         Returns:
             The plan.
         """
-        plan = self._best(room, [0] * len(self.rows))
+        plan = self._best(room, [0] * len(self.rows), False)
         self._resting = False
         masks = self._fitting(min(room, max(plan.masks, 2)))
         if plan == PLAIN:  # that is a look, so the next one may come when this one has been paid
@@ -155,15 +160,16 @@ class Budget:
         for row, most in zip(self.rows, spare, strict=False):
             row.offered = row.text.draft(min(most, self.num_masks)) if row.text is not None and most > 0 else None
             row.found = row.offered
-        return self._look(room, *self._without_masks()) if self._resting else self._best(room, limits)
+        return self._look(room, *self._without_masks()) if self._resting else self._best(room, limits, self.timed)
 
-    def _best(self, room: int, limits: Sequence[int]) -> Plan:
+    def _best(self, room: int, limits: Sequence[int], timed: bool) -> Plan:
+        """The best plan; ``timed``: or a plain step, where it has to be known what that takes."""
         B, k = len(self.rows), self.num_masks
-        self.record.since_plain += 1
         known = self.costs.known()
-        if self.timed and (known < PLAIN_FIRST or self.record.since_plain >= min(PLAIN_EVERY, PLAIN_MORE * (known + 1))):
+        if timed and (known < PLAIN_FIRST or self._since_plain() >= min(PLAIN_EVERY, PLAIN_MORE * (known + 1))):
             self.costs.refresh()
-            return self._plain()
+            self._forget_found()
+            return PLAIN
         price, rate = self._prices()
         chances, lasting = np.zeros((B, k)), np.ones((B, k))
         most = 0
@@ -191,7 +197,10 @@ class Budget:
         now = reached.cumsum(1).sum(0)[sizes]  # tokens of verifying c drafts, [c]
         # Rows that will have a block after their last token, as far as they need one.
         needed = np.array([[row.lacking] for row in self.rows])
-        there = availability((needed * reached)[:, sizes].sum(0), (needed * whole)[:, sizes].sum(0), len(self.places))
+        missed = float((needed[:, 0] * (1.0 - reached[:, 1])).sum())
+        there = availability(
+            (needed * reached)[:, sizes].sum(0), (needed * whole)[:, sizes].sum(0), missed, len(self.places)
+        )
         value = now[:, None, None] + there[:, None, :] * self._values().worth[None, :, None] - rate * price
         # A token that is reached more seldom than this brings less than the time to draft it would elsewhere. The chain goes
         # on for all rows together.
@@ -208,14 +217,12 @@ class Budget:
         self._resting = not alone[: best.shape[1]].argmax()
         if self._resting and not self._sure:  # for long, so not by values that are on their way
             self._price, self._resting, self._sure = None, False, True
-            return self._best(room, limits)
+            return self._best(room, limits, timed)
         return self._look(room, plan, float(best.max() - best[0, 0, 0]) / rate)
 
-    def _plain(self) -> Plan:
-        self.record.since_plain = 0
+    def _forget_found(self) -> None:
         for row in self.rows:
             row.found = None
-        return PLAIN
 
     def _look(self, room: int, plan: Plan, seconds: float) -> Plan:
         """This plan without masks, or once there is time for it a small block, to look whether drafting pays by now.
@@ -234,7 +241,7 @@ class Budget:
             return plan
         self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
         self._steps += PLAN_EVERY  # what it shows is to count at once
-        self._plain()
+        self._forget_found()
         return Plan(0, masks, "last")
 
     def _price_of_look(self, masks: int) -> float:
@@ -256,7 +263,9 @@ class Budget:
                 j += 1
             if total / rate - (seconds[number] - seconds[0]) > saved:
                 best, saved = number, total / rate - (seconds[number] - seconds[0])
-        return (Plan(self.sizes[best], 0, "last"), saved) if best else (self._plain(), 0.0)
+        if not best:
+            self._forget_found()
+        return Plan(self.sizes[best], 0, "last"), saved
 
     def learn(
         self,
@@ -304,6 +313,8 @@ class Budget:
                 row.mean[depth:] += weight * (chances[-1] - row.mean[depth:])
         if any(a > 0 and row.found is None for a, row in zip(kept, self.rows, strict=True)):
             self._looks = 1
+        if not any(depths):  # no block, nothing new of them
+            return
         usual = np.mean([row.mean for row in self.rows], axis=0)
         self.record.usual += 0.05 * (usual - self.record.usual)
 

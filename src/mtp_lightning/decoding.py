@@ -173,7 +173,7 @@ def decode_rows(
             chained = options.sampler_head and model.sampler_head is not None
             budget.stops_early = budget.coupled and device.type == "cpu" and chained and not graphs
             spent = budget.first(room)
-            if options.prompt_lookup and budget.coupled:
+            if options.prompt_lookup and options.coupled:
                 budget.read([prompt.tolist() for prompt in prompts])
         plan = prompt_plan(options.decoding, [len(each) for each in remaining], spent.masks if budget else room)
         while True:
@@ -222,7 +222,7 @@ def decode_rows(
                 if budget is not None:
                     budget.select([was.index(r) for r in going])
                 for r in set(was) - set(going):
-                    rows[r].going, rows[r].drafts = False, 0
+                    rows[r].going, rows[r].drafts, rows[r].found = False, 0, None
             elif len(going) < len(was):
                 going = _filled(going)
                 cache.keep_rows(going)
@@ -262,12 +262,12 @@ def _of_length(draft: Drafts, count: int) -> Drafts:
 
 def _with_found(draft: Drafts, found: Sequence[FoundDraft | None]) -> Drafts:
     """The drafts of the rows whose text offers a better one put in place of those of their blocks."""
-    at, count = [r for r, each in enumerate(found) if each is not None], draft.tokens.shape[1]
-    if not at:
+    count = draft.tokens.shape[1]
+    lines = [[r, *(each.tokens + [0] * count)[:count]] for r, each in enumerate(found) if each is not None]
+    if not lines:
         return draft
-    lines = [(each.tokens + [0] * count)[:count] for each in found if each is not None]
-    rows, tokens = torch.tensor(at, device=draft.tokens.device), torch.tensor(lines, device=draft.tokens.device)
-    return draft._replace(tokens=draft.tokens.index_copy(0, rows, tokens))
+    numbers = torch.tensor(lines, device=draft.tokens.device)  # in one piece: a copy to the device waits
+    return draft._replace(tokens=draft.tokens.index_copy(0, numbers[:, 0], numbers[:, 1:]))
 
 
 def _room(rows: Sequence[_Row], num_masks: int, padded: bool) -> int:
@@ -323,9 +323,8 @@ def make_budget(model: MTPModel, options: DecodingOptions, num_rows: int, graphs
             DraftRecord(model.num_masks),
         )
     costs, record = model.lean.draft_costs[kind]
-    coupled = options.temperature == 0 or options.verification == "coupled"
     few = graphs and model.base.device.type == "cpu"  # there each shape takes seconds to compile
-    return Budget(costs, record, model.num_masks, num_rows, options.decoding == "quadratic", coupled, few=few)
+    return Budget(costs, record, model.num_masks, num_rows, options.decoding == "quadratic", options.coupled, few=few)
 
 
 def draft_shortlist(model: MTPModel, options: DecodingOptions) -> Shortlist | None:

@@ -66,6 +66,11 @@ class DecodingOptions:
     prompt_lookup: bool = True
     compile: bool = False
 
+    @property
+    def coupled(self) -> bool:
+        """Whether the text depends on prompt and seed alone, so that drafts may be looked at before they are verified."""
+        return self.temperature == 0 or self.verification == "coupled"
+
     def __post_init__(self) -> None:
         if self.decoding not in ("quadratic", "linear", "autoregressive"):
             raise UsageError(

@@ -34,7 +34,7 @@ class DraftRecord:
         lookups: how texts go on where they were read off themselves.
         values: what drafts are worth, by rows of the batch and what plans there are.
         pace: what steps take.
-        since_plain: steps since the last plain one, of all texts.
+        since_plain: steps since the last plain one, of all texts, by powers of two of the rows.
         shapes: plans that were carried out before, with the rows of the batch.
         taken: for plans that are graphs, with the batch, the seconds they take and the steps that say so.
     """
@@ -48,7 +48,7 @@ class DraftRecord:
         self.lookups = LookupRecord()
         self.values: dict[tuple[int, tuple[int, ...], tuple[str, ...]], DraftValues] = {}
         self.pace = Pace()
-        self.since_plain = 0
+        self.since_plain: dict[int, int] = {}
         self.shapes: set[tuple[int, Plan]] = set()
         self.taken: dict[tuple[tuple[int, int], Plan], tuple[float, int]] = {}
 

@@ -16,12 +16,13 @@ SETTLE = 40
 """Sweeps that settle values from scratch, to a per cent or so; afterwards chances and prices change slowly."""
 
 
-def availability(reached: np.ndarray, whole: np.ndarray, num_places: int) -> np.ndarray:
+def availability(reached: np.ndarray, whole: np.ndarray, missed: float, num_places: int) -> np.ndarray:
     """Rows with a block after the last token kept, to be expected for each number of drafts verified and each place.
 
     Args:
         reached: rows in which the first 0, 1, .. drafts of the sizes are all kept, [c]; at 0 all rows.
         whole: those in which so many drafts, or all that there are if those are fewer, are kept, [c].
+        missed: rows in which the first draft is not kept.
         num_places: 1: blocks after the last draft; 3: also after draft c and the last verified token; after all tokens.
 
     Returns:
@@ -29,7 +30,7 @@ def availability(reached: np.ndarray, whole: np.ndarray, num_places: int) -> np.
     """
     found = [whole]
     if num_places > 1:
-        ends = reached + (reached[0] - reached[1])
+        ends = reached + missed
         ends[0] = reached[0]
         found += [ends, np.full_like(reached, reached[0])]
     return np.stack(found, axis=1)
@@ -39,7 +40,7 @@ class DraftValues:
     """Values of waiting drafts, and the rate of the best plans.
 
     Args:
-        sizes: the numbers of drafts and masks that plans have, ascending from 0 and 1.
+        sizes: the numbers of drafts and masks that plans have, ascending from 0.
 
     Attributes:
         worth: tokens that a draft of each size is worth beside none, [m].
@@ -62,7 +63,7 @@ class DraftValues:
         """
         reached = np.concatenate([[1.0], chances.cumprod()])
         tokens = reached.cumsum()[self.sizes]
-        there = availability(reached[self.sizes], reached[self.sizes], seconds.shape[2])
+        there = availability(reached[self.sizes], reached[self.sizes], 1.0 - reached[1], seconds.shape[2])
         floor = 1.0 / float(seconds[0, 0, 0])
         rate, worth = max(self.rate, floor), self.worth
         for _ in range(sweeps):
