@@ -185,10 +185,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for domain, ways_of in figures["speed_up"].items():
             own = [way for way in ways_of if way not in OTHERS]
             medians = [ways_of[way]["autoregressive"]["median"] for way in own]
-            axis.plot(own, medians, marker="o", linewidth=2 if domain == "overall" else 1, label=domain)
+            fixed, width = sum(way.isdigit() for way in own), 2 if domain == "overall" else 1
+            (line,) = axis.plot(own[:fixed], medians[:fixed], marker="o", linewidth=width, label=domain)
+            axis.plot(own[fixed:], medians[fixed:], marker="s", linestyle="none", color=line.get_color())
         axis.axhline(1.0, color="grey", linewidth=0.8)
         axis.set_title(name)
         axis.set_xlabel("masks")
+        axis.tick_params(axis="x", labelsize=8)
     for line in axes:
         line[0].set_ylabel("speed-up over autoregressive")
     axes[0][0].legend()
