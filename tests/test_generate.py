@@ -148,6 +148,22 @@ def test_a_base_of_a_relative_path(trained: Path, run: Path, here: Path, tmp_pat
     assert named_base(settings) == "base"
 
 
+def test_a_base_in_the_home_folder(run: Path, here: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~`` where no shell stands between: in ``--base_model=~/base``, a configuration or Python."""
+    monkeypatch.setenv("HOME", str(here))
+    words = ["generate", LAST, "--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]
+    assert mtp(*words, "--base_model=~/base") == 0
+    assert mtp("generate", "~/" + LAST, *words[2:]) == 0
+    found = json_lines(capsys)
+    assert without_times(found[:1]) == without_times(found[1:])
+    assert named_base({"base_model": "~/base", "base_folder": "elsewhere"}) == "~/base"
+    assert error_of(capsys, 1, *words, "--base_model=~/nothing").startswith(
+        "base model '~/nothing' could not be loaded: no such folder is there."
+    )
+    (here / "config.json").write_text("{")
+    assert "no such folder" not in error_of(capsys, 1, *words, "--base_model=~/")
+
+
 def test_a_base_that_moved(run: Path, here: Path, capsys) -> None:
     as_if_trained_here()
     words = ["generate", LAST, "--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]

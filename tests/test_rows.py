@@ -226,6 +226,22 @@ def test_masks_of_steps_that_follow_each_other(architecture: str, kernel: str) -
         assert torch.equal(positions.expand(B, -1), expected)
 
 
+@torch.inference_mode()
+def test_masks_of_known_layouts_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is copied there where rows gained unequally: a step would wait for it."""
+    base = tiny_base("gemma3")
+    masks, cache, layouts = StepMasks(base, CONTEXT), RowCache(base, 3), [StepLayout(1, 0, ()), StepLayout(2, 0, ((0, 1),))]
+    cache.reserve(40, 40)
+    for number, lengths in enumerate(([9, 3, 7], [11, 4, 8], [12, 12, 12], [13, 15, 13])):
+        cache.lengths = lengths
+        slots = None if len(set(lengths)) == 1 else torch.tensor(lengths)[:, None]
+        with monkeypatch.context() as patch:
+            if number:
+                patch.setattr(torch, "tensor", None)
+            for layout in layouts:
+                masks.get((layout,), None, cache, slots)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @torch.inference_mode()

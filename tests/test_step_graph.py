@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import shutil
 import warnings
 import weakref
@@ -21,14 +22,18 @@ from tiny import ARCHITECTURES, EXPERTS, greedy_text, tiny_base, tiny_model, tok
 from torch import Tensor
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
-from mtp_lightning import decoding_step, step_graph, step_runner
+from mtp_lightning import decoding, decoding_step, step_graph, step_runner
+from mtp_lightning.budget import Budget
 from mtp_lightning.decoding import DecodingOptions, decode, decode_rows
 from mtp_lightning.decoding_step import Drafts
+from mtp_lightning.draft_plan import Plan
 from mtp_lightning.lean import fixed_slots
 from mtp_lightning.model import MTPModel
 from mtp_lightning.row_cache import RowCache
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
+from mtp_lightning.step_costs import StepCosts
 from mtp_lightning.step_graph import StepGraph, recorded
+from mtp_lightning.text_lookup import FoundDraft
 
 LENGTHS, G = [9, 1, 14], 20
 COPIES = {"lift_fresh", "lift_fresh_copy"}
@@ -168,6 +173,48 @@ def test_sampled_text(kind: str, masks: Any, models: dict[str, MTPModel], record
         expected = texts(model, rows, decoding="autoregressive", **options)
         assert texts(model, rows, decoding=kind, num_masks=masks, compile=True, **options) == expected
     assert recordings
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("quadratic", 0.0), ("linear", 1.0)])
+def test_drafts_that_the_text_offers(
+    kind: str, temperature: float, models: dict[str, MTPModel], monkeypatch: pytest.MonkeyPatch, recordings: list[Any]
+) -> None:
+    """Found drafts are each row's own, also behind a row that has finished: of each as much is kept as is right."""
+    model, rows = model_of(models, "gemma3"), prompts()
+    options: dict[str, Any] = {"temperature": temperature, "seed": 3}
+    expected = texts(model, rows, decoding="autoregressive", **options)
+    stop = next(token for token in expected[1][5:] if token not in expected[0] + expected[1][:5] + expected[2])
+    expected[1] = expected[1][: expected[1].index(stop) + 1]
+    generator, planted, live = random.Random(0), dict[int, int](), set[tuple[int, ...]]()
+
+    def choose(self: Budget, room: int, limits: list[int], spare: list[int]) -> Plan:
+        planted.clear()
+        for row, most in zip(self.rows, spare, strict=True):
+            assert row.text is not None
+            said = row.text._text
+            (r,) = [r for r, prompt in enumerate(rows) if said[: len(prompt)] == prompt.tolist()]
+            tokens = expected[r][len(said) - len(rows[r]) :][: generator.randint(0, min(most, self.num_masks))]
+            row.offered = row.found = None
+            if tokens:
+                planted[r] = generator.randint(0, len(tokens))
+                tokens[planted[r] :] = [(token + 1) % 97 for token in tokens[planted[r] :]]
+                row.offered = row.found = FoundDraft(tokens, 3)
+        live.add(tuple(planted))
+        longest = max([0, *(len(row.found.tokens) for row in self.rows if row.found)])
+        c, m = min(size for size in self.sizes if size >= longest), generator.choice([0, self.num_masks])
+        return Plan(c, m, self.places[-1])
+
+    monkeypatch.setattr(Budget, "choose", choose)
+    monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: StepCosts((1, 81), (1.0, 3.0), 0.0, 0.0))
+    new: list[list[int]] = [[] for _ in rows]
+    options |= {"compile": True, "eos_token_id": stop, "max_new_tokens": G}
+    for steps in decode_rows(model, rows, DecodingOptions(kind, **options)):
+        for r, step, _ in steps:
+            if r in planted:
+                assert len(step.tokens) == min(planted[r] + 1, len(expected[r]) - len(new[r]))
+            new[r] += step.tokens
+    assert new == expected
+    assert recordings and {(0, 1, 2), (0, 2)} <= live
 
 
 def test_graphs_are_shared_by_texts_of_one_size(models: dict[str, MTPModel]) -> None:

@@ -60,7 +60,7 @@ def load_config(base_model: str, revision: str | None = None) -> Any:
 
 def _not_loaded(base_model: str, error: Exception) -> RunError:
     a_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
-    missing = a_path and not base_model.startswith(PACKAGE) and not Path(base_model).exists()
+    missing = a_path and not base_model.startswith(PACKAGE) and not Path(resolve(base_model)).exists()
     return RunError(
         f"base model {base_model!r} could not be loaded: {'no such folder is there.' if missing else _first_line(error)}"
         " Set model.base_model (--base_model) to a folder with config.json and weights, or to a hub id that this machine can"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mtp_lightning.attention import text_config
 from mtp_lightning.errors import RunError
+from mtp_lightning.paths import resolve
 
 SHAPE = (
     "model_type",
@@ -142,7 +143,7 @@ def hub_commit(name: str, revision: str | None) -> str | None:
     Returns:
         The commit, or None for a folder and what is not in the cache.
     """
-    if "://" in name or Path(name).exists():
+    if "://" in name or Path(resolve(name)).exists():
         return None
     try:
         file = try_to_load_from_cache(name, "config.json", revision=revision)

@@ -20,7 +20,7 @@ from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.gated_lora import LoRA, adapted_layers, lora_layers
 from mtp_lightning.label_counts import LABEL_COUNTS, checked_counts
 from mtp_lightning.model import MTPModel
-from mtp_lightning.paths import lasting_name
+from mtp_lightning.paths import lasting_name, resolve
 from mtp_lightning.sampler_heads import SamplerHead
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def named_base(settings: dict[str, Any]) -> str:
         A name to load it by.
     """
     name: str = settings["base_model"]
-    return name if Path(name).is_dir() else settings.get("base_folder", name)
+    return name if Path(resolve(name)).is_dir() else settings.get("base_folder", name)
 
 
 def part_settings(module: MTPModule) -> dict[str, Any]:

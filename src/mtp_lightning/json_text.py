@@ -10,7 +10,7 @@ from typing import Any
 
 from mtp_lightning.errors import RunError
 
-_TEXT_OR_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|\d+')
+_TEXT_OR_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|\d+(?:\.\d+)?(?:[eE][-+]?\d+)?')
 
 
 def read_json(text: str, source: str, line: int = 1) -> Any:
@@ -36,7 +36,8 @@ def read_json(text: str, source: str, line: int = 1) -> Any:
         ) from error
     except ValueError as error:  # Python's limit, which is there because longer ones take the square of their length
         most = sys.get_int_max_str_digits()
-        number = next(found for found in _TEXT_OR_NUMBER.finditer(text) if found[0][0] != '"' and len(found[0]) > most)
+        # Of numbers with a point or an exponent any length is read.
+        number = next(found for found in _TEXT_OR_NUMBER.finditer(text) if found[0].isdigit() and len(found[0]) > most)
         raise RunError(
             f"{source}, line {line + text.count(chr(10), 0, number.start())}: expected numbers of at most {most} digits, got"
             f" one of {len(number[0])}. Correct or delete the line."

@@ -26,6 +26,7 @@ from mtp_lightning.lean import LeanWeights
 from mtp_lightning.losses.base import LossTerm
 from mtp_lightning.masking import AttentionPattern, attention_pattern, gather_anchors
 from mtp_lightning.measurement import Measurement, measure
+from mtp_lightning.paths import resolve
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.types import HiddenStates, LossSum, MaskedInput
 
@@ -125,11 +126,12 @@ class MTPModel(nn.Module):
         from mtp_lightning.checkpoint import load_model  # they import this file
         from mtp_lightning.saved_folder import load_folder
 
+        name = resolve(str(name))
         path = Path(name)
         if path.is_file() or (path.suffix == ".ckpt" and not path.is_dir()):
             options.pop("trust_remote_code", None)  # a checkpoint is the user's own
             return load_model(path, **options)
-        return load_folder(str(name), **options)
+        return load_folder(name, **options)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Save what is trained, and the base's name, to a folder that ``from_pretrained`` opens.

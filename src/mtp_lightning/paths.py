@@ -11,9 +11,9 @@ PACKAGE = "package://"
 
 
 def resolve(name: str) -> str:
-    """The path of a ``package://`` name; any other name as it is.
+    """The path of a ``package://`` name or of one that begins with ``~``; any other name as it is.
 
-    ``package://demo/base -> .../mtp_lightning/demo/base``
+    ``package://demo/base -> .../mtp_lightning/demo/base``, ``~/base -> /home/ada/base``
 
     Args:
         name: a path, a hub id or a ``package://`` name.
@@ -23,14 +23,14 @@ def resolve(name: str) -> str:
     """
     if name.startswith(PACKAGE):
         return str(files("mtp_lightning").joinpath(name[len(PACKAGE) :]))
-    return name
+    return os.path.expanduser(name)
 
 
 def lasting_name(name: str) -> str:
     """A name that holds in every current folder: a folder's becomes absolute."""
-    if not name or name.startswith(PACKAGE) or not Path(name).expanduser().is_dir():
+    if not name or name.startswith(PACKAGE) or not Path(resolve(name)).is_dir():
         return name
-    return str(Path(name).expanduser().resolve())
+    return str(Path(resolve(name)).resolve())
 
 
 def obstacle(folder: Path) -> str | None:

@@ -128,7 +128,7 @@ def _lines(source: str) -> tuple[str, list[str], bool]:
             raise RunError(f"standard input: expected UTF-8 text, it can't be read: {one_line(error)}.") from error
         # Not splitlines(): it also splits at characters that stand inside JSON strings.
         return "standard input", text.split("\n"), text.lstrip().startswith("{")
-    path = Path(resolve(source)).expanduser()
+    path = Path(resolve(source))
     if path.is_dir():
         raise RunError(f"{source}: expected a .txt or .jsonl file of prompts, it is a folder. Name a file in it.")
     if path.suffix not in (".txt", ".jsonl"):

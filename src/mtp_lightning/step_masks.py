@@ -139,8 +139,7 @@ class StepMasks:
             behind = table.shape[-1] - Q - 1
             alike = slots is None
             if Q == 1 and longest and not cache.fixed:
-                missing = [0] if alike else [longest - length for length in cache.lengths]
-                table, alike = self._shift(table, window, missing), True
+                table, alike = self._shift(table, window, cache.lengths, slots), True
             elif choice is not None:
                 table = table.index_select(0, choice)
             if alike:
@@ -161,22 +160,27 @@ class StepMasks:
             return mask
         return torch.where(mask, *self._additive)
 
-    def _shift(self, table: Tensor, window: int | None, missing: list[int]) -> Tensor:
+    def _shift(self, table: Tensor, window: int | None, lengths: list[int], slots: Tensor | None) -> Tensor:
         """The table of a single position for rows of different lengths, as the longest row's slots stand in it.
 
-        Such steps add one to every length, so the rows' table stays right until a row leaves.
+        It stays right while all rows gain alike, and is made anew where a row gained other than the rest, or left.
 
         Args:
             table: [1, 1, 1, capacity + 2].
             window: its window.
-            missing: how many tokens fewer than the longest row's each row has in the cache.
+            lengths: tokens of each row in the cache.
+            slots: the same on the device, [B, 1] int64; None where all are equal.
 
         Returns:
-            [B, 1, 1, capacity + 2], as the kernel takes it.
+            [B or 1, 1, 1, capacity + 2], as the kernel takes it.
         """
+        longest = max(lengths)
+        missing = [0] if slots is None else [longest - length for length in lengths]
         if window not in self._shifted or self._shifted[window][0] != missing:
             last = table.shape[-1] - 1
-            columns = torch.arange(last + 1, device=table.device) + torch.tensor(missing, device=table.device)[:, None]
+            columns = torch.arange(last + 1, device=table.device)[None]
+            if slots is not None:  # from what the device has: a copy to it would be waited for
+                columns = columns + (longest - slots)
             self._shifted[window] = missing, self._for_kernel(table[0, 0, 0, columns.clamp_(max=last)][:, None, None])
         return self._shifted[window][1]
 

@@ -89,6 +89,9 @@ def test_a_number_without_end_in_other_files(tmp_path: Path) -> None:
     data = f'[{{"text": "{nines} \\""}},\n\n {{"text": "two", "n": -{nines}1}}]'  # digits of a text are no number
     with pytest.raises(RunError, match="a.json, line 3: expected numbers of at most 4300 digits, got one of 5001. Correct"):
         read(tmp_path, data.encode(), "a.json")
+    data = f"[0.{nines}, 1e{nines}, {nines}.5,\n{nines}1]"  # those with a point or an exponent are read
+    with pytest.raises(RunError, match="a.json, line 2: expected numbers of at most 4300 digits, got one of 5001. Correct"):
+        read(tmp_path, data.encode(), "a.json")
     with pytest.raises(RunError, match="a.json: expected JSON, got brackets in one another without end. Correct or delete"):
         read(tmp_path, b'[{"text": "one"},\n' + b"[" * 100_000, "a.json")
 

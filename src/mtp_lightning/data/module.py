@@ -214,7 +214,7 @@ class MTPDataModule(LightningDataModule):
         if self.chat_template is None:
             return None
         try:
-            return Path(resolve(self.chat_template)).expanduser().read_text(encoding="utf-8")
+            return Path(resolve(self.chat_template)).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
             raise RunError(

@@ -198,7 +198,7 @@ def _local_files(source: str) -> list[Path] | None:
             f"a data source must be a file, folder, glob or hub id, a list of them, or a mix {{source: weight}} with numbers"
             f" as weights, got {source!r}. Change data.train, or the one that this is."
         )
-    path = Path(resolve(source)).expanduser()
+    path = Path(resolve(source))
     if path.is_file():
         return [_readable(path)]
     if path.is_dir():

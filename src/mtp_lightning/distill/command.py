@@ -21,7 +21,7 @@ from mtp_lightning.distill.answer_file import AnswerFile, checksum
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
 from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Reply
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.paths import PACKAGE
+from mtp_lightning.paths import PACKAGE, resolve
 from mtp_lightning.prompts import Prompt, PromptRow, encode_prompt_row, open_messages, read_prompt_rows
 
 
@@ -187,7 +187,7 @@ def base_of(model: str, base_model: str | None = None, revision: str | None = No
     Raises:
         RunError: the file or folder can't be read.
     """
-    path = Path(model).expanduser()
+    path = Path(resolve(model))
     if path.suffix == ".ckpt":
         settings = read_checkpoint(path)[SETTINGS]
         return base_model or named_base(settings), revision or settings["revision"]
