@@ -195,6 +195,8 @@ def test_contenders_write_the_same_text(batch_size: int) -> None:
     prompts = [Prompt("", [9, 10, 11], ""), Prompt("", [5, 6, 7, 8, 9], "")][:batch_size]
     field = contenders(model, OPTIONS, [1, 3, "auto"], batch_size)
     ours = [f"quadratic, sampler head, {masks}" for masks in ("1 mask", "3 masks", "auto", "auto without prompt lookup")]
+    alone = contenders(model, replace(OPTIONS, prompt_lookup=False), [3, "auto"], batch_size)
+    assert list(alone)[-2:] == [ours[1], ours[3]]
     assert list(field) == [AUTOREGRESSIVE, TRANSFORMERS, *([LOOKUP] if batch_size == 1 else []), *ours]
     expected = [greedy_text(model.base, torch.tensor(prompt.input_ids), 20) for prompt in prompts]
     assert 1 < len(expected[0]) < 20  # an end token ends it

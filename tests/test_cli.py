@@ -129,5 +129,9 @@ def test_a_compile_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest
             f"TORCHINDUCTOR_CACHE_DIR is '{tmp_path}/file{below}', a folder that can't be made: '{tmp_path}/file' is a file,"
             " not a folder. Name another folder, or unset it."
         )
+    with monkeypatch.context() as context:  # some folders say that they may be written to, and then they may not
+        context.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tmp_path}/never")
+        context.setattr(os, "makedirs", lambda *args, **kwargs: os.stat(f"{tmp_path}/missing"))
+        assert "/never', a folder that can't be made: No such file or directory." in error_of(capsys, 1, "fit", "--help")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tmp_path}/new/cache")
     assert mtp("generate", "--help") == 0

@@ -123,6 +123,7 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
         ('{"prompt": "one"}\n\n{"prompt"\n', "line 3: expected JSON, got Expecting ':' delimiter at column 10"),
         ("[1]\n", "line 1: expected an object with prompt or messages, got list"),
         ('{"text": "one", "domain": "code"}\n', "line 1: expected prompt or messages, got the fields: text, domain"),
+        ('{"prompt": null}\n', "line 1: expected prompt or messages, got the fields: prompt (null)"),
         ("{}\n", "line 1: expected prompt or messages, got the fields: none"),
         ('{"prompt": 3}\n', "line 1: expected prompt as text or messages as a list, got int"),
         ('{"messages": "one"}\n', "line 1: expected prompt as text or messages as a list, got str"),

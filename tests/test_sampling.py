@@ -123,6 +123,8 @@ def test_seeds() -> None:
     [
         ({"temperature": -1}, "temperature must be 0"),
         ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": 10**400}, "temperature must be 0"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty must be above 0"),
         ({"top_k": 0}, "top_k must be 1 or more, got 0"),
         ({"temperature": 1e-40}, r"temperature must be 0 \(greedy\) or at least 1e-06, below which logits overflow"),
         ({"temperature": "1"}, "temperature must be a number, got '1'. Change temperature."),

@@ -72,8 +72,10 @@ def contenders(
     for count in num_masks:
         setting = Setting(options.decoding, options.sampler_head, count)
         name, chosen = f"{setting.family}, {setting.masks}", replace(options, num_masks=count)
-        found[name] = _ours(model, chosen, stop)
-        if count == "auto" and options.prompt_lookup and options.coupled:  # what the blocks do by themselves
+        looks = count == "auto" and options.coupled
+        if options.prompt_lookup or not looks:
+            found[name] = _ours(model, chosen, stop)
+        if looks:  # what the blocks do by themselves
             found[f"{name} without prompt lookup"] = _ours(model, replace(chosen, prompt_lookup=False), stop)
     return found
 

@@ -211,7 +211,13 @@ def _check_compile_cache() -> None:
 
     from mtp_lightning.paths import obstacle
 
-    if (reason := obstacle(Path(name).absolute())) is not None:
+    reason = obstacle(Path(name).absolute())
+    if reason is None:
+        try:
+            os.makedirs(name, exist_ok=True)  # as torch will: under /proc only trying tells
+        except OSError as error:
+            reason = error.strerror
+    if reason is not None:
         raise RunError(
             f"TORCHINDUCTOR_CACHE_DIR is {name!r}, a folder that can't be made: {reason}. Name another folder, or unset it."
         )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -13,6 +13,9 @@ from mtp_lightning.errors import UsageError
 
 COLDEST = 1e-6
 """Logits are divided by the temperature in float32."""
+
+LARGEST = sys.float_info.max
+"""Python's whole numbers go further and can't be divided by."""
 
 Decoding = Literal["quadratic", "linear", "autoregressive"]
 
@@ -118,7 +121,7 @@ class DecodingOptions:
                 )
         if self.max_new_tokens is None:
             raise UsageError("max_new_tokens must be 1 or more, got None.")
-        if not 0 <= self.temperature < math.inf:
+        if not 0 <= self.temperature <= LARGEST:
             raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}. Change temperature.")
         if 0 < self.temperature < COLDEST:
             raise UsageError(
@@ -127,7 +130,7 @@ class DecodingOptions:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}. Change top_p.")
-        if not 0 < self.repetition_penalty < math.inf:
+        if not 0 < self.repetition_penalty <= LARGEST:
             raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}. Change it.")
 
     @classmethod

@@ -157,7 +157,7 @@ def _row(source: str, number: int, line: str, as_json: bool) -> PromptRow:
         raise RunError(f"{place}: expected an object with prompt or messages, got {type(value).__name__}.")
     content = value.get("messages") if value.get("messages") is not None else value.get("prompt")
     if content is None:
-        got = ", ".join(value) or "none"
+        got = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
         raise RunError(f"{place}: expected prompt or messages, got the fields: {got}. Rename or add a field.")
     if not isinstance(content, str | list) or (isinstance(content, str) and value.get("messages") is not None):
         raise RunError(f"{place}: expected prompt as text or messages as a list, got {type(content).__name__}.")
