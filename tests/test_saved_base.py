@@ -88,7 +88,7 @@ def test_an_offloaded_base(kept: Path, tmp_path: Path) -> None:
     model = MTPModel.from_pretrained(kept / "saved", base=base)
     whole = MTPModel.from_pretrained(kept / "saved")
     for decoding in ("quadratic", "linear", "autoregressive"):
-        options = {"max_new_tokens": 20, "decoding": decoding}
+        options = {"max_new_tokens": 20, "decoding": decoding, "num_masks": 2}
         assert model.generate(PROMPT, **options).sequences.equal(whole.generate(PROMPT, **options).sequences)
         assert model.generate(PROMPT, **options).accepted_per_step == whole.generate(PROMPT, **options).accepted_per_step
 

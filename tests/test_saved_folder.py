@@ -186,11 +186,11 @@ def test_a_head_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     import my_heads
 
     model = saved_model(tmp_path, head=my_heads.Added())
-    expected = model.generate(PROMPT, max_new_tokens=20)
+    expected = model.generate(PROMPT, max_new_tokens=20, num_masks=2)
     # Imported by this process already, as a training script has.
     loaded = MTPModel.from_pretrained("saved")
     assert loaded.sampler_head.scale.equal(model.sampler_head.scale)
-    assert loaded.generate(PROMPT, max_new_tokens=20).accepted_per_step == expected.accepted_per_step
+    assert loaded.generate(PROMPT, max_new_tokens=20, num_masks=2).accepted_per_step == expected.accepted_per_step
     # In the current folder.
     sys.modules.pop("my_heads")
     MTPModel.from_pretrained("saved")
