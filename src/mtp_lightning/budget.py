@@ -122,9 +122,7 @@ class Budget:
             more = None
             if self.stops_early and self.num_masks > 1:  # about as often as it is reached, a token is drafted
                 more = np.stack([row.mean for row in self.rows]).cumprod(1).max(0)[: self.sizes[-1] - 1]
-            seconds = self.costs.seconds() + self.costs.drafting(more)[None, :, None]
-            for plan, taken in self.costs.taken():
-                seconds[self.costs.place(plan)] = taken
+            seconds = self.costs.prices(more)
             usual = self.rows[0].mean if B == 1 else np.mean([row.mean for row in self.rows], axis=0)
             values.sweep(usual, seconds, SETTLE if self._price is None or not values.rate else SWEEPS, CLOSE)
             self._price = seconds, values.rate * B, B, self._steps

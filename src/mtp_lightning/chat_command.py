@@ -14,6 +14,7 @@ from mtp_lightning.commands import DecodingArguments, OneLineParser
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
 from mtp_lightning.model import MTPModel
 from mtp_lightning.model_limits import trained_masks
+from mtp_lightning.paths import resolve
 from mtp_lightning.prompts import render_messages
 
 MAX_NEW_TOKENS = 1024
@@ -62,7 +63,7 @@ def _template(name: str | None) -> str | None:
     if not name:
         raise UsageError("chat_template must be a jinja file or plain, got an empty name. Change --chat_template.")
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
+        text = Path(resolve(name)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
         raise RunError(f"chat_template {name!r} can't be read: {reason}. Give a jinja file, or plain.") from error

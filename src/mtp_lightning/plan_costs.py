@@ -64,24 +64,33 @@ class PlanCosts:
         return self._seconds[B]
 
     def verifying(self) -> list[float]:
-        """What steps without masks cost, [c]."""
+        """What steps without masks cost, [c]; more drafts never take less."""
         B = self.num_rows
         if B not in self._verifying:
-            seconds = self.seconds()[:, 0, :1].copy()
-            for plan, taken in self.taken():
-                if not plan.masks:
-                    seconds[self.place(plan)[0]] = taken
-            self._verifying[B] = np.maximum.accumulate(seconds[:, 0]).tolist()
+            self._verifying[B] = np.maximum.accumulate(self.prices()[:, 0, 0]).tolist()
         return self._verifying[B]
 
-    def taken(self) -> list[tuple[Plan, float]]:
-        """What plans that are graphs take, as far as that is known."""
-        found = [(plan, taken) for (batch, plan), (taken, _) in self.record.taken.items() if batch == self.batch]
-        return [
-            (plan, taken)
-            for plan, taken in found
-            if plan.num_drafts in self.sizes and plan.masks in self.sizes and plan.where in self.places
-        ]
+    def prices(self, more: np.ndarray | None = None) -> np.ndarray:
+        """What every plan costs, drafting included; of plans that are graphs what they take, as far as that is known.
+
+        Args:
+            more: the chances that a second, third, .. token is drafted, [k - 1]; None: always.
+
+        Returns:
+            Seconds, [c, m, place] by numbers of sizes.
+        """
+        links = np.ones(self.sizes[-1] + 1)
+        links[0] = 0.0
+        if more is not None:
+            links[2:] = more
+        begun = self.chain(1) - self.link()
+        drafting = links.cumsum() * self.link() + np.where(links.cumsum() > 0, begun, 0.0)
+        prices = self.seconds() + drafting[list(self.sizes)][None, :, None]
+        for (batch, plan), (taken, _) in self.record.taken.items():
+            known = plan.num_drafts in self.sizes and plan.masks in self.sizes and plan.where in self.places
+            if batch == self.batch and known:
+                prices[self.place(plan)] = taken
+        return prices
 
     def spent(self, plan: Plan, links: int) -> float:
         """What a step costs that drafts so many tokens one after another."""
@@ -104,22 +113,6 @@ class PlanCosts:
     def link(self) -> float:
         """What one more token of a draft costs."""
         return self.costs.drafted * self.num_rows**0.5
-
-    def drafting(self, more: np.ndarray | None = None) -> np.ndarray:
-        """What drafting costs for each size of block, [m].
-
-        Args:
-            more: the chances that a second, third, .. token is drafted, [k - 1]; None: always.
-
-        Returns:
-            Seconds.
-        """
-        links = np.ones(self.sizes[-1] + 1)
-        links[0] = 0.0
-        if more is not None:
-            links[2:] = more
-        begun = self.chain(1) - self.link()
-        return (links.cumsum() * self.link() + np.where(links.cumsum() > 0, begun, 0.0))[list(self.sizes)]
 
     def known(self) -> float:
         """How many plain steps of the batch were seen."""

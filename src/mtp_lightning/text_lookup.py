@@ -102,11 +102,10 @@ class LookupRecord:
 
     def __init__(self, guess: Sequence[float] | None = None, memory: float = ALL_TEXTS) -> None:
         self._memory = memory
-        self._guess = [0.2 + 0.7 * n / (LONGEST - 1) for n in range(LONGEST)] if guess is None else list(guess)
-        self.table = list(self._guess)
+        self.mean = [0.2 + 0.7 * n / (LONGEST - 1) for n in range(LONGEST)] if guess is None else list(guess)
+        self.table = list(self.mean)
         self._seen = [GUESS] * LONGEST
-        self._same = [GUESS * chance for chance in self._guess]
-        self.mean = list(self._guess)
+        self._same = [GUESS * chance for chance in self.mean]
         for place in range(LONGEST):
             self._tell(place)
 
