@@ -69,8 +69,8 @@ class Memory:
 def prepare_many(number: int, folder: Path) -> None:
     import datasets
 
-    from mtp_lightning.base import load_tokenizer
     from mtp_lightning.data.preparing import prepare
+    from mtp_lightning.modeling.base import load_tokenizer
 
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     tokenizer = load_tokenizer("package://demo/base")
@@ -95,13 +95,13 @@ def throughput(rounds: int, steps: int) -> None:
     import torch
     import yaml
 
-    from mtp_lightning.base import load_base, load_tokenizer
     from mtp_lightning.data.collator import MaskedInputCollator
     from mtp_lightning.data.loader import WindowedLoader, load_rows
     from mtp_lightning.data.preparing import prepare
-    from mtp_lightning.gated_lora import LoRA
     from mtp_lightning.losses import AnchorDistillation, LatentConsistency, term_value
     from mtp_lightning.model import MTPModel
+    from mtp_lightning.modeling.base import load_base, load_tokenizer
+    from mtp_lightning.modeling.gated_lora import LoRA
     from mtp_lightning.sampler_heads import GRUSamplerHead
 
     settings = yaml.safe_load(Path("configs/demo.yaml").read_text())

@@ -22,8 +22,8 @@ from pathlib import Path
 import yaml
 from datasets import Dataset, load_dataset
 
-from mtp_lightning.base import load_tokenizer
-from mtp_lightning.cli import main as mtp
+from mtp_lightning.commands.cli import main as mtp
+from mtp_lightning.modeling.base import load_tokenizer
 from mtp_lightning.paths import resolve
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo_base"))

@@ -17,14 +17,14 @@ import torch
 import yaml
 
 from mtp_lightning import MTPModel
-from mtp_lightning.acceptance import evaluate_prompts, summarise
 from mtp_lightning.data.collator import MaskedInputCollator
 from mtp_lightning.data.loader import load_rows
 from mtp_lightning.data.preparing import prepare
-from mtp_lightning.decoding import DecodingOptions
-from mtp_lightning.label_counts import LabelCounts, count_labels
-from mtp_lightning.prompts import read_prompts
-from mtp_lightning.shortlist import shortlist_size
+from mtp_lightning.decoding.loop import DecodingOptions
+from mtp_lightning.decoding.shortlist import shortlist_size
+from mtp_lightning.evaluation.acceptance import evaluate_prompts, summarise
+from mtp_lightning.modeling.label_counts import LabelCounts, count_labels
+from mtp_lightning.text.prompts import read_prompts
 
 
 def counted(model: MTPModel, config: str) -> LabelCounts:

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_lightning import decoding_step
-from mtp_lightning.decoding_step import Drafts
+from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.step import Drafts
 from mtp_lightning.model import MTPModel
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from tiny import ARCHITECTURES, VOCAB, greedy_text, tiny_base, tiny_model, token_row  # noqa: E402
 
 

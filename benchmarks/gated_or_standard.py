@@ -12,7 +12,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from mtp_lightning.cli import main as mtp
+from mtp_lightning.commands.cli import main as mtp
 
 # The paper's losses: the cross-entropies count NTP positions too, so that a standard LoRA is trained to keep them.
 OVERRIDE = """\

@@ -23,13 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_lightning.callbacks.run_guards import memory_of
 from mtp_lightning.callbacks.throughput import PEAK_TFLOPS, peak_memory
-from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.losses import AnchorDistillation, LatentConsistency, LossTerm
 from mtp_lightning.losses.base import term_value
-from mtp_lightning.masking import build_masked_input
 from mtp_lightning.model import MTPModel
+from mtp_lightning.modeling.base import memory_error
+from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.sampler_heads import GRUSamplerHead
-from mtp_lightning.sizing import StepSize, advice, estimate, gigabytes, memory_error, model_size, step_flops
+from mtp_lightning.training.sizing import StepSize, advice, estimate, gigabytes, model_size, step_flops
 from mtp_lightning.types import TokenRow
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -16,13 +16,13 @@ import time
 import torch
 from large_shapes import random_model, shape_arguments
 
-from mtp_lightning.decoding import DecodingOptions, evaluating
-from mtp_lightning.lean import fixed_slots
+from mtp_lightning.decoding.execution.lean import decode_cache, fixed_slots
+from mtp_lightning.decoding.execution.step_runner import USES, GraphRunner, StepRunner
+from mtp_lightning.decoding.loop import DecodingOptions, evaluating
+from mtp_lightning.decoding.row_cache import RowCache
+from mtp_lightning.decoding.step_plan import StepPlan, prompt_plan, step_plan
+from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel
-from mtp_lightning.row_cache import RowCache
-from mtp_lightning.step_plan import StepPlan, prompt_plan, step_plan
-from mtp_lightning.step_runner import USES, GraphRunner, StepRunner
-from mtp_lightning.token_choice import TokenChoice
 
 
 @torch.inference_mode()
@@ -74,7 +74,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     model = random_model(args.shape, args.dtype, args.device, args.rank)
     print(f"{args.shape}, {args.dtype}, {args.device}, rank {args.rank}, {args.context} tokens in the cache\n")
-    with evaluating(model), model.lean.use(model):
+    with evaluating(model), decode_cache(model).use(model):
         measure(model, args.context, args.masks, args.repeats, args.graphs == "true")
 
 

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtp_lightning.budget import Budget
-from mtp_lightning.decoding import DecodingOptions, draft_shortlist, evaluating
-from mtp_lightning.draft_plan import usual_positions
-from mtp_lightning.draft_record import DraftRecord
-from mtp_lightning.gated_lora import LoRA
+from mtp_lightning.decoding.execution.lean import decode_cache
+from mtp_lightning.decoding.loop import DecodingOptions, draft_shortlist, evaluating
+from mtp_lightning.decoding.planning.budget import Budget
+from mtp_lightning.decoding.planning.draft_plan import usual_positions
+from mtp_lightning.decoding.planning.draft_record import DraftRecord
+from mtp_lightning.decoding.planning.step_costs import StepCosts, measure_step_costs
+from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel
+from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
-from mtp_lightning.step_costs import StepCosts, measure_step_costs
-from mtp_lightning.token_choice import TokenChoice
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("qwen3", {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -119,7 +120,7 @@ def main() -> None:
     options = DecodingOptions(draft_vocabulary="all" if args.draft_vocabulary is None else args.draft_vocabulary)
     choice = TokenChoice(options, [0], base.device)
     measured = []
-    with torch.inference_mode(), evaluating(model), model.lean.use(model):
+    with torch.inference_mode(), evaluating(model), decode_cache(model).use(model):
         choice.shortlist = draft_shortlist(model, options)
         for _ in range(args.repeats):
             measured.append(measure_step_costs(model, choice, usual_positions(8)))

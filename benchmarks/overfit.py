@@ -16,11 +16,11 @@ import pyarrow.parquet
 import torch
 
 from mtp_lightning import MTPModel
-from mtp_lightning.base import load_base, load_tokenizer
-from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.losses import AnchorDistillation, LatentConsistency, SamplerCrossEntropy, term_value
-from mtp_lightning.masking import build_masked_input
 from mtp_lightning.metrics.functional import repeated_ngrams
+from mtp_lightning.modeling.base import load_base, load_tokenizer
+from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.paths import resolve
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.types import TokenRow

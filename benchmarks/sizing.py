@@ -18,10 +18,10 @@ from dataclasses import replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.model import MTPModel
+from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
-from mtp_lightning.sizing import ModelSize, StepSize, estimate, gigabytes, model_size, step_flops
+from mtp_lightning.training.sizing import ModelSize, StepSize, estimate, gigabytes, model_size, step_flops
 
 SHAPES: dict[str, tuple[str, dict[str, int | bool]]] = {
     # name: architecture, width, inner width, layers, heads, key heads, head width, vocabulary, tied embedding

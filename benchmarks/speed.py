@@ -25,8 +25,8 @@ import matplotlib
 import torch
 
 from mtp_lightning import MTPModel
-from mtp_lightning.base import load_base
-from mtp_lightning.prompts import Prompt, read_prompts
+from mtp_lightning.modeling.base import load_base
+from mtp_lightning.text.prompts import Prompt, read_prompts
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -20,7 +20,7 @@ from typing import Any
 
 from lightning import Callback
 
-from mtp_lightning.cli import main
+from mtp_lightning.commands.cli import main
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 

@@ -18,9 +18,9 @@ import torch
 from transformers import DynamicCache
 
 from mtp_lightning import MTPModel
-from mtp_lightning.base import cache_keyword, load_base
-from mtp_lightning.decoding import DecodingOptions, decode
-from mtp_lightning.decoding_step import StepInput
+from mtp_lightning.decoding.loop import DecodingOptions, decode
+from mtp_lightning.decoding.step import StepInput
+from mtp_lightning.modeling.base import cache_keyword, load_base
 
 
 @torch.inference_mode()

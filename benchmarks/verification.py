@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mtp_lightning import MTPModel
-from mtp_lightning.prompts import read_prompts
+from mtp_lightning.text.prompts import read_prompts
 
 WAYS: dict[str, dict[str, Any]] = {"coupled": {"verification": "coupled"}, "rejection": {"verification": "rejection"}}
 

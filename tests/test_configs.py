@@ -25,9 +25,9 @@ from command_line import (
 )
 from toy_tokenizers import CHATML, byte_tokenizer
 
-from mtp_lightning.base import load_tokenizer
-from mtp_lightning.cli import main
-from mtp_lightning.prompts import read_prompts
+from mtp_lightning.commands.cli import main
+from mtp_lightning.modeling.base import load_tokenizer
+from mtp_lightning.text.prompts import read_prompts
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # strategies/ holds fragments for them: test_strategies.py

@@ -16,9 +16,11 @@ from command_line import leave_no_trace, mtp  # noqa: F401 - the first is a fixt
 from tiny import tiny_batch, tiny_model
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning import cli, commands, predict_command
-from mtp_lightning.data_command import DataCLI
-from mtp_lightning.lightning_cli import MTPCLI
+from mtp_lightning.commands import cli
+from mtp_lightning.commands import generate as generate_command
+from mtp_lightning.commands import predict as predict_command
+from mtp_lightning.commands.data import DataCLI
+from mtp_lightning.commands.lightning_cli import MTPCLI
 from mtp_lightning.losses import LossTerm
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import MLPSamplerHead
@@ -60,14 +62,14 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     for name in ("instantiate_classes", "after_instantiate_classes"):
         monkeypatch.setattr(MTPCLI, name, lambda self: None)
     monkeypatch.setattr(MTPCLI, "_run_subcommand", lambda self, subcommand: reached.append(subcommand))
-    monkeypatch.setattr("mtp_lightning.predict_command.load_model", lambda *args, **options: torch.nn.Identity())
-    monkeypatch.setattr("mtp_lightning.export_command.export_checkpoint", lambda *args: reached.append("export"))
-    monkeypatch.setattr("mtp_lightning.benchmark_command.measure", lambda *args: reached.append("benchmark"))
-    monkeypatch.setattr("mtp_lightning.chat_command.conversation", lambda *args: None)
-    monkeypatch.setattr("mtp_lightning.chat_command.converse", lambda *args: reached.append("chat"))
-    monkeypatch.setattr("mtp_lightning.distill.command.chosen_shard", lambda *args: reached.append("distill") or sys.exit())
+    monkeypatch.setattr("mtp_lightning.commands.predict.load_model", lambda *args, **options: torch.nn.Identity())
+    monkeypatch.setattr("mtp_lightning.commands.export.export_checkpoint", lambda *args: reached.append("export"))
+    monkeypatch.setattr("mtp_lightning.commands.benchmark.measure", lambda *args: reached.append("benchmark"))
+    monkeypatch.setattr("mtp_lightning.commands.chat.conversation", lambda *args: None)
+    monkeypatch.setattr("mtp_lightning.commands.chat.converse", lambda *args: reached.append("chat"))
+    monkeypatch.setattr("mtp_lightning.commands.distill.chosen_shard", lambda *args: reached.append("distill") or sys.exit())
     monkeypatch.setattr(DataCLI, "instantiate_classes", lambda self: reached.append("data") or sys.exit())
-    for module in (commands, predict_command):
+    for module in (generate_command, predict_command):
         monkeypatch.setattr(module, "read_prompts", lambda *args, **options: [])
         monkeypatch.setattr(module, "print_generations", lambda *args, **options: reached.append("text"))
     monkeypatch.setattr(torch.nn.Identity, "tokenizer", word_tokenizer(), raising=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mtp_lightning.data import MTPDataModule
     from mtp_lightning.model import MTPModel
-    from mtp_lightning.module import MTPModule
+    from mtp_lightning.training.module import MTPModule
 
 __version__ = "0.1.0"
 __all__ = ["MTPDataModule", "MTPModel", "MTPModule", "__version__"]

@@ -3,7 +3,7 @@
 
 import sys
 
-from mtp_lightning.cli import main
+from mtp_lightning.commands.cli import main
 
 if __name__ == "__main__":
     sys.argv[0] = "mtp"  # usage and errors then read the same from both doors

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The named tuples that pass between files: rows of tokens, masked inputs, hidden states. No logic here.
+"""The named tuples that pass between files: rows of tokens, masked inputs, hidden states.
 
 Letters in shapes, the same in all files: ``B`` rows, ``L`` tokens in a row, ``P`` blocks in a row, ``K`` masks in a
 block, ``S = L + P * K`` positions after expansion, ``D`` hidden size, ``V`` vocabulary, ``N`` positions picked out.
@@ -70,6 +70,21 @@ class MaskedInput(NamedTuple):
         # Lightning asks for a blocking copy of what is no tensor, though the batch is pinned.
         non_blocking = non_blocking or torch.device(device).type == "cuda"
         return MaskedInput(*(field.to(device, non_blocking=non_blocking) for field in self))
+
+    def at_anchors(self, values: Tensor) -> Tensor:
+        """The values at the anchor i + j of each MTP position, clamped to the row.
+
+        Args:
+            values: a value per NTP position, [B, L] or [B, L, D].
+
+        Returns:
+            Values, [B, P, K] or [B, P, K, D]. Where the label is ignored the entry has no meaning.
+        """
+        (B, P), K = self.starts.shape, self.mtp_labels.shape[2]
+        anchors = self.starts[:, :, None] + torch.arange(1, K + 1, device=self.starts.device)
+        index = anchors.clamp(0, values.shape[1] - 1).flatten(1)
+        rows = torch.arange(B, device=values.device)[:, None]
+        return values[rows, index].view(B, P, K, *values.shape[2:])
 
 
 class HiddenStates(NamedTuple):

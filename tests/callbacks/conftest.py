@@ -16,10 +16,10 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from toy_tokenizers import byte_tokenizer
 
-from mtp_lightning import decoding_step
-from mtp_lightning.gated_lora import LoRA
-from mtp_lightning.masking import build_masked_input
-from mtp_lightning.module import MTPModule
+from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.masking import build_masked_input
+from mtp_lightning.training.module import MTPModule
 from mtp_lightning.types import TokenRow
 
 NUM_MASKS = 3

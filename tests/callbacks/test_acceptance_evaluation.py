@@ -16,11 +16,12 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from mtp_lightning import decoding_step
-from mtp_lightning.acceptance import PromptResult, summarise
 from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
+from mtp_lightning.decoding import step as decoding_step
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.module import MTPModule
+from mtp_lightning.evaluation.acceptance import PromptResult, summarise
+from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.training.module import MTPModule
 
 Fit = Callable[..., Trainer]
 DOMAINS = ["code", "maths"]
@@ -197,7 +198,7 @@ def test_with_shards_all_processes_time_the_same_prompts(
         return [1.5] * len(chosen)
 
     monkeypatch.setattr(acceptance_evaluation, "speed_pairs", pairs)
-    monkeypatch.setattr(acceptance_evaluation, "is_sharded", lambda model: True)
+    monkeypatch.setattr(MTPNetwork, "is_sharded", True)
     callback._evaluate(trainer, module)
     assert len(timed) == 1 and [r.prompt_index for r in callback.results] == list(range(len(callback.loaded)))
     assert sum(r.speed_up == 1.5 for r in callback.results) == 2

@@ -16,9 +16,9 @@ from toy_tokenizers import byte_tokenizer
 
 from mtp_lightning.callbacks import SampleText
 from mtp_lightning.callbacks.sample_text import Span, colour, mark_drafts, plain
-from mtp_lightning.decoding import DecodingOptions, decode
+from mtp_lightning.decoding.loop import DecodingOptions, decode
 from mtp_lightning.errors import UsageError
-from mtp_lightning.module import MTPModule
+from mtp_lightning.training.module import MTPModule
 
 
 def test_drafted_and_free_tokens_are_told_apart() -> None:

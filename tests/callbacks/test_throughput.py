@@ -18,13 +18,13 @@ from command_line import (
 )
 from tiny_run import write_config, write_run
 
-from mtp_lightning import decoding_step
 from mtp_lightning.callbacks import AcceptanceEvaluation, SampleText, Throughput, throughput
 from mtp_lightning.callbacks.throughput import evaluation_seconds
 from mtp_lightning.data.loader import WindowedLoader
-from mtp_lightning.decoding_step import draft_block
+from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.step import draft_block
 from mtp_lightning.errors import UsageError
-from mtp_lightning.module import MTPModule
+from mtp_lightning.training.module import MTPModule
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {"tokens_per_second", "positions_per_second", "model_flop_utilization", "peak_memory_gb", "data_wait_share"}

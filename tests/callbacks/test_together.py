@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lightning import Trainer
 
-from mtp_lightning.callbacks.together import figures_are_logged
+from mtp_lightning.training.distributed import figures_are_logged
 
 
 def trainer(every: int) -> Trainer:

@@ -15,7 +15,7 @@ from tiny import token_row
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.data.display import pieces, row_text, show_steps, step_size
-from mtp_lightning.masking import build_masked_input
+from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.types import TokenRow
 
 

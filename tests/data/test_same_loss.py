@@ -17,9 +17,9 @@ from toy_tokenizers import word_tokenizer
 from mtp_lightning.data.collator import MaskedInputCollator
 from mtp_lightning.data.loader import WindowedLoader, load_rows
 from mtp_lightning.data.preparing import Prepared, prepare
-from mtp_lightning.gated_lora import LoRA
 from mtp_lightning.losses import AnchorDistillation, BaseCrossEntropy, LatentConsistency, SamplerCrossEntropy, term_value
 from mtp_lightning.model import MTPModel
+from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.types import MaskedInput
 

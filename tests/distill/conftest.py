@@ -13,5 +13,5 @@ import pytest
 def processes() -> ForkServerContext:
     """Processes that begin with the imports done."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill_process", "mtp_lightning.distill.command", "transformers.models.llama"])
+    context.set_forkserver_preload(["distill_process", "mtp_lightning.commands.distill", "transformers.models.llama"])
     return context

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, SeededNoise, base_answers, base_batches
 from mtp_lightning.errors import UsageError
-from mtp_lightning.prompts import Prompt
+from mtp_lightning.text.prompts import Prompt
 
 
 def prompts(lengths: list[int]) -> list[NamedPrompt]:

@@ -16,10 +16,10 @@ from tiny import greedy_text
 from toy_tokenizers import word_tokenizer
 from transformers import AutoModelForCausalLM
 
+from mtp_lightning.commands.distill import base_of, chosen_shard, shard_path
 from mtp_lightning.data.chat import encode_chat_prompt
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.distill.base_answers import AnswerOptions
-from mtp_lightning.distill.command import base_of, chosen_shard, shard_path
 from mtp_lightning.errors import RunError, UsageError
 
 

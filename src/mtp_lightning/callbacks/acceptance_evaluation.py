@@ -12,16 +12,15 @@ import torch.distributed
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mtp_lightning.acceptance import Progress, PromptResult, evaluate_prompts, speed_pairs, summarise
-from mtp_lightning.acceptance_report import print_notes, print_table, save_json, save_plot
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
 from mtp_lightning.callbacks.throughput import pause_clocks
-from mtp_lightning.callbacks.together import run_folder
-from mtp_lightning.decoding import Decoding, DecodingOptions
+from mtp_lightning.decoding.lockstep import in_step
+from mtp_lightning.decoding.loop import Decoding, DecodingOptions
 from mtp_lightning.errors import UsageError
-from mtp_lightning.lockstep import in_step
-from mtp_lightning.prompts import Prompt, round_robin
-from mtp_lightning.step_runner import is_sharded
+from mtp_lightning.evaluation.acceptance import Progress, PromptResult, evaluate_prompts, speed_pairs, summarise
+from mtp_lightning.evaluation.acceptance_report import print_notes, print_table, save_json, save_plot
+from mtp_lightning.text.prompts import Prompt, round_robin
+from mtp_lightning.training.distributed import run_folder
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -136,7 +135,7 @@ class AcceptanceEvaluation(DecodingCallback):
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
-        together = is_sharded(model)
+        together = model.is_sharded
         with in_step(model):
             mine = evaluate_prompts(
                 model,
@@ -152,7 +151,7 @@ class AcceptanceEvaluation(DecodingCallback):
         if together and self.num_speed_pairs:  # of one text at a time: another process's steps would be in the timing
             with in_step(model):
                 self.results = with_speed_pairs(model, self.loaded, self.options, self.num_speed_pairs, self.results)
-        model.lean.forget()  # training needs the memory, and changes the weights
+        model.clear_decode_cache()  # training needs the memory, and changes the weights
         self._evaluated_at = trainer.global_step
 
     def _progress(self, trainer: Trainer) -> Progress | None:

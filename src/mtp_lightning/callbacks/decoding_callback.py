@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.console import Console
 
-from mtp_lightning.decoding import Decoding, DecodingOptions
+from mtp_lightning.decoding.limits import named_masks
+from mtp_lightning.decoding.loop import Decoding, DecodingOptions
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.model_limits import named_masks
-from mtp_lightning.prompts import Prompt, read_prompts
+from mtp_lightning.text.prompts import Prompt, read_prompts
 
 
 class DecodingCallback(Callback):

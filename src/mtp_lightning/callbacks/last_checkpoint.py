@@ -11,9 +11,9 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from mtp_lightning.callbacks.together import checkpoint_folders, validation_is_due
-from mtp_lightning.checkpoint_files import LAST
 from mtp_lightning.errors import UsageError
+from mtp_lightning.saving.checkpoint_files import LAST
+from mtp_lightning.training.distributed import checkpoint_folders, validation_is_due
 
 
 class LastCheckpoint(Checkpoint):

@@ -10,11 +10,11 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from mtp_lightning.callbacks.together import figures_are_logged, gather, run_folder, stop_all
-from mtp_lightning.checkpoint_files import RESUME, write_run_id
 from mtp_lightning.errors import RunError
-from mtp_lightning.random_state import random_state, set_random_state
+from mtp_lightning.saving.checkpoint_files import RESUME, write_run_id
 from mtp_lightning.trainer.metrics_writer import MetricsWriter
+from mtp_lightning.training.distributed import figures_are_logged, gather, run_folder, stop_all
+from mtp_lightning.training.random_state import random_state, set_random_state
 
 
 class ResumeExactly(Callback):

@@ -16,12 +16,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtp_lightning.callbacks.together import checkpoint_folders, gather, run_folder, stop_all
-from mtp_lightning.checkpoint_files import newest_checkpoint, read_run_id
 from mtp_lightning.data.fingerprint import fingerprint
 from mtp_lightning.errors import RunError, one_line
-from mtp_lightning.sizing import ModelSize, StepSize, advice, estimate, gigabytes, memory_error, model_size
-from mtp_lightning.trainer.collectives import all_reduce
+from mtp_lightning.modeling.base import memory_error
+from mtp_lightning.saving.checkpoint_files import newest_checkpoint, read_run_id
+from mtp_lightning.training.collectives import all_reduce
+from mtp_lightning.training.distributed import checkpoint_folders, gather, run_folder, stop_all
+from mtp_lightning.training.sizing import ModelSize, StepSize, advice, estimate, gigabytes, model_size
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the operating system says where nothing can be written any more."""

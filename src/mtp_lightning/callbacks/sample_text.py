@@ -11,9 +11,9 @@ from lightning import LightningModule, Trainer
 from rich.text import Text
 
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
-from mtp_lightning.decoding import Decoding, decode
+from mtp_lightning.decoding.lockstep import in_step
+from mtp_lightning.decoding.loop import Decoding, decode
 from mtp_lightning.errors import UsageError
-from mtp_lightning.lockstep import in_step
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
 """Around kept drafts where there is no colour."""
@@ -88,7 +88,7 @@ class SampleText(DecodingCallback):
                     add_text(
                         f"val/sample_{number}", text, max(0, trainer.global_step - 1)
                     )  # the step of Lightning's figures
-        module.model.lean.forget()  # training needs the memory
+        module.model.clear_decode_cache()  # training needs the memory
 
 
 def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:

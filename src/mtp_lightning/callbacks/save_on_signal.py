@@ -15,9 +15,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from mtp_lightning.callbacks.together import checkpoint_folders, validation_is_due
-from mtp_lightning.checkpoint_files import LAST
-from mtp_lightning.trainer.collectives import all_reduce
+from mtp_lightning.saving.checkpoint_files import LAST
+from mtp_lightning.training.collectives import all_reduce
+from mtp_lightning.training.distributed import checkpoint_folders, validation_is_due
 
 EXIT_CODE = 143
 """Exit code of a run that was told to stop and has saved: 128 + SIGTERM, as a shell shows it."""

@@ -13,10 +13,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from mtp_lightning.callbacks.run_guards import step_size
-from mtp_lightning.callbacks.together import figures_are_logged
 from mtp_lightning.errors import UsageError
-from mtp_lightning.sizing import ModelSize, StepSize, model_size, step_flops
-from mtp_lightning.trainer.collectives import all_reduce
+from mtp_lightning.training.collectives import all_reduce
+from mtp_lightning.training.distributed import figures_are_logged
+from mtp_lightning.training.sizing import ModelSize, StepSize, model_size, step_flops
 
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "L4": 121, "V100": 125}
 """Dense 16-bit peak of a GPU by a part of its name, in 1e12 operations a second; the makers' figures."""

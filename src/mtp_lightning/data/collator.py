@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.data.rows import DrawnRow
-from mtp_lightning.masking import build_masked_input
+from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.types import MaskedInput
 
 

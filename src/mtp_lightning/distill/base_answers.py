@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from mtp_lightning.attention import text_config
-from mtp_lightning.base import context_length
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.prompts import Prompt
+from mtp_lightning.modeling.attention import text_config
+from mtp_lightning.modeling.base import context_length
+from mtp_lightning.text.prompts import Prompt
 
 SORTED = 32
 """Batches whose prompts are sorted by length together, so that few positions are padding."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses.chunked import chunked_sum
-from mtp_lightning.masking import gather_anchors
 from mtp_lightning.types import IGNORE_INDEX, MTP, NTP, HiddenStates, LossSum, MaskedInput
 
 
@@ -140,7 +139,7 @@ class TokenLoss(LossTerm):
             K = mtp.shape[2]
             offsets = torch.arange(2, K + 2, device=mtp.device).expand(batch.mtp_labels.shape)
             weights = batch.block_weights[:, :, None].expand(batch.mtp_labels.shape)
-            anchors = gather_anchors(states.ntp.detach(), batch.starts, K) if self.uses_anchors else None
+            anchors = batch.at_anchors(states.ntp.detach()) if self.uses_anchors else None
             sums.append(LossSum(self._sum(mtp, batch.mtp_labels, weights, offsets, anchors, unembed), MTP))
         if self.positions != "mtp" and ntp is not None:
             ones = torch.ones_like(batch.ntp_labels)

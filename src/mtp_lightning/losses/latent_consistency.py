@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.losses.base import LossTerm, Unembedding
-from mtp_lightning.masking import gather_anchors
 from mtp_lightning.types import ANCHOR, HiddenStates, LossSum, MaskedInput
 
 
@@ -31,7 +30,7 @@ class LatentConsistency(LossTerm):
 
     def forward(self, states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Sequence[LossSum]:
         """The sum over anchors; under block sampling an unbiased estimate of it."""
-        anchors = gather_anchors(states.ntp.detach(), batch.starts, states.mtp.shape[2])
+        anchors = batch.at_anchors(states.ntp.detach())
         wide = torch.float64 if states.mtp.dtype == torch.float64 else torch.float32
         distance: Tensor = (anchors.to(wide) - states.mtp.to(wide)).square().sum(-1)
         if self.reduction == "mean":

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+NON_REPEATING = 0.1
+"""A text with a smaller share of repeated 8-grams counts as not repeating itself: loops flatter the acceptance length."""
+
 
 def draft_runs(hits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Runs of right drafts from the front of each block whose labels all count.

@@ -2,8 +2,7 @@
 """What differs from Lightning's trainer: how files are written, and how weights are sharded. No callbacks, no model."""
 
 from mtp_lightning.trainer.checkpoint_io import BesideCheckpointIO
-from mtp_lightning.trainer.collectives import all_reduce
-from mtp_lightning.trainer.fully_sharded import FullyShardedStrategy
 from mtp_lightning.trainer.metrics_writer import MetricsWriter
+from mtp_lightning.training.fully_sharded import FullyShardedStrategy
 
-__all__ = ["BesideCheckpointIO", "FullyShardedStrategy", "MetricsWriter", "all_reduce"]
+__all__ = ["BesideCheckpointIO", "FullyShardedStrategy", "MetricsWriter"]

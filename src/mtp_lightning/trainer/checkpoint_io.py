@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from mtp_lightning.checkpoint_files import write_beside
+from mtp_lightning.saving.checkpoint_files import write_beside
 
 
 class BesideCheckpointIO(TorchCheckpointIO):

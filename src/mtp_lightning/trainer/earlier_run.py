@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning import Trainer
 
-from mtp_lightning.callbacks.together import checkpoint_folders
-from mtp_lightning.checkpoint_files import newest_checkpoint, read_run_id, run_of
 from mtp_lightning.errors import RunError
+from mtp_lightning.saving.checkpoint_files import newest_checkpoint, read_run_id, run_of
+from mtp_lightning.training.distributed import checkpoint_folders
 
 
 def say_what_is_replaced(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from mtp_lightning.checkpoint_files import write_beside
+from mtp_lightning.saving.checkpoint_files import write_beside
 
 
 class MetricsWriter(ExperimentWriter):

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one LightningCLI: which classes the YAML configures, and what differs from Lightning's defaults."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in its __all__, though documented
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+import mtp_lightning.callbacks
+import mtp_lightning.losses
+import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
+from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
+from mtp_lightning.callbacks.run_guards import as_text, explain, unwritable
+from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
+from mtp_lightning.commands.parser_messages import clear_message
+from mtp_lightning.data import MTPDataModule
+from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
+from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
+from mtp_lightning.saving.checkpoint_files import run_of
+from mtp_lightning.trainer import BesideCheckpointIO, MetricsWriter
+from mtp_lightning.trainer.earlier_run import figures_are_its_own, last_checkpoint, say_what_is_replaced
+from mtp_lightning.trainer.wrong_settings import check_clock, check_nulls, check_states, not_made, wrong_setting
+from mtp_lightning.training.distributed import run_folder
+from mtp_lightning.training.module import MTPModule
+
+AnyCallback = TypeVar("AnyCallback", bound=Callback)
+
+
+class ConfigurationParser(LightningArgumentParser):
+    """A parser whose errors are raised for ``main`` to print as one line, without the usage text."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is wrong with the command line or the configuration."""
+        known = known_keys()
+        if any(action.dest == "config" for action in self._actions):  # else of a class that the configuration names
+            known += [action.dest for action in self._actions if "." not in action.dest and action.dest != "help"]
+        raise UsageError(clear_message(str(message), known)) from ex
+
+
+GROUPS: dict[str, type] = {"model": MTPModule, "model.lora": LoRA, "data": MTPDataModule, "trainer": Trainer}
+"""Classes whose arguments are keys of every configuration."""
+
+
+def known_keys() -> list[str]:
+    """The keys of a configuration that belong to no class named in it."""
+    names = [f"{group}.{name}" for group, kind in GROUPS.items() for name in inspect.signature(kind).parameters]
+    return names
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration of a training run, once all that it names was loaded and fits together."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: what a failed start or ``mtp validate`` was given must not replace a run's configuration."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save: by now Lightning has compared the trainer's limits with the data, too."""
+        super().setup(trainer, pl_module, "fit")
+
+
+class MTPCLI(LightningCLI):
+    """LightningCLI over ``MTPModule`` and ``MTPDataModule``."""
+
+    def __init__(self, args: list[str], **options: Any) -> None:
+        super().__init__(
+            MTPModule,
+            MTPDataModule,
+            args=args,
+            seed_everything_default=0,
+            trainer_defaults={"callbacks": [RunGuards(), ResumeExactly(), SaveOnSignal()]},
+            auto_configure_optimizers=False,
+            **{"save_config_callback": SaveConfig, "save_config_kwargs": {"overwrite": True}, **options},
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's parser, with one-line errors."""
+        parser = ConfigurationParser(**kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file; give several to add to the first")
+        return parser
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, with a usage line instead of a page of options."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"mtp {subcommand} --config F [--config G ...] [--ckpt_path C] [options]"
+        return parser
+
+    def _set_seed(self) -> None:
+        """Seed everything, with a one-line error."""
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise UsageError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}. Change seed_everything.")
+        super()._set_seed()
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what no class can be made of."""
+        check_nulls(self.config if self.subcommand is None else self.config[self.subcommand], GROUPS)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands but predict, which is ours."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: settings stored in a checkpoint must not override the YAML and the command line."""
+
+    def instantiate_classes(self) -> None:
+        """What the configuration names, with one line where a class of it needs a package that is not there."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            missing = re.search(r"class_path '([\w.]+)': Requirement '([^']+)' not met", " ".join(str(error).split()))
+            if missing is None:
+                raise
+            raise UsageError(
+                f"{missing[1]} needs {missing[2]}, which is not installed. Run pip install '{missing[2]}', or leave it out"
+                " of the configuration."
+            ) from error
+
+    def after_fit(self) -> None:
+        """Say where the result lies."""
+        best = [getattr(each, "best_model_path", "") for each in self.trainer.checkpoint_callbacks]
+        if any(best) and self.trainer.is_global_zero:
+            path = os.path.relpath(next(filter(None, best)))
+            print(f"\nbest checkpoint: {path}\ntry it: mtp generate {path} --prompt TEXT", flush=True)
+
+    def after_instantiate_classes(self) -> None:
+        """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
+        path, append = self._get(self.config, "ckpt_path"), self.subcommand != "fit"
+        self._folder = run_folder(self.trainer)  # asked for while all processes do
+        if path in ("", "best", "hpc", "registry"):  # Lightning's own words for what another command does not have
+            raise UsageError(f"ckpt_path must be the path of a .ckpt file, or last, got {path!r}. Change --ckpt_path.")
+        if path == "last":
+            path = last_checkpoint(self.trainer, self._folder, self.subcommand == "fit")
+            for config in (self.config, self.config_init):
+                config[self.subcommand].ckpt_path = path
+        if path:
+            checkpoint = read_checkpoint(path)
+            check_settings(checkpoint, checkpoint_settings(self.model), self.model.whole_config)
+            check_states(path, checkpoint, self.subcommand or "")
+            append = self.subcommand != "fit" or figures_are_its_own(self.trainer, self._folder, checkpoint)
+            for each in self.callbacks_of(ResumeExactly):
+                each.run = run_of(checkpoint)
+            if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
+                self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
+        elif self.subcommand == "fit":
+            say_what_is_replaced(self.trainer)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                try:
+                    logger._experiment = MetricsWriter(logger.log_dir, append)
+                except OSError as error:
+                    raise RunError(unwritable(Path(logger.log_dir)) or one_line(error)) from error
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
+            self.trainer.strategy.checkpoint_io = BesideCheckpointIO()
+        for guards in self.callbacks_of(RunGuards):
+            guards.configuration = as_text(self.config[self.subcommand]) | {"ckpt_path": str(path)}
+
+    def callbacks_of(self, kind: type[AnyCallback]) -> list[AnyCallback]:
+        """The trainer's callbacks of a kind."""
+        trainer: Any = self.trainer
+        return [each for each in trainer.callbacks if isinstance(each, kind)]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run, with a sentence for what may happen to any long run."""
+        try:
+            super()._run_subcommand(subcommand)
+        except MTPError:
+            raise
+        except Exception as error:
+            known: MTPError | None = explain(error, next(iter(self.callbacks_of(RunGuards)), None), self.trainer)
+            if known is None:
+                known = wrong_setting(error, self._folder)
+            if known is None:
+                raise
+            raise known from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with one-line errors; where no logger is named, with CSV and TensorBoard in one folder."""
+        named = self._get(self.config_init, "trainer", default={})
+        if named.get("logger") in (None, True):  # Lightning's own would begin a new folder at each start
+            folder = Path(named.get("default_root_dir") or ".") / "lightning_logs"
+            kwargs["logger"] = [kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
+        if named.get("val_check_interval") == 0:
+            raise UsageError("trainer.val_check_interval must be above 0, got 0. Change trainer.val_check_interval.")
+        callbacks = named.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        silent = named.get("enable_progress_bar") is False or named.get("barebones")
+        if not silent and not any(isinstance(each, ProgressBar) for each in callbacks):
+            kwargs["callbacks"] = [*callbacks, StepsProgressBar()]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except UsageError:
+            raise
+        except Exception as error:
+            known = not_made(error)
+            if known is None:
+                raise
+            raise known from error
+        check_clock(trainer, named.get("val_check_interval"))
+        return trainer
+
+
+def run_trainer(args: list[str]) -> None:
+    """``mtp fit | validate | test``.
+
+    Args:
+        args: the command and its options.
+    """
+    MTPCLI(args)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention whose query heads share keys and values, on a CPU: they are read where they lie.
+
+transformers repeats keys and values for each query head as soon as there is a mask, which suits GPU kernels; on a CPU that
+copies the whole cache in every layer of every step. PyTorch's CPU kernel takes groups of heads with a mask and gives the
+same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mtp_lightning.modeling.attention import GROUPED_SDPA, text_config
+
+OTHERS = ("position_bias", "softcap", "cache", "output_attentions")
+"""Arguments that are left to transformers' own function."""
+
+
+def grouped_sdpa(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """An attention function of transformers' interface.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, Q, d].
+        key: [B, G, W, d], G a divisor of H.
+        value: [B, G, W, d].
+        attention_mask: True where the query sees the key, or an additive mask, [B or 1, 1, Q, W]; None: no mask.
+        dropout: rate.
+        scaling: factor of the products; None: the usual one.
+        **kwargs: what else the layer passes.
+
+    Returns:
+        [B, Q, H, d], and None.
+    """
+    # transformers repeats nothing for a single query or without a mask.
+    plain = attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1]
+    if plain or dropout or query.device.type != "cpu" or query.requires_grad or any(kwargs.get(name) for name in OTHERS):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
+AttentionMaskInterface.register(GROUPED_SDPA, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+@functools.cache
+def _takes_interface(kind: type[PreTrainedModel]) -> bool:
+    return bool(kind._can_set_attn_implementation())
+
+
+def gains(base: PreTrainedModel) -> bool:
+    """Whether the base's attention can be replaced by ``grouped_sdpa``, and gains by it."""
+    config = text_config(base)
+    heads = config.num_attention_heads
+    shares = getattr(config, "num_key_value_heads", heads) != heads
+    if base.config._attn_implementation != "sdpa" or base.device.type != "cpu" or not shares:
+        return False
+    kind: Any = type(base)
+    return _takes_interface(kind)
+
+
+@contextlib.contextmanager
+def grouped(base: PreTrainedModel) -> Iterator[None]:
+    """Use ``grouped_sdpa`` within the ``with`` block where the base gains by it."""
+    if not gains(base):
+        yield
+        return
+    configs = {id(config): config for config in (base.config, text_config(base))}.values()
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation_internal = GROUPED_SDPA  # this one alone: the property goes through all parts
+    try:
+        yield
+    finally:
+        for config, kernel in zip(configs, before, strict=True):
+            if config._attn_implementation == GROUPED_SDPA:  # nobody has set another one meanwhile
+                config._attn_implementation_internal = kernel

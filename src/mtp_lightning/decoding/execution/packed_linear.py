@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PackedLinear: a linear layer for few rows at a time, its weight laid out beforehand as the CPU's kernels want it.
+
+A matrix product of two to about twenty rows spends much of its time on laying out the weight. oneDNN can be handed a weight
+that is laid out already (compiled models do that); then a few positions cost about what one does, and that is what drafting
+lives on. ``benchmarks/packed_linear.py`` measures it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import weakref
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TYPICAL_ROWS = 16
+"""Rows that the layout is chosen for. Measured from 1 to 81 rows: what is best for 16 is best for all, or nearly."""
+SMALL = 1 << 19
+"""Numbers in a float32 weight below which a single row is better off with a plain product, which is called more cheaply."""
+
+
+_numbers = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
+_as_operators = False
+
+
+@contextlib.contextmanager
+def as_operators() -> Iterator[None]:
+    """Within the ``with`` block packed products are operators of this package: compilers can't look into packed weights."""
+    global _as_operators
+    before, _as_operators = _as_operators, True
+    try:
+        yield
+    finally:
+        _as_operators = before
+
+
+_library = torch.library.Library("mtp_lightning", "DEF")
+_library.define("packed_linear(Tensor x, int number, int width) -> Tensor")
+_library.impl("packed_linear", lambda x, number, width: _by_number[number].product(x), "CPU")
+_library.impl("packed_linear", lambda x, number, width: x.new_empty(*x.shape[:-1], width), "Meta")
+
+
+@functools.cache
+def packed_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes in which a weight laid out beforehand is known to pay on this CPU; elsewhere products are plain ones."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return frozenset()
+    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
+        return frozenset()
+    found = {torch.float32}
+    if getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)():
+        found.add(torch.bfloat16)
+    return frozenset(found)
+
+
+class PackedLinear:
+    """A linear layer without gradients. On other devices and in other dtypes the product is a plain one.
+
+    Args:
+        weight: [N, D].
+        bias: [N], or None.
+        single: whether single rows will be asked for; if not, no plain weight is kept beside a packed one.
+
+    Attributes:
+        plain_single: whether the product of a single row is a plain one.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, single: bool = True) -> None:
+        self.bias = bias
+        self.packed: Tensor | None = None
+        weight = weight.detach()
+        if weight.device.type == "cpu" and weight.dtype in packed_dtypes():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS)
+        self.width = len(weight)
+        self.number = next(_numbers)
+        _by_number[self.number] = self
+        self.plain_single = self.packed is None or (weight.dtype == torch.float32 and weight.numel() < SMALL)
+        self.plain = weight if self.packed is None or (self.plain_single and single) else None
+
+    def _is_plain(self, rows: int) -> bool:
+        return self.packed is None or (rows == 1 and self.plain is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The products [..., N] of rows [..., D]."""
+        if self._is_plain(x.numel() // x.shape[-1]):
+            assert self.plain is not None
+            return F.linear(x, self.plain, self.bias)
+        if _as_operators:
+            return torch.ops.mtp_lightning.decoding.execution.packed_linear(x, self.number, self.width)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The products with the packed weight."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def plus(self, base: Tensor, x: Tensor) -> Tensor:
+        """``base`` [B, N] plus the products of rows [B, D]; of a layer without bias."""
+        if self._is_plain(len(x)):
+            assert self.plain is not None
+            return torch.addmm(base, x, self.plain.t())
+        return self(x).add_(base)
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """Add the products of rows [B, m, D] to ``out`` [B, m, N] in place; of a layer without bias."""
+        if self.packed is None or (self.plain is not None and len(x) == 1):  # then adding is the same call
+            assert self.plain is not None
+            if len(out) == 1:
+                out[0].addmm_(x[0], self.plain.t())
+            else:
+                out += F.linear(x, self.plain)
+        else:
+            out += self(x)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``generate``: the rows of a batch decoded to the end, as transformers users know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decoding.limits import end_tokens
+from mtp_lightning.decoding.loop import decode_rows
+from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.errors import UsageError
+from mtp_lightning.modeling.network import MTPNetwork
+
+
+@dataclass
+class Generation:
+    """What ``generate`` gives.
+
+    Attributes:
+        sequences: prompt and generated tokens, right-padded, [B, L] int64.
+        num_steps: forward passes of the base that each row took part in, [B] int64.
+        acceptance_length: tokens generated over steps for each row, [B] float64.
+        accepted_per_step: draft tokens kept in each step, one list a row. A row generated their sum plus its steps.
+        finish_reasons: ``stop`` at an end token, else ``length``, one a row.
+        seeds: each row's seed, with which it can be generated again by itself; None when decoding was greedy.
+    """
+
+    sequences: Tensor
+    num_steps: Tensor
+    acceptance_length: Tensor
+    accepted_per_step: list[list[int]]
+    finish_reasons: list[str]
+    seeds: list[int] | None = None
+
+
+def generate(
+    model: MTPNetwork, input_ids: Tensor, attention_mask: Tensor | None = None, streamer: Any = None, **options: Any
+) -> Generation:
+    """Generate for the rows of a batch together. Each row gets the text that it would get alone.
+
+    Args:
+        model: the model.
+        input_ids: prompts, padded on either side, [B, L] int64.
+        attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
+        streamer: transformers' streamer, given the prompt and then the tokens of each step; for one row. None: none.
+        **options: see ``DecodingOptions``.
+
+    Returns:
+        Sequences, steps and acceptance lengths.
+
+    Raises:
+        UsageError: a wrong option or a prompt that does not fit.
+    """
+    settings = DecodingOptions.named(options)
+    check_input_ids(input_ids, attention_mask, model.unembed.vocab_size)
+    stop, B = end_tokens(model, settings), input_ids.shape[0]
+    seeds = row_seeds(settings.seed, B)
+    settings = replace(settings, seed=seeds)
+    prompts = [
+        input_ids[r] if attention_mask is None else input_ids[r][attention_mask[r].bool().to(input_ids.device)]
+        for r in range(B)
+    ]
+    if streamer is not None:
+        if B != 1:
+            raise UsageError(f"a streamer takes one row, got {B}. Leave streamer out or give one prompt.")
+        streamer.put(prompts[0].cpu())
+    new: list[list[int]] = [[] for _ in prompts]
+    accepted: list[list[int]] = [[] for _ in prompts]
+    reasons = [""] * B
+    for steps in decode_rows(model, prompts, settings):
+        for row, step, reason in steps:
+            new[row] += step.tokens
+            accepted[row].append(len(step.tokens) - 1)
+            reasons[row] = reason or ""
+            if streamer is not None:
+                streamer.put(torch.tensor(step.tokens))
+    if streamer is not None:
+        streamer.end()
+    rows = [torch.cat([prompt.cpu(), torch.tensor(tokens)]) for prompt, tokens in zip(prompts, new, strict=True)]
+    num_steps = torch.tensor([len(row) for row in accepted])
+    totals = torch.tensor([len(tokens) for tokens in new])
+    padding = next(iter(stop), 0)
+    return Generation(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding).to(input_ids.device),
+        num_steps,
+        totals.double() / num_steps,
+        accepted,
+        reasons,
+        None if settings.temperature == 0 else seeds,
+    )
+
+
+def check_input_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
+    """Refuse a batch of prompts that is none.
+
+    Args:
+        input_ids: prompts, [B, L].
+        attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
+        vocab_size: V.
+
+    Raises:
+        UsageError: not a tensor of rows of token ids, a mask of another shape, or ids that the model does not have.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.ndim != 2 or not len(input_ids):
+        got = f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise UsageError(
+            f"input_ids must be a tensor of token ids [rows, tokens], got {got}."
+            " A single prompt is one row: input_ids[None]."
+        )
+    ids = input_ids
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise UsageError(
+                f"attention_mask must have the shape of input_ids, {list(input_ids.shape)},"
+                f" got {list(attention_mask.shape)}."
+            )
+        ids = input_ids[attention_mask.bool().to(input_ids.device)]  # what stands at padding does not matter
+    if not ids.numel():
+        return  # an empty prompt: check_prompt says so
+    least, largest = torch.stack(ids.aminmax()).tolist()
+    if least < 0 or largest >= vocab_size:
+        wrong = least if least < 0 else largest
+        raise UsageError(f"input_ids must be from 0 to {vocab_size - 1}, the model's vocabulary, got {wrong}.")

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model allows and decoding options mean for it: its context, its masks, its end tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.errors import UsageError
+from mtp_lightning.modeling.attention import text_config
+from mtp_lightning.modeling.network import MTPNetwork
+
+
+def check_prompt(length: int, context: int) -> None:
+    """Refuse a prompt that can't be decoded.
+
+    Args:
+        length: its tokens.
+        context: the model's context.
+
+    Raises:
+        UsageError: it is empty or leaves no room in the context.
+    """
+    if length == 0:
+        raise UsageError("the prompt is empty: it needs at least one token.")
+    if length >= context:
+        raise UsageError(
+            f"the prompt has {length} tokens and the model's context is {context}: shorten it to {context - 1} or less."
+        )
+
+
+def trained_masks(model: MTPNetwork, options: DecodingOptions) -> int:
+    """The largest number of masks J in a block that the options allow.
+
+    Args:
+        model: the model.
+        options: how to decode.
+
+    Returns:
+        J, 0 for autoregressive decoding.
+
+    Raises:
+        UsageError: J outside 1..k.
+    """
+    if options.decoding == "autoregressive":
+        return 0
+    if options.num_masks == "auto":
+        return model.num_masks
+    if type(options.num_masks) is not int or not 1 <= options.num_masks <= model.num_masks:
+        raise UsageError(
+            f"num_masks must be auto or from 1 to {model.num_masks}, the number this model was trained with,"
+            f" got {options.num_masks}. Change num_masks."
+        )
+    return options.num_masks
+
+
+def named_masks(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions:
+    """The same options with numbers in place of ``auto``: k masks and the whole vocabulary, as the paper's protocol has it.
+
+    Args:
+        model: the model.
+        options: how to decode.
+
+    Returns:
+        Options whose steps do not depend on the machine.
+
+    Raises:
+        UsageError: J outside 1..k.
+    """
+    masks = trained_masks(model, options)
+    if options.decoding == "autoregressive":
+        return options
+    listed = "all" if options.draft_vocabulary == "auto" else options.draft_vocabulary
+    return replace(options, num_masks=masks, draft_vocabulary=listed)
+
+
+def end_tokens(model: MTPNetwork, options: DecodingOptions) -> set[int]:
+    """The tokens that end a text."""
+    chosen: Any = options.eos_token_id
+    if chosen is None:
+        generation = getattr(model.base, "generation_config", None)
+        chosen = getattr(generation, "eos_token_id", None)
+        if chosen is None:
+            chosen = text_config(model.base).eos_token_id
+    if chosen is None:
+        return set()
+    return {chosen} if isinstance(chosen, int) else set(chosen)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RowCache: keys and values of a batch whose rows have different lengths, in buffers that are allocated ahead.
+
+Slot s of row r holds the token at position s of that row, and only its first ``lengths[r]`` slots count. A step writes its
+positions after them, each row at its own place; what is not kept is forgotten by leaving the length where it was, and the
+next step writes over it. So nothing is cropped, moved or copied, but when the buffers grow, and when a row has finished and
+another one takes its place. All layers keep all tokens: a sliding window is the mask's matter, and its layers are handed the
+slots that the window can reach.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from mtp_lightning.modeling.attention import layer_windows
+
+CHUNK = 32
+"""Slots are allocated in multiples of this."""
+
+
+class _Place:
+    """Where a step writes and what it reads, shared by all layers."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.capacity = 0
+        self.begin: int | None = 0  # the same for all rows, or None: see columns
+        self.columns: Tensor | None = None  # each row's slots, [B, Q], or None: see index
+        self.index: tuple[Any, ...] = ()
+        self.end = 0
+        self.first: dict[int | None, int] = {}
+        self._begins: dict[tuple[int, int, int], Tensor] = {}
+        self._lines: dict[tuple[int, int], tuple[Tensor]] = {}
+
+    def write_at(self, columns: Tensor) -> None:
+        """Let the next step write each row at slots of its own, [B, Q] int64."""
+        self.begin, self.columns = None, columns
+        self._lines.clear()
+
+    def lines(self, extent: tuple[int, int]) -> tuple[Tensor]:
+        """Where the step's positions stand in a buffer [B, H, slots, head] that is seen as [B * H * slots, head].
+
+        Args:
+            extent: its H and slots; layers that have the same share the index.
+
+        Returns:
+            The index, [B, H, Q] int64.
+        """
+        if extent not in self._lines:
+            assert self.columns is not None
+            rows, (heads, slots) = len(self.columns), extent
+            key = rows, heads, slots
+            if key not in self._begins:
+                begins = torch.arange(0, rows * heads * slots, slots, device=self.columns.device)
+                self._begins[key] = begins.view(rows, heads, 1)
+            self._lines[extent] = (self.columns[:, None] + self._begins[key],)
+        return self._lines[extent]
+
+
+class RowLayer(CacheLayerMixin):
+    """The keys and values of one layer.
+
+    Args:
+        place: where steps write.
+        window: the layer's sliding window, or None.
+    """
+
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, place: _Place, window: int | None) -> None:
+        super().__init__()
+        self.place, self.window = place, window
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Take buffers, [B, H, slots, head] each, contiguous."""
+        self.keys, self.values = keys, values
+        self.extent = keys.shape[1], keys.shape[2]
+        self.flat = keys.view(-1, keys.shape[3]), values.view(-1, values.shape[3])  # here, for views take time too
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffers. Zeros: a slot that no row has written is masked, but NaN times 0 would be NaN."""
+        rows, capacity = self.place.rows, self.place.capacity
+        buffers = [s.new_zeros(rows, s.shape[1], capacity, s.shape[3]) for s in (key_states, value_states)]
+        self.hold(*buffers)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write a step's keys and values; gives those that its queries may see, [B, H, W, head] each."""
+        if self.keys is None:
+            self.lazy_initialization(key_states, value_states)
+        place = self.place
+        keys, values = self.keys, self.values
+        if place.begin is not None:
+            size = place.end - place.begin
+            keys.narrow(2, place.begin, size).copy_(key_states)
+            values.narrow(2, place.begin, size).copy_(value_states)
+        elif place.columns is not None:
+            lines = place.lines(self.extent)
+            self.flat[0].index_put_(lines, key_states)
+            self.flat[1].index_put_(lines, value_states)
+        else:
+            keys[place.index] = key_states.transpose(1, 2)
+            values[place.index] = value_states.transpose(1, 2)
+        first = place.first[self.window]
+        size = place.end - first
+        return keys.narrow(2, first, size), values.narrow(2, first, size)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a step sees, and the first one's slot; masks are made by ``StepMasks``, so nothing asks."""
+        return self.place.end - self.place.first[self.window], self.place.first[self.window]
+
+    def get_seq_length(self) -> int:
+        """The longest row."""
+        return self.place.end
+
+    def get_max_length(self) -> int:
+        """No maximum: the buffers grow."""
+        return -1
+
+
+class RowCache(Cache):
+    """The cache of a batch.
+
+    Args:
+        base: the base model.
+        num_rows: rows B.
+
+    Attributes:
+        fixed: whether steps read all slots, whatever rows hold, so that their shapes never change.
+        graphs: steps that were made ready for these buffers, by what they feed; gone when the buffers grow.
+        lengths: tokens of each row that count.
+        tokens: those tokens, and behind them what the last step fed, [B, capacity] int64.
+    """
+
+    def __init__(self, base: PreTrainedModel, num_rows: int) -> None:
+        self.windows = layer_windows(base)
+        self._place = _Place()
+        self._place.rows = num_rows
+        self.fixed = False
+        self.graphs: dict[Any, Any] = {}
+        self.lengths = [0] * num_rows
+        self.tokens = torch.zeros(num_rows, 0, dtype=torch.int64, device=base.device)
+        super().__init__(layers=[RowLayer(self._place, window) for window in self.windows])
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+        return self._place.capacity
+
+    @property
+    def kinds(self) -> set[int | None]:
+        """The windows that there are."""
+        return set(self.windows)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers."""
+        buffers = [each for layer in self.layers for each in (layer.keys, layer.values) if each is not None]
+        return sum(each.numel() * each.element_size() for each in buffers)
+
+    def reserve(self, capacity: int, limit: int) -> None:
+        """Make room for so many slots; grows by a quarter at least, so that growth costs little in all.
+
+        Args:
+            capacity: slots needed.
+            limit: slots that will ever be needed.
+        """
+        old = self.capacity
+        if capacity <= old:
+            return
+        wanted = max(capacity, min(old + old // 4, limit))
+        size = -(-wanted // CHUNK) * CHUNK
+        self.graphs.clear()
+        self.tokens = _grown(self.tokens, 1, size)
+        for layer in self.layers:
+            if layer.keys is not None:
+                layer.hold(_grown(layer.keys, 2, size), _grown(layer.values, 2, size))
+        self._place.capacity = size  # last: whoever stops it half-way (Ctrl-C, no memory left) may go on later
+
+    def reach(self, num_positions: int) -> tuple[dict[int | None, int], int]:
+        """The slots that the next step's queries can see.
+
+        Args:
+            num_positions: positions that it feeds, Q.
+
+        Returns:
+            For each window the first of them, and the end.
+        """
+        if self.fixed:
+            return dict.fromkeys(self.kinds, 0), self.capacity
+        shortest = min(self.lengths)
+        first = {window: 0 if window is None else max(0, shortest - window + 1) for window in self.kinds}
+        return first, max(self.lengths) + num_positions
+
+    def begin_step(self, num_positions: int, fed: Tensor, slots: Tensor | None) -> None:
+        """Say where the next forward pass writes: after the tokens that count.
+
+        Args:
+            num_positions: positions that it feeds, Q.
+            fed: its tokens, [B, T].
+            slots: lengths of the rows, [B, 1] int64; None where all are equal. Not None where steps read all slots: then
+                nothing else says where rows end.
+        """
+        place = self._place
+        place.first, place.end = self.reach(num_positions)
+        if slots is None:
+            begin = self.lengths[0]
+            place.begin = begin
+            self.tokens[:, begin : begin + fed.shape[1]].copy_(fed)
+            return
+        columns = slots if num_positions == 1 else slots + torch.arange(num_positions, device=fed.device)
+        if self.fixed:  # a recording must know of the buffers alone, not of views that are kept beside them
+            rows = torch.arange(len(self.lengths), device=fed.device)[:, None]
+            place.begin, place.columns, place.index = None, None, (rows, slice(None), columns)
+            self.tokens[rows, columns[:, : fed.shape[1]]] = fed
+            return
+        place.write_at(columns)
+        self.tokens.scatter_(1, columns.narrow(1, 0, fed.shape[1]), fed)
+
+    def wipe(self) -> None:
+        """Zero the slots behind the tokens that count: steps that read all slots would spread a NaN from there."""
+        for layer in self.layers:
+            if layer.keys is not None:
+                layer.keys[:, :, min(self.lengths) :].zero_()
+                layer.values[:, :, min(self.lengths) :].zero_()
+
+    def rewind(self, tokens: list[int]) -> None:
+        """Keep of a single row what it has in common with the beginning of another text.
+
+        Args:
+            tokens: the text; its last token is never kept, for something has to be fed.
+        """
+        held = self.tokens[0, : self.lengths[0]].tolist()
+        pairs = zip(held, tokens[:-1], strict=False)
+        self.lengths[0] = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(tokens) - 1))
+
+    def keep_rows(self, sources: list[int]) -> None:
+        """Go on with fewer rows.
+
+        Args:
+            sources: which row becomes row 0, 1, ..; a row that stays in its place is not copied.
+        """
+        moved = [(target, source) for target, source in enumerate(sources) if source != target]
+        if moved:
+            targets, origins = torch.tensor(moved, device=self.tokens.device).unbind(1)
+            length = max(self.lengths[source] for _, source in moved)
+            self.tokens[targets, :length] = self.tokens[origins, :length]
+            for layer in self.layers:
+                layer.keys[targets, :, :length] = layer.keys[origins, :, :length]
+                layer.values[targets, :, :length] = layer.values[origins, :, :length]
+        self.lengths = [self.lengths[source] for source in sources]
+        self._place.rows = len(sources)
+        self.tokens = self.tokens[: len(sources)]
+        for layer in self.layers:
+            layer.hold(layer.keys[: len(sources)], layer.values[: len(sources)])
+
+
+def _grown(buffer: Tensor, dim: int, size: int) -> Tensor:
+    if buffer.shape[dim] >= size:  # grown already, when others were not
+        return buffer
+    shape = list(buffer.shape)
+    shape[dim] = size
+    grown = buffer.new_zeros(shape)
+    grown.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
+    return grown

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shortlist: the unembedding of the tokens that drafts are chosen from, where these are a part of the vocabulary.
+
+A token that is not listed is never proposed, and nothing else changes: verification reads the whole vocabulary. The idea is
+that of FR-Spec (Zhao et al. 2025, arXiv 2502.14856): few tokens make up most of any text.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from mtp_lightning.decoding.execution.lean_layers import is_autocast
+from mtp_lightning.decoding.execution.packed_linear import PackedLinear
+from mtp_lightning.modeling.base import FrozenUnembedding
+from mtp_lightning.modeling.label_counts import LabelCounts
+
+
+class Shortlist:
+    """Logits of the listed tokens.
+
+    Args:
+        unembed: the base's unembedding, whose layer is a plain linear one.
+        tokens: ids of the listed tokens, ascending, [N] int64 on the layer's device.
+
+    Attributes:
+        tokens: the listed tokens.
+    """
+
+    def __init__(self, unembed: FrozenUnembedding, tokens: Tensor) -> None:
+        self.unembed, self.tokens = unembed, tokens
+        weight, bias = unembed.head.weight.detach(), unembed.head.bias
+        rows = None if bias is None else bias.detach().index_select(0, tokens)
+        self.linear = PackedLinear(weight.index_select(0, tokens), rows)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [..., N] of hidden states [..., D]."""
+        if is_autocast(hidden.device):  # which knows nothing of weights that are laid out beforehand
+            return self.unembed(hidden).index_select(-1, self.tokens)
+        return self.unembed.shaped(self.linear(hidden))
+
+    def spread(self, scores: Tensor) -> Tensor:
+        """Scores [..., N] as those of the whole vocabulary, [..., V]: no chance for what is not listed."""
+        whole = scores.new_full((*scores.shape[:-1], self.unembed.vocab_size), float("-inf"))
+        return whole.index_copy_(-1, self.tokens, scores)
+
+
+def shortlist_size(counts: LabelCounts | None, vocab_size: int, asked: int | Literal["auto", "all"]) -> int:
+    """How many tokens drafts are chosen from.
+
+    Args:
+        counts: labels in training, or None.
+        vocab_size: V.
+        asked: a number; ``all``; or ``auto``: as many as have nearly all labels, where that is half of the tokens at most.
+
+    Returns:
+        A number from 1 to V.
+    """
+    if asked == "auto":
+        usual = vocab_size if counts is None else counts.usual_size
+        return usual if 2 * usual <= vocab_size else vocab_size
+    return vocab_size if asked == "all" else min(asked, vocab_size)

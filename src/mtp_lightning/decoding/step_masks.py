@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoding steps feed: their layout, and its positions and attention masks, made once a layout.
+
+A step feeds T tokens (the last verified one and the draft, or the whole prompt) and then blocks of masks, each after one
+of the tokens. It is the masked input of training with a cache in front, so the rule is ``masking.dense_mask``'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtp_lightning.decoding.row_cache import RowCache
+from mtp_lightning.modeling.attention import GROUPED_SDPA, kernel_mask, per_layer_type
+from mtp_lightning.modeling.masking import AttentionPattern, dense_mask
+
+
+class StepLayout(NamedTuple):
+    """What a step feeds for a row.
+
+    Attributes:
+        num_tokens: T, tokens fed.
+        last: index of the last verified token; drafts come after it.
+        blocks: start (index of a token) and number of masks of each block, starts ascending.
+    """
+
+    num_tokens: int
+    last: int
+    blocks: tuple[tuple[int, int], ...]
+
+    @property
+    def num_mtp(self) -> int:
+        """Mask positions fed."""
+        return sum(masks for _, masks in self.blocks)
+
+    @property
+    def size(self) -> int:
+        """Positions fed, Q."""
+        return self.num_tokens + self.num_mtp
+
+    @property
+    def depth(self) -> int:
+        """Masks in the largest block."""
+        return max((masks for _, masks in self.blocks), default=0)
+
+    def block_after(self, num_accepted: int) -> tuple[int, int]:
+        """The block that drafts on if so many drafts are kept: index of its first mask among the masks, and its size.
+
+        ``StepLayout(3, 0, ((0, 4), (2, 4))).block_after(2) -> (4, 4)``, and of 1: ``(0, 0)``
+        """
+        first = 0
+        for start, masks in self.blocks:
+            if start == self.last + num_accepted:
+                return first, masks
+            first += masks
+        return 0, 0
+
+
+def step_pattern(layout: StepLayout, device: torch.device) -> AttentionPattern:
+    """Who sees whom among the positions that a step feeds; position ids count from the step's first token.
+
+    Args:
+        layout: the step's layout.
+        device: device of the result.
+
+    Returns:
+        The pattern, [1, Q] each.
+    """
+    limits, blocks, positions = (list(range(layout.num_tokens)), [-1] * layout.num_tokens, list(range(layout.num_tokens)))
+    for number, (start, masks) in enumerate(layout.blocks):
+        limits += [start] * masks
+        blocks += [number] * masks
+        positions += [start + j for j in range(1, masks + 1)]
+    return AttentionPattern(
+        documents=torch.zeros(1, layout.size, dtype=torch.int64, device=device),
+        limits=torch.tensor([limits], device=device),
+        blocks=torch.tensor([blocks], device=device),
+        position_ids=torch.tensor([positions], device=device),
+    )
+
+
+class StepMasks:
+    """Positions and masks of steps over a growing cache.
+
+    Args:
+        base: the base model.
+        context: how many positions the base was made for.
+    """
+
+    def __init__(self, base: PreTrainedModel, context: int) -> None:
+        self.base = base
+        self.context = context
+        self._windows = per_layer_type(base, lambda window: window)
+        self._capacity = 0
+        self._positions: dict[tuple[StepLayout, ...], Tensor] = {}
+        self._tables: dict[tuple[tuple[StepLayout, ...], int | None], Tensor] = {}
+        self._shifted: dict[int | None, tuple[list[int], Tensor]] = {}
+        self._additive: tuple[Tensor, Tensor] | None = None
+        on_cpu = base.device.type == "cpu" and not hasattr(base, "_hf_hook")  # which may move tensors elsewhere
+        if on_cpu and base.config._attn_implementation in ("sdpa", GROUPED_SDPA):
+            wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+            self._additive = torch.zeros((), dtype=wide), torch.tensor(-torch.inf, dtype=wide)
+
+    def get(
+        self, layouts: tuple[StepLayout, ...], choice: Tensor | None, cache: RowCache, slots: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """Position ids and the decoder's mask argument.
+
+        Args:
+            layouts: the layouts of the rows, of one size; a single one is all rows'.
+            choice: which of them each row has, [B] int64; None with a single one.
+            cache: the keys and values before the step's.
+            slots: tokens of each row in the cache, [B, 1] int64; None where all have equally many.
+
+        Returns:
+            Position ids [B or 1, Q], and a mask [B or 1, 1, Q, W] over the slots that the cache will hand out, or a dict of
+            masks by layer type.
+        """
+        if cache.capacity != self._capacity:
+            self._capacity = cache.capacity
+            self._tables.clear()
+            self._shifted.clear()
+        Q = layouts[0].size
+        first, end = cache.reach(Q)
+        longest = end - Q
+        positions = self._position_table(layouts)
+        if choice is not None:
+            positions = positions.index_select(0, choice)
+        positions = positions + (cache.lengths[0] if slots is None else slots)
+        if cache.fixed or end > self.context:
+            # A position past the context belongs to a mask or draft that can no longer become text.
+            positions.clamp_(max=self.context - 1)
+
+        def make(window: int | None) -> Tensor:
+            table = self._table(layouts, window, longest)
+            behind = table.shape[-1] - Q - 1
+            alike = slots is None
+            if Q == 1 and longest and not cache.fixed:
+                table, alike = self._shift(table, window, cache.lengths, slots), True
+            elif choice is not None:
+                table = table.index_select(0, choice)
+            if alike:
+                return self._for_kernel(table.narrow(3, behind - longest + first[window], end - first[window]))
+            assert slots is not None
+            columns = torch.arange(first[window] + behind, end + behind, device=slots.device) - slots
+            columns = columns.clamp_(max=behind + Q)  # behind a short row's own positions is nothing that it sees
+            index = columns[:, None, None, :].expand(-1, -1, Q, -1)
+            return self._for_kernel(table.expand(len(slots), -1, -1, -1).gather(3, index))
+
+        if isinstance(self._windows, dict):
+            return positions, {name: make(window) for name, window in self._windows.items()}
+        return positions, make(self._windows)
+
+    def _for_kernel(self, mask: Tensor) -> Tensor:
+        """A mask as PyTorch's CPU kernel reads it: 0 and -inf. Given a boolean one it would make the same, once a layer."""
+        if self._additive is None or mask.dtype != torch.bool:
+            return mask
+        return torch.where(mask, *self._additive)
+
+    def _shift(self, table: Tensor, window: int | None, lengths: list[int], slots: Tensor | None) -> Tensor:
+        """The table of a single position for rows of different lengths, as the longest row's slots stand in it.
+
+        It stays right while all rows gain alike, and is made anew where a row gained other than the rest, or left.
+
+        Args:
+            table: [1, 1, 1, capacity + 2].
+            window: its window.
+            lengths: tokens of each row in the cache.
+            slots: the same on the device, [B, 1] int64; None where all are equal.
+
+        Returns:
+            [B or 1, 1, 1, capacity + 2], as the kernel takes it.
+        """
+        longest = max(lengths)
+        missing = [0] if slots is None else [longest - length for length in lengths]
+        if window not in self._shifted or self._shifted[window][0] != missing:
+            last = table.shape[-1] - 1
+            columns = torch.arange(last + 1, device=table.device)[None]
+            if slots is not None:  # from what the device has: a copy to it would be waited for
+                columns = columns + (longest - slots)
+            self._shifted[window] = missing, self._for_kernel(table[0, 0, 0, columns.clamp_(max=last)][:, None, None])
+        return self._shifted[window][1]
+
+    def _position_table(self, layouts: tuple[StepLayout, ...]) -> Tensor:
+        if layouts not in self._positions:
+            made = [step_pattern(layout, self.base.device).position_ids for layout in layouts]
+            self._positions[layouts] = torch.cat(made)
+        return self._positions[layouts]
+
+    def _table(self, layouts: tuple[StepLayout, ...], window: int | None, longest: int) -> Tensor:
+        """For each layout what its positions see: [n, 1, Q, capacity + Q + 1], cached keys, the step's own, and nothing.
+
+        Column c of the cached ones is the key ``capacity - c`` tokens before the step's first token, so that a shorter
+        cache is a slice.
+        """
+        key = (layouts, window)
+        if key in self._tables:
+            return self._tables[key]
+        # An empty cache is a prompt's, whose layout comes once.
+        capacity = self._capacity if longest else 0
+        made = []
+        behind = torch.arange(capacity, 0, -1, device=self.base.device)
+        for layout in layouts:
+            pattern = step_pattern(layout, self.base.device)
+            distance = pattern.position_ids[0, :, None] + behind
+            context = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
+            local = dense_mask(pattern, layout.num_tokens, window)[0, 0]
+            made.append(torch.cat([context, local, torch.zeros_like(local[:, :1])], dim=1))
+        table = kernel_mask(self.base, torch.stack(made)[:, None])
+        if longest:
+            self._tables[key] = table
+        return table

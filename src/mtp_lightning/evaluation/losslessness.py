@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a text is what the same model writes autoregressively, and where it first is not. Works without Lightning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from mtp_lightning.decoding.loop import DecodingOptions, decode, evaluating
+from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
+from mtp_lightning.errors import UsageError
+from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.text.prompts import Prompt
+
+
+class Difference(NamedTuple):
+    """Where a text first differs from autoregressive decoding.
+
+    Attributes:
+        position: index of the generated token.
+        expected: autoregressive decoding's token there, or None where it had ended.
+        got: the text's token there, or None where it had ended.
+        gap: difference there of the two largest scores that the token is chosen from (greedy: the base's logits); in low
+            precision one near 0 flips. None: a sharded model, or only one token could be chosen.
+    """
+
+    position: int
+    expected: int | None
+    got: int | None
+    gap: float | None
+
+
+def autoregressive(options: DecodingOptions, num_tokens: int | None = None) -> DecodingOptions:
+    """The same limits for autoregressive decoding, or at most ``num_tokens`` tokens."""
+    limit = options.max_new_tokens if num_tokens is None else num_tokens
+    return replace(options, decoding="autoregressive", num_masks="auto", max_new_tokens=limit, max_steps=None)
+
+
+def find_difference(model: MTPNetwork, prompt: Prompt, options: DecodingOptions, tokens: list[int]) -> Difference | None:
+    """Compare a text with autoregressive decoding by the same model.
+
+    Args:
+        model: the model.
+        prompt: the prompt.
+        options: how the text was decoded. With ``max_steps`` a text may stop anywhere: then as many tokens are compared.
+        tokens: the text.
+
+    Returns:
+        The first difference, or None.
+
+    Raises:
+        UsageError: with these options two texts of the same model may differ.
+    """
+    if options.temperature and (options.seed is None or options.verification == "rejection"):
+        raise UsageError(
+            "sampled texts can be compared only with a seed and coupled verification: else each text is another draw."
+            " Give a seed and verification='coupled', or temperature 0."
+        )
+    same_length = autoregressive(options, None if options.max_steps is None else len(tokens))
+    expected = [token for step in decode(model, torch.tensor(prompt.input_ids), same_length) for token in step.tokens]
+    return first_difference(model, prompt, expected, tokens, options)
+
+
+def first_difference(
+    model: MTPNetwork, prompt: Prompt, expected: list[int], tokens: list[int], options: DecodingOptions
+) -> Difference | None:
+    """Compare two texts.
+
+    Args:
+        model: the model that wrote them.
+        prompt: their prompt.
+        expected: the text of autoregressive decoding.
+        tokens: the other text.
+        options: how tokens were chosen, with the seed of this prompt.
+
+    Returns:
+        The first difference, or None.
+    """
+    if expected == tokens:
+        return None
+    shorter = min(len(expected), len(tokens))
+    position = next((i for i in range(shorter) if expected[i] != tokens[i]), shorter)
+    return Difference(
+        position,
+        expected[position] if position < len(expected) else None,
+        tokens[position] if position < len(tokens) else None,
+        None if model.is_sharded else top_two_gap(model, prompt.input_ids + tokens[:position], options),
+    )
+
+
+@torch.inference_mode()
+def top_two_gap(model: MTPNetwork, tokens: list[int], options: DecodingOptions) -> float | None:
+    """Difference of the two largest scores that the token after ``tokens`` is chosen from, as the model verifies.
+
+    Args:
+        model: the model.
+        tokens: the prompt and the text so far.
+        options: how tokens are chosen, with the seed of the text.
+
+    Returns:
+        The difference; None where only one token can be chosen.
+    """
+    with evaluating(model), model.gate.open(0 if model.lora.gated else len(tokens)):
+        ids = torch.tensor([tokens], device=model.base.device)
+        hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    choice = TokenChoice(options, row_seeds(options.seed, 1), ids.device)
+    scores = choice.target(model.unembed(hidden[:, -1:]), Prefixes(ids, [len(tokens)]))
+    noisy = choice.noisy(scores, torch.tensor([[len(tokens)]], device=ids.device))
+    first, second = noisy[0, 0].double().topk(2).values.tolist()
+    return first - second if second > -math.inf else None

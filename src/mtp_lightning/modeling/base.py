@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading the base model and its tokenizer, and reading from them what the rest needs: context, unembedding."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.modeling.attention import check_layer_types, text_config
+from mtp_lightning.paths import PACKAGE, resolve
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """A torch dtype from its name; ``auto`` stays ``auto``, the dtype that the base was saved in.
+
+    Args:
+        dtype: a dtype, its name, or ``auto``.
+
+    Returns:
+        The dtype or ``auto``.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}. Set model.dtype, or --dtype.")
+    return DTYPES[dtype]
+
+
+def load_config(base_model: str, revision: str | None = None) -> Any:
+    """The configuration of a model; no weights are read.
+
+    Args:
+        base_model: a folder, a hub id, or ``package://...``.
+        revision: hub revision.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        RunError: it is not there or can't be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve(base_model), revision=revision)
+    except Exception as error:  # a damaged file makes transformers raise anything
+        raise _not_loaded(base_model, error) from error
+
+
+def _not_loaded(base_model: str, error: Exception) -> RunError:
+    a_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
+    missing = a_path and not base_model.startswith(PACKAGE) and not Path(resolve(base_model)).exists()
+    return RunError(
+        f"base model {base_model!r} could not be loaded: {'no such folder is there.' if missing else _first_line(error)}"
+        " Set model.base_model (--base_model) to a folder with config.json and weights, or to a hub id that this machine can"
+        " reach."
+    )
+
+
+def load_base(
+    base_model: str,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    attention: str | None = None,
+    quantization: str | None = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Args:
+        base_model: a folder, a hub id, or ``package://...`` for a folder shipped with this package.
+        revision: hub revision.
+        dtype: name of a torch dtype, or ``auto``.
+        attention: ``sdpa``, ``eager``, ``flex_attention``, or None for the architecture's own choice.
+        quantization: ``4bit``, ``8bit`` (bitsandbytes), or None.
+        device: where to put it. None: the CPU.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        RunError: the model is not there or can't be read.
+        UsageError: a wrong option, or an architecture whose layers can't take mask tokens.
+    """
+    options: dict[str, Any] = {}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    if quantization is not None:
+        options["quantization_config"] = _quantization(quantization)
+    config = load_config(base_model, revision)
+    check_layer_types(config.get_text_config(decoder=True))
+    try:
+        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            resolve(base_model), config=config, revision=revision, dtype=parse_dtype(dtype), device_map=device, **options
+        )
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file makes transformers and safetensors raise anything
+        if memory_error(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):  # the file is fine
+            raise
+        raise _not_loaded(base_model, error) from error
+    return base
+
+
+def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
+    """The base model's tokenizer; a tokenizer without a pad token is fine.
+
+    Args:
+        base_model: a folder, a hub id, or ``package://...``.
+        revision: hub revision.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        RunError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve(base_model), revision=revision)
+    except Exception as error:  # a damaged file makes transformers and tokenizers raise anything
+        raise RunError(
+            f"no tokenizer could be loaded from {base_model!r}: {_first_line(error)} Put the base's tokenizer beside it."
+        ) from error
+
+
+def _quantization(name: str) -> BitsAndBytesConfig:
+    if name == "4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    raise UsageError(f"quantization must be 4bit or 8bit, got {name!r}. Set model.quantization.")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0].rstrip(" .:!") if lines else ""
+    if "ignore_mismatched_sizes" in text:
+        return "the shapes of its weights are not those that its config.json says."
+    if text.startswith("Couldn't instantiate the backend tokenizer"):
+        return "it has no file of a tokenizer."
+    # Of what the libraries foresee the sentence is enough; of a KeyError it would be one word.
+    foreseen = text and isinstance(error, OSError | ValueError | ImportError)
+    return f"{text}." if foreseen else f"{type(error).__name__}{': ' if text else ''}{text}."
+
+
+def memory_error(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@functools.cache
+def cache_keyword(decoder: type) -> str:
+    """What a decoder calls the argument for its cache: transformers 5.24 renamed ``past_key_values`` to ``cache``."""
+    parameters = inspect.signature(decoder.forward).parameters  # type: ignore[attr-defined]
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
+def run_decoder(base: PreTrainedModel, inputs: Tensor, mask: Any, positions: Tensor, cache: Any) -> Tensor:
+    """A forward pass of the base's decoder over a cache.
+
+    Args:
+        base: the base model.
+        inputs: embedded positions, [B, Q, D].
+        mask: the decoder's mask argument.
+        positions: position ids, [B or 1, Q] int64.
+        cache: a transformers cache.
+
+    Returns:
+        The last hidden state, [B, Q, D].
+    """
+    decoder: Any = base.get_decoder()
+    kind: Any = type(decoder)
+    named = {cache_keyword(kind): cache}
+    out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **named)
+    return out.last_hidden_state
+
+
+def context_length(base: PreTrainedModel) -> int:
+    """How many positions the model was made for; see ``config_context``."""
+    return config_context(text_config(base))
+
+
+def config_context(config: Any) -> int:
+    """How many positions a text decoder was made for.
+
+    With longrope and dynamic RoPE transformers changes all frequencies once a position passes a boundary. Masks pass it
+    before the tokens do, and cached keys keep the old frequencies, so there the context ends at that boundary.
+
+    Args:
+        config: the configuration of a text decoder.
+
+    Returns:
+        Positions.
+    """
+    context = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in [rope] if "rope_type" in rope else rope.values():
+        if isinstance(each, dict) and each.get("rope_type") in ("longrope", "dynamic"):
+            context = min(context, int(each.get("original_max_position_embeddings") or context))
+    return context
+
+
+class FrozenUnembedding:
+    """The base's unembedding, with the soft-capping or scaling that its architecture applies to logits.
+
+    Args:
+        base: the base model.
+
+    Attributes:
+        vocab_size: V, the number of logits.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        config = text_config(base)
+        self.head = base.get_output_embeddings()
+        self.vocab_size = int(config.vocab_size)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        self.scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        return self.shaped(self.head(hidden))
+
+    def shaped(self, logits: Tensor) -> Tensor:
+        """What the layer gave, scaled and capped; of any part of the vocabulary."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits

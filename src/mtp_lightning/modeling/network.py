@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MTPNetwork: a frozen base with gated LoRA, mask embeddings and a sampler head. Plain PyTorch, no Lightning.
+
+Everything that touches base parameters (embedding, decoder, unembedding in losses, drafting) runs inside ``forward``:
+sharded strategies gather parameters there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from mtp_lightning.errors import UsageError
+from mtp_lightning.losses.base import LossTerm
+from mtp_lightning.modeling.attention import attention_mask, check_layer_types, text_config
+from mtp_lightning.modeling.base import FrozenUnembedding, context_length, run_decoder
+from mtp_lightning.modeling.gated_lora import Gate, LoRA, add_gated_lora
+from mtp_lightning.modeling.label_counts import LabelCounts
+from mtp_lightning.modeling.masking import AttentionPattern, attention_pattern
+from mtp_lightning.modeling.measurement import Measurement, measure
+from mtp_lightning.sampler_heads import SamplerHead
+from mtp_lightning.types import HiddenStates, LossSum, MaskedInput
+
+
+class NetworkStep(Protocol):
+    """An input that knows how to run itself, so that everything runs inside the network's one ``forward``."""
+
+    def run(self, network: MTPNetwork) -> Any:
+        """Run on the network and return the output."""
+        ...
+
+
+class ForwardOutput(NamedTuple):
+    """What a forward pass over a masked input gives.
+
+    Attributes:
+        sums: the sums of each loss term, by name.
+        measurement: teacher-forced figures, or None where not asked for.
+        states: hidden states.
+    """
+
+    sums: dict[str, Sequence[LossSum]]
+    measurement: Measurement | None
+    states: HiddenStates
+
+
+class MTPNetwork(nn.Module):
+    """An existing causal language model that also predicts tokens further ahead.
+
+    Args:
+        base: the base model; it is frozen and gets LoRA layers in place.
+        num_masks: number of mask tokens k, 1 or more.
+        lora: settings of the gated LoRA.
+        sampler_head: a head that is not built yet, or None to draft from the base head.
+        tokenizer: the base's tokenizer, kept for saving and text in and out.
+
+    Attributes:
+        context: how many positions the base was made for.
+        base_model: what the base is called: a folder, a hub id, or ``package://...``; empty if it was not loaded.
+        revision: hub commit of the base, or None.
+        acceptance: figures of decoding for the model card, or None.
+        label_counts: how often each token was a label in training, or None where that is not known.
+        decode_cache: what decoding keeps between texts; None until it has run. Only ``mtp_lightning.decoding`` uses it.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        num_masks: int = 8,
+        lora: LoRA | None = None,
+        sampler_head: SamplerHead | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        if num_masks < 1:
+            raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
+        check_layer_types(text_config(base), getattr(base, "_is_stateful", False))
+        self.num_masks = num_masks
+        self.lora = lora or LoRA()
+        self.gate = Gate()
+        self.decode_cache: Any = None
+        self._unembedding: FrozenUnembedding | None = None
+        self.base = base
+        self.adapter_config = add_gated_lora(base, self.lora, self.gate)
+        self.context = context_length(base)
+        self.tokenizer = tokenizer
+        self.base_model: str = base.name_or_path
+        self.revision: str | None = None
+        self.acceptance: dict[str, Any] | None = None
+        self.label_counts: LabelCounts | None = None
+        wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+        # As the decoder sees it: Gemma's embedding layer scales, so a few rows are passed through it.
+        ids = torch.arange(min(1000, int(base.get_input_embeddings().weight.shape[0])), device=base.device)
+        with torch.no_grad():
+            seen = base.get_input_embeddings()(ids).to(wide)
+        self.mask_embeddings = nn.Parameter(
+            torch.randn(num_masks, seen.shape[1], dtype=wide, device=base.device) * seen.std()
+        )
+        self.sampler_head = sampler_head
+        if sampler_head is not None:
+            sampler_head.build(seen.shape[1])
+            sampler_head.to(device=base.device, dtype=wide)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are spread over processes, which must then run every forward pass together."""
+        return any(hasattr(parameter, "placements") for parameter in self.parameters())  # a DTensor
+
+    @property
+    def unembed(self) -> FrozenUnembedding:
+        """The base's unembedding."""
+        # Made once: a step asks for it several times, and reading a configuration is slow.
+        if self._unembedding is None or self._unembedding.head is not self.base.get_output_embeddings():
+            self._unembedding = FrozenUnembedding(self.base)
+        return self._unembedding
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings of token ids as the decoder sees them, [..., D]."""
+        return self.base.get_input_embeddings()(tokens)
+
+    def trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Names and tensors of what is trained: LoRA, mask embeddings, sampler head."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute decoder layers in the backward pass, non-reentrant, each with the gate of its forward pass."""
+        options = {"use_reentrant": False, "context_fn": self.gate.checkpoint_context}
+        base: Any = self.base
+        if hasattr(base, "activation_checkpointing_enable"):  # what transformers calls it from 5.24 on
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def _recomputes(self) -> bool:
+        """Whether this forward pass runs under gradient checkpointing; refuses the kind that loses the gate."""
+        layers = [m for m in self.base.modules() if getattr(m, "gradient_checkpointing", False)] if self.training else []
+        for module in layers:
+            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if options.get("use_reentrant", True) or "context_fn" not in options:
+                raise UsageError(
+                    "gradient checkpointing of the base is reentrant or unaware of the gate, which loses the LoRA's"
+                    " gradient. Use MTPModel.enable_gradient_checkpointing() or model.gradient_checkpointing: true."
+                )
+        return bool(layers)
+
+    def hidden_states(self, batch: MaskedInput) -> HiddenStates:
+        """Embed, run the decoder once and apply the sampler head.
+
+        Args:
+            batch: the masked input.
+
+        Returns:
+            Hidden states. NTP states are detached when the LoRA is gated: they are the frozen base's.
+        """
+        B, L = batch.input_ids.shape
+        P, K = batch.starts.shape[1], self.num_masks
+        if batch.mtp_labels.shape[2] != K:
+            raise UsageError(f"the batch has {batch.mtp_labels.shape[2]} masks in a block, and the model has {K}.")
+        tokens = self.embed(batch.input_ids)
+        masks = self.mask_embeddings.to(tokens.dtype).expand(B, P, K, -1).flatten(1, 2)
+        pattern = attention_pattern(batch, K)
+        # Transformers drops the cache under gradient checkpointing, and an open gate leaves nothing to cache.
+        recomputes = self._recomputes()  # asked first: it refuses what loses the gradient, whatever the gate
+        if self.lora.gated and not recomputes:
+            ntp, mtp = self._two_passes(tokens, masks, pattern)
+        else:
+            ntp, mtp = self._one_pass(tokens, masks, pattern)
+        mtp = mtp.unflatten(1, (P, K))
+        sampler = sampler_ntp = None
+        if self.sampler_head is not None:
+            wide = self.mask_embeddings.dtype
+            previous = batch.at_anchors(tokens).to(wide)
+            sampler = self.sampler_head(mtp.to(wide).flatten(0, 1), previous.flatten(0, 1)).view(B, P, K, -1).to(mtp.dtype)
+            if self.sampler_head.at_ntp:
+                sampler_ntp = self.sampler_head(ntp.to(wide), tokens.to(wide)).to(mtp.dtype)
+        return HiddenStates(ntp, mtp, sampler, sampler_ntp)
+
+    def _two_passes(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
+        """NTP positions first and without gradient, then MTP positions over their cached keys and values.
+
+        The NTP positions are the frozen base's and see no mask, so no activation of theirs is kept and no gradient is
+        computed for them.
+        """
+        L, cache, positions = tokens.shape[1], DynamicCache(), pattern.position_ids
+        with torch.no_grad(), self.gate.open(0):
+            ntp = run_decoder(self.base, tokens, attention_mask(self.base, pattern, L, 0, L), positions[:, :L], cache)
+        with self.gate.open(masks.shape[1]):
+            mtp = run_decoder(self.base, masks, attention_mask(self.base, pattern, L, L), positions[:, L:], cache)
+        return ntp, mtp
+
+    def _one_pass(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
+        """All positions at once, under gradient checkpointing or with a gate that is always open."""
+        L, gated = tokens.shape[1], self.lora.gated
+        with self.gate.open(masks.shape[1] if gated else L + masks.shape[1]):
+            hidden = self.base.get_decoder()(
+                inputs_embeds=torch.cat([tokens, masks], 1),
+                attention_mask=attention_mask(self.base, pattern, L),
+                position_ids=pattern.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        return hidden[:, :L].detach() if gated else hidden[:, :L], hidden[:, L:]
+
+    def forward(
+        self, batch: MaskedInput | NetworkStep, losses: dict[str, LossTerm] | None = None, with_measurement: bool = False
+    ) -> Any:
+        """One forward pass of the base: over a masked input with its losses, or one decoding step.
+
+        Args:
+            batch: a masked input, or a step that runs itself on the network.
+            losses: loss terms to compute on a masked input, by name.
+            with_measurement: also compute the teacher-forced figures of a masked input.
+
+        Returns:
+            ``ForwardOutput`` of a masked input, else what the step gives.
+        """
+        if not isinstance(batch, MaskedInput):
+            return batch.run(self)
+        states = self.hidden_states(batch)
+        unembed = self.unembed
+        sums = {name: term(states, batch, unembed) for name, term in (losses or {}).items()}
+        measurement = None
+        if with_measurement:
+            with torch.no_grad():
+                measurement = measure(states, batch, unembed)
+        return ForwardOutput(sums, measurement, states)

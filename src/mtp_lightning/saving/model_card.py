@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``README.md`` of a saved folder: what it is, how to use it, and the acceptance that was measured. Text alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mtp_lightning.errors import RunError, one_line
+from mtp_lightning.metrics.functional import NON_REPEATING
+
+_TEXT = """---
+library_name: mtp-lightning
+{base_line}pipeline_tag: text-generation
+tags:
+- multi-token-prediction
+- speculative-decoding
+- peft
+---
+
+# Multi-token prediction for {base_model}
+
+{num_masks} mask tokens, a {lora} of rank {rank} and {head}, trained with mtp-lightning after
+*Your LLM Knows the Future* (Samragh et al. 2025, arXiv 2507.11851). The base model writes the text, token for token; this
+folder makes it take fewer steps. It does not hold the base model, which is {base_model}{revision}.
+
+```python
+from mtp_lightning import MTPNetwork
+
+model = MTPModel.from_pretrained("this folder")
+ids = model.tokenizer("Once upon a time", return_tensors="pt").input_ids
+out = model.generate(ids, max_new_tokens=64)
+print(model.tokenizer.decode(out.sequences[0]), out.acceptance_length)
+```
+
+On the command line: `mtp generate FOLDER --prompt "Once upon a time"`.
+
+{plain}
+
+## Tokens a step
+
+{acceptance}
+"""
+
+_GATED = (
+    "PEFT opens the adapter too, and then gives exactly the base model: the adapter acts at mask tokens alone, PEFT's own\n"
+    "code feeds none, and the file is written so that it stays off elsewhere."
+)
+_STANDARD = (
+    "The adapter is a standard LoRA, without a gate: it changes what the base model writes, and PEFT applies it everywhere."
+)
+
+
+def card(config: dict[str, Any]) -> str:
+    """The model card.
+
+    Args:
+        config: what ``mtp_config.json`` holds.
+
+    Returns:
+        Markdown with the hub's header.
+    """
+    base, head = config["base_model"], config["sampler_head"]
+    on_hub = "://" not in base and not Path(base).is_absolute()
+    gated = config["lora"]["gated"]
+    return _TEXT.format(
+        base_line=f"base_model: {base}\nbase_model_relation: adapter\n" if on_hub else "",
+        base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
+        revision=f" at revision `{config['revision']}`" if config["revision"] else "",
+        num_masks=config["num_masks"],
+        lora="gated LoRA" if gated else "standard LoRA",
+        rank=config["lora"]["rank"],
+        head="no sampler head" if head is None else f"the sampler head `{head['class_path'].rpartition('.')[2]}`",
+        plain=_GATED if gated else _STANDARD,
+        acceptance=acceptance_text(config["acceptance"]),
+    )
+
+
+def acceptance_text(figures: dict[str, Any] | None) -> str:
+    """The measured acceptance as a table with what it was measured with.
+
+    Args:
+        figures: what ``card_figures`` gave, or None.
+
+    Returns:
+        Markdown.
+    """
+    if figures is None:
+        return "Not measured. `mtp benchmark FOLDER --prompts FILE` does."
+    options = figures["options"]
+    masks = "all masks" if options["num_masks"] == "auto" else f"{options['num_masks']} masks"
+    head = "sampler head" if options["sampler_head"] else "base head"
+    # A folder saved by an earlier version does not say.
+    steps = f" and {options['max_steps']} steps" if options.get("max_steps") else ""
+    chosen = f"temperature {options['temperature']}" if options.get("temperature") else "greedy"
+    lines = [
+        f"Measured on {figures['overall']['num_prompts']} prompts of `{figures['prompts']}`, at most"
+        f" {options['max_new_tokens']} tokens{steps} each: {options['decoding']} decoding, {masks}, {head}, {chosen}."
+        f"{_steps(figures)}",
+        "",
+        f"| domain | prompts | acceptance length | under {NON_REPEATING:.0%} repeated 8-grams (texts) | repeated 8-grams"
+        " | lossless | speed-up |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, each in [*figures["domains"].items(), ("overall", figures["overall"])]:
+        equal, checked = each["lossless"]
+        lines.append(
+            f"| {name} | {each['num_prompts']} | {_number(each['acceptance_length'])}"
+            f" | {_number(each['non_repeating'])} ({each['num_non_repeating']})"
+            f" | {'-' if each['repeated_8grams'] is None else format(each['repeated_8grams'], '.0%')}"
+            f" | {f'{equal}/{checked}' if checked else '-'} | {_number(each['speed_up'])} |"
+        )
+    lines += ["", "Acceptance length: tokens generated over forward passes of the base, the free token included."]
+    return "\n".join(lines)
+
+
+def _steps(figures: dict[str, Any]) -> str:
+    measured, saved = figures["measured_step"], figures["checkpoint_step"]
+    if None in (measured, saved) or measured == saved:
+        return ""
+    return f" That was after {measured} training steps; these weights are those of step {saved}."
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> dict[str, Any]:
+    """The part of an evaluation that a card shows.
+
+    Args:
+        latest: a summary of ``acceptance.summarise`` with the ``options``, ``prompts`` and ``step`` that it was made with.
+        checkpoint_step: training steps of the weights that the card goes with.
+
+    Returns:
+        Plain types.
+    """
+    options = latest["options"]
+    kept = {name: options[name] for name in ("decoding", "num_masks", "sampler_head", "max_new_tokens")}
+    kept |= {name: options.get(name) for name in ("max_steps", "temperature")}
+    return {
+        "prompts": latest["prompts"],
+        "options": kept,
+        "measured_step": latest.get("step"),
+        "checkpoint_step": checkpoint_step,
+        "overall": _slim(latest["overall"]),
+        "domains": {name: _slim(figures) for name, figures in latest["domains"].items()},
+    }
+
+
+def _slim(figures: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_prompts": figures["num_prompts"],
+        "acceptance_length": figures["acceptance_length"],
+        "num_non_repeating": figures["non_repeating"]["num_prompts"],
+        "non_repeating": figures["non_repeating"]["acceptance_length"],
+        "repeated_8grams": figures["repeated_8grams"],
+        "lossless": [figures["lossless"]["equal"], figures["lossless"]["checked"]],
+        "speed_up": figures["speed_up"] and figures["speed_up"]["median"],
+    }
+
+
+def read_figures(file: Path, checkpoint_step: int | None) -> dict[str, Any] | None:
+    """The figures of a run's ``acceptance.json``.
+
+    Args:
+        file: the file.
+        checkpoint_step: training steps of the weights that the card goes with.
+
+    Returns:
+        What ``card_figures`` gives, or None if there is no such file.
+
+    Raises:
+        RunError: it is no file of ours.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return card_figures(json.loads(file.read_text(encoding="utf-8"))["latest"], checkpoint_step)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{file} is not as the acceptance evaluation writes it: {one_line(error, 100)}. Delete or replace it."
+        ) from error

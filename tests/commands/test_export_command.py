@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mtp export``: from a run of ``mtp fit`` to a saved folder that every command opens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import error_of, leave_no_trace, mtp, own_cache, save_base, write_rows  # noqa: F401 - some are fixtures
+from safetensors.torch import load_file
+from saved import files_of
+from tiny_run import LAST, label_counts
+from toy_tokenizers import word_tokenizer
+from trained_run import STEPS, as_if_trained_here, fit, json_lines, without_times
+
+from mtp_lightning import MTPModel
+from mtp_lightning.modeling.label_counts import LABEL_COUNTS
+
+
+def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:
+    assert mtp("export", "--ckpt_path", LAST, "--output", "saved") == 0
+    assert capsys.readouterr().out == "saved to saved\n"
+    config = json.loads(Path("saved/mtp_config.json").read_text())
+    assert (config["base_model"], config["revision"], config["acceptance"]) == (str(here / "base"), None, None)
+    assert "Not measured. `mtp benchmark FOLDER --prompts FILE` does." in Path("saved/README.md").read_text()
+    state = torch.load(LAST, weights_only=True)["state_dict"]
+    tensors = load_file("saved/mtp_heads.safetensors") | load_file("saved/adapter_model.safetensors")
+    assert tensors.pop(LABEL_COUNTS).tolist() == label_counts(LAST)
+    assert len(tensors) == len(state) and all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    words = ["--prompts", "prompts.jsonl", "--json", "--max_new_tokens", 24, "--dtype", "float64", "--num_masks", 3]
+    for name in (LAST, "saved"):
+        assert mtp("generate", name, *words) == 0
+    lines = without_times(json_lines(capsys))
+    assert len(lines) == 4 and lines[:2] == lines[2:]
+    # Opened and saved again, with nothing lost.
+    MTPModel.from_pretrained("saved").save_pretrained("again")
+    assert files_of(Path("again")) == files_of(Path("saved"))
+
+
+def test_the_card_has_the_runs_acceptance(here: Path, capsys) -> None:
+    callback = ["--trainer.callbacks+", "mtp_lightning.callbacks.AcceptanceEvaluation"]
+    assert fit(*callback, "--trainer.callbacks.prompts", "prompts.jsonl", "--trainer.callbacks.max_new_tokens", 12) == 0
+    assert mtp("export", "--ckpt_path", LAST, "--output", "saved") == 0
+    latest = json.loads(Path("run/acceptance.json").read_text())["latest"]
+    card = Path("saved/README.md").read_text()
+    assert (
+        "Measured on 2 prompts of `prompts.jsonl`, at most 12 tokens each: quadratic decoding, 3 masks, sampler head,"
+        " greedy."
+    ) in card
+    for name, figures in (*latest["domains"].items(), ("overall", latest["overall"])):
+        assert f"\n| {name} | {figures['num_prompts']} | {figures['acceptance_length']:.2f} |" in card
+    # Weights of another step than those that were measured.
+    checkpoint = torch.load(LAST, weights_only=True)
+    torch.save({**checkpoint, "global_step": 2}, LAST)
+    assert mtp("export", "--ckpt_path", LAST, "--output", "earlier") == 0
+    sentence = f"greedy. That was after {STEPS} training steps; these weights are those of step 2."
+    assert sentence in Path("earlier/README.md").read_text()
+    shutil.copy("run/acceptance.json", "figures.json")
+    torch.save(checkpoint, "elsewhere.ckpt")
+    assert mtp("export", "--ckpt_path", "elsewhere.ckpt", "--output", "given", "--acceptance", "figures.json") == 0
+    assert Path("given/README.md").read_text() == card
+
+
+def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) -> None:
+    as_if_trained_here()
+    Path("base").rename("moved")
+    words = ["export", "--ckpt_path", LAST, "--output", "saved"]
+    assert f"base model '{here / 'base'}' could not be loaded" in error_of(capsys, 1, *words)
+    assert not Path("saved").exists()
+    assert mtp(*words, "--base_model", "moved", "--dtype", "bfloat16") == 0
+    tensors = load_file("saved/mtp_heads.safetensors") | load_file("saved/adapter_model.safetensors")
+    assert tensors.pop(LABEL_COUNTS).dtype == torch.int64
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    assert MTPModel.from_pretrained("saved").base_model == str(here / "moved")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        ("--output saved", 2, "--ckpt_path is required: set it on the command line. mtp export --help shows all."),
+        ("--ckpt_path no.ckpt --output saved", 1, "checkpoint 'no.ckpt' does not exist. Give the path of a .ckpt file"),
+        ("--ckpt_path {last}", 2, "--output is required: set it on the command line. mtp export --help shows all."),
+        ("--ckpt_path {last} --outptu saved", 2, "unknown key or option '--outptu': did you mean 'output'?"),
+        ("--ckpt_path {last} --output saved --dtype half", 2, "dtype must be auto or one of float64, float32, bfloat16,"),
+        (
+            "--ckpt_path {last} --output saved --dtype auto",
+            2,
+            "dtype of saved weights must be float64, float32, bfloat16 or",
+        ),
+        ("--ckpt_path {last} --output base", 1, "base is there and was not written by mtp export: "),
+        ("--ckpt_path {last} --output config.yaml", 1, "config.yaml is a file. Choose a folder for the saved model."),
+        ("--ckpt_path {last} --output saved --base_model wider", 1, "the checkpoint belongs to a base with hidden_size 32,"),
+        ("--ckpt_path {last} --output saved --acceptance no.json", 1, "no.json: expected an acceptance.json, nothing is"),
+        ("--ckpt_path {last} --output saved --acceptance broken.json", 1, "broken.json is not as the acceptance evaluation"),
+        (
+            "--ckpt_path {last} --output config.yaml/saved",
+            1,
+            "config.yaml/saved can't be written: 'config.yaml' is a file, ",
+        ),
+    ],
+)
+def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, expected: str) -> None:
+    save_base(here / "wider", "llama", word_tokenizer(), torch.float32, max_position_embeddings=96, hidden_size=40)
+    write_rows(here / "broken.json", [{"latest": {}}])
+    before = files_of(here)
+    found = error_of(capsys, code, "export", *words.format(last=LAST).split())
+    assert found.startswith(expected), found
+    assert files_of(here) == before

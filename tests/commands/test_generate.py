@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mtp generate`` and ``mtp predict``: text, JSON lines, batches, seeds, stop texts."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import error_of, leave_no_trace, mtp, own_cache  # noqa: F401 - some are fixtures
+from tiny_run import LAST
+from trained_run import as_if_trained_here, json_lines, without_times
+
+from mtp_lightning import MTPModel
+from mtp_lightning.commands.distill import base_of
+from mtp_lightning.saving.checkpoint import named_base
+from mtp_lightning.text.stream import possible_stop
+
+FIELDS = "prompt text token_ids num_steps acceptance_length accepted_per_step seconds tokens_per_second decoding num_masks"
+FIELDS = [*FIELDS.split(), "finish_reason"]
+
+
+class Recorder(io.StringIO):
+    """Standard output that remembers what was written at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+def test_generate_streams_what_the_model_generates(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Recorder()
+    monkeypatch.setattr(sys, "stdout", output)
+    assert mtp("generate", LAST, "--prompt", "one two", "--max_new_tokens", 16) == 0
+    model = MTPModel.from_pretrained(LAST)
+    expected = model.generate(model.tokenizer("one two", return_tensors="pt").input_ids, max_new_tokens=16)
+    text = model.tokenizer.decode(expected.sequences[0, 3:], skip_special_tokens=True)
+    assert output.getvalue() == f"one two{text}"
+    assert len([piece for piece in output.pieces if piece.strip()]) > 3  # in pieces, not at the end
+
+
+def test_json_lines_of_generate_and_predict(run: Path, capsys) -> None:
+    options = ["--max_new_tokens", 9, "--decoding", "linear", "--num_masks", 2]
+    assert mtp("generate", LAST, "--prompts", "prompts.jsonl", "--json", *options) == 0
+    lines = json_lines(capsys)
+    assert mtp("predict", "--config", "config.yaml", "--ckpt_path", LAST, "--data.test", "prompts.jsonl", *options) == 0
+    assert without_times(json_lines(capsys)) == without_times(lines)
+    assert mtp("predict", "--config", "config.yaml", "--ckpt_path", LAST, "--prompts", "prompts.jsonl", *options) == 0
+    assert without_times(json_lines(capsys)) == without_times(lines)
+    assert [line["prompt"] for line in lines] == ["one two", "six"]
+    for line in lines:
+        assert list(line) == FIELDS
+        assert (line["decoding"], line["num_masks"], line["finish_reason"]) == ("linear", 2, "length")
+        assert len(line["token_ids"]) == sum(line["accepted_per_step"]) + line["num_steps"] == 9
+        assert line["num_steps"] == len(line["accepted_per_step"])
+        assert line["acceptance_length"] == 9 / line["num_steps"]
+        assert line["tokens_per_second"] == pytest.approx(9 / line["seconds"])
+
+
+def test_all_decodings_write_the_same_text(run: Path, capsys) -> None:
+    for options in (["quadratic"], ["linear"], ["autoregressive"], ["quadratic", "--sampler_head", "false"]):
+        words = ["--prompt", "one two", "--max_new_tokens", 40, "--dtype", "float64", "--json", "--decoding"]
+        assert mtp("generate", LAST, *words, *options) == 0
+    lines = json_lines(capsys)
+    assert len(lines) == 4 and len(lines[0]["token_ids"]) == 40
+    assert all(line["token_ids"] == lines[0]["token_ids"] and line["text"] == lines[0]["text"] for line in lines)
+    assert (lines[2]["num_steps"], lines[2]["num_masks"]) == (40, 0)
+
+
+def test_batches_and_seeds(run: Path, capsys) -> None:
+    """A prompt's draws depend on the seed and its place in the file, not on what is decoded beside it."""
+    Path("many.txt").write_text("one two\nsix\nthree four five\none two\n")
+    words = ["generate", LAST, "--prompts", "many.txt", "--max_new_tokens", 12, "--dtype", "float64", "--json"]
+    for options in (["--temperature", 0.9, "--top_p", 0.95, "--top_k", 20, "--seed", 4], [], ["--stop", " "]):
+        assert mtp(*words, *options) == 0
+        alone = without_times(json_lines(capsys))
+        for size in (2, 3, 8):
+            assert mtp(*words, *options, "--batch_size", size, "--num_masks", 2, "--decoding", "linear") == 0
+            lines = without_times(json_lines(capsys))
+            assert [line["text"] for line in lines] == [line["text"] for line in alone]
+            assert [line["finish_reason"] for line in lines] == [line["finish_reason"] for line in alone]
+        if "--seed" in options:
+            assert alone[0]["text"] != alone[3]["text"]  # the same prompt with another seed
+    assert mtp(*words, "--temperature", 1, "--seed", 4, "--verification", "rejection") == 0
+    assert len(json_lines(capsys)) == 4
+    assert mtp(*words[:-1], "--batch_size", 4) == 0
+    out = capsys.readouterr()
+    assert out.err.count("acceptance length") == 4 and out.out.count("one two") == 2
+
+
+def test_a_stop_text_ends_the_text_and_is_not_shown(run: Path, capsys) -> None:
+    words = ["generate", LAST, "--prompt", "one two", "--max_new_tokens", 30, "--num_masks", 2]
+    assert mtp(*words, "--json") == 0
+    whole = json_lines(capsys)[0]
+    # A part of the text that begins within one token and ends within a later one.
+    begin = len(whole["text"]) // 2
+    stop = whole["text"][begin : begin + 12]
+    cut = whole["text"][: whole["text"].index(stop)]
+    assert mtp(*words, "--json", "--stop", stop) == 0
+    line = json_lines(capsys)[0]
+    assert (line["text"], line["finish_reason"]) == (cut, "stop")
+    assert len(line["token_ids"]) < 30 and line["token_ids"] == whole["token_ids"][: len(line["token_ids"])]
+    assert mtp(*words, "--stop", stop) == 0
+    assert capsys.readouterr().out.rstrip("\n") == f"one two{cut}".rstrip("\n")
+    assert mtp(*words, "--json", "--stop", "no such text") == 0
+    assert without_times(json_lines(capsys)) == without_times([whole])
+
+
+def test_possible_stop() -> None:
+    assert [possible_stop(text, "two") for text in ("one t", "one tw", "one two", "", "w")] == [1, 2, 0, 0, 0]
+    assert possible_stop("abab", "ababc") == 4 and possible_stop("abc", "") == 0
+
+
+def test_generate_reads_standard_input(run: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    assert mtp("generate", LAST, "--prompts", "-", "--json", "--max_steps", 2) == 0
+    assert [(line["prompt"], line["num_steps"]) for line in json_lines(capsys)] == [("one", 2), ("two", 2)]
+
+
+def test_a_base_of_a_relative_path(trained: Path, run: Path, here: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """The folder of that name, and where there is none, where it was in training; in every command that needs the base."""
+    words = ["--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]
+    assert mtp("generate", LAST, *words) == 0
+    expected = json_lines(capsys)
+    settings = torch.load(LAST, weights_only=True)["mtp_settings"]
+    assert (settings["base_model"], settings["base_folder"]) == ("base", str(trained / "base"))
+    assert named_base(settings) == "base"
+    as_if_trained_here()
+    monkeypatch.chdir(tmp_path)
+    assert mtp("generate", here / LAST, *words) == 0
+    assert without_times(json_lines(capsys)) == without_times(expected)
+    assert base_of(str(here / LAST)) == (str(here / "base"), None)
+    assert mtp("export", "--ckpt_path", here / LAST, "--output", "saved") == 0
+    assert MTPModel.from_pretrained("saved").base_model == str(here / "base")
+    (here / "base").rename("moved")
+    found = error_of(capsys, 1, "generate", here / LAST, *words)
+    assert found.startswith(
+        f"base model '{here / 'base'}' could not be loaded: no such folder is there. Set model.base_model"
+    )
+    del settings["base_folder"]  # as in a checkpoint of an earlier version
+    assert named_base(settings) == "base"
+
+
+def test_a_base_in_the_home_folder(run: Path, here: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~`` where no shell stands between: in ``--base_model=~/base``, a configuration or Python."""
+    monkeypatch.setenv("HOME", str(here))
+    words = ["generate", LAST, "--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]
+    assert mtp(*words, "--base_model=~/base") == 0
+    assert mtp("generate", "~/" + LAST, *words[2:]) == 0
+    found = json_lines(capsys)
+    assert without_times(found[:1]) == without_times(found[1:])
+    assert named_base({"base_model": "~/base", "base_folder": "elsewhere"}) == "~/base"
+    assert error_of(capsys, 1, *words, "--base_model=~/nothing").startswith(
+        "base model '~/nothing' could not be loaded: no such folder is there."
+    )
+    (here / "config.json").write_text("{")
+    assert "no such folder" not in error_of(capsys, 1, *words, "--base_model=~/")
+
+
+def test_a_base_that_moved(run: Path, here: Path, capsys) -> None:
+    as_if_trained_here()
+    words = ["generate", LAST, "--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]
+    assert mtp(*words) == 0
+    expected = json_lines(capsys)
+    os.rename("base", "moved")
+    assert error_of(capsys, 1, *words).startswith(f"base model '{here / 'base'}' could not be loaded: no such folder is")
+    assert mtp(*words, "--base_model", "moved") == 0
+    assert without_times(json_lines(capsys)) == without_times(expected)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values read where they lie give the bits that repeated ones give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hidden import hidden_states
+from tiny import tiny_base, tiny_model, token_row
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mtp_lightning.decoding.execution import grouped_attention
+from mtp_lightning.decoding.execution.grouped_attention import gains, grouped
+from mtp_lightning.decoding.loop import DecodingOptions, decode
+from mtp_lightning.modeling.attention import GROUPED_SDPA
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+def test_the_same_text(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(architecture, 4, dtype=dtype)
+    model.mask_embeddings.data = model.mask_embeddings.data.to(dtype)
+    heads = model.base.config.num_key_value_heads, model.base.config.num_attention_heads
+    assert heads[0] < heads[1] and gains(model.base)
+    repeated: list[bool] = []
+    theirs = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        repeated.append(args[1].shape[2] > 1)  # a single query repeats nothing
+        return theirs(*args, **kwargs)
+
+    # With a mask for every query, as in decoding.
+    prompt, texts = token_row([9]).input_ids, []
+    options = DecodingOptions(num_masks=4, max_new_tokens=12)
+    for replaced in (True, False):
+        if not replaced:
+            monkeypatch.setattr(grouped_attention, "gains", lambda base: False)
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", counted)
+        repeated.clear()
+        texts.append([step.tokens for step in decode(model, prompt, options)])
+        assert any(repeated) != replaced
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_single_calls(dtype: torch.dtype, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    module = type("Attention", (), {"num_key_value_groups": groups, "is_causal": True})()
+    for queries, mask in ((5, True), (1, True), (5, False)):
+        query = torch.randn(2, 2 * groups, queries, 16, generator=generator, dtype=torch.float64).to(dtype)
+        key, value = (torch.randn(2, 2, 9, 16, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+        sees = None
+        if mask:
+            sees = torch.rand(2, 1, queries, 9, generator=generator) < 0.6
+            sees[..., 0] = True
+        expected = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, sees, scaling=0.3, is_causal=False)[0]
+        found = grouped_attention.grouped_sdpa(module, query, key, value, sees, scaling=0.3, is_causal=False)[0]
+        assert torch.equal(found, expected)
+
+
+def test_only_while_decoding_and_where_it_gains() -> None:
+    model = tiny_model("llama", 3)
+    steps = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
+    next(steps)
+    assert model.base.config._attn_implementation == GROUPED_SDPA
+    steps.close()
+    assert model.base.config._attn_implementation == "sdpa"
+    with pytest.raises(KeyError), grouped(model.base):
+        raise KeyError
+    assert model.base.config._attn_implementation == "sdpa"
+    steps = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
+    next(steps)
+    model.base.set_attn_implementation("eager")  # what somebody sets meanwhile stays
+    steps.close()
+    assert model.base.config._attn_implementation == "eager"
+    base = tiny_base("llama")
+    base.set_attn_implementation("eager")
+    assert not gains(base)
+    with grouped(base):
+        assert base.config._attn_implementation == "eager"
+
+
+def test_training_while_a_reader_has_paused() -> None:
+    model = tiny_model("llama", 3)
+    steps = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
+    next(steps)
+    with torch.inference_mode(False), torch.enable_grad():
+        ids = token_row([5]).input_ids[None].clone()
+        inputs = model.embed(ids).clone().requires_grad_()
+        model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
+    assert inputs.grad is not None
+    steps.close()
+    assert hidden_states(model, 2, 1).shape[1] == 12

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding gives the base model's greedy text token for token, in the number of steps that its drafts allow.
+
+Random adapters draft nothing right, so most tests inject drafts: the true continuation with an error at a known place. What
+a draft would have been made from, the hidden states of its block, is compared with the paper's separate prompt each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from injected_drafts import (
+    RUNS,
+    G,
+    InjectedDrafts,
+    K,
+    N,
+    every_count,
+    expected_steps,
+    new_tokens,
+    prompt_and_text,
+    shared_model,
+)
+from tiny import ARCHITECTURES, greedy_text, tiny_base, tiny_model, token_row, tolerance
+
+from mtp_lightning.decoding.loop import DecodingOptions, decode
+from mtp_lightning.errors import UsageError
+from mtp_lightning.losses import BaseCrossEntropy
+from mtp_lightning.modeling.masking import build_masked_input
+from mtp_lightning.sampler_heads import MLPSamplerHead
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+@pytest.mark.parametrize("agree", RUNS)
+@pytest.mark.parametrize("J", [1, 2, 3, 8])
+def test_never_always_sometimes(agree: str, kind: str, J: int, inject: Callable[..., InjectedDrafts]) -> None:
+    model, run = shared_model("llama"), RUNS[agree]
+    prompt, text = prompt_and_text("llama")
+    inject(model, [[*prompt.tolist(), *text]], run)
+    out = model.generate(prompt[None], decoding=kind, num_masks=J, max_new_tokens=G)
+    assert out.sequences[0].tolist() == [*prompt.tolist(), *text[:G]]
+    kept = expected_steps(run, J, kind)
+    assert out.accepted_per_step == [kept]
+    assert out.num_steps.tolist() == [len(kept)] and out.acceptance_length.tolist() == [G / len(kept)]
+    assert out.finish_reasons == ["length"]
+    if agree == "never":
+        assert kept == [0] * G
+    elif agree == "always":  # the prompt's step, then J + 1 tokens a step
+        assert len(kept) == 1 + -(-(G - 1) // (J + 1)) and set(kept[1:-1]) <= {J}
+    elif kind == "quadratic" and J == 3:
+        assert {0, 1, 2, 3} <= set(kept)
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_text_is_the_bases_for_every_number_of_masks(
+    architecture: str, kind: str, inject: Callable[..., InjectedDrafts]
+) -> None:
+    """Injected drafts: every number of kept tokens occurs; and each block's states are those of its prompt alone."""
+    model = shared_model(architecture)
+    prompt, text = prompt_and_text(architecture)
+    accepted: set[tuple[int, int]] = set()
+    for J in range(1, K + 1):
+        for number, (run, length) in enumerate(every_count(J, kind)):
+            # The states are compared in one text a J: each costs a forward pass of its own.
+            drafts = inject(model, [[*prompt.tolist(), *text]], run, tolerance(model.base) if number == 0 else None)
+            out = model.generate(prompt[None], decoding=kind, num_masks=J, max_new_tokens=length)
+            assert out.sequences[0, N:].tolist() == list(text[:length]), (J, number)
+            assert out.accepted_per_step[0] == expected_steps(run, J, kind, length)
+            assert number > 0 or drafts.compared > 1
+            accepted |= {(J, a) for a in out.accepted_per_step[0]}
+    assert accepted == {(J, a) for J in range(1, K + 1) for a in range(J + 1)}
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+@pytest.mark.parametrize("head", ["none", "mlp", "gru"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_text_is_the_bases_with_its_own_drafts(architecture: str, head: str, kind: str) -> None:
+    model, (prompt, text) = shared_model(architecture, head), prompt_and_text(architecture)
+    for J in (1, 8) if head == "none" else (3,):
+        for listed in ("all", 5):
+            options = {"decoding": kind, "num_masks": J, "draft_vocabulary": listed}
+            assert new_tokens(model, prompt, max_new_tokens=12, **options) == list(text[:12])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_autoregressive_decoding_takes_a_step_a_token(architecture: str) -> None:
+    model, (prompt, text) = shared_model(architecture), prompt_and_text(architecture)
+    out = model.generate(prompt[None], decoding="autoregressive", max_new_tokens=G)
+    assert out.sequences[0, N:].tolist() == list(text[:G]) and out.num_steps.tolist() == [G]
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+def test_a_standard_lora_decodes_its_own_text(kind: str, inject: Callable[..., InjectedDrafts]) -> None:
+    """The gate always on: the text is that of the adapted model."""
+    from mtp_lightning.modeling.gated_lora import LoRA
+
+    model = tiny_model(num_masks=3, lora=LoRA(rank=4, gated=False))
+    prompt = token_row([N]).input_ids
+    sequence = prompt
+    for _ in range(G + K + 2):
+        with torch.no_grad(), model.gate.open(len(sequence)):
+            sequence = torch.cat([sequence, model.base(sequence[None], use_cache=False).logits[0, -1:].argmax(-1)])
+    assert sequence[N:].tolist() != list(prompt_and_text("llama")[1])
+    inject(model, [sequence.tolist()], RUNS["sometimes"])
+    out = model.generate(prompt[None], decoding=kind, num_masks=3, max_new_tokens=G)
+    assert out.sequences[0].tolist() == sequence[: N + G].tolist()
+    assert out.accepted_per_step[0] == expected_steps(RUNS["sometimes"], 3, kind)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", "flex_attention"])
+def test_attention_kernels(kernel: str, inject: Callable[..., InjectedDrafts]) -> None:
+    model = tiny_model("gemma3", 3, attn_implementation=kernel)
+    prompt, text = prompt_and_text("gemma3")
+    inject(model, [[*prompt.tolist(), *text]], RUNS["sometimes"])
+    assert new_tokens(model, prompt, num_masks=3, max_new_tokens=G) == list(text[:G])
+    assert model.base.config._attn_implementation == kernel  # FlexAttention is set aside while decoding, and put back
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch(side: str) -> None:
+    model, base = shared_model("gemma3", "mlp"), tiny_base("gemma3")
+    prompts = [token_row([n], seed=4).input_ids for n in (7, 3, 1, 11)]
+    expected = [greedy_text(base, p, 10) for p in prompts]
+    ids, mask = torch.full((4, 11), 5), torch.zeros(4, 11, dtype=torch.int64)
+    for r, p in enumerate(prompts):
+        place = slice(11 - len(p), 11) if side == "left" else slice(0, len(p))
+        ids[r, place], mask[r, place] = p, 1
+    out = model.generate(ids, mask, max_new_tokens=10)
+    for r, p in enumerate(prompts):
+        assert out.sequences[r, : len(p) + 10].tolist() == [*p.tolist(), *expected[r]]
+    assert out.sequences.shape == (4, 21) and len(out.accepted_per_step) == 4
+    assert not out.sequences[2, 11:].any()  # no end token is known: padded with 0
+
+
+def test_training_flags_and_gradients_are_put_back() -> None:
+    model, (prompt, text) = tiny_model(num_masks=2, sampler_head=MLPSamplerHead()), prompt_and_text("llama")
+    model.train()
+    model.base.get_decoder().layers[1].eval()  # someone's own choice
+    before = [module.training for module in model.modules()]
+    assert new_tokens(model, prompt, max_new_tokens=5) == list(text[:5])
+    assert [module.training for module in model.modules()] == before
+    steps = decode(model, prompt, DecodingOptions(max_new_tokens=9))
+    assert next(steps).tokens == [text[0]]
+    steps.close()  # a reader that stops early
+    assert [module.training for module in model.modules()] == before and model.gate.num_mtp is None
+    with pytest.raises(UsageError):
+        model.generate(prompt[None], num_masks=3)
+    assert [module.training for module in model.modules()] == before and torch.is_grad_enabled()
+    sums = model(build_masked_input([token_row([6])], 2), {"base": BaseCrossEntropy()}).sums
+    sums["base"][0].total.backward()  # and it still trains
+    assert model.mask_embeddings.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
+@pytest.mark.parametrize("agree", RUNS)
+def test_a_step_is_one_forward_pass_of_the_base(kind: str, agree: str, inject: Callable[..., InjectedDrafts]) -> None:
+    model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
+    inject(model, [[*prompt.tolist(), *text]], RUNS[agree])
+    sizes: list[int] = []
+    decoder = model.base.get_decoder()
+    handle = decoder.register_forward_pre_hook(lambda _, a, kw: sizes.append(kw["inputs_embeds"].shape[1]), with_kwargs=True)
+    out = model.generate(prompt[None], decoding=kind, num_masks=3, max_new_tokens=G)
+    handle.remove()
+    assert len(sizes) == int(out.num_steps[0]) == len(out.accepted_per_step[0])
+    if kind == "quadratic":
+        assert sizes[:2] == [N + 3, 1 + 3 + 4 * 3]  # k^2 + k masks after the first step
+    elif kind == "linear":
+        assert sizes[:2] == [N + 3, 1 + 3 + 3]
+        if agree == "never":
+            assert sizes[2] == 1 + 3  # nothing was drafted: one token and its masks
+    else:
+        assert sizes == [N] + [1] * (G - 1)
+
+
+def test_tokens_are_yielded_as_they_are_verified(inject: Callable[..., InjectedDrafts]) -> None:
+    model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
+    inject(model, [[*prompt.tolist(), *text]], RUNS["sometimes"])
+    parts = list(decode(model, prompt, DecodingOptions(num_masks=4, max_new_tokens=G)))
+    assert [len(part.tokens) - 1 for part in parts] == expected_steps(RUNS["sometimes"], 4, "quadratic")
+    assert [token for part in parts for token in part.tokens] == list(text[:G])
+    assert parts[0].num_drafts == 0 and {part.num_drafts for part in parts[1:-2]} == {4}  # the last may be cut

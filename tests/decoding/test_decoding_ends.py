@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a text ends: stop tokens, length limits, the end of the context, the number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from injected_drafts import (
+    RUNS,
+    G,
+    InjectedDrafts,
+    K,
+    N,
+    expected_steps,
+    new_tokens,
+    prompt_and_text,
+    shared_model,
+)
+from tiny import CONTEXT, greedy_text, tiny_base, tiny_model, token_row
+
+from mtp_lightning.decoding.limits import end_tokens
+from mtp_lightning.decoding.loop import DecodingOptions
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
+@pytest.mark.parametrize("where", range(12))
+def test_a_stop_token_ends_the_text_wherever_it_falls(kind: str, where: int, inject: Callable[..., InjectedDrafts]) -> None:
+    """With whole drafts of 4 it falls on every place of a step in turn: first, inside the draft, the free token."""
+    model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
+    drafts = inject(model, [[*prompt.tolist(), *text]], RUNS["always"])
+    stop = text[where]
+    expected = greedy_text(tiny_base(), prompt, G, eos_token_id=stop)
+    assert expected[-1] == stop and stop not in expected[:-1]
+    out = model.generate(prompt[None], decoding=kind, num_masks=4, max_new_tokens=G, eos_token_id=stop)
+    assert out.sequences[0, N:].tolist() == expected and out.finish_reasons == ["stop"]
+    # Tokens after the end do not count as gained.
+    assert sum(out.accepted_per_step[0]) + len(drafts.steps) == len(expected)
+    assert out.acceptance_length.tolist() == [len(expected) / len(drafts.steps)]
+
+
+def test_stop_tokens_come_from_the_base_and_may_be_many() -> None:
+    prompt, text = prompt_and_text("llama")
+    model = tiny_model(num_masks=K)
+    assert end_tokens(model, DecodingOptions()) == set()
+    model.base.config.eos_token_id = text[9]
+    assert end_tokens(model, DecodingOptions()) == {text[9]}
+    model.base.generation_config.eos_token_id = [text[4], text[9]]
+    assert end_tokens(model, DecodingOptions()) == {text[4], text[9]}
+    assert end_tokens(model, DecodingOptions(eos_token_id=[3, 4])) == {3, 4}
+    expected = greedy_text(tiny_base(), prompt, G, eos_token_id=[text[4], text[9]])
+    assert new_tokens(model, prompt, max_new_tokens=G) == expected
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+@pytest.mark.parametrize("agree", RUNS)
+def test_every_length_limit(agree: str, kind: str, inject: Callable[..., InjectedDrafts]) -> None:
+    model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
+    drafts = inject(model, [[*prompt.tolist(), *text]], RUNS[agree])
+    for limit in range(1, 16):
+        out = model.generate(prompt[None], decoding=kind, num_masks=4, max_new_tokens=limit)
+        assert out.sequences[0, N:].tolist() == list(text[:limit]) and out.finish_reasons == ["length"]
+        assert out.accepted_per_step[0] == expected_steps(RUNS[agree], 4, kind, limit)
+    # No mask is fed that could only speak of tokens past the limit.
+    for step in drafts.steps:
+        drafted = step.ends[0] + step.layouts[0].depth
+        assert drafted <= N + 15
+
+
+@pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
+@pytest.mark.parametrize("length", [1, 2, CONTEXT - 12, CONTEXT - 3, CONTEXT - 2, CONTEXT - 1])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "mistral-window"])
+def test_short_prompts_and_prompts_near_the_whole_context(
+    architecture: str, length: int, kind: str, inject: Callable[..., InjectedDrafts]
+) -> None:
+    model, prompt = shared_model(architecture), token_row([length], seed=2).input_ids
+    room = min(12, CONTEXT - length)
+    text = greedy_text(tiny_base(architecture), prompt, room)
+    drafts = inject(model, [[*prompt.tolist(), *text]], RUNS["sometimes"])
+    out = model.generate(prompt[None], decoding=kind, num_masks=5, max_new_tokens=12 if length < 9 else 100)
+    assert out.sequences[0].tolist() == [*prompt.tolist(), *text] and out.finish_reasons == ["length"]
+    assert all(int(step.position_ids.max()) < CONTEXT for step in drafts.steps)
+    if kind == "autoregressive":
+        assert len(drafts.steps) == room
+
+
+def test_max_steps_counts_the_prompts_step() -> None:
+    model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
+    for steps in (1, 2, 5):
+        out = model.generate(prompt[None], max_steps=steps, max_new_tokens=G, num_masks=1)
+        new = out.sequences[0, N:].tolist()
+        assert out.num_steps.tolist() == [steps] and new == list(text[: len(new)]) and out.finish_reasons == ["length"]

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The acceptance table, and the files that are whole at any time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prompt_results import result
+from rich.console import Console
+
+from mtp_lightning.evaluation import acceptance_report
+from mtp_lightning.evaluation.acceptance import summarise
+from mtp_lightning.evaluation.acceptance_report import print_table, save_json, save_plot
+from mtp_lightning.evaluation.losslessness import Difference
+from mtp_lightning.saving.model_card import acceptance_text, card_figures
+
+
+def printed(summary: dict[str, Any]) -> str:
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    print_table(summary, console, "a title")
+    return console.export_text()
+
+
+def test_table() -> None:
+    results = [
+        result(0, "code", (0, 2, 1), lossless=True, speed_up=1.5),
+        result(1, "a domain with a long name", (0, 0), lossless=False, difference=Difference(4, 8, 9, 0.00012)),
+    ]
+    text = printed(summarise(results, {"acceptance_length": 1.905, "reference": 2.81}))
+    assert max(map(len, text.splitlines()[:8])) <= 80
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert rows["code"][1:] == ["1", "2.00", "2.00", "(1)", "0%", "1/1", "1.50x"]
+    assert rows["overall"][1:] == ["2", "1.60", "1.60", "(2)", "0%", "1/2", "1.50x"]
+    assert "acceptance length 1.91, reference 2.81, share of reference 0.50" in text
+    assert "prompt 1, token 4 and on (the base's two largest logits there are 0.00012 apart)" in text
+    assert "Forced" not in printed(summarise(results))
+
+
+@pytest.mark.parametrize("domains", [[""], ["code", "maths"], [f"domain number {i}" for i in range(14)]])
+def test_plot_is_drawn_for_any_number_of_domains(domains: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "acceptance.png"
+    save_plot(summarise([result(i, domain, (0, 2, 1)) for i, domain in enumerate(domains)]), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "acceptance.json"
+    save_json({"a": 1}, path)
+    with pytest.raises(ValueError):
+        save_json({"a": math.nan}, path)
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(acceptance_report.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_json({"a": 2}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_card_says_how_tokens_were_chosen() -> None:
+    options = {"decoding": "linear", "num_masks": 2, "sampler_head": True, "max_new_tokens": 9}
+    latest = {"prompts": "p.txt", "options": options, **summarise([result(0)])}
+    assert "at most 9 tokens each: linear decoding, 2 masks, sampler head, greedy." in acceptance_text(card_figures(latest))
+    options |= {"max_steps": 5, "temperature": 0.7}
+    text = acceptance_text(card_figures(latest))
+    assert "at most 9 tokens and 5 steps each: linear decoding, 2 masks, sampler head, temperature 0.7." in text

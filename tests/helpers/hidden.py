@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states of rows with masks behind them. Helpers of the tests, no tests."""
+
+from __future__ import annotations
+
+import torch
+from tiny import token_row
+from torch import Tensor
+
+from mtp_lightning.model import MTPModel
+
+
+@torch.inference_mode()
+def hidden_states(model: MTPModel, num_mtp: int, rows: int) -> Tensor:
+    ids = torch.stack([token_row([9], seed=r).input_ids for r in range(rows)])
+    inputs = torch.cat([model.embed(ids), model.mask_embeddings.expand(rows, -1, -1)], dim=1)
+    with model.gate.open(num_mtp):
+        return model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state

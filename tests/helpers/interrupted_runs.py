@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Killing and stopping a run at a chosen moment, and looking at what it left. Helpers of the tests, no tests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+FIT = ("fit", "--config", "config.yaml", "--ckpt_path", "last")
+
+KILL = """
+import os, signal, threading, time
+
+def dies():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+left = @NUMBER
+
+def passes(name, when):
+    global left
+    if name == @EVENT:
+        left -= 1
+        if left == 0:
+            dies()
+
+def hook(owner, name, event, after=False):
+    whole = getattr(owner, name)
+    def wrapped(*arguments, **options):
+        if not after:
+            passes(event, name)
+        result = whole(*arguments, **options)
+        if after:
+            passes(event, name)
+        return result
+    setattr(owner, name, wrapped)
+
+from pathlib import Path
+from mtp_lightning.training.module import MTPModule
+from mtp_lightning.trainer.metrics_writer import MetricsWriter
+from mtp_lightning.evaluation import acceptance
+from mtp_lightning.saving import checkpoint_files
+import torch
+
+hook(MTPModule, "training_step", "forward")
+hook(torch.optim.AdamW, "step", "optimizer", after=True)
+hook(checkpoint_files._Watched, "write", "checkpoint")
+hook(Path, "replace", "rename")
+hook(checkpoint_files, "_sync_folder", "renamed")
+hook(MTPModule, "validation_step", "validation")
+hook(acceptance, "_decode", "decoding", after=True)
+hook(MetricsWriter, "save", "metrics")
+if @EVENT == "time":
+    def later(*arguments):
+        threading.Thread(target=lambda: (time.sleep(@SECONDS), dies()), daemon=True).start()
+    first = MTPModule.on_train_start
+    MTPModule.on_train_start = lambda self: (later(), first(self))[1]
+"""
+
+
+MOST = {
+    "forward": 6,
+    "optimizer": 6,
+    "checkpoint": 200,
+    "rename": 3,
+    "renamed": 3,
+    "validation": 3,
+    "decoding": 6,
+    "metrics": 12,
+}
+"""Each moment of a run where it may be killed, and how often it comes in a few steps."""
+
+
+SIGNAL_AT = """
+import os, signal
+from mtp_lightning.training.module import MTPModule
+whole, calls = MTPModule.training_step, 0
+
+def training_step(self, *arguments):
+    global calls
+    calls += 1
+    if calls == @AT:
+        os.kill(os.getpid(), signal.@NAME)
+    return whole(self, *arguments)
+
+MTPModule.training_step = training_step
+"""
+
+
+def told(at: int, name: str = "SIGTERM") -> str:
+    return SIGNAL_AT.replace("@AT", str(at)).replace("@NAME", name)
+
+
+def fresh(whole: Path, folder: Path) -> Path:
+    """A folder to run in from the beginning."""
+    shutil.copytree(whole, folder, ignore=lambda at, names: {"run"} & set(names))
+    return folder
+
+
+def history(folder: Path) -> list[tuple[str, int]]:
+    """Stage and step of the evaluations in a run's acceptance.json."""
+    entries = json.loads((folder / "run/acceptance.json").read_text())["history"]
+    return [(entry["stage"], entry["step"]) for entry in entries]
+
+
+def run_name(folder: Path) -> str:
+    return (folder / "run/run_id.txt").read_text().strip()

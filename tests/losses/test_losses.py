@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each loss term against a plain Python loop over positions, written from docs/method.md §2 and §5 and not from the code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import tiny_rows, token_row
+from torch import Tensor
+from toy_losses import UNEMBED, D, Focal, K, V
+
+from mtp_lightning.errors import UsageError
+from mtp_lightning.losses import (
+    AnchorDistillation,
+    BaseCrossEntropy,
+    LatentConsistency,
+    LossTerm,
+    SamplerCrossEntropy,
+    TokenLoss,
+    base,
+    chunked,
+    term_value,
+)
+from mtp_lightning.modeling import masking
+from mtp_lightning.types import ANCHOR, MTP, NTP, HiddenStates, LossSum, MaskedInput, TokenRow
+
+
+@pytest.fixture(params=[-100, -7], ids=["ignore-100", "ignore-7"])
+def ignored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The label that counts in no loss; -7 shows any place that leans on cross_entropy's own default of -100."""
+    for module in (masking, base):
+        monkeypatch.setattr(module, "IGNORE_INDEX", request.param)
+    return request.param
+
+
+def rows_with(ignored: int) -> list[TokenRow]:
+    return [row._replace(labels=torch.where(row.labels == -100, ignored, row.labels)) for row in tiny_rows()]
+
+
+def random_states(batch: MaskedInput, dtype: torch.dtype = torch.float64, sampler_ntp: bool = True) -> HiddenStates:
+    """Leaves of random hidden states, as a model would give them."""
+    B, L = batch.input_ids.shape
+    P = batch.starts.shape[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    states = leaf(B, L), leaf(B, P, K), leaf(B, P, K), leaf(B, L)
+    return HiddenStates(*states[:3], states[3] if sampler_ntp else None)
+
+
+class Position:
+    """One position that counts: m_j of the block after x_i (j from 1), or the NTP position i (j = 0)."""
+
+    def __init__(self, row: int, p: int, i: int, j: int, label: int) -> None:
+        self.row, self.p, self.i, self.j, self.label = row, p, i, j, label
+
+
+def carries(row: TokenRow, ignored: int, start: int, t: int) -> bool:
+    """Whether x_t is a label for the document that holds x_start."""
+    inside = t < len(row.input_ids) and bool(row.document_ids[t] == row.document_ids[start])
+    return inside and int(row.labels[t]) != ignored
+
+
+def ntp_positions(rows: list[TokenRow], ignored: int) -> Iterator[Position]:
+    for r, row in enumerate(rows):
+        for i in range(len(row.input_ids)):
+            if carries(row, ignored, i, i + 1):
+                yield Position(r, -1, i, 0, int(row.input_ids[i + 1]))
+
+
+def mtp_positions(rows: list[TokenRow], ignored: int, starts: list[list[int]] | None = None) -> Iterator[Position]:
+    """Those of the given starts, p counting them; of all eligible ones (full coverage) for None."""
+    for r, row in enumerate(rows):
+        eligible = [i for i in range(len(row.input_ids)) if carries(row, ignored, i, i + 1)]
+        for p, i in enumerate(eligible if starts is None else starts[r]):
+            for j in range(1, K + 1):
+                if i >= 0 and carries(row, ignored, i, i + j + 1):
+                    yield Position(r, p, i, j, int(row.input_ids[i + j + 1]))
+
+
+def block_weight(rows: list[TokenRow], ignored: int, starts: list[list[int]], r: int) -> float:
+    """Starts of row r that have a label over those that were given a block."""
+    useful = {x.i for x in mtp_positions(rows, ignored) if x.row == r}
+    return len(useful) / sum(i >= 0 for i in starts[r])
+
+
+def cross_entropy(logits: Tensor, label: int) -> Tensor:
+    return logits.exp().sum().log() - logits[label]
+
+
+def reference(term: LossTerm, states: HiddenStates, rows: list[TokenRow], starts: list[list[int]], ignored: int) -> Tensor:
+    """The term's value, position by position."""
+    ntp, mtp = list(ntp_positions(rows, ignored)), list(mtp_positions(rows, ignored, starts))
+    every = list(mtp_positions(rows, ignored))
+    if isinstance(term, LatentConsistency):
+        groups = [(x.row, x.i + x.j) for x in every]  # S(t) under full coverage
+        total = torch.zeros((), dtype=torch.float64)
+        for x in mtp:
+            z, anchor = states.mtp[x.row, x.p, x.j - 1], states.ntp[x.row, x.i + x.j].detach()
+            square = ((anchor - z) ** 2).sum() / (D if term.reduction == "mean" else 1)
+            total = total + square / groups.count((x.row, x.i + x.j)) * block_weight(rows, ignored, starts, x.row)
+        return total / len(set(groups))
+    assert isinstance(term, TokenLoss)
+    at_mtp, at_ntp = (states.mtp, states.ntp) if term.head == "base" else (states.sampler, states.sampler_ntp)
+    assert at_mtp is not None
+
+    def one(x: Position) -> Tensor:
+        state = at_mtp[x.row, x.p, x.j - 1] if x.j else at_ntp[x.row, x.i]  # type: ignore[index]
+        logits = UNEMBED(state)
+        if isinstance(term, Focal):
+            log_p = -cross_entropy(logits, x.label)
+            return -((1 - log_p.exp()) ** term.gamma) * log_p * (x.j + 1)
+        if isinstance(term, AnchorDistillation):
+            own = UNEMBED(states.ntp[x.row, x.i + x.j].detach())
+            if term.target == "argmax":
+                return cross_entropy(logits, int(own.argmax()))
+            return -((own.exp() / own.exp().sum()) * (logits - logits.exp().sum().log())).sum()
+        return cross_entropy(logits, x.label)
+
+    zero = torch.zeros((), dtype=torch.float64)
+    m = sum((one(x) * block_weight(rows, ignored, starts, x.row) for x in mtp), zero) if term.positions != "ntp" else zero
+    n = sum((one(x) for x in ntp), zero) if term.positions != "mtp" and at_ntp is not None else zero
+    if term.joint_mean and term.positions == "all" and at_ntp is not None:
+        return (m + n) / (len(every) + len(ntp))
+    return m / len(every) + n / len(ntp)
+
+
+TERMS: dict[str, LossTerm] = {
+    "base mtp": BaseCrossEntropy(),
+    "base ntp": BaseCrossEntropy(positions="ntp"),
+    "base all": BaseCrossEntropy(positions="all"),
+    "base joint": BaseCrossEntropy(positions="all", joint_mean=True),
+    "sampler mtp": SamplerCrossEntropy(),
+    "sampler all": SamplerCrossEntropy(positions="all"),
+    "sampler joint": SamplerCrossEntropy(positions="all", joint_mean=True),
+    "lcm mean": LatentConsistency(),
+    "lcm sum": LatentConsistency(reduction="sum"),
+    "distillation": AnchorDistillation(),
+    "distillation base argmax": AnchorDistillation(head="base", target="argmax"),
+    "focal": Focal(),
+    "focal sampler all": Focal("sampler", "all"),
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 16 * V], ids=["one chunk", "many chunks"])
+@pytest.mark.parametrize("coverage", ["full", "sampled"])
+@pytest.mark.parametrize("name", TERMS)
+def test_term_equals_a_loop_over_positions(
+    name: str, coverage: str, chunk: int | None, ignored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chunk is not None:
+        monkeypatch.setattr(chunked, "LOGITS_PER_CHUNK", chunk)
+    term, rows = TERMS[name], rows_with(ignored)
+    batch = masking.build_masked_input(rows, K, block_fraction=1.0 if coverage == "full" else 0.5, seed=3)
+    starts = batch.starts.tolist()
+    assert (coverage == "full") == bool((batch.block_weights[batch.starts >= 0] == 1).all())
+    states = random_states(batch)
+    leaves = [t for t in states if t is not None] + list(term.parameters())
+    found = term_value(term(states, batch, UNEMBED), batch.counts)
+    expected = reference(term, states, rows, starts, ignored)
+    # Block and anchor weights are float32 (1/3 is off by 1e-8); all else is float64.
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+    mine = torch.autograd.grad(found, leaves, allow_unused=True, materialize_grads=True)
+    other = torch.autograd.grad(expected, leaves, allow_unused=True, materialize_grads=True)
+    for a, b in zip(mine, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)  # float32 weights, as above
+    assert any(g.any() for g in mine)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_ignored_positions_have_no_gradient(name: str) -> None:
+    batch = masking.build_masked_input(tiny_rows(), K)
+    states = random_states(batch)
+    term_value(TERMS[name](states, batch, UNEMBED), batch.counts).backward()
+    at_mtp, at_ntp = batch.mtp_labels != -100, batch.ntp_labels != -100
+    assert not at_mtp.all() and not at_ntp.all()
+    for state, counted in (
+        (states.mtp, at_mtp),
+        (states.sampler, at_mtp),
+        (states.ntp, at_ntp),
+        (states.sampler_ntp, at_ntp),
+    ):
+        assert state is not None
+        if state.grad is not None:
+            assert not state.grad[~counted].any()
+            assert state.grad[counted].any(-1).all() or not state.grad.any()
+    for p in TERMS[name].parameters():
+        p.grad = None
+
+
+def test_the_anchor_gets_no_gradient() -> None:
+    batch = masking.build_masked_input(tiny_rows(), K)
+    for term in (LatentConsistency(), AnchorDistillation(head="base"), AnchorDistillation(target="argmax")):
+        states = random_states(batch)
+        term_value(term(states, batch, UNEMBED), batch.counts).backward()
+        assert states.ntp.grad is None or not states.ntp.grad.any()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_nothing_to_count_gives_zero_and_zero_gradients(name: str) -> None:
+    row = token_row([6])
+    batch = masking.build_masked_input([row._replace(labels=torch.full_like(row.labels, -100))], K)
+    states, term = random_states(batch), TERMS[name]
+    value = term_value(term(states, batch, UNEMBED), batch.counts)
+    assert value == 0
+    leaves = [t for t in states if t is not None] + list(term.parameters())
+    for grad in torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True):
+        assert not grad.any() and grad.isfinite().all()
+    for p in term.parameters():  # takes part all the same: no rank waits for its gradient
+        assert torch.autograd.grad(term_value(term(states, batch, UNEMBED), batch.counts), p)[0] == 0
+
+
+def test_distillation_from_its_own_anchor_is_the_entropy_and_argmax_its_lower_bound() -> None:
+    """A property: cross-entropy to a distribution is least at that distribution, where it is the entropy."""
+    batch = masking.build_masked_input([token_row([7])], K)
+    states = random_states(batch)
+    copied = batch.at_anchors(states.ntp.detach())
+    term = AnchorDistillation(head="base")
+    at_anchor = term_value(term(states._replace(mtp=copied.requires_grad_()), batch, UNEMBED), batch.counts)
+    p = UNEMBED(copied[batch.mtp_labels != -100]).softmax(-1)
+    torch.testing.assert_close(at_anchor, -(p * p.log()).sum(-1).mean(), rtol=1e-9, atol=0)  # float64
+    assert torch.autograd.grad(at_anchor, copied)[0].abs().max() < 1e-9  # a stationary point
+    assert at_anchor < term_value(term(states, batch, UNEMBED), batch.counts)
+
+
+def test_values_add_up_over_rows_whatever_the_batch() -> None:
+    """Sums over each row alone, divided by the joint counts, are the value of the batch: ranks and accumulation."""
+    rows = tiny_rows()
+    batch = masking.build_masked_input(rows, K)
+    states = random_states(batch)
+    alone = [masking.build_masked_input([row], K) for row in rows]
+    for term in (
+        BaseCrossEntropy(positions="all", joint_mean=True),
+        SamplerCrossEntropy(positions="all"),
+        LatentConsistency(),
+    ):
+        total = torch.zeros((), dtype=torch.float64)
+        for r, one in enumerate(alone):
+            L, P = one.input_ids.shape[1], one.starts.shape[1]
+            part = HiddenStates(
+                states.ntp[r : r + 1, :L],
+                states.mtp[r : r + 1, :P],
+                states.sampler[r : r + 1, :P],  # type: ignore[index]
+                states.sampler_ntp[r : r + 1, :L],  # type: ignore[index]
+            )
+            total = total + term_value(term(part, one, UNEMBED), batch.counts)
+        whole = term_value(term(states, batch, UNEMBED), batch.counts)
+        torch.testing.assert_close(total, whole, rtol=1e-9, atol=0)  # float64, another order of sums
+    assert torch.equal(torch.stack([one.counts for one in alone]).sum(0), batch.counts)
+
+
+def test_term_value_divides_each_sum_by_its_own_count() -> None:
+    two, counts = torch.tensor(2.0), torch.tensor([4.0, 8.0, 0.0], dtype=torch.float64)
+    assert term_value([LossSum(two, NTP)], counts) == 0.5
+    assert term_value([LossSum(two, NTP), LossSum(two, MTP)], counts) == 0.75
+    assert term_value([LossSum(two, (NTP, MTP))], counts) == 2 / 12
+    assert term_value([LossSum(torch.tensor(0.0), ANCHOR)], counts) == 0
+
+
+def test_a_head_without_output_at_ntp_positions() -> None:
+    batch = masking.build_masked_input(tiny_rows(), K)
+    states = random_states(batch, sampler_ntp=False)
+    with pytest.raises(UsageError, match="Set its positions to mtp"):
+        SamplerCrossEntropy(positions="ntp")(states, batch, UNEMBED)
+    both, alone = (SamplerCrossEntropy(positions=p)(states, batch, UNEMBED) for p in ("all", "mtp"))
+    assert len(both) == 1 and torch.equal(both[0].total, alone[0].total) and both[0].denominator == MTP

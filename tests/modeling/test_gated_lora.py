@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate: base bits at NTP positions, the LoRA update at MTP positions, nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import LoraLayer
+from tiny import ARCHITECTURES, EXPERTS, in_one_pass, tiny_base, tiny_batch, tiny_model, tolerance
+from torch import Tensor
+
+from mtp_lightning.errors import UsageError
+from mtp_lightning.losses import BaseCrossEntropy, term_value
+from mtp_lightning.model import MTPModel
+from mtp_lightning.modeling.base import load_base
+from mtp_lightning.modeling.gated_lora import Gate, LoRA, lora_layers
+from mtp_lightning.types import HiddenStates, MaskedInput
+
+
+def closed_states(model: MTPModel, batch: MaskedInput) -> HiddenStates:
+    """The same forward pass with no position in the gate."""
+    model.gate.open = lambda num_mtp: Gate.open(model.gate, 0)  # type: ignore[method-assign]
+    try:
+        return model.hidden_states(batch)
+    finally:
+        del model.gate.open
+
+
+def decoder_states(model: MTPModel, num_mtp: int, seed: int = 0) -> Tensor:
+    """Hidden states of two rows of 9 random inputs, the last ``num_mtp`` of each in the gate."""
+    inputs = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with model.gate.open(num_mtp):
+        return model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+
+def loss(model: MTPModel) -> Tensor:
+    batch = tiny_batch(model.num_masks)
+    return term_value(model(batch, {"base": BaseCrossEntropy()}).sums["base"], batch.counts)
+
+
+def gradients(model: MTPModel) -> dict[str, Tensor]:
+    named = dict(model.trained_parameters())
+    return dict(zip(named, torch.autograd.grad(loss(model), list(named.values())), strict=True))
+
+
+PRECISIONS = {
+    "float32": (torch.float32, contextlib.nullcontext),
+    "bfloat16": (torch.bfloat16, contextlib.nullcontext),
+    "autocast": (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_ntp_positions_keep_the_bits_of_the_base(architecture: str, precision: str) -> None:
+    dtype, context = PRECISIONS[precision]
+    model, batch = in_one_pass(tiny_model(architecture, dtype=dtype)), tiny_batch()
+    with context():
+        adapted, plain = model.hidden_states(batch), closed_states(model, batch)
+    if architecture in EXPERTS:
+        # Experts multiply the rows of all positions in one product, and its kernel may depend on how many there are.
+        # float32: a few units in the last place of values near 1; bfloat16 has 8 bits.
+        tolerance = 1e-5 if precision == "float32" else 5e-2
+        torch.testing.assert_close(adapted.ntp, plain.ntp, rtol=0, atol=tolerance)
+    else:
+        assert torch.equal(adapted.ntp, plain.ntp)
+    assert (adapted.mtp - plain.mtp).abs().mean() > 0.1  # the adapters do act
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@torch.no_grad()
+def test_ntp_states_do_not_depend_on_the_masks(passes: int) -> None:
+    """Other mask embeddings, the same bits; through attention too."""
+    model, batch = tiny_model("gemma3", dtype=torch.float32), tiny_batch()
+    if passes == 1:
+        in_one_pass(model)
+    before = model.hidden_states(batch)
+    model.mask_embeddings.mul_(-3)
+    after = model.hidden_states(batch)
+    assert torch.equal(before.ntp, after.ntp) and not torch.allclose(before.mtp, after.mtp)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_pass_and_two_passes_give_the_same_states_and_gradients(architecture: str) -> None:
+    """With a gate, NTP positions run without gradient before MTP positions, over a cache; together they must not differ."""
+    batch, found = tiny_batch(), []
+    for model in (tiny_model(architecture), in_one_pass(tiny_model(architecture))):
+        states = model.hidden_states(batch)
+        weights = [p for _, p in model.trained_parameters()]
+        found.append([states.ntp, states.mtp, *torch.autograd.grad(states.mtp[batch.starts >= 0].square().sum(), weights)])
+    for two, one in zip(*found, strict=True):
+        torch.testing.assert_close(two, one, **tolerance(model.base))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_gradient_flows_through_ntp_positions(architecture: str) -> None:
+    model = tiny_model(architecture)
+    weights = [p for layer in lora_layers(model.base) for p in layer.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(decoder_states(model, 3)[:, :6].square().sum(), weights, allow_unused=True)
+    assert all(g is None or not g.any() for g in grads)
+    grads = torch.autograd.grad(decoder_states(model, 4)[:, :6].square().sum(), weights)  # position 5 is now in the gate
+    assert all(g.any() for g in grads)
+
+
+def test_ntp_states_of_a_gated_model_are_detached_and_its_mtp_states_are_not() -> None:
+    states = tiny_model().hidden_states(tiny_batch())
+    assert not states.ntp.requires_grad and states.mtp.requires_grad
+    assert tiny_model(lora=LoRA(rank=4, gated=False)).hidden_states(tiny_batch()).ntp.requires_grad
+
+
+def test_one_layer_is_the_formula() -> None:
+    model = tiny_model(lora=LoRA(rank=4, alpha=3.0))
+    layer = lora_layers(model.base)[0]
+    weight, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    with model.gate.open(3):
+        y = layer(x)
+    assert torch.equal(y[:, :4], layer.base_layer(x)[:, :4])
+    # Float64: sums of 32 products in another order.
+    torch.testing.assert_close(y[:, 4:], x[:, 4:] @ (weight + 3.0 / 4 * b @ a).T, rtol=0, atol=1e-12)
+    assert a.shape == (4, 32) and LoRA(rank=4).alpha is None
+    assert lora_layers(tiny_model(lora=LoRA(rank=4)).base)[0].scaling["default"] == 2.0  # alpha is 2 * rank by default
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "qwen2"])
+@torch.no_grad()
+def test_an_open_gate_is_the_standard_lora_of_peft(architecture: str) -> None:
+    model, batch = tiny_model(architecture, lora=LoRA(rank=4, alpha=3.0, gated=False)), tiny_batch()
+    ours = model.hidden_states(batch)
+
+    stock_base = tiny_base(architecture)
+    config = LoraConfig(r=4, lora_alpha=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    inject_adapter_in_model(config, stock_base)
+    stock = MTPModel(tiny_base(architecture), 3, LoRA(rank=4, gated=False))
+    stock.base, stock.mask_embeddings = stock_base, model.mask_embeddings
+    stock_base.load_state_dict(model.base.state_dict())
+    assert all(not layer.lora_variant for layer in lora_layers(stock_base))
+    theirs = stock.hidden_states(batch)
+    # The same operations but for the slice of all positions: only products of other shapes may round otherwise.
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+    merged = copy.deepcopy(model)
+    for layer in lora_layers(merged.base):
+        update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        layer.base_layer.weight += 3 / 4 * update
+        layer.lora_B["default"].weight.zero_()
+    by_weight = merged.hidden_states(batch)
+    # Float64 through the layers, with W x + B A x summed in another order.
+    for mine, other in zip(ours[:2], by_weight[:2], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+    assert (ours.ntp - closed_states(model, batch).ntp).abs().mean() > 0.05
+
+
+def test_a_missing_gate_raises_in_training_and_leaves_the_base_alone_in_evaluation() -> None:
+    model, ids = tiny_model(), tiny_batch().input_ids
+    with torch.no_grad():
+        assert torch.equal(model.base(ids).logits, tiny_base()(ids).logits)
+    model.train()
+    with pytest.raises(RuntimeError, match="without a gate"):
+        model.base(ids)
+
+
+def test_a_gate_is_closed_after_the_forward_pass_and_after_an_error() -> None:
+    model = tiny_model()
+    model.hidden_states(tiny_batch())
+    assert model.gate.num_mtp is None
+    with pytest.raises(ZeroDivisionError), model.gate.open(2):
+        raise ZeroDivisionError
+    assert model.gate.num_mtp is None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "phi3-window", "qwen3_moe"])
+def test_gradient_checkpointing_gives_the_same_gradients(architecture: str) -> None:
+    model = in_one_pass(tiny_model(architecture)).train()
+    expected = gradients(model)
+    model.enable_gradient_checkpointing()
+    runs = []
+    layer = model.base.get_decoder().layers[0].self_attn
+    layer.register_forward_pre_hook(lambda *_: runs.append(None))
+    found = gradients(model)
+    assert len(runs) == 2  # forward, and once more in the backward pass
+    for name, grad in expected.items():
+        assert grad.any(), name
+        # The same float64 operations twice; sums over positions may come in another order.
+        torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_checkpointing_keeps_each_forward_passes_own_gate() -> None:
+    """Two forward passes with other numbers of masks before one backward pass."""
+    model = tiny_model().train()
+
+    def both() -> Tensor:
+        return decoder_states(model, 2, 0).square().sum() + decoder_states(model, 5, 1).square().sum()
+
+    weights = [p for _, p in model.trained_parameters() if p is not model.mask_embeddings]
+    expected = torch.autograd.grad(both(), weights)
+    model.enable_gradient_checkpointing()
+    for found, grad in zip(torch.autograd.grad(both(), weights), expected, strict=True):
+        torch.testing.assert_close(found, grad, rtol=1e-12, atol=1e-12)  # as above
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}, None])
+def test_other_gradient_checkpointing_is_refused(gated: bool, options: dict[str, bool] | None) -> None:
+    model = tiny_model(lora=LoRA(rank=4, gated=gated)).train()
+    model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    with pytest.raises(UsageError, match="enable_gradient_checkpointing"):
+        loss(model)
+
+
+def test_dropout_acts_in_training_only_and_only_on_the_adapter() -> None:
+    torch.manual_seed(0)
+    model, batch = tiny_model(lora=LoRA(rank=4, dropout=0.5)), tiny_batch()
+    calm = model.hidden_states(batch)
+    assert torch.equal(model.hidden_states(batch).mtp, calm.mtp)
+    model.train()
+    noisy = model.hidden_states(batch)
+    assert torch.equal(noisy.ntp, calm.ntp) and not torch.allclose(noisy.mtp, calm.mtp)
+
+
+@pytest.mark.parametrize("call", [lambda x: x.merge(), lambda x: x.merge(safe_merge=True)])
+def test_merging_is_refused(call: object) -> None:
+    layer = lora_layers(tiny_model().base)[0]
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(UsageError, match="cannot be merged"):
+        call(layer)  # type: ignore[operator]
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_targets() -> None:
+    with pytest.raises(UsageError, match=r"target_modules \['nothing'\] fits no layer"):
+        tiny_model(lora=LoRA(rank=4, target_modules=["nothing"]))
+    adapted = {name for name, m in tiny_model().base.named_modules() if isinstance(m, LoraLayer)}
+    assert len(adapted) == 2 * 7 and "lm_head" not in adapted  # q, k, v, o, gate, up, down of 2 layers
+    adapted = {name for name, m in tiny_model("qwen3_moe").base.named_modules() if isinstance(m, LoraLayer)}
+    assert len(adapted) == 2 * 4  # attention alone: no router, no expert
+    assert len(lora_layers(tiny_model(lora=LoRA(rank=4, target_modules=["q_proj"])).base)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"rank": 0}, "model.lora.rank"), ({"dropout": 1.0}, "model.lora.dropout")]
+)
+def test_wrong_settings_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        LoRA(**options)  # type: ignore[arg-type]
+
+
+def test_what_is_trained() -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    trained = dict(model.trained_parameters())
+    assert "mask_embeddings" in trained and len(trained) == 1 + 2 * len(lora_layers(model.base))
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert all("lora_" in name for name in trained if name != "mask_embeddings")
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_the_decoder_compiles_without_a_graph_break(backend: str, passes: int) -> None:
+    torch._dynamo.reset()
+    model, batch = tiny_model(dtype=torch.float32), tiny_batch()
+    if passes == 1:
+        in_one_pass(model)
+    expected = model.hidden_states(batch)
+    decoder = model.base.get_decoder()
+    compiled = torch.compile(decoder, fullgraph=True, backend=backend)
+    model.base.get_decoder = lambda: compiled
+    found = model.hidden_states(batch)
+    # Float32: a compiled kernel sums in another order.
+    torch.testing.assert_close(found.mtp, expected.mtp, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.ntp, expected.ntp, rtol=0, atol=1e-4)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        model.hidden_states(tiny_batch(seed=1))
+    assert torch.equal(closed_states(model, batch).ntp, found.ntp) or backend == "inductor"
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantized_base(quantization: str, tmp_path: Path) -> None:
+    # 64: the quantization's block size.
+    plain = tiny_base(dtype=torch.bfloat16, hidden_size=64, intermediate_size=128, head_dim=16)
+    plain.save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), dtype="bfloat16", quantization=quantization)
+    model, batch = tiny_model(base=base), tiny_batch()
+    assert type(lora_layers(base)[0].base_layer).__name__ == {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization]
+    model.train()
+    # Before any evaluation: on the CPU a forward pass without gradient makes later gradients None.
+    term_value(model(batch, {"base": BaseCrossEntropy()}).sums["base"], batch.counts).backward()
+    for name, p in model.trained_parameters():
+        assert p.grad is not None and p.grad.any() and p.grad.isfinite().all(), name
+    model.eval()
+    with torch.no_grad():
+        adapted, closed = model.hidden_states(batch), closed_states(model, batch)
+    assert torch.equal(adapted.ntp, closed.ntp)
+    assert (adapted.mtp - closed.mtp).abs().mean() > 0.1
+    if quantization == "4bit":
+        # Not so with 8 bits: bitsandbytes keeps a feature out of the quantized product for all positions as soon as it is
+        # above 6 at any one of them, so positions in one pass change each other's rounding.
+        in_one_pass(model)
+        with torch.no_grad():
+            assert torch.equal(model.hidden_states(batch).ntp, closed_states(model, batch).ntp)

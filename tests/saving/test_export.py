@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved folders: what is written is what is read, PEFT alone gives the base, and a write is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from saved import FILES, PROMPT, files_of, model_on_disk, set_config, trained_values
+from tiny import greedy_text
+from transformers import AutoModelForCausalLM
+
+from mtp_lightning import MTPModel
+from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.modeling.gated_lora import LoRA, lora_layers
+from mtp_lightning.modeling.label_counts import LabelCounts
+from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
+from mtp_lightning.saving import export as exporting
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head", "lora"),
+    [
+        ("llama", GRUSamplerHead(8, read_hidden=True), LoRA(rank=4, alpha=3.0, dropout=0.1)),
+        ("qwen2-window", MLPSamplerHead(), LoRA(rank=2, target_modules=["q_proj", "down_proj"])),
+        ("gemma3", None, LoRA(rank=2, target_modules="all-linear")),
+        ("qwen3_moe", None, LoRA(rank=2)),
+        ("mistral", GRUSamplerHead(), LoRA(rank=2, gated=False)),
+    ],
+)
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head: SamplerHead, lora: LoRA) -> None:
+    model = model_on_disk(tmp_path, architecture, head, lora)
+    counts = LabelCounts(torch.arange(17).flip(0)) if head else None  # folders are written with and without
+    model.label_counts = counts
+    before = [
+        model.generate(PROMPT, max_new_tokens=24, decoding=name, num_masks=model.num_masks)
+        for name in ("quadratic", "linear")
+    ]
+    model.save_pretrained(tmp_path / "saved")
+    assert set(files_of(tmp_path / "saved")) == FILES
+    loaded = MTPModel.from_pretrained(tmp_path / "saved")
+    if architecture.endswith("moe"):
+        loaded.base.set_experts_implementation("eager")
+    assert loaded.lora == model.lora and loaded.num_masks == model.num_masks and not loaded.training
+    old, new = trained_values(model), trained_values(loaded)
+    assert old.keys() == new.keys() and all(new[name].equal(old[name]) for name in old)
+    after = [
+        loaded.generate(PROMPT, max_new_tokens=24, decoding=name, num_masks=model.num_masks)
+        for name in ("quadratic", "linear")
+    ]
+    for a, b in zip(after, before, strict=True):
+        assert a.sequences.equal(b.sequences) and a.accepted_per_step == b.accepted_per_step
+    assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
+    assert (loaded.label_counts and loaded.label_counts.counts.tolist()) == (counts and counts.counts.tolist())
+    few = [m.generate(PROMPT, max_new_tokens=24, num_masks=3, draft_vocabulary=5) for m in (model, loaded)]
+    assert few[0].sequences.equal(before[0].sequences) and few[1].sequences.equal(before[0].sequences)
+    assert few[0].accepted_per_step == few[1].accepted_per_step
+    loaded.save_pretrained(tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "saved")
+
+
+def test_dtype_and_device(kept: Path) -> None:
+    model = MTPModel.from_pretrained(str(kept / "saved"), dtype="bfloat16", device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in MTPModel.from_pretrained(kept / "saved", dtype=torch.float32).parameters()} == {torch.float32}
+    with pytest.raises(UsageError, match="device must be cpu, cuda or another one of this machine, got 'tpu9'"):
+        MTPModel.from_pretrained(kept / "saved", device="tpu9")
+    with pytest.raises(UsageError, match="give device or device_map, not both"):
+        MTPModel.from_pretrained(kept / "saved", device="cpu", device_map="auto")
+
+
+def test_peft_alone_gives_exactly_the_base(tmp_path: Path, kept: Path) -> None:
+    ids = torch.randint(9, 15, (2, 20), generator=torch.Generator().manual_seed(0))
+    base = AutoModelForCausalLM.from_pretrained(kept / "base")
+    with torch.no_grad():
+        expected = base(ids).logits
+        said = greedy_text(base, ids[0], 12)
+        model = PeftModel.from_pretrained(base, str(kept / "saved"))
+        assert len(lora_layers(model)) == 14  # the adapter is there
+        assert all(layer.lora_B["default"].weight.abs().sum() > 0 for layer in lora_layers(model))
+        assert model(ids).logits.equal(expected)
+        out = model.generate(input_ids=ids[:1], max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert out[0, 20:].tolist() == said
+        assert AutoPeftModelForCausalLM.from_pretrained(str(kept / "saved"))(ids).logits.equal(expected)
+        assert AutoModelForCausalLM.from_pretrained(str(kept / "saved"))(ids).logits.equal(expected)
+        # Without the token that does not exist PEFT would apply the adapter everywhere.
+        standard = model_on_disk(tmp_path, head=None, lora=LoRA(rank=4, gated=False))
+        standard.save_pretrained(tmp_path / "saved")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        expected = base(ids).logits
+        changed = PeftModel.from_pretrained(base, str(tmp_path / "saved"))(ids).logits
+        assert not torch.allclose(changed, expected)
+
+
+def test_a_process_without_lightning(kept: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "sys.modules.update(lightning=None, pytorch_lightning=None)\n"  # importing either would raise
+        "from mtp_lightning import MTPModel\n"
+        f"model = MTPModel.from_pretrained({str(kept / 'saved')!r})\n"
+        f"out = model.generate(torch.tensor({PROMPT.tolist()}), max_new_tokens=24)\n"
+        f"model.save_pretrained({str(tmp_path / 'saved')!r})\n"
+        "print(out.sequences.tolist(), sorted(n for n in sys.modules if n.startswith('lightning.')))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = MTPModel.from_pretrained(kept / "saved")
+    assert done.stdout.split("\n")[-2] == f"{model.generate(PROMPT, max_new_tokens=24).sequences.tolist()} []"
+    assert files_of(tmp_path / "saved") == files_of(kept / "saved")
+
+
+def test_a_folder_is_replaced_whole(saved_copy: Path, kept: Path) -> None:
+    (saved_copy / "notes.txt").write_text("mine")
+    (saved_copy / "old.json").write_text("{}")
+    files = json.loads((saved_copy / "mtp_config.json").read_text())["files"]
+    set_config(saved_copy, files={**files, "old.json": exporting.file_digest(saved_copy / "old.json")})
+    model = MTPModel.from_pretrained(kept / "saved")
+    model.save_pretrained(saved_copy)
+    assert files_of(saved_copy) == {**files_of(kept / "saved"), "notes.txt": b"mine"}  # what was ours and is no more is gone
+    assert [path.name for path in saved_copy.parent.iterdir()] == ["saved"]
+
+
+def test_a_folder_of_something_else_is_refused(kept: Path, tmp_path: Path) -> None:
+    model = MTPModel.from_pretrained(kept / "saved")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="mine is there and was not written by mtp export: .* Choose another folder."):
+        model.save_pretrained(tmp_path / "mine")
+    assert files_of(tmp_path / "mine") == {"thesis.txt": b"years of work"}
+    with pytest.raises(RunError, match=r"thesis.txt is a file. Choose a folder"):
+        model.save_pretrained(tmp_path / "mine" / "thesis.txt")
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+    assert set(files_of(tmp_path / "empty")) == FILES
+
+
+@pytest.mark.parametrize("place", ["save_file", "card", "os.replace"])
+@pytest.mark.parametrize("new", [True, False])
+def test_a_write_that_fails_leaves_what_was_there(
+    saved_copy: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, place: str, new: bool
+) -> None:
+    model, before = MTPModel.from_pretrained(kept / "saved"), files_of(saved_copy)
+    folder = saved_copy.parent / "new" if new else saved_copy
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    holder = exporting.os if place == "os.replace" else exporting
+    monkeypatch.setattr(holder, place.removeprefix("os."), fail)
+    with pytest.raises(RunError, match="can't be written: disk full. Choose another folder or make room."):
+        model.save_pretrained(folder)
+    assert files_of(saved_copy) == before and [path.name for path in saved_copy.parent.iterdir()] == ["saved"]
+
+
+def test_a_base_without_a_name(tmp_path: Path) -> None:
+    from tiny import tiny_model
+
+    model = tiny_model()
+    with pytest.raises(UsageError, match="the base model was not loaded from anywhere: say what it is called"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "saved", base_model="owner/base", revision="main")
+    config = json.loads((tmp_path / "saved" / "mtp_config.json").read_text())
+    assert (config["base_model"], config["revision"]) == ("owner/base", "main")
+    assert config["base"]["vocabulary"] is None

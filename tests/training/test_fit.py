@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mtp fit``, ``validate`` and ``test``: files, logged names, resuming, and what the configuration changes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from command_line import leave_no_trace, mtp, own_cache, read_metrics, write_rows  # noqa: F401 - some are fixtures
+from tiny_run import LAST, label_counts
+from trained_run import NUM_MASKS, STEPS, contents, fit, losses, validations, weights
+
+from mtp_lightning import MTPModel
+from mtp_lightning.modeling.label_counts import LABEL_COUNTS
+from mtp_lightning.training import module
+
+TERMS = ("base", "lcm", "sampler")
+FIGURES = {"ntp_loss", "forced_acceptance_length", "forced_reference", "share_of_reference", "loss"}
+FIGURES |= {f"loss/{term}" for term in TERMS} | {f"accuracy/offset_{o}" for o in range(2, NUM_MASKS + 2)}
+
+
+def test_a_run_folder_and_the_logged_names(trained: Path) -> None:
+    assert set(contents(trained / "run")) == {
+        *("config.yaml", "metrics.csv", "run_id.txt"),
+        *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+    }
+    lines = read_metrics(trained / "run")
+    training, validation = [line for line in lines if "train/loss" in line], validations(trained / "run")
+    assert len(training) == STEPS and len(validation) == STEPS // 2 and len(lines) == 3 * STEPS // 2
+    for line in training:
+        assert set(line) == {"epoch", "step", "train/loss", *(f"train/loss/{term}" for term in TERMS)}
+        assert float(line["train/loss"]) == pytest.approx(sum(float(line[f"train/loss/{term}"]) for term in TERMS), rel=1e-6)
+    for line in validation:
+        assert set(line) == {"epoch", "step", *(f"val/{name}" for name in FIGURES)}
+        forced, reference = float(line["val/forced_acceptance_length"]), float(line["val/forced_reference"])
+        assert reference > 2 and 1 <= forced <= 1 + NUM_MASKS
+        assert float(line["val/share_of_reference"]) == pytest.approx((forced - 1) / (reference - 1))
+
+
+def test_validation_text_and_blocks_are_the_same_every_time(trained: Path) -> None:
+    lines = validations(trained / "run")
+    assert len({line["val/loss"] for line in lines}) == len(lines) > 1  # it trains
+    for name in ("val/ntp_loss", "val/forced_reference"):
+        assert len({line[name] for line in lines}) == 1
+
+
+def test_a_checkpoint_holds_trained_weights_alone(trained: Path, here: Path) -> None:
+    for name in ("best", "last"):
+        path = trained / "run" / "checkpoints" / f"{name}.ckpt"
+        checkpoint = torch.load(path, weights_only=True)
+        model = MTPModel.from_pretrained(str(path))
+        expected = {f"model.{name}": p.shape for name, p in model.trained_parameters()}
+        assert {name: p.shape for name, p in checkpoint["state_dict"].items()} == expected
+        assert not [name for name in expected if ".base." in name and ".lora_" not in name]
+        # Weights and Adam's two moments of each; the rest is settings and the loops' counters.
+        assert path.stat().st_size < 3 * 4 * sum(shape.numel() for shape in expected.values()) + 100_000
+        assert path.stat().st_size < sum(p.numel() * 4 for p in model.parameters()) + 100_000
+    assert checkpoint["global_step"] == STEPS
+
+
+def test_a_checkpoint_counts_the_labels_of_the_masks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of all batches so far, of a resumed run too; one that was written without goes on without what was before."""
+    seen: list[int] = []
+    batches: list[list[int]] = []
+    original = module.count_labels
+
+    def count(counts: torch.Tensor, labels: torch.Tensor) -> None:
+        batches.append(labels[labels >= 0].tolist())
+        seen.extend(batches[-1])
+        original(counts, labels)
+
+    def counted(labels: list[int]) -> list[int]:
+        return [labels.count(token) for token in range(17)]
+
+    monkeypatch.setattr(module, "count_labels", count)
+    assert fit("--trainer.max_steps", 4, "--trainer.accumulate_grad_batches", 2) == 0
+    assert len(batches) == 8 and len(seen) > 500
+    assert label_counts(LAST) == counted(seen)
+    assert MTPModel.from_pretrained(LAST).label_counts.counts.tolist() == counted(seen)  # type: ignore[union-attr]
+    assert fit("--ckpt_path", LAST, "--trainer.max_steps", 6, "--trainer.accumulate_grad_batches", 2) == 0
+    assert len(batches) == 12
+    assert label_counts(LAST) == counted(seen)
+    older = torch.load(LAST, weights_only=True)
+    del older[LABEL_COUNTS]
+    torch.save(older, LAST)
+    assert MTPModel.from_pretrained(LAST).label_counts is None
+    assert mtp("validate", "--config", "config.yaml", "--ckpt_path", LAST) == 0
+    assert mtp("generate", LAST, "--prompt", "one two", "--draft_vocabulary", 4, "--max_new_tokens", 4) == 0
+    seen.clear()
+    assert fit("--ckpt_path", LAST, "--trainer.max_steps", 7, "--trainer.accumulate_grad_batches", 2) == 0
+    assert label_counts(LAST) == counted(seen) and len(batches) == 14
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_and_adds_to_its_figures(run: Path) -> None:
+    before = (run / "metrics.csv").read_text()
+    assert fit("--ckpt_path", LAST, "--trainer.max_steps", 6) == 0
+    assert fit("--trainer.max_steps", 6, "--trainer.logger.save_dir", "whole") == 0
+    assert (run / "metrics.csv").read_text().startswith(before)
+    assert read_metrics(run) == read_metrics(Path("whole"))
+    assert [int(line["step"]) for line in read_metrics(run) if "train/loss" in line] == list(range(6))
+    resumed, whole = weights(LAST), weights("whole/checkpoints/last.ckpt")
+    assert resumed.keys() == whole.keys() and all(resumed[name].equal(whole[name]) for name in whole)
+
+
+def test_the_saved_configuration_alone_is_the_same_run(trained: Path, here: Path) -> None:
+    shutil.copy(trained / "run" / "config.yaml", "saved.yaml")
+    assert mtp("fit", "--config", "saved.yaml") == 0
+    assert contents(here / "run")["metrics.csv"] == contents(trained / "run")["metrics.csv"]
+    assert (here / "run" / "config.yaml").read_text() == Path("saved.yaml").read_text()
+
+
+def test_a_new_run_in_the_same_folder_replaces_the_figures(run: Path) -> None:
+    assert fit("--trainer.max_steps", 1) == 0
+    assert len(losses(run)) == 1
+
+
+def test_a_configuration_without_a_logger_goes_on_in_the_same_folder(here: Path) -> None:
+    config = yaml.safe_load((here / "config.yaml").read_text())
+    del config["trainer"]["logger"]
+    (here / "config.yaml").write_text(yaml.safe_dump(config))
+    assert fit("--ckpt_path", "last", "--trainer.max_steps", 2) == 0
+    assert fit("--ckpt_path", "last", "--trainer.max_steps", 3) == 0
+    assert len(losses(here / "lightning_logs")) == 3
+    assert list((here / "lightning_logs").glob("events.out.tfevents.*"))
+    assert not list((here / "lightning_logs").glob("version_*"))
+    assert fit("--trainer.logger", "false", "--trainer.max_steps", 1) == 0
+    assert len(losses(here / "lightning_logs")) == 3
+
+
+def test_validate_and_test_give_the_figures_of_the_last_validation(run: Path, capsys) -> None:
+    before, configuration = validations(run)[-1], (run / "config.yaml").read_text()
+    figures = {name: value for name, value in before.items() if name.startswith("val/")}
+    for command, prefix in (("validate", "val/"), ("test", "test/")):
+        options = ["--ckpt_path", LAST, "--data.test", "validation.jsonl"]
+        assert mtp(command, "--config", "config.yaml", *options) == 0
+        out = capsys.readouterr().out
+        expected = {name.replace("val/", prefix): value for name, value in figures.items()}
+        assert all(name in out for name in expected)
+        line = read_metrics(run)[-1]
+        assert {name: value for name, value in line.items() if "/" in name} == expected
+    assert validations(run)[-2] == before and len(losses(run)) == STEPS  # nothing of the training is lost
+    assert (run / "config.yaml").read_text() == configuration
+
+
+def test_a_standard_lora_moves_the_ntp_loss(here: Path) -> None:
+    assert fit("--model.lora.gated", "false") == 0
+    assert len({line["val/ntp_loss"] for line in validations(here / "run")}) == STEPS // 2
+
+
+def test_without_sampler_head(here: Path, capsys) -> None:
+    assert fit("--model.sampler_head", "false", "--trainer.max_steps", 2) == 0
+    assert "train/loss/sampler" not in read_metrics(here / "run")[0]
+    assert not [name for name in weights(LAST) if "sampler" in name]
+    assert mtp("generate", LAST, "--prompt", "one", "--max_new_tokens", 3) == 0
+
+
+def test_accumulated_batches_are_one_large_batch(here: Path) -> None:
+    # Packed rows are not sorted by length, so that two batches of 2 are one of 4. Adam would hide a factor.
+    options = ["--model.dtype", "float64", "--model.optimizer.class_path", "torch.optim.SGD", "--trainer.max_steps", 2]
+    options += ["--data.packing", "true", "--data.max_length", 64]
+    assert fit(*options, "--trainer.logger.save_dir", "large") == 0
+    options += ["--data.batch_size", 2, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 4]
+    assert fit(*options, "--trainer.logger.save_dir", "accumulated") == 0
+    large, accumulated = weights("large/checkpoints/last.ckpt"), weights("accumulated/checkpoints/last.ckpt")
+    assert large.keys() == accumulated.keys()
+    for name in large:
+        torch.testing.assert_close(accumulated[name], large[name], rtol=1e-8, atol=1e-10)
+
+
+def test_gradient_checkpointing_changes_nothing(here: Path) -> None:
+    options = ["--model.dtype", "float64", "--trainer.max_steps", 2, "--trainer.logger.save_dir"]
+    assert fit("--model.gradient_checkpointing", "true", *options, "recomputed") == 0
+    assert fit("--model.gradient_checkpointing", "false", *options, "stored") == 0
+    stored, recomputed = weights("stored/checkpoints/last.ckpt"), weights("recomputed/checkpoints/last.ckpt")
+    for name in stored:
+        torch.testing.assert_close(recomputed[name], stored[name], rtol=1e-8, atol=1e-10)
+
+
+def test_a_loss_and_a_head_from_the_current_folder(here: Path, capsys) -> None:
+    (here / "my_losses.py").write_text(
+        "import torch\nimport torch.nn.functional as F\nfrom mtp_lightning.losses import SamplerCrossEntropy\n\n\n"
+        "class Focal(SamplerCrossEntropy):\n"
+        "    def per_position(self, logits, targets):\n"
+        "        loss = F.cross_entropy(logits, targets.labels, reduction='none')\n"
+        "        return (1 - torch.exp(-loss)) ** 2 * loss\n"
+    )
+    (here / "my_heads.py").write_text(
+        "from torch import nn\nfrom mtp_lightning.sampler_heads import SamplerHead\n\n\n"
+        "class Added(SamplerHead):\n"
+        "    def __init__(self, bias: bool = True):\n"
+        "        super().__init__()\n"
+        "        self.bias = bias\n\n"
+        "    def build(self, width):\n"
+        "        self.layer = nn.Linear(width, width, self.bias)\n\n"
+        "    def forward(self, hidden, previous):\n"
+        "        return hidden + self.layer(previous)\n\n"
+        "    def step(self, hidden, previous, state):\n"
+        "        return self(hidden, previous), None\n"
+    )
+    head = ["--model.sampler_head.class_path", "my_heads.Added", "--model.sampler_head.bias", "false"]
+    both = ["--model.losses.plain.class_path", "SamplerCrossEntropy", "--model.losses.focal.class_path", "my_losses.Focal"]
+    assert fit(*head, *both, "--model.losses.focal.weight", 0.5, "--trainer.max_steps", 2) == 0
+    line = read_metrics(here / "run")[0]
+    plain, focal = float(line["train/loss/plain"]), float(line["train/loss/focal"])
+    assert 0 < focal < plain and float(line["train/loss"]) == pytest.approx(plain + 0.5 * focal)
+    assert [name for name in weights(LAST) if "sampler_head" in name] == ["model.sampler_head.layer.weight"]
+    assert "best checkpoint: run/checkpoints/best.ckpt\ntry it: mtp generate " in capsys.readouterr().out
+    assert mtp("generate", LAST, "--prompt", "one", "--max_new_tokens", 3) == 0
+    assert capsys.readouterr().out.startswith("one")
+
+
+def test_a_share_without_reference_is_no_number(here: Path) -> None:
+    write_rows(here / "short.jsonl", [{"input_ids": [9, 10]}])  # a block needs an anchor after its start
+    assert fit("--data.validation", "short.jsonl", "--trainer.max_steps", 2) == 0
+    assert math.isnan(float(validations(here / "run")[0]["val/share_of_reference"]))
