@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["MTPDataModule", "MTPModel", "MTPModule", "__version__"]
 
-_HOMES = {"MTPDataModule": "data", "MTPModel": "model", "MTPModule": "module"}
+_HOMES = {"MTPDataModule": "data", "MTPModel": "model", "MTPModule": "training.module"}
 
 
 def __getattr__(name: str) -> Any:
