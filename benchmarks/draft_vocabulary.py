@@ -75,7 +75,7 @@ def main() -> None:
             seed=0,
             draft_vocabulary=size,
         )
-        found = summarise(evaluate_prompts(model, prompts, options, check=len(prompts)))
+        found = summarise(evaluate_prompts(model, prompts, options, num_lossless=len(prompts)))
         groups = {**found["domains"], "overall": found["overall"]}
         if not results:
             print(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hashes of what a change that should alter no number must leave as it is: run before and after, and compare.
 
-``python benchmarks/same_bits.py`` prints three hashes: losses and final weights of 20 seeded steps of configs/demo.yaml; then
-texts, steps and accepted drafts with a fixed number of masks, quadratic and linear, greedy and sampled, in float64 and float32;
-then the acceptance table of ``mtp benchmark``. ``--checkpoint FILE`` decodes with a checkpoint that is at hand, so that both
-trees decode with the same weights and some drafts are right. Only the command line is used, so that any version can be asked.
-One thread: the order of sums is then fixed.
+``python benchmarks/same_bits.py`` prints three hashes: losses and final weights of 20 seeded steps of
+configs/demo.yaml; then texts, steps and accepted drafts with a fixed number of masks, quadratic and linear, greedy and
+sampled, in float64 and float32; then the acceptance table of ``mtp benchmark``. ``--checkpoint FILE`` decodes with a
+checkpoint that is at hand, so that both trees decode with the same weights and some drafts are right. Only the command
+line is used, so that any version can be asked. One thread: the order of sums is then fixed.
 """
 
 from __future__ import annotations

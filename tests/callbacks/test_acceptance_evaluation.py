@@ -197,7 +197,7 @@ def test_with_shards_all_processes_time_the_same_prompts(
         timed.append([len(prompt.input_ids) for prompt in chosen])
         return [1.5] * len(chosen)
 
-    monkeypatch.setattr(acceptance_evaluation, "speed_pairs", pairs)
+    monkeypatch.setattr(acceptance_evaluation, "paired_speed_ups", pairs)
     monkeypatch.setattr(MTPNetwork, "is_sharded", True)
     callback._evaluate(trainer, module)
     assert len(timed) == 1 and [r.prompt_index for r in callback.results] == list(range(len(callback.loaded)))

@@ -21,7 +21,7 @@ from mtp_lightning.decoding.loop import DecodingOptions
 from mtp_lightning.decoding.noise import TOKEN_STREAM, gumbel_noise, noise_keys
 from mtp_lightning.errors import UsageError
 from mtp_lightning.evaluation import acceptance, losslessness
-from mtp_lightning.evaluation.acceptance import PromptResult, evaluate_prompts, share, speed_pairs, summarise
+from mtp_lightning.evaluation.acceptance import PromptResult, evaluate_prompts, paired_speed_ups, summarise
 from mtp_lightning.evaluation.losslessness import Difference
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
@@ -74,9 +74,9 @@ def test_drafted_per_step_near_every_limit(
 
 
 def test_the_first_prompts_of_each_domain_are_checked(model: MTPModel) -> None:
-    results = evaluate_prompts(model, PROMPTS, OPTIONS, check=1)
+    results = evaluate_prompts(model, PROMPTS, OPTIONS, num_lossless=1)
     assert [r.lossless for r in results] == [True, None, True, None, None]
-    assert all(r.lossless for r in evaluate_prompts(model, PROMPTS, OPTIONS, check=9))
+    assert all(r.lossless for r in evaluate_prompts(model, PROMPTS, OPTIONS, num_lossless=9))
 
 
 @pytest.mark.parametrize("max_steps", [None, 3])
@@ -85,7 +85,7 @@ def test_a_lossy_decoder_is_caught(model: MTPModel, max_steps: int | None, monke
     # Every draft is believed.
     monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, *others: torch.full((len(draft),), draft.shape[1]))
     options = replace(OPTIONS, max_steps=max_steps)
-    results = evaluate_prompts(model, PROMPTS, options, check=9)
+    results = evaluate_prompts(model, PROMPTS, options, num_lossless=9)
     assert not all(r.lossless for r in results)
     for r, prompt, text in zip(results, PROMPTS, expected, strict=True):
         got = [t for step in decoding.decode(model, torch.tensor(prompt.input_ids), options) for t in step.tokens]
@@ -101,7 +101,7 @@ def test_a_lossy_decoder_is_caught(model: MTPModel, max_steps: int | None, monke
 def test_a_text_that_stops_too_early_is_caught(model: MTPModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = acceptance.decode
     monkeypatch.setattr(acceptance, "decode", lambda *arguments: list(whole(*arguments))[:2])
-    (r,) = evaluate_prompts(model, PROMPTS[:1], OPTIONS, check=1)
+    (r,) = evaluate_prompts(model, PROMPTS[:1], OPTIONS, num_lossless=1)
     assert r.lossless is False and r.difference is not None
     assert (r.difference.position, r.difference.got) == (r.num_tokens, None)
 
@@ -110,7 +110,7 @@ def test_a_text_that_stops_too_early_is_caught(model: MTPModel, monkeypatch: pyt
 def test_the_model_that_verifies_is_the_reference(gated: bool) -> None:
     # A standard LoRA changes next tokens: the text is then that of base and LoRA together.
     model = tiny_model(lora=LoRA(rank=4, gated=gated))
-    results = evaluate_prompts(model, PROMPTS, OPTIONS, check=9)
+    results = evaluate_prompts(model, PROMPTS, OPTIONS, num_lossless=9)
     assert all(r.lossless for r in results)
     text = greedy_text(model.base, torch.tensor(PROMPTS[0].input_ids), 20)
     tokens = [t for step in decoding.decode(model, torch.tensor(PROMPTS[0].input_ids), OPTIONS) for t in step.tokens]
@@ -125,13 +125,11 @@ def test_the_model_that_verifies_is_the_reference(gated: bool) -> None:
 
 @pytest.mark.parametrize("world", [2, 7])
 def test_shares_make_the_whole(model: MTPModel, world: int) -> None:
-    assert sorted(i for rank in range(world) for i in share(5, rank, world)) == list(range(5))
-
     def counted(results: list[PromptResult]) -> dict[str, Any]:
         return summarise(r._replace(seconds=0.0, speed_up=r.speed_up and 1.0) for r in results)
 
     def evaluated(rank: int, world: int) -> list[PromptResult]:
-        return evaluate_prompts(model, PROMPTS, OPTIONS, check=1, timed=3, rank=rank, world=world)
+        return evaluate_prompts(model, PROMPTS, OPTIONS, num_lossless=1, num_speed_pairs=3, rank=rank, world_size=world)
 
     parts = [evaluated(rank, world) for rank in reversed(range(world))]
     assert counted(sum(parts, [])) == counted(evaluated(0, 1))
@@ -139,7 +137,7 @@ def test_shares_make_the_whole(model: MTPModel, world: int) -> None:
 
 
 def test_timed_prompts_are_taken_evenly(model: MTPModel) -> None:
-    results = evaluate_prompts(model, PROMPTS, OPTIONS, timed=3)
+    results = evaluate_prompts(model, PROMPTS, OPTIONS, num_speed_pairs=3)
     assert [r.prompt_index for r in results if r.speed_up is not None] == [0, 1, 2]
 
 
@@ -159,7 +157,9 @@ def test_speed_pairs_are_interleaved_and_of_equal_length(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(acceptance, "decode", decode)
     monkeypatch.setattr(acceptance, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    ratios = speed_pairs(None, [Prompt("", [1], ""), Prompt("", [4], "")], DecodingOptions(max_new_tokens=50, max_steps=3))  # type: ignore[arg-type]
+    ratios = paired_speed_ups(
+        None, [Prompt("", [1], ""), Prompt("", [4], "")], DecodingOptions(max_new_tokens=50, max_steps=3)
+    )  # type: ignore[arg-type]
     assert ratios == [2.0, 0.5]
     warm_up = [(1, "quadratic", 16), (1, "autoregressive", 16)]
     assert calls == [

@@ -12,10 +12,11 @@ import pytest
 from prompt_results import result
 from rich.console import Console
 
-from mtp_lightning.evaluation import acceptance_report
+from mtp_lightning.evaluation import reporting
 from mtp_lightning.evaluation.acceptance import summarise
-from mtp_lightning.evaluation.acceptance_report import print_table, save_json, save_plot
+from mtp_lightning.evaluation.acceptance_report import print_table, save_plot
 from mtp_lightning.evaluation.losslessness import Difference
+from mtp_lightning.evaluation.reporting import save_json
 from mtp_lightning.saving.model_card import acceptance_text, card_figures
 
 
@@ -57,7 +58,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(acceptance_report.os, "replace", fail)
+    monkeypatch.setattr(reporting.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_json({"a": 2}, path)
     assert json.loads(path.read_text()) == {"a": 1}

@@ -22,7 +22,7 @@ from toy_tokenizers import word_tokenizer
 from mtp_lightning.decoding import step as decoding_step
 from mtp_lightning.decoding.loop import DecodingOptions
 from mtp_lightning.evaluation import benchmark
-from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, decode_batch, order, settings_of
+from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, decode_batch, grid_settings, order
 from mtp_lightning.evaluation.benchmark_report import markdown, save_benchmark_plot
 from mtp_lightning.evaluation.benchmark_speed import (
     AUTOREGRESSIVE,
@@ -30,9 +30,9 @@ from mtp_lightning.evaluation.benchmark_speed import (
     TRANSFORMERS,
     Timed,
     bare,
-    contenders,
-    groups,
-    speed,
+    batches_by_domain,
+    measure_speed,
+    speed_systems,
 )
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA, lora_layers
@@ -54,7 +54,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> MTPModel:
 @pytest.mark.parametrize("batch_size", [1, 2, 9])
 def test_the_grid_against_plain_loops(model: MTPModel, batch_size: int) -> None:
     told: list[tuple[str, int, int]] = []
-    settings = settings_of(model, ["quadratic", "linear"], [True, False], [1, 2, 3])
+    settings = grid_settings(model, ["quadratic", "linear"], [True, False], [1, 2, 3])
     assert [tuple(each) for each in settings] == [
         (decoding, False, masks) for decoding in ("quadratic", "linear") for masks in (1, 2, 3)
     ]
@@ -115,7 +115,7 @@ def test_a_stop_text_ends_every_text_alike(batch_size: int) -> None:
         ends.append(next((i + 1 for i in range(20) if "two" in words[i]), 20))
         found += ends[-1] < 20
     assert found and len(set(ends)) > 1
-    for setting in settings_of(model, ["quadratic", "linear"], [True], [1, 3]):
+    for setting in grid_settings(model, ["quadratic", "linear"], [True], [1, 3]):
         options = DecodingOptions(setting.decoding, setting.num_masks, max_new_tokens=20)
         out = decode_batch(model, prompts, options, "two")
         assert [len(tokens) for tokens in out.tokens] == ends
@@ -123,7 +123,7 @@ def test_a_stop_text_ends_every_text_alike(batch_size: int) -> None:
     grid = acceptance_grid(model, prompts, [Setting("quadratic", True, 3)], OPTIONS, batch_size, stop="two")
     assert grid["settings"][0]["overall"]["lossless"]["equal"] == 4
     assert grid["texts"]["overall"]["num_tokens"] == sum(ends)
-    assert list(contenders(model, OPTIONS, [3], 1, "two")) == [AUTOREGRESSIVE, "quadratic, sampler head, 3 masks"]
+    assert list(speed_systems(model, OPTIONS, [3], 1, "two")) == [AUTOREGRESSIVE, "quadratic, sampler head, 3 masks"]
 
 
 def test_the_table_names_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +173,9 @@ def test_rounds_are_interleaved_and_ratios_paired() -> None:
 
         return decode
 
-    batches = groups(PROMPTS, 1, 4)
+    batches = batches_by_domain(PROMPTS, 1, 4)
     assert [batch[0].domain for batch in batches] == ["code", "maths", "code", "maths"]
-    found = speed({name: contender(name) for name in seconds}, batches, 20)
+    found = measure_speed({name: contender(name) for name in seconds}, batches, 20)
     json.dumps(found, allow_nan=False)
     names = list(seconds)
     assert [name for name, _, _ in calls] == [*names, *names, *names[1:], names[0], names[2], *names[:2], *names]
@@ -195,17 +195,21 @@ def test_rounds_are_interleaved_and_ratios_paired() -> None:
 
 
 def test_groups_are_of_one_domain() -> None:
-    assert [[p.domain for p in batch] for batch in groups(PROMPTS, 2, 9)] == [["code"] * 2, ["maths"] * 2, ["code"]]
-    assert groups(PROMPTS, 2, 0) == []
+    assert [[p.domain for p in batch] for batch in batches_by_domain(PROMPTS, 2, 9)] == [
+        ["code"] * 2,
+        ["maths"] * 2,
+        ["code"],
+    ]
+    assert batches_by_domain(PROMPTS, 2, 0) == []
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_contenders_write_the_same_text(batch_size: int) -> None:
     model = tiny_model(sampler_head=GRUSamplerHead(8), eos_token_id=[3, 52])
     prompts = [Prompt("", [9, 10, 11], ""), Prompt("", [5, 6, 7, 8, 9], "")][:batch_size]
-    field = contenders(model, OPTIONS, [1, 3, "auto"], batch_size)
+    field = speed_systems(model, OPTIONS, [1, 3, "auto"], batch_size)
     ours = [f"quadratic, sampler head, {masks}" for masks in ("1 mask", "3 masks", "auto", "auto without prompt lookup")]
-    alone = contenders(model, replace(OPTIONS, prompt_lookup=False), [3, "auto"], batch_size)
+    alone = speed_systems(model, replace(OPTIONS, prompt_lookup=False), [3, "auto"], batch_size)
     assert list(alone)[-2:] == [ours[1], ours[3]]
     assert list(field) == [AUTOREGRESSIVE, TRANSFORMERS, *([LOOKUP] if batch_size == 1 else []), *ours]
     expected = [greedy_text(model.base, torch.tensor(prompt.input_ids), 20) for prompt in prompts]
@@ -214,7 +218,7 @@ def test_contenders_write_the_same_text(batch_size: int) -> None:
         timed = run_one(prompts, 20)
         assert timed.texts == expected and timed.seconds > 0
         assert timed.num_tokens == sum(map(len, expected))
-    assert list(contenders(model, DecodingOptions(temperature=1.0), [2], 1)) == [
+    assert list(speed_systems(model, DecodingOptions(temperature=1.0), [2], 1)) == [
         AUTOREGRESSIVE,
         "quadratic, sampler head, 2 masks",
     ]
@@ -222,7 +226,7 @@ def test_contenders_write_the_same_text(batch_size: int) -> None:
 
 def test_texts_that_are_timed_are_whole_whatever_max_steps_says() -> None:
     model = tiny_model(sampler_head=GRUSamplerHead(8))
-    field = contenders(model, DecodingOptions(max_new_tokens=20, max_steps=2), [2], 1)
+    field = speed_systems(model, DecodingOptions(max_new_tokens=20, max_steps=2), [2], 1)
     assert len({str(run_one(PROMPTS[:1], 20).texts) for run_one in field.values()}) == 1
 
 
@@ -240,7 +244,7 @@ def test_transformers_is_timed_without_our_layers(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         model.base, "generate", lambda *a, **b: seen.append(len(lora_layers(model.base))) or generate(*a, **b)
     )
-    contenders(model, OPTIONS, [], 1)[TRANSFORMERS]([PROMPTS[0]], 4)
+    speed_systems(model, OPTIONS, [], 1)[TRANSFORMERS]([PROMPTS[0]], 4)
     assert seen == [0]
 
 
@@ -251,7 +255,7 @@ def test_transformers_is_timed_without_our_layers(monkeypatch: pytest.MonkeyPatc
 def report() -> dict[str, Any]:
     model = tiny_model(sampler_head=GRUSamplerHead(8))
     prompts = [Prompt("", [9 + i, 10], domain) for i, domain in enumerate(["code", "maths", "code"])]
-    settings = settings_of(model, ["quadratic", "linear"], [True, False], [1, 2, 3])
+    settings = grid_settings(model, ["quadratic", "linear"], [True, False], [1, 2, 3])
     options = DecodingOptions(max_new_tokens=9)
     made: dict[str, Any] = {
         "model": "a model",
@@ -263,7 +267,7 @@ def report() -> dict[str, Any]:
         "torch": "0",
         "threads": 1,
         **acceptance_grid(model, prompts, settings, options),
-        "speed": speed(contenders(model, options, [1], 1), groups(prompts, 1, 2), 6),
+        "speed": measure_speed(speed_systems(model, options, [1], 1), batches_by_domain(prompts, 1, 2), 6),
     }
     json.dumps(made, allow_nan=False)
     return made

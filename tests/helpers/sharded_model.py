@@ -22,7 +22,7 @@ OPTIONS = DecodingOptions(num_masks=3, max_new_tokens=20)  # a number: what pays
 
 
 def decoded(model: MTPModel, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
-    results = evaluate_prompts(model, PROMPTS, OPTIONS, check=2, rank=rank, world=world)
+    results = evaluate_prompts(model, PROMPTS, OPTIONS, num_lossless=2, rank=rank, world_size=world)
     return [{name: value for name, value in r._asdict().items() if name != "seconds"} for r in results]
 
 

@@ -17,8 +17,9 @@ from mtp_lightning.callbacks.throughput import pause_clocks
 from mtp_lightning.decoding.lockstep import in_step
 from mtp_lightning.decoding.loop import Decoding, DecodingOptions
 from mtp_lightning.errors import UsageError
-from mtp_lightning.evaluation.acceptance import Progress, PromptResult, evaluate_prompts, speed_pairs, summarise
-from mtp_lightning.evaluation.acceptance_report import print_notes, print_table, save_json, save_plot
+from mtp_lightning.evaluation.acceptance import Progress, PromptResult, evaluate_prompts, paired_speed_ups, summarise
+from mtp_lightning.evaluation.acceptance_report import print_notes, print_table, save_plot
+from mtp_lightning.evaluation.reporting import save_json
 from mtp_lightning.text.prompts import Prompt, round_robin
 from mtp_lightning.training.distributed import run_folder
 
@@ -142,10 +143,10 @@ class AcceptanceEvaluation(DecodingCallback):
                 self.loaded,
                 self.options,
                 self._progress(trainer),
-                check=self.num_lossless,
-                timed=0 if together else self.num_speed_pairs,
+                num_lossless=self.num_lossless,
+                num_speed_pairs=0 if together else self.num_speed_pairs,
                 rank=trainer.global_rank,
-                world=trainer.world_size,
+                world_size=trainer.world_size,
             )
         self.results = gather_results(mine)
         if together and self.num_speed_pairs:  # of one text at a time: another process's steps would be in the timing
@@ -220,7 +221,7 @@ def with_speed_pairs(
     """
     by_index = {result.prompt_index: result for result in results}
     timed = round_robin([prompt.domain for prompt in prompts])[:count]
-    for index, ratio in zip(timed, speed_pairs(model, [prompts[i] for i in timed], options), strict=True):
+    for index, ratio in zip(timed, paired_speed_ups(model, [prompts[i] for i in timed], options), strict=True):
         by_index[index] = by_index[index]._replace(speed_up=ratio)
     return [by_index[index] for index in sorted(by_index)]
 

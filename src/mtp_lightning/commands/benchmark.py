@@ -18,10 +18,10 @@ from mtp_lightning.commands.arguments import DecodingArguments, OneLineParser
 from mtp_lightning.decoding.limits import trained_masks
 from mtp_lightning.decoding.loop import Decoding, DecodingOptions
 from mtp_lightning.errors import RunError, UsageError, os_reason
-from mtp_lightning.evaluation.acceptance_report import save_json, write_whole
-from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, settings_of
+from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, grid_settings
 from mtp_lightning.evaluation.benchmark_report import markdown, save_benchmark_plot
-from mtp_lightning.evaluation.benchmark_speed import contenders, groups, speed
+from mtp_lightning.evaluation.benchmark_speed import batches_by_domain, measure_speed, speed_systems
+from mtp_lightning.evaluation.reporting import save_json, write_atomically
 from mtp_lightning.model import MTPModel
 from mtp_lightning.paths import obstacle
 from mtp_lightning.text.prompts import read_prompts
@@ -126,19 +126,19 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         **acceptance_grid(model, prompts, settings, options, config.batch_size, told, arguments.stop),
         "speed": None,
     }
-    batches = groups(prompts, config.batch_size, config.speed_rounds)
+    batches = batches_by_domain(prompts, config.batch_size, config.speed_rounds)
     if batches:
         chosen = _speed_options(model, config, options)
         masks = [each.num_masks for each in settings if each[:2] == (chosen.decoding, chosen.sampler_head)]
         masks += ["auto"] if config.num_masks is None else []
-        field = contenders(model, chosen, masks, config.batch_size, arguments.stop)
-        report["speed"] = speed(field, batches, options.max_new_tokens, told)
+        systems = speed_systems(model, chosen, masks, config.batch_size, arguments.stop)
+        report["speed"] = measure_speed(systems, batches, options.max_new_tokens, told)
     text = markdown(report)
     # Printed first: should the disk be full by now, what was measured is not lost.
     print(json.dumps(report, ensure_ascii=False) if config.json else text, end="\n" if config.json else "", flush=True)
     try:
         save_json(report, folder / "benchmark.json")
-        write_whole(folder / "benchmark.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_atomically(folder / "benchmark.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
         save_benchmark_plot(report, folder / "benchmark.png")
     except OSError as error:
         raise RunError(
@@ -151,8 +151,8 @@ def _settings(model: MTPModel, config: Any) -> list[Setting]:
     heads = [True, False] if config.sampler_head is None else [config.sampler_head]
     if config.num_masks is not None:
         trained_masks(model, DecodingOptions(num_masks=config.num_masks))  # what is wrong shows before anything is decoded
-        return settings_of(model, decodings, heads, [config.num_masks])
-    return settings_of(model, decodings, heads, range(1, model.num_masks + 1))
+        return grid_settings(model, decodings, heads, [config.num_masks])
+    return grid_settings(model, decodings, heads, range(1, model.num_masks + 1))
 
 
 def _speed_options(model: MTPModel, config: Any, options: DecodingOptions) -> DecodingOptions:

@@ -57,20 +57,15 @@ class _Decoded(NamedTuple):
     seconds: float
 
 
-def share(count: int, rank: int, world: int) -> range:
-    """Which of ``count`` prompts a process takes: every ``world``-th, beginning with its own number."""
-    return range(rank, count, world)
-
-
 def evaluate_prompts(
     model: MTPNetwork,
     prompts: Sequence[Prompt],
     options: DecodingOptions,
     progress: Progress | None = None,
-    check: int = 0,
-    timed: int = 0,
+    num_lossless: int = 0,
+    num_speed_pairs: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
 ) -> list[PromptResult]:
     """Decode this process's share of the prompts.
 
@@ -79,25 +74,25 @@ def evaluate_prompts(
         prompts: all prompts, the same in every process.
         options: how to decode.
         progress: called after each prompt.
-        check: the first so many prompts of each domain are compared with autoregressive decoding by the same model.
-        timed: so many prompts, evenly from the domains, are timed against autoregressive decoding.
-        rank: number of this process.
-        world: number of processes.
+        num_lossless: prompts of each domain whose text is compared with autoregressive decoding.
+        num_speed_pairs: prompts, evenly from the domains, that are timed against autoregressive decoding.
+        rank: rank of this process.
+        world_size: number of processes.
 
     Returns:
         One result for each prompt of the share.
     """
     domains = [prompt.domain for prompt in prompts]
-    checked = {index for index in range(len(prompts)) if domains[:index].count(domains[index]) < check}
-    mine = share(len(prompts), rank, world)
+    checked = {index for index in range(len(prompts)) if domains[:index].count(domains[index]) < num_lossless}
+    mine = range(rank, len(prompts), world_size)
     results = {}
     prepare(model, options)
     for done, index in enumerate(mine, 1):
         results[index] = _evaluate(model, index, prompts[index], options, index in checked)
         if progress is not None:
             progress(done, len(mine))
-    pairs = [index for index in round_robin(domains)[:timed] if index in mine]
-    for index, ratio in zip(pairs, speed_pairs(model, [prompts[i] for i in pairs], options), strict=True):
+    pairs = [index for index in round_robin(domains)[:num_speed_pairs] if index in mine]
+    for index, ratio in zip(pairs, paired_speed_ups(model, [prompts[i] for i in pairs], options), strict=True):
         results[index] = results[index]._replace(speed_up=ratio)
     return list(results.values())
 
@@ -135,7 +130,7 @@ def _decode(model: MTPNetwork, prompt: Prompt, options: DecodingOptions) -> _Dec
     )
 
 
-def speed_pairs(model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions) -> list[float]:
+def paired_speed_ups(model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions) -> list[float]:
     """Speed-up on each prompt: decode, decode autoregressively to the same length, and so on, after a short warm-up.
 
     Args:

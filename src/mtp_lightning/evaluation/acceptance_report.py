@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from mtp_lightning.evaluation.reporting import write_atomically
 from mtp_lightning.metrics.functional import NON_REPEATING
 
 if TYPE_CHECKING:
@@ -93,17 +92,6 @@ def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def save_json(data: Any, path: Path) -> None:
-    """Write JSON; the file is whole at any time.
-
-    Args:
-        data: what to write.
-        path: the file.
-    """
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
 def save_plot(summary: dict[str, Any], path: Path, title: str = "Tokens gained per step") -> None:
     """Draw acceptance length by domain, and how much of a draft is kept; the file is whole at any time.
 
@@ -124,7 +112,7 @@ def save_plot(summary: dict[str, Any], path: Path, title: str = "Tokens gained p
     _draw_kept(right, groups)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 
 
 def _draw_lengths(axes: Axes, groups: dict[str, dict[str, Any]]) -> None:
@@ -182,19 +170,3 @@ def _draw_kept(axes: Axes, groups: dict[str, dict[str, Any]]) -> None:
     axes.set_title("How much of a draft is kept", fontsize=11)
     axes.legend(framealpha=0.9, edgecolor="none", fontsize=9, ncols=1 if len(groups) <= 8 else 2)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and then rename it, so that it is whole at any time.
-
-    Args:
-        path: the file; its folder is made.
-        write: writes to the path that it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -100,7 +100,7 @@ def decode_batch(
     return out._replace(seconds=time.perf_counter() - begin)
 
 
-def settings_of(
+def grid_settings(
     model: MTPNetwork, decodings: Iterable[Decoding], heads: Iterable[bool], num_masks: Iterable[int | Literal["auto"]]
 ) -> list[Setting]:
     """All combinations that the model has; without a sampler head there is one drafting head.

@@ -48,7 +48,7 @@ Contender = Callable[[Sequence[Prompt], int], Timed]
 """Decodes a batch of prompts to at most so many tokens each."""
 
 
-def contenders(
+def speed_systems(
     model: MTPNetwork, options: DecodingOptions, num_masks: Sequence[Any], batch_size: int, stop: str | None = None
 ) -> dict[str, Contender]:
     """What takes part: autoregressive decoding, transformers' own loops if they write that text, and speculative decoding.
@@ -140,7 +140,7 @@ def bare(model: MTPNetwork) -> Iterator[None]:
             setattr(parent, name, layer)
 
 
-def groups(prompts: Sequence[Prompt], batch_size: int, count: int) -> list[list[Prompt]]:
+def batches_by_domain(prompts: Sequence[Prompt], batch_size: int, count: int) -> list[list[Prompt]]:
     """Batches of one domain each, evenly from the domains.
 
     Args:
@@ -158,7 +158,7 @@ def groups(prompts: Sequence[Prompt], batch_size: int, count: int) -> list[list[
     return [batches[i] for i in round_robin([batch[0].domain for batch in batches])[:count]]
 
 
-def speed(
+def measure_speed(
     field: dict[str, Contender], batches: Sequence[Sequence[Prompt]], max_new_tokens: int, told: Told | None = None
 ) -> dict[str, Any]:
     """Time all contenders on every batch, in rounds, each round beginning with another one.
