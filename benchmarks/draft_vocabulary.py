@@ -20,7 +20,7 @@ from mtp_lightning import MTPModel
 from mtp_lightning.data.collator import MaskedInputCollator
 from mtp_lightning.data.loader import load_rows
 from mtp_lightning.data.preparing import prepare
-from mtp_lightning.decoding.loop import DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.shortlist import shortlist_size
 from mtp_lightning.evaluation.acceptance import evaluate_prompts, summarise
 from mtp_lightning.modeling.label_counts import LabelCounts, count_labels

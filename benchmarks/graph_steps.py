@@ -18,7 +18,8 @@ from large_shapes import random_model, shape_arguments
 
 from mtp_lightning.decoding.execution.lean import decode_cache, fixed_slots
 from mtp_lightning.decoding.execution.step_runner import USES, GraphRunner, StepRunner
-from mtp_lightning.decoding.loop import DecodingOptions, evaluating
+from mtp_lightning.decoding.loop import evaluating
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_plan import StepPlan, prompt_plan, step_plan
 from mtp_lightning.decoding.token_choice import TokenChoice

@@ -18,7 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_lightning.decoding.execution.lean import decode_cache
-from mtp_lightning.decoding.loop import DecodingOptions, draft_shortlist, evaluating
+from mtp_lightning.decoding.loop import draft_shortlist, evaluating
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import usual_positions
 from mtp_lightning.decoding.planning.draft_record import DraftRecord

@@ -16,7 +16,8 @@ from toy_tokenizers import byte_tokenizer
 
 from mtp_lightning.callbacks import SampleText
 from mtp_lightning.callbacks.sample_text import Span, colour, mark_drafts, plain
-from mtp_lightning.decoding.loop import DecodingOptions, decode
+from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.training.module import MTPModule
 

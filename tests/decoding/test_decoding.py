@@ -25,7 +25,8 @@ from injected_drafts import (
 )
 from tiny import ARCHITECTURES, greedy_text, tiny_base, tiny_model, token_row, tolerance
 
-from mtp_lightning.decoding.loop import DecodingOptions, decode
+from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy
 from mtp_lightning.modeling.masking import build_masked_input

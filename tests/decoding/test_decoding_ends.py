@@ -20,7 +20,7 @@ from injected_drafts import (
 from tiny import CONTEXT, greedy_text, tiny_base, tiny_model, token_row
 
 from mtp_lightning.decoding.limits import end_tokens
-from mtp_lightning.decoding.loop import DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])

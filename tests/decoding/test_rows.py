@@ -16,7 +16,8 @@ from tiny import ARCHITECTURES, CONTEXT, WINDOW, greedy_text, tiny_base, tiny_mo
 from torch import Tensor
 
 from mtp_lightning.decoding import row_cache
-from mtp_lightning.decoding.loop import DecodingOptions, decode, decode_rows
+from mtp_lightning.decoding.loop import decode, decode_rows
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
 from mtp_lightning.model import MTPModel

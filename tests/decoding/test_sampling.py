@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from mtp_lightning.decoding import token_choice
-from mtp_lightning.decoding.loop import DecodingOptions
 from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mtp_lightning.decoding import loop as decoding
 from mtp_lightning.decoding.execution import lean
 from mtp_lightning.decoding.execution.lean import decode_cache
-from mtp_lightning.decoding.limits import named_masks
-from mtp_lightning.decoding.loop import DecodingOptions, decode, draft_shortlist
+from mtp_lightning.decoding.limits import resolve_auto
+from mtp_lightning.decoding.loop import decode, draft_shortlist
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.shortlist import Shortlist, shortlist_size
 from mtp_lightning.decoding.step import Drafts, draft_block
 from mtp_lightning.decoding.token_choice import TokenChoice
@@ -234,7 +235,7 @@ def test_the_usual_size_has_nearly_all_labels() -> None:
 def test_evaluation_names_the_whole_vocabulary() -> None:
     model = tiny_model("llama", 3)
     for asked, named in (("auto", "all"), ("all", "all"), (9, 9)):
-        found = named_masks(model, DecodingOptions(draft_vocabulary=asked))  # type: ignore[arg-type]
+        found = resolve_auto(model, DecodingOptions(draft_vocabulary=asked))  # type: ignore[arg-type]
         assert (found.num_masks, found.draft_vocabulary) == (3, named)
 
 

@@ -16,7 +16,7 @@ from tiny import learn, naive_states, tiny_model
 from torch import Tensor
 
 from mtp_lightning.decoding import step as decoding_step
-from mtp_lightning.decoding.loop import DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead

@@ -17,8 +17,8 @@ from tiny import greedy_text, tiny_model
 
 from mtp_lightning.decoding import loop as decoding
 from mtp_lightning.decoding import step as decoding_step
-from mtp_lightning.decoding.loop import DecodingOptions
 from mtp_lightning.decoding.noise import TOKEN_STREAM, gumbel_noise, noise_keys
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.evaluation import acceptance, losslessness
 from mtp_lightning.evaluation.acceptance import PromptResult, evaluate_prompts, paired_speed_ups, summarise

@@ -11,8 +11,9 @@ from reference_sampling import sampled_text
 from tiny import VOCAB, learn, tiny_base, tiny_model, token_row
 from torch import Tensor
 
-from mtp_lightning.decoding.loop import DecodingOptions, decode_rows
+from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.label_counts import LabelCounts
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_base, tiny_model, token_row
 
 from mtp_lightning.decoding.lockstep import in_step
-from mtp_lightning.decoding.loop import DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation.acceptance import evaluate_prompts
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
 from mtp_lightning.model import MTPModel

@@ -24,7 +24,7 @@ from saved import model_on_disk
 from toy_tokenizers import CHATML, word_tokenizer
 
 from mtp_lightning import MTPModel
-from mtp_lightning.decoding.loop import DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.base import load_base, load_tokenizer
 from mtp_lightning.modeling.gated_lora import LoRA

@@ -20,6 +20,7 @@ from mtp_lightning import MTPModel
 from mtp_lightning.commands import arguments as commands
 from mtp_lightning.decoding import loop as decoding
 from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.step import Drafts
 from mtp_lightning.errors import RunError, UsageError
@@ -195,6 +196,6 @@ def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPa
     record: dict[str, Any] = {}
     with pytest.raises(ZeroDivisionError):  # tokens over no time
         list(commands.stream(fresh(), prompt, commands.DecodingArguments(**options), record))
-    (result,) = acceptance.evaluate_prompts(fresh(), [prompt], decoding.DecodingOptions(**options))
-    batch = benchmark.decode_batch(fresh(), [prompt], decoding.DecodingOptions(**options))
+    (result,) = acceptance.evaluate_prompts(fresh(), [prompt], DecodingOptions(**options))
+    batch = benchmark.decode_batch(fresh(), [prompt], DecodingOptions(**options))
     assert clock.now == 4000.0 and stream.growing.seconds == result.seconds == batch.seconds == 0.0

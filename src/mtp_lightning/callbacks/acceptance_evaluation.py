@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
 from mtp_lightning.callbacks.throughput import pause_clocks
 from mtp_lightning.decoding.lockstep import in_step
-from mtp_lightning.decoding.loop import Decoding, DecodingOptions
+from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.evaluation.acceptance import Progress, PromptResult, evaluate_prompts, paired_speed_ups, summarise
 from mtp_lightning.evaluation.acceptance_report import print_notes, print_table, save_plot

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.console import Console
 
-from mtp_lightning.decoding.limits import named_masks
-from mtp_lightning.decoding.loop import Decoding, DecodingOptions
+from mtp_lightning.decoding.limits import resolve_auto
+from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.text.prompts import Prompt, read_prompts
 
@@ -69,7 +69,7 @@ class DecodingCallback(Callback):
         if stage == "predict":
             return
         module: Any = pl_module
-        self.options = named_masks(module, self.options)
+        self.options = resolve_auto(module, self.options)
         prompts = read_prompts(self.prompts, module.tokenizer, self.num_prompts)
         for prompt in prompts:
             if len(prompt.input_ids) >= module.context:

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
 from mtp_lightning.decoding.lockstep import in_step
-from mtp_lightning.decoding.loop import Decoding, decode
+from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.errors import UsageError
 
 OPEN, CLOSE = "\u27e6", "\u27e7"

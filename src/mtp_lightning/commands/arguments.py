@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from mtp_lightning.commands.parser_messages import clear_message, missing_arguments, required
-from mtp_lightning.decoding.loop import DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 from mtp_lightning.commands.arguments import DecodingArguments, OneLineParser
-from mtp_lightning.decoding.limits import trained_masks
-from mtp_lightning.decoding.loop import Decoding, DecodingOptions
+from mtp_lightning.decoding.limits import resolve_num_masks
+from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.errors import RunError, UsageError, os_reason
 from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, grid_settings
 from mtp_lightning.evaluation.benchmark_report import markdown, save_benchmark_plot
@@ -150,7 +150,7 @@ def _settings(model: MTPModel, config: Any) -> list[Setting]:
     decodings: list[Decoding] = [config.decoding] if config.decoding else ["quadratic", "linear"]
     heads = [True, False] if config.sampler_head is None else [config.sampler_head]
     if config.num_masks is not None:
-        trained_masks(model, DecodingOptions(num_masks=config.num_masks))  # what is wrong shows before anything is decoded
+        resolve_num_masks(model, DecodingOptions(num_masks=config.num_masks))  # fails before anything is decoded
         return grid_settings(model, decodings, heads, [config.num_masks])
     return grid_settings(model, decodings, heads, range(1, model.num_masks + 1))
 

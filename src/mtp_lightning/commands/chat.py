@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.commands.arguments import DecodingArguments, OneLineParser
-from mtp_lightning.decoding.limits import trained_masks
+from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
 from mtp_lightning.model import MTPModel
 from mtp_lightning.paths import resolve
@@ -90,7 +90,7 @@ def conversation(
         UsageError: there is no chat template, a system message that does not fit the context, or a wrong option.
         RunError: the template takes no message.
     """
-    trained_masks(model, arguments.options())  # what is wrong shows before anything is said
+    resolve_num_masks(model, arguments.options())  # what is wrong shows before anything is said
     if model.tokenizer is None:
         raise UsageError("mtp chat needs a tokenizer, and the model was saved without one. Save it with its tokenizer.")
     if template is not None:

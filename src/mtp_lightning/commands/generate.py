@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from mtp_lightning.commands.arguments import DecodingArguments, OneLineParser
-from mtp_lightning.decoding.limits import check_prompt, trained_masks
-from mtp_lightning.decoding.loop import decode_rows, prepare
+from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks
+from mtp_lightning.decoding.loop import calibrate, decode_rows
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
@@ -55,7 +55,7 @@ def _stream_together(
     finished: set[int] = set()
     steps = decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished)
     seconds = 0.0
-    prepare(model, options)
+    calibrate(model, options)
     while len(finished) < len(prompts):
         # Decoding alone is timed, not the text made of it nor what the reader does with it.
         begin = time.perf_counter()
@@ -86,7 +86,7 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
     Raises:
         UsageError: more masks than are trained.
     """
-    trained_masks(model, arguments.options())  # what is wrong shows before anything is printed
+    resolve_num_masks(model, arguments.options())  # what is wrong shows before anything is printed
     seeds = row_seeds(arguments.seed, len(prompts))
     for begin in range(0, len(prompts), arguments.batch_size):
         batch = prompts[begin : begin + arguments.batch_size]

@@ -56,7 +56,7 @@ def generate(
     Raises:
         UsageError: a wrong option or a prompt that does not fit.
     """
-    settings = DecodingOptions.named(options)
+    settings = DecodingOptions.from_kwargs(options)
     check_input_ids(input_ids, attention_mask, model.unembed.vocab_size)
     stop, B = end_tokens(model, settings), input_ids.shape[0]
     seeds = row_seeds(settings.seed, B)

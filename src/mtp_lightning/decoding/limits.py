@@ -30,7 +30,7 @@ def check_prompt(length: int, context: int) -> None:
         )
 
 
-def trained_masks(model: MTPNetwork, options: DecodingOptions) -> int:
+def resolve_num_masks(model: MTPNetwork, options: DecodingOptions) -> int:
     """The largest number of masks J in a block that the options allow.
 
     Args:
@@ -55,7 +55,7 @@ def trained_masks(model: MTPNetwork, options: DecodingOptions) -> int:
     return options.num_masks
 
 
-def named_masks(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions:
+def resolve_auto(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions:
     """The same options with numbers in place of ``auto``: k masks and the whole vocabulary, as the paper's protocol has it.
 
     Args:
@@ -68,7 +68,7 @@ def named_masks(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions:
     Raises:
         UsageError: J outside 1..k.
     """
-    masks = trained_masks(model, options)
+    masks = resolve_num_masks(model, options)
     if options.decoding == "autoregressive":
         return options
     listed = "all" if options.draft_vocabulary == "auto" else options.draft_vocabulary

@@ -20,10 +20,9 @@ from torch import Tensor
 from mtp_lightning.decoding.execution.grouped_attention import grouped
 from mtp_lightning.decoding.execution.lean import decode_cache, fixed_slots
 from mtp_lightning.decoding.execution.step_runner import GraphRunner, StepRunner
-from mtp_lightning.decoding.limits import check_prompt, end_tokens, trained_masks
+from mtp_lightning.decoding.limits import check_prompt, end_tokens, resolve_num_masks
 from mtp_lightning.decoding.noise import row_seeds
-from mtp_lightning.decoding.options import Decoding as Decoding
-from mtp_lightning.decoding.options import DecodingOptions as DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, usual_positions
 from mtp_lightning.decoding.planning.draft_record import DraftRecord
@@ -133,7 +132,7 @@ def decode_rows(
     Raises:
         UsageError: an empty prompt, one that does not fit the context, or a wrong option.
     """
-    J, device, B = trained_masks(model, options), model.base.device, len(prompts)
+    J, device, B = resolve_num_masks(model, options), model.base.device, len(prompts)
     for prompt in prompts:
         check_prompt(len(prompt), model.context)
     seeds = row_seeds(options.seed, B)
@@ -286,7 +285,7 @@ def _filled(going: list[int]) -> list[int]:
 
 
 @torch.inference_mode()
-def prepare(model: MTPNetwork, options: DecodingOptions) -> None:
+def calibrate(model: MTPNetwork, options: DecodingOptions) -> None:
     """Measure what steps cost where ``auto`` will ask for it, so that a clock that starts now does not count it.
 
     Args:
@@ -296,7 +295,7 @@ def prepare(model: MTPNetwork, options: DecodingOptions) -> None:
     Raises:
         UsageError: J outside 1..k.
     """
-    if trained_masks(model, options) and options.num_masks == "auto" and not model.is_sharded:
+    if resolve_num_masks(model, options) and options.num_masks == "auto" and not model.is_sharded:
         with evaluating(model), decode_cache(model).use(model):
             make_budget(model, options, 1, options.compile and GraphRunner.takes(model, options))
 

@@ -134,7 +134,7 @@ class DecodingOptions:
             raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}. Change it.")
 
     @classmethod
-    def named(cls, options: Mapping[str, Any]) -> DecodingOptions:
+    def from_kwargs(cls, options: Mapping[str, Any]) -> DecodingOptions:
         """The options that a call names.
 
         Args:

@@ -25,8 +25,9 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from mtp_lightning.decoding.loop import DecodingOptions, decode_rows
+from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.network import MTPNetwork
 

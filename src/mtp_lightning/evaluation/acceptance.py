@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtp_lightning.decoding.loop import DecodingOptions, decode, prepare
+from mtp_lightning.decoding.loop import calibrate, decode
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation.losslessness import Difference, autoregressive, find_difference
 from mtp_lightning.metrics.functional import NON_REPEATING, kept_by_position, repeated_ngrams, share_of_reference
 from mtp_lightning.modeling.network import MTPNetwork
@@ -86,7 +87,7 @@ def evaluate_prompts(
     checked = {index for index in range(len(prompts)) if domains[:index].count(domains[index]) < num_lossless}
     mine = range(rank, len(prompts), world_size)
     results = {}
-    prepare(model, options)
+    calibrate(model, options)
     for done, index in enumerate(mine, 1):
         results[index] = _evaluate(model, index, prompts[index], options, index in checked)
         if progress is not None:

@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from mtp_lightning.decoding.limits import named_masks
-from mtp_lightning.decoding.loop import Decoding, DecodingOptions, decode_rows, prepare
+from mtp_lightning.decoding.limits import resolve_auto
+from mtp_lightning.decoding.loop import calibrate, decode_rows
 from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.evaluation.acceptance import PromptResult, summarise
 from mtp_lightning.evaluation.losslessness import autoregressive, first_difference
 from mtp_lightning.metrics.functional import repeated_ngrams
@@ -85,7 +86,7 @@ def decode_batch(
     """
     out = BatchText([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts], 0.0)
     finished: set[int] = set()
-    prepare(model, options)
+    calibrate(model, options)
     begin = time.perf_counter()
     # Each step ends by reading its tokens from the device, so no work is left when the clock is read.
     for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished):
@@ -150,7 +151,7 @@ def acceptance_grid(
     for setting in settings:
         chosen = replace(options, decoding=setting.decoding, sampler_head=setting.sampler_head, num_masks=setting.num_masks)
         if setting.num_masks != "auto":
-            chosen = named_masks(model, chosen)
+            chosen = resolve_auto(model, chosen)
         label = f"{setting.family}, {setting.masks}"
         batches = _texts(model, prompts, chosen, batch_size, told, label, stop)
         results[setting] = _results(model, prompts, batches, expected, options, compared)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mtp_lightning.decoding.limits import end_tokens
-from mtp_lightning.decoding.loop import DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation.acceptance import spread
 from mtp_lightning.evaluation.benchmark import Setting, Told, decode_batch, row_seed
 from mtp_lightning.evaluation.losslessness import autoregressive

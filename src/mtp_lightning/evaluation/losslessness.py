@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from mtp_lightning.decoding.loop import DecodingOptions, decode, evaluating
+from mtp_lightning.decoding.loop import decode, evaluating
 from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
 from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.network import MTPNetwork

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtp_lightning.data.chat import end_of_turn
 from mtp_lightning.decoding.limits import end_tokens
-from mtp_lightning.decoding.loop import DecodingOptions
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.network import MTPNetwork

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.limits import end_tokens, trained_masks
-from mtp_lightning.decoding.loop import DecodingOptions, decode, prepare
+from mtp_lightning.decoding.limits import end_tokens, resolve_num_masks
+from mtp_lightning.decoding.loop import calibrate, decode
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.errors import UsageError
 from mtp_lightning.text.prompts import Prompt, encode_prompt, render_messages
@@ -106,7 +107,7 @@ class GrowingText:
             "seconds": self.seconds,
             "tokens_per_second": len(self.tokens) / self.seconds,
             "decoding": self.options.decoding,
-            "num_masks": trained_masks(self.model, self.options),
+            "num_masks": resolve_num_masks(self.model, self.options),
             "finish_reason": self.finish_reason,
         }
 
@@ -169,7 +170,7 @@ class TextStream:
 
     def _run(self, steps: Iterator[Any]) -> Iterator[str]:
         text = self.growing
-        prepare(text.model, text.options)
+        calibrate(text.model, text.options)
         while True:
             # Decoding alone is timed, not the text made of it nor what the reader does with it.
             begin = time.perf_counter()
@@ -216,6 +217,6 @@ def stream_text(
     else:
         ids: list[Any] = prompt.reshape(-1).tolist() if isinstance(prompt, Tensor) else list(prompt)
         given = Prompt(tokenizer.decode(ids), ids, "")
-    settings = DecodingOptions.named(options)
-    trained_masks(model, settings)  # what is wrong shows now, not at the first piece
+    settings = DecodingOptions.from_kwargs(options)
+    resolve_num_masks(model, settings)  # what is wrong shows now, not at the first piece
     return TextStream(model, given, settings, [stop] if isinstance(stop, str) else stop or ())

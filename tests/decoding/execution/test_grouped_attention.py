@@ -13,7 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtp_lightning.decoding.execution import grouped_attention
 from mtp_lightning.decoding.execution.grouped_attention import gains, grouped
-from mtp_lightning.decoding.loop import DecodingOptions, decode
+from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.modeling.attention import GROUPED_SDPA
 
 

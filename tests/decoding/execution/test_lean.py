@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from mtp_lightning.decoding.execution.draft_chain import DraftChain, GRUChain, MLPChain, unrolled
 from mtp_lightning.decoding.execution.lean import decode_cache, is_plain
 from mtp_lightning.decoding.execution.packed_linear import packed_dtypes
-from mtp_lightning.decoding.loop import DecodingOptions, decode
+from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA, lora_layers
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead

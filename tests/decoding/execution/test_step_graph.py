@@ -27,7 +27,8 @@ from mtp_lightning.decoding import step as decoding_step
 from mtp_lightning.decoding.execution import step_graph, step_runner
 from mtp_lightning.decoding.execution.lean import decode_cache, fixed_slots
 from mtp_lightning.decoding.execution.step_graph import StepGraph, recorded
-from mtp_lightning.decoding.loop import DecodingOptions, decode, decode_rows
+from mtp_lightning.decoding.loop import decode, decode_rows
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.step_costs import StepCosts

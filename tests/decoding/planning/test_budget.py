@@ -15,8 +15,8 @@ from tiny import CONTEXT, VOCAB, greedy_text, tiny_base, tiny_model, token_row
 
 from mtp_lightning.decoding import loop as decoding
 from mtp_lightning.decoding.execution.lean import decode_cache
-from mtp_lightning.decoding.loop import DecodingOptions
 from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning import budget as budget_file
 from mtp_lightning.decoding.planning import draft_record
 from mtp_lightning.decoding.planning.budget import Budget

@@ -13,7 +13,8 @@ from tiny import CONTEXT, VOCAB, tiny_model, token_row
 
 from mtp_lightning.decoding import loop as decoding
 from mtp_lightning.decoding.execution.lean import decode_cache
-from mtp_lightning.decoding.loop import DecodingOptions, decode
+from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning import step_costs
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan

@@ -13,7 +13,8 @@ from bigram import bigram_base, bigram_text
 from plan_costs import FREE, GENTLE, MIDDLING, STEEP, make
 
 from mtp_lightning.decoding import loop as decoding
-from mtp_lightning.decoding.loop import DecodingOptions, decode
+from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning import budget
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan
