@@ -26,14 +26,14 @@ def resolve(name: str) -> str:
     return os.path.expanduser(name)
 
 
-def lasting_name(name: str) -> str:
+def absolute_name(name: str) -> str:
     """A name that holds in every current folder: a folder's becomes absolute."""
     if not name or name.startswith(PACKAGE) or not Path(resolve(name)).is_dir():
         return name
     return str(Path(resolve(name)).resolve())
 
 
-def obstacle(folder: Path) -> str | None:
+def why_unwritable(folder: Path) -> str | None:
     """Why a folder can't be made or written to, as far as that is seen before anything is written.
 
     Args:

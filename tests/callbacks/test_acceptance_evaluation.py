@@ -21,6 +21,7 @@ from mtp_lightning.decoding import step as decoding_step
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.acceptance import PromptResult, summarise
 from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.training.distributed import gather
 from mtp_lightning.training.module import MTPModule
 
 Fit = Callable[..., Trainer]
@@ -181,7 +182,7 @@ def test_ranks_share_the_prompts(module: MTPModule, prompts: str, monkeypatch: p
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    assert summarise(acceptance_evaluation.gather_results(shares[1])) == summarise(alone)
+    assert summarise([result for share in gather(shares[1]) for result in share]) == summarise(alone)
 
 
 def test_with_shards_all_processes_time_the_same_prompts(

@@ -10,7 +10,7 @@ from pathlib import Path
 FIT = ("fit", "--config", "config.yaml", "--ckpt_path", "last")
 
 KILL = """
-import os, signal, threading, time
+import io, os, signal, threading, time
 
 def dies():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -39,14 +39,19 @@ from pathlib import Path
 from mtp_lightning.training.module import MTPModule
 from mtp_lightning.trainer.metrics_writer import MetricsWriter
 from mtp_lightning.evaluation import acceptance
-from mtp_lightning.saving import checkpoint_files
+from mtp_lightning import files
 import torch
 
 hook(MTPModule, "training_step", "forward")
 hook(torch.optim.AdamW, "step", "optimizer", after=True)
-hook(checkpoint_files._Watched, "write", "checkpoint")
+class Watched(io.FileIO):
+    def write(self, data):
+        passes("checkpoint", "write")
+        return super().write(data)
+
+files.open = Watched
 hook(Path, "replace", "rename")
-hook(checkpoint_files, "_sync_folder", "renamed")
+hook(files, "_sync_folder", "renamed")
 hook(MTPModule, "validation_step", "validation")
 hook(acceptance, "_decode", "decoding", after=True)
 hook(MetricsWriter, "save", "metrics")

@@ -141,7 +141,7 @@ def test_a_folder_of_something_else_is_refused(kept: Path, tmp_path: Path) -> No
     assert set(files_of(tmp_path / "empty")) == FILES
 
 
-@pytest.mark.parametrize("place", ["save_file", "card", "os.replace"])
+@pytest.mark.parametrize("place", ["save", "card"])
 @pytest.mark.parametrize("new", [True, False])
 def test_a_write_that_fails_leaves_what_was_there(
     saved_copy: Path, kept: Path, monkeypatch: pytest.MonkeyPatch, place: str, new: bool
@@ -152,9 +152,8 @@ def test_a_write_that_fails_leaves_what_was_there(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    holder = exporting.os if place == "os.replace" else exporting
-    monkeypatch.setattr(holder, place.removeprefix("os."), fail)
-    with pytest.raises(RunError, match="can't be written: disk full. Choose another folder or make room."):
+    monkeypatch.setattr(exporting, place, fail)
+    with pytest.raises(RunError, match="could not be written: disk full"):
         model.save_pretrained(folder)
     assert files_of(saved_copy) == before and [path.name for path in saved_copy.parent.iterdir()] == ["saved"]
 

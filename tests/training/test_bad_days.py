@@ -57,8 +57,8 @@ def test_a_full_disk(zygote: Zygote, whole: Path, disk: Path) -> None:
     ended = zygote.run(disk, *FIT)
     assert ended.code == 1
     assert ended.error == (
-        f"checkpoint '{LAST}' could not be written: No space left on device. The checkpoint that was there before is whole."
-        " Make room or give another folder, and go on with --ckpt_path last."
+        f"'{LAST}' could not be written: No space left on device; what it held before is intact. Free disk space or choose"
+        " another folder. Then resume with --ckpt_path last."
     )
     steps = {
         name: torch.load(disk / LAST.replace("last", name), weights_only=True)["global_step"] for name in ("last", "best")

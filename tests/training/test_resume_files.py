@@ -9,18 +9,15 @@ import shutil
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from command_line import read_metrics
 from interrupted_runs import FIT, fresh, run_name, told
 from tiny_run import LAST, assert_same_run
 from zygote import Zygote
 
-from mtp_lightning.errors import RunError
-from mtp_lightning.saving.checkpoint_files import newest_checkpoint, write_beside
+from mtp_lightning.saving.checkpoint_files import newest_checkpoint
 from mtp_lightning.trainer import MetricsWriter
 from mtp_lightning.training.random_state import random_state, set_random_state
 
@@ -76,21 +73,6 @@ def test_every_damage_is_seen(whole: Path, tmp_path: Path) -> None:
     assert newest_checkpoint([tmp_path / "no folder", tmp_path], warn=said.append) == tmp_path / "good.ckpt"
     assert [line.split("'")[1].rpartition("/")[2].partition(".")[0] for line in said] == ["weights", *reversed(kinds)]
     assert "it holds weights alone" in said[0] and "is damaged" in said[1]
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    path.write_bytes(b"before")
-
-    def fails(file: Any) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(RunError, match="could not be written: No space left on device. The checkpoint that"):
-        write_beside(path, fails)
-    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["last.ckpt"]
-    write_beside(path, lambda file: file.write(b"after"))
-    assert path.read_bytes() == b"after" and os.listdir(tmp_path) == ["last.ckpt"]
 
 
 def test_random_state_comes_back() -> None:

@@ -90,12 +90,12 @@ def test_a_start_that_fails_takes_no_folder_over(zygote: Zygote, whole: Path, tm
 
 
 FULL_DISK = """
-from mtp_lightning.saving import checkpoint_files
+from mtp_lightning import files
 
 def no_room(folder):
     raise OSError(28, "No space left on device")
 
-checkpoint_files._sync_folder = no_room
+files._sync_folder = no_room
 """
 
 
@@ -105,7 +105,7 @@ def test_a_folder_that_can_not_be_taken_over_ends_all_processes(zygote: Zygote, 
     started = zygote.ranks(folder, free_port(), words, words, preludes=[FULL_DISK, FULL_DISK])
     first, second = (process.wait() for process in started)
     assert (first.code, second.code) == (1, 0) and "mtp: error" not in second.err
-    assert first.error.startswith("file 'run/run_id.txt' could not be written: No space left on device.")
+    assert first.error.startswith("'run/run_id.txt' could not be written: No space left on device.")
 
 
 def test_one_process_speaks_for_all(zygote: Zygote, whole: Path, tmp_path: Path) -> None:

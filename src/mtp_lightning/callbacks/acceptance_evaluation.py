@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -21,7 +20,7 @@ from mtp_lightning.evaluation.acceptance import Progress, PromptResult, evaluate
 from mtp_lightning.evaluation.acceptance_report import print_notes, print_table, save_plot
 from mtp_lightning.evaluation.reporting import save_json
 from mtp_lightning.text.prompts import Prompt, round_robin
-from mtp_lightning.training.distributed import run_folder
+from mtp_lightning.training.distributed import gather, run_folder
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -148,7 +147,7 @@ class AcceptanceEvaluation(DecodingCallback):
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
             )
-        self.results = gather_results(mine)
+        self.results = [result for share in gather(mine) for result in share]
         if together and self.num_speed_pairs:  # of one text at a time: another process's steps would be in the timing
             with in_step(model):
                 self.results = with_speed_pairs(model, self.loaded, self.options, self.num_speed_pairs, self.results)
@@ -224,22 +223,6 @@ def with_speed_pairs(
     for index, ratio in zip(timed, paired_speed_ups(model, [prompts[i] for i in timed], options), strict=True):
         by_index[index] = by_index[index]._replace(speed_up=ratio)
     return [by_index[index] for index in sorted(by_index)]
-
-
-def gather_results(mine: list[PromptResult]) -> list[PromptResult]:
-    """The results of all processes, in each of them.
-
-    Args:
-        mine: this process's results.
-
-    Returns:
-        All results.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mine
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, mine)
-    return [result for results in shares for result in results]
 
 
 def forced_figures(trainer: Trainer, prefix: str) -> dict[str, float] | None:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +13,19 @@ from typing import Any, Literal
 import torch
 
 from mtp_lightning.commands.arguments import DecodingArguments, OneLineParser
+from mtp_lightning.commands.progress import Progress
 from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
-from mtp_lightning.errors import RunError, UsageError, os_reason
+from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, grid_settings
 from mtp_lightning.evaluation.benchmark_report import markdown, save_benchmark_plot
 from mtp_lightning.evaluation.benchmark_speed import batches_by_domain, measure_speed, speed_systems
-from mtp_lightning.evaluation.reporting import save_json, write_atomically
+from mtp_lightning.evaluation.reporting import save_json
+from mtp_lightning.files import atomic_file
 from mtp_lightning.model import MTPModel
-from mtp_lightning.paths import obstacle
+from mtp_lightning.paths import why_unwritable
 from mtp_lightning.text.prompts import read_prompts
 
-SECONDS_BETWEEN_LINES = 10.0
 OWN = {"decoding", "num_masks", "sampler_head", "batch_size"}
 """Options of decoding that mean something else here: not given, they are varied."""
 
@@ -51,21 +50,6 @@ def parser() -> OneLineParser:
     made.add_argument("--json", action="store_true", help="print the JSON report instead of the tables")
     made.add_class_arguments(DecodingArguments, None, skip=OWN & set(DecodingArguments.__dataclass_fields__))
     return made
-
-
-class Progress:
-    """Prints what is being decoded to standard error: at each new part, and every ten seconds."""
-
-    def __init__(self) -> None:
-        self.begin = self.last = time.monotonic()
-
-    def __call__(self, label: str, done: int, count: int) -> None:
-        """Print, if it is time or the part is done."""
-        now = time.monotonic()
-        if done == count or now - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = now
-            noun = "rounds" if label == "speed" else "prompts"
-            print(f"[{now - self.begin:6.0f} s] {label}: {done} of {count} {noun}", file=sys.stderr, flush=True)
 
 
 def run_benchmark(args: list[str]) -> None:
@@ -106,13 +90,17 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         RunError: a file can't be read or written, or a prompt does not fit the context.
     """
     folder = Path(config.output)
-    if (reason := obstacle(folder)) is not None:  # seen before hours of measuring
+    if (reason := why_unwritable(folder)) is not None:  # seen before hours of measuring
         raise RunError(f"{folder} can't be written: {reason}. Give --output another folder.")
     model = arguments.load(config.model)
     prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts, model.context)
     options = arguments.options()
     settings = _settings(model, config)
-    told = Progress()
+    progress = Progress()
+
+    def on_progress(label: str, done: int, count: int) -> None:
+        progress(f"{label}: {done} of {count} {'rounds' if label == 'speed' else 'prompts'}", always=done == count)
+
     report: dict[str, Any] = {
         "model": config.model,
         "base_model": model.base_model,
@@ -123,7 +111,7 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         "device": _device(model),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        **acceptance_grid(model, prompts, settings, options, config.batch_size, told, arguments.stop),
+        **acceptance_grid(model, prompts, settings, options, config.batch_size, on_progress, arguments.stop),
         "speed": None,
     }
     batches = batches_by_domain(prompts, config.batch_size, config.speed_rounds)
@@ -132,18 +120,17 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         masks = [each.num_masks for each in settings if each[:2] == (chosen.decoding, chosen.sampler_head)]
         masks += ["auto"] if config.num_masks is None else []
         systems = speed_systems(model, chosen, masks, config.batch_size, arguments.stop)
-        report["speed"] = measure_speed(systems, batches, options.max_new_tokens, told)
+        report["speed"] = measure_speed(systems, batches, options.max_new_tokens, on_progress)
     text = markdown(report)
     # Printed first: should the disk be full by now, what was measured is not lost.
     print(json.dumps(report, ensure_ascii=False) if config.json else text, end="\n" if config.json else "", flush=True)
     try:
         save_json(report, folder / "benchmark.json")
-        write_atomically(folder / "benchmark.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        with atomic_file(folder / "benchmark.md") as file:
+            file.write(text.encode())
         save_benchmark_plot(report, folder / "benchmark.png")
-    except OSError as error:
-        raise RunError(
-            f"{folder} can't be written: {os_reason(error)}. The report is printed above; give --output another folder."
-        ) from error
+    except RunError as error:
+        raise RunError(f"{error} The report is printed above.") from error
 
 
 def _settings(model: MTPModel, config: Any) -> list[Setting]:

@@ -207,9 +207,9 @@ def _check_compile_cache() -> None:
         return
     from pathlib import Path
 
-    from mtp_lightning.paths import obstacle
+    from mtp_lightning.paths import why_unwritable
 
-    reason = obstacle(Path(name).absolute())
+    reason = why_unwritable(Path(name).absolute())
     if reason is None:
         try:
             os.makedirs(name, exist_ok=True)  # as torch will: under /proc only trying tells

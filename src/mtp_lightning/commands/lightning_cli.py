@@ -28,7 +28,7 @@ from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import run_of
-from mtp_lightning.trainer import BesideCheckpointIO, MetricsWriter
+from mtp_lightning.trainer import AtomicCheckpointIO, MetricsWriter
 from mtp_lightning.trainer.earlier_run import figures_are_its_own, last_checkpoint, say_what_is_replaced
 from mtp_lightning.trainer.wrong_settings import check_clock, check_nulls, check_states, not_made, wrong_setting
 from mtp_lightning.training.distributed import run_folder
@@ -165,7 +165,7 @@ class MTPCLI(LightningCLI):
                 except OSError as error:
                     raise RunError(unwritable(Path(logger.log_dir)) or one_line(error)) from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
-            self.trainer.strategy.checkpoint_io = BesideCheckpointIO()
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for guards in self.callbacks_of(RunGuards):
             guards.configuration = as_text(self.config[self.subcommand]) | {"ckpt_path": str(path)}
 

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from mtp_lightning.errors import RunError, UsageError, os_reason
-from mtp_lightning.paths import obstacle
+from mtp_lightning.files import atomic_file
+from mtp_lightning.paths import why_unwritable
 
 SETTINGS_SUFFIX = ".settings"
 """The settings of ``G.jsonl`` stand in ``G.jsonl.settings``; no suffix that the data layer reads."""
@@ -48,7 +49,7 @@ class AnswerFile:
             self._made = not path.exists() or self._beside.exists()
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            reason = obstacle(path.parent) or os_reason(error)
+            reason = why_unwritable(path.parent) or os_reason(error)
             raise RunError(f"{path}: expected a file that can be written: {reason}. Change --output.") from error
         try:
             try:
@@ -77,16 +78,12 @@ class AnswerFile:
         """Where nothing was answered, delete what was begun: a start with other settings is not to be refused."""
         if not self._begun or os.fstat(self._file).st_size:
             return
-        for path in (self._beside, self._draft, *([self.path] if self._made else [])):
+        for path in (self._beside, *([self.path] if self._made else [])):
             path.unlink(missing_ok=True)
 
     @property
     def _beside(self) -> Path:
         return self.path.with_name(self.path.name + SETTINGS_SUFFIX)
-
-    @property
-    def _draft(self) -> Path:
-        return self._beside.with_name(self._beside.name + ".new")
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows, and return when the disk has them.
@@ -133,15 +130,8 @@ class AnswerFile:
             ) from error
         if empty:
             self._begun = True
-            try:
-                with self._draft.open("w", encoding="utf-8") as file:
-                    json.dump(settings, file, indent=1)
-                    file.write("\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                self._draft.replace(beside)
-            except OSError as error:
-                raise RunError(f"{beside}: writing failed: {os_reason(error)}. Make room or change --output.") from error
+            with atomic_file(beside) as file:
+                file.write((json.dumps(settings, indent=1) + "\n").encode())
             return
         if not isinstance(found, dict):
             raise RunError(f"{beside}: expected the settings of {self.path.name}, got something else. Change --output.")

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mtp_lightning.evaluation.reporting import write_atomically
+from mtp_lightning.files import atomic_file
 from mtp_lightning.metrics.functional import NON_REPEATING
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def save_plot(summary: dict[str, Any], path: Path, title: str = "Tokens gained p
     _draw_kept(right, groups)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=14, fontweight="bold")
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=150, format="png")
 
 
 def _draw_lengths(axes: Axes, groups: dict[str, dict[str, Any]]) -> None:

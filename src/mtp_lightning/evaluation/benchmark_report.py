@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.evaluation.benchmark import Setting
-from mtp_lightning.evaluation.reporting import write_atomically
+from mtp_lightning.files import atomic_file
 from mtp_lightning.metrics.functional import NON_REPEATING
 
 ALL, MEAN = "all prompts", "mean of domains"
@@ -217,7 +217,8 @@ def save_benchmark_plot(report: dict[str, Any], path: Path) -> None:
     if timed:
         _draw_speed(figure.add_subplot(grid[height, :]), report["speed"])
     figure.suptitle(f"{report['model']}: {_count(report['texts']['overall']['num_prompts'])}", fontsize=11)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=130, format="png")
 
 
 def _draw_speed(axes: Any, speed: dict[str, Any]) -> None:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all reports share: numbers as text, Markdown tables, files that are replaced atomically."""
+"""What all reports share: numbers as text, Markdown tables, JSON."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from mtp_lightning.files import atomic_file
 
 
 def decimals(value: float | None) -> str:
@@ -26,15 +27,5 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iter
 def save_json(data: Any, path: Path) -> None:
     """Write JSON atomically; NaN is refused."""
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file in the same folder, which is created if needed, then rename it to ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        file.write(text.encode())

@@ -19,7 +19,7 @@ from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer
 from mtp_lightning.modeling.gated_lora import LoRA, adapted_layers, lora_layers
 from mtp_lightning.modeling.label_counts import LABEL_COUNTS, checked_counts
 from mtp_lightning.modeling.network import MTPNetwork
-from mtp_lightning.paths import lasting_name, resolve
+from mtp_lightning.paths import absolute_name, resolve
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.saving.base_identity import hub_commit
 
@@ -64,7 +64,7 @@ def checkpoint_settings(module: TrainingSettings) -> dict[str, Any]:
     config = module.base_config
     return {
         "base_model": module.base_model,
-        "base_folder": lasting_name(module.base_model),
+        "base_folder": absolute_name(module.base_model),
         # The commit, where the base comes from the hub: a branch moves on.
         "revision": hub_commit(module.base_model, module.revision) or module.revision,
         "base": {

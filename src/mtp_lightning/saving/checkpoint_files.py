@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints as files: written to the side and renamed, and the newest complete one of a folder. No Lightning."""
+"""Checkpoint files: which run wrote one, and the newest complete one of a folder."""
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from mtp_lightning.errors import RunError, one_line
-
-PART = ".part"
-"""Ending of a file that is being written. A killed run may leave one; the next write to the same name replaces it."""
+from mtp_lightning.errors import one_line
+from mtp_lightning.files import atomic_file
 
 LAST = "last.ckpt"
 """Name of the checkpoint to go on from."""
@@ -26,88 +23,6 @@ RUN_FILE = "run_id.txt"
 """File of a run's folder that names the run whose figures and configuration the folder holds."""
 
 
-class _Watched:
-    """A file that remembers the first error of the operating system: torch's writer reports it as one of its own.
-
-    Args:
-        file: the file.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write, or raise again what has once failed."""
-        if self.error is not None:
-            raise self.error
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        """Hand on what was written."""
-        if self.error is None:
-            try:
-                self.file.flush()
-            except OSError as error:
-                self.error = error
-                raise
-
-
-def write_beside(path: str | Path, write: Callable[[Any], None], what: str = "checkpoint") -> None:
-    """Write a file so that its name never stands for half of it: beside it, to the disk, then renamed.
-
-    Args:
-        path: the file; one that is there is replaced at the end, or left as it is.
-        write: writes the content to a binary file.
-        what: what the file is, for the message.
-
-    Raises:
-        RunError: it could not be written: the disk is full, or the folder can't be written.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + PART)
-    watched = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            watched = _Watched(file)
-            write(watched)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
-    except Exception as error:
-        reason = watched.error if watched is not None and watched.error is not None else error
-        part.unlink(missing_ok=True)
-        if not isinstance(reason, OSError):
-            raise
-        kept = (
-            f"The {what} that was there before is whole." if path.exists() else f"No {what} of that name was there before."
-        )
-        raise RunError(
-            f"{what} {str(path)!r} could not be written: {reason.strerror or one_line(reason)}. {kept}"
-            " Make room or give another folder, and go on with --ckpt_path last."
-        ) from reason
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming last through a power cut, where the system can."""
-    try:
-        number = os.open(folder, os.O_RDONLY)
-    except OSError:  # a folder is no file there
-        return
-    try:
-        os.fsync(number)
-    except OSError:
-        pass
-    finally:
-        os.close(number)
-
-
 def write_run_id(folder: Path, run: str) -> None:
     """Say which run a folder belongs to from now on.
 
@@ -115,7 +30,8 @@ def write_run_id(folder: Path, run: str) -> None:
         folder: the run's folder.
         run: the run's name, the same over all its starts.
     """
-    write_beside(folder / RUN_FILE, lambda file: file.write(f"{run}\n".encode()), "file")
+    with atomic_file(folder / RUN_FILE) as file:
+        file.write(f"{run}\n".encode())
 
 
 def read_run_id(folder: Path) -> str | None:

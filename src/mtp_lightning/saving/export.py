@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +14,14 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
+from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.files import atomic_folder
 from mtp_lightning.modeling.label_counts import LABEL_COUNTS
 from mtp_lightning.modeling.network import MTPNetwork
-from mtp_lightning.paths import PACKAGE, lasting_name, obstacle
+from mtp_lightning.paths import PACKAGE, absolute_name, why_unwritable
 from mtp_lightning.saving.base_identity import describe
 from mtp_lightning.saving.checkpoint import class_path, init_args, load_model, read_checkpoint
 from mtp_lightning.saving.model_card import card, read_figures
@@ -77,7 +75,7 @@ def save_model(
         RunError: the folder is something else, or can't be written.
         UsageError: nothing says what the base is called.
     """
-    name = lasting_name(base_model or model.base_model)
+    name = absolute_name(base_model or model.base_model)
     if not name:
         raise UsageError("the base model was not loaded from anywhere: say what it is called with base_model.")
     if model.is_sharded:
@@ -99,24 +97,23 @@ def save_model(
         "files": {},
     }
     trained = trained_weights(model) if weights is None else weights
-    try:
-        with written_aside(path) as aside:
-            _write_adapter(model, trained, aside, name, revision)
-            heads = {k: v for k, v in trained.items() if ".lora_" not in k}
-            if model.label_counts is not None:
-                heads[LABEL_COUNTS] = model.label_counts.counts
-            _write_tensors(heads, aside / HEADS)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(aside)
-            (aside / "custom_generate").mkdir()
-            (aside / "custom_generate" / "generate.py").write_text(_GENERATE.format(name=hub_name))
-            (aside / "custom_generate" / "requirements.txt").write_text("mtp-lightning\n")
-            files = sorted(file for file in aside.rglob("*") if file.is_file())
-            config["files"] = {file.relative_to(aside).as_posix(): file_digest(file) for file in files}
-            _write_json(config, aside / CONFIG)
-            (aside / CARD).write_text(card(config), encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{path} can't be written: {os_reason(error)}. Choose another folder or make room.") from error
+    with atomic_folder(path) as target:
+        _write_adapter(model, trained, target, name, revision)
+        heads = {k: v for k, v in trained.items() if ".lora_" not in k}
+        if model.label_counts is not None:
+            heads[LABEL_COUNTS] = model.label_counts.counts
+        _write_tensors(heads, target / HEADS)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(target)
+        (target / "custom_generate").mkdir()
+        (target / "custom_generate" / "generate.py").write_text(_GENERATE.format(name=hub_name))
+        (target / "custom_generate" / "requirements.txt").write_text("mtp-lightning\n")
+        files = sorted(file for file in target.rglob("*") if file.is_file())
+        config["files"] = {file.relative_to(target).as_posix(): file_digest(file) for file in files}
+        _write_json(config, target / CONFIG)
+        (target / CARD).write_text(card(config), encoding="utf-8")
+        if path.exists():
+            _keep_others(path, target)
 
 
 def trained_weights(model: MTPNetwork) -> dict[str, Tensor]:
@@ -138,7 +135,7 @@ def check_target(path: Path) -> None:
         RunError: something else is there.
     """
     if not path.exists():
-        if (reason := obstacle(path)) is not None:
+        if (reason := why_unwritable(path)) is not None:
             raise RunError(f"{path} can't be written: {reason}. Choose another folder.")
         return
     if path.is_dir():
@@ -152,39 +149,6 @@ def check_target(path: Path) -> None:
                 f"{path} is there and was not written by mtp export: {str(error).split('. ')[0]}. Choose another folder."
             ) from error
     raise RunError(f"{path} is a file. Choose a folder for the saved model.")
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` to write to, which takes its place at the end, or is deleted after an error.
-
-    What others put into the folder that is replaced is kept.
-
-    Args:
-        path: the folder to be.
-
-    Yields:
-        The folder to write to.
-    """
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside, before = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("new", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        if path.exists():
-            _keep_others(path, aside)
-            os.replace(path, before)
-        try:
-            os.replace(aside, path)
-        except OSError:
-            if before.exists():
-                os.replace(before, path)
-            raise
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _keep_others(path: Path, aside: Path) -> None:
@@ -218,9 +182,9 @@ def _write_adapter(model: MTPNetwork, trained: dict[str, Tensor], folder: Path, 
 
 def _write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     # copy: safetensors refuses tensors that share memory, as a GRU's flattened weights do.
-    whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    save_file(whole, file, metadata={"format": "pt"})
-    shutil.copymode(file.with_name(ADAPTER_CONFIG), file)  # safetensors lets the owner alone read it
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    # Not save_file, whose files only their owner may read.
+    file.write_bytes(save(copies, metadata={"format": "pt"}))
 
 
 def _write_json(data: dict[str, Any], file: Path) -> None:
@@ -288,7 +252,7 @@ def push_model(
         RunError: the hub refuses or can't be reached.
         UsageError: the base is a folder of this machine.
     """
-    base = lasting_name(options.get("base_model") or model.base_model)
+    base = absolute_name(options.get("base_model") or model.base_model)
     if Path(base).is_absolute() or base.startswith(PACKAGE):
         raise UsageError(
             f"the base model is {base}, which nobody else has: name its hub id with base_model, its commit with revision."

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs from Lightning's trainer: how files are written, and how weights are sharded. No callbacks, no model."""
 
-from mtp_lightning.trainer.checkpoint_io import BesideCheckpointIO
+from mtp_lightning.trainer.checkpoint_io import AtomicCheckpointIO
 from mtp_lightning.trainer.metrics_writer import MetricsWriter
 from mtp_lightning.training.fully_sharded import FullyShardedStrategy
 
-__all__ = ["BesideCheckpointIO", "FullyShardedStrategy", "MetricsWriter"]
+__all__ = ["AtomicCheckpointIO", "FullyShardedStrategy", "MetricsWriter"]

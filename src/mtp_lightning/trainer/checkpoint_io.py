@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BesideCheckpointIO: Lightning's CheckpointIO that writes to the side and renames, on a local disk."""
+"""AtomicCheckpointIO: Lightning's CheckpointIO that writes local files under a temporary name and renames them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from mtp_lightning.saving.checkpoint_files import write_beside
+from mtp_lightning.errors import RunError
+from mtp_lightning.files import atomic_file
 
 
-class BesideCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes ``last.ckpt.part`` next to ``last.ckpt`` and renames it, so that a kill leaves the old file or the new one.
 
     Lightning's own collects the file in memory first and moves it from the folder for temporary files, which may be on
@@ -29,4 +30,8 @@ class BesideCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        write_beside(path, lambda file: torch.save(checkpoint, file))
+        try:
+            with atomic_file(path) as file:
+                torch.save(checkpoint, file)
+        except RunError as error:
+            raise RunError(f"{error} Then resume with --ckpt_path last.") from error

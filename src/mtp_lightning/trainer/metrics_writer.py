@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from mtp_lightning.saving.checkpoint_files import write_beside
+from mtp_lightning.files import atomic_file
 
 
 class MetricsWriter(ExperimentWriter):
@@ -93,4 +93,5 @@ class MetricsWriter(ExperimentWriter):
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()
         writer.writerows(lines)
-        write_beside(self.metrics_file_path, lambda file: file.write(text.getvalue().encode()), "metrics file")
+        with atomic_file(self.metrics_file_path) as file:
+            file.write(text.getvalue().encode())

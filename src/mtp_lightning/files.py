@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders that are written under a temporary name and then renamed, so that their name never stands for a half."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from mtp_lightning.errors import RunError, os_reason
+
+PART = ".part"
+"""Suffix of what is being written. A killed process may leave one behind; the next write replaces it."""
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that replaces ``path`` once it is complete and on the disk.
+
+    Args:
+        path: the file; its folder is created.
+
+    Yields:
+        The binary file to write to.
+
+    Raises:
+        RunError: the operating system could not write it; the previous file, if any, is intact.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + PART)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        # torch.save raises a RuntimeError of its own while it handles the operating system's error.
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(reason, OSError):
+            raise _not_written(path, reason) from error
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Create a folder that replaces ``path``, with all that is in it, once it is complete.
+
+    Args:
+        path: the folder; its parents are created.
+
+    Yields:
+        The temporary folder to write to, next to ``path``.
+
+    Raises:
+        RunError: the operating system could not write it; the previous folder, if any, is intact.
+    """
+    path = path.absolute()
+    part, previous = (path.with_name(f".{path.name}.{suffix}{PART}") for suffix in ("new", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if path.exists():
+            shutil.rmtree(previous, ignore_errors=True)  # left by a process that was killed here
+            path.replace(previous)
+        try:
+            part.replace(path)
+        except OSError:
+            if previous.exists():
+                previous.replace(path)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _not_written(path: Path, error: OSError) -> RunError:
+    previous = "; what it held before is intact" if path.exists() else ""
+    return RunError(
+        f"{str(path)!r} could not be written: {os_reason(error)}{previous}. Free disk space or choose another folder."
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming survive a power cut, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # not every system opens folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
