@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding import step as decoding_step
-from mtp_lightning.decoding.step import Drafts
+from mtp_lightning.decoding.execution import step as decoding_step
+from mtp_lightning.decoding.execution.step import Drafts
 from mtp_lightning.model import MTPModel
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))

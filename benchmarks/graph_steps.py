@@ -16,7 +16,7 @@ import time
 import torch
 from large_shapes import random_model, shape_arguments
 
-from mtp_lightning.decoding.execution.lean import decode_cache, fixed_slots
+from mtp_lightning.decoding.execution.decode_cache import decode_cache, rounded_slots
 from mtp_lightning.decoding.execution.step_runner import USES, GraphRunner, StepRunner
 from mtp_lightning.decoding.loop import evaluating
 from mtp_lightning.decoding.options import DecodingOptions
@@ -30,7 +30,7 @@ from mtp_lightning.model import MTPModel
 def measure(model: MTPModel, context: int, masks: list[int], repeats: int, graphs: bool) -> None:
     """Print the table."""
     device = model.base.device
-    cache, slots = RowCache(model.base, 1), fixed_slots(context + (max(masks) + 1) ** 2)
+    cache, slots = RowCache(model.base, 1), rounded_slots(context + (max(masks) + 1) ** 2)
     cache.reserve(slots, slots)
     choice = TokenChoice(DecodingOptions(), [0], device)
     runners = {"as it is": StepRunner(model, cache, choice, True)}

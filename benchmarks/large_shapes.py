@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtp_lightning.decoding.execution.lean import decode_cache
+from mtp_lightning.decoding.execution.calibration import measure_step_costs
+from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.loop import draft_shortlist, evaluating
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import usual_positions
-from mtp_lightning.decoding.planning.draft_record import DraftRecord
-from mtp_lightning.decoding.planning.step_costs import StepCosts, measure_step_costs
+from mtp_lightning.decoding.planning.draft_stats import DraftStats
+from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
@@ -81,7 +82,7 @@ def fixed(costs: StepCosts, lengths: list[float], masks: int) -> float:
 def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: int = 0) -> tuple[float, float]:
     """Projected speed-up and acceptance length of budgeted drafting. The head's probabilities are these chances."""
     generator, chance = np.random.default_rng(seed), chances(lengths)
-    budget = Budget(costs, DraftRecord(8), 8, 1, True, True, timed=False)
+    budget = Budget(costs, DraftStats(8), 8, 1, True, True, timed=False)
     tokens, seconds, waiting = 0, 0.0, 0
     for number in range(steps):
         plan = budget.choose(8, [waiting])

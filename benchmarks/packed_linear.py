@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.decoding.execution.packed_linear import PackedLinear, packed_dtypes
+from mtp_lightning.decoding.packed_linear import PackedLinear, packed_dtypes
 
 SHAPES = ((256, 256), (608, 256), (1344, 256), (2048, 256), (3072, 1024))
 ROWS = (1, 2, 3, 5, 9, 17, 33, 81)

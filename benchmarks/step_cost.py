@@ -18,9 +18,9 @@ import torch
 from transformers import DynamicCache
 
 from mtp_lightning import MTPModel
+from mtp_lightning.decoding.execution.step import StepInput
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.step import StepInput
 from mtp_lightning.modeling.base import cache_keyword, load_base
 
 

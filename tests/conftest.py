@@ -97,7 +97,7 @@ def inject(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., InjectedDr
     """Replace the drafts of a model for one test; see ``injected_drafts.py``."""
     from injected_drafts import InjectedDrafts
 
-    from mtp_lightning.decoding import step as decoding_step
+    from mtp_lightning.decoding.execution import step as decoding_step
 
     models = []
 

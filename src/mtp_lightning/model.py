@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mtp_lightning.decoding.execution.lean import clear_decode_cache
+from mtp_lightning.decoding.execution.decode_cache import clear_decode_cache
 from mtp_lightning.decoding.generation import Generation, generate
 from mtp_lightning.decoding.transformers_generate import generate_function
 from mtp_lightning.modeling.network import MTPNetwork

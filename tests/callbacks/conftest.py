@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 from toy_tokenizers import byte_tokenizer
 
-from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.training.module import MTPModule

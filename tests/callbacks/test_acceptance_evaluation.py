@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
-from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.acceptance import PromptResult, summarise
 from mtp_lightning.modeling.network import MTPNetwork

@@ -21,8 +21,8 @@ from tiny_run import write_config, write_run
 from mtp_lightning.callbacks import AcceptanceEvaluation, SampleText, Throughput, throughput
 from mtp_lightning.callbacks.throughput import evaluation_seconds
 from mtp_lightning.data.loader import WindowedLoader
-from mtp_lightning.decoding import step as decoding_step
-from mtp_lightning.decoding.step import draft_block
+from mtp_lightning.decoding.execution import step as decoding_step
+from mtp_lightning.decoding.execution.step import draft_block
 from mtp_lightning.errors import UsageError
 from mtp_lightning.training.module import MTPModule
 

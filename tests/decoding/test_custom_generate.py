@@ -88,7 +88,7 @@ def test_it_is_what_transformers_generates(model: MTPModel, case: str, decoding:
 
 
 def test_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_lightning.decoding.step.draft_block", planted_drafts(60, 12))
+    monkeypatch.setattr("mtp_lightning.decoding.execution.step.draft_block", planted_drafts(60, 12))
     model = tiny_model(base=bigram_base(60, 12))
     steps: list[int] = []
     model.base.get_decoder().register_forward_pre_hook(lambda *_: steps.append(1))

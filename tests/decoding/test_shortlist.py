@@ -11,13 +11,13 @@ from tiny import VOCAB, greedy_text, tiny_model, token_row
 from torch import Tensor, nn
 
 from mtp_lightning.decoding import loop as decoding
-from mtp_lightning.decoding.execution import lean
-from mtp_lightning.decoding.execution.lean import decode_cache
+from mtp_lightning.decoding.execution import decode_cache as decode_cache_module
+from mtp_lightning.decoding.execution.decode_cache import decode_cache
+from mtp_lightning.decoding.execution.step import Drafts, draft_block
 from mtp_lightning.decoding.limits import resolve_auto
 from mtp_lightning.decoding.loop import decode, draft_shortlist
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.shortlist import Shortlist, shortlist_size
-from mtp_lightning.decoding.step import Drafts, draft_block
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.errors import RunError
 from mtp_lightning.model import MTPModel
@@ -142,7 +142,7 @@ def test_where_there_can_be_none_drafts_are_of_the_whole_vocabulary(monkeypatch:
     head.__class__ = type("Linear8bitLt", (nn.Linear,), {})
     assert made(model) is None
     head.__class__ = nn.Linear
-    monkeypatch.setattr(lean, "LARGEST_COPY", 5 * 32 * 8 - 1)
+    monkeypatch.setattr(decode_cache_module, "LARGEST_COPY", 5 * 32 * 8 - 1)
     assert made(model) is None and made(model, 4) is not None
     monkeypatch.undo()
     monkeypatch.setattr(MTPNetwork, "is_sharded", True)
@@ -163,7 +163,7 @@ def test_auto_lists_what_had_nearly_all_labels(verification: str) -> None:
         out = model.generate(prompt[None], max_new_tokens=12, num_masks=num_masks)
         assert out.sequences[0, 6:].tolist() == expected
         list(decode(model, prompt, DecodingOptions(num_masks=num_masks, temperature=1.0, verification=verification, seed=1)))
-    assert [*decode_cache(model).draft_costs] == [(False, 64)]
+    assert [*decode_cache(model).calibrations] == [(False, 64)]
 
 
 def test_costs_are_those_of_the_shortlist_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +175,7 @@ def test_costs_are_those_of_the_shortlist_that_is_used(monkeypatch: pytest.Monke
     for asked in (5, "all", 5, 7):
         list(decode(model, token_row([4]).input_ids, DecodingOptions(max_new_tokens=4, draft_vocabulary=asked)))
     assert [None if each is None else len(each.tokens) for each in used] == [5, None, 7]
-    assert [*decode_cache(model).draft_costs] == [(False, 5), (False, VOCAB), (False, 7)]
+    assert [*decode_cache(model).calibrations] == [(False, 5), (False, VOCAB), (False, 7)]
 
 
 def test_a_copy_has_the_counts_and_makes_its_own_list() -> None:

@@ -15,7 +15,7 @@ from injected_drafts import (
 from tiny import learn, naive_states, tiny_model
 from torch import Tensor
 
-from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel

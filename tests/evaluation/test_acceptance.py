@@ -16,7 +16,7 @@ from prompt_results import result
 from tiny import greedy_text, tiny_model
 
 from mtp_lightning.decoding import loop as decoding
-from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.noise import TOKEN_STREAM, gumbel_noise, noise_keys
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError

@@ -19,7 +19,7 @@ from tiny import greedy_text, tiny_model, token_row
 from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation import benchmark
 from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, decode_batch, grid_settings, order

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mtp_lightning.decoding.step import Drafts
+from mtp_lightning.decoding.execution.step import Drafts
 
 CONTEXT = 64
 

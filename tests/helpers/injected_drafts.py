@@ -11,7 +11,7 @@ import torch
 from tiny import VOCAB, greedy_text, naive_states, tiny_base, tiny_model, token_row
 from torch import Tensor
 
-from mtp_lightning.decoding.step import Drafts, StepInput
+from mtp_lightning.decoding.execution.step import Drafts, StepInput
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from mtp_lightning.decoding.planning.budget import Budget
-from mtp_lightning.decoding.planning.draft_record import DraftRecord
+from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 
 FREE = StepCosts((1, 81), (1.0, 1.01), 0.0, 0.0)
@@ -20,4 +20,4 @@ GENTLE = StepCosts((1, 81), (1.0, 3.0), 0.005, 0.02)
 
 
 def make(costs: StepCosts, num_rows: int = 1, coupled: bool = True, anywhere: bool = True) -> Budget:
-    return Budget(costs, DraftRecord(8), 8, num_rows, anywhere, coupled, timed=False)
+    return Budget(costs, DraftStats(8), 8, num_rows, anywhere, coupled, timed=False)

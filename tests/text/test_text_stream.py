@@ -19,10 +19,10 @@ from transformers import TextIteratorStreamer, TextStreamer
 from mtp_lightning import MTPModel
 from mtp_lightning.commands import arguments as commands
 from mtp_lightning.decoding import loop as decoding
-from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.execution import step as decoding_step
+from mtp_lightning.decoding.execution.step import Drafts
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.step_costs import StepCosts
-from mtp_lightning.decoding.step import Drafts
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation import acceptance, benchmark
 from mtp_lightning.modeling.gated_lora import LoRA

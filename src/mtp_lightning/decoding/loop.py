@@ -17,20 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_lightning.decoding.execution.calibration import measure_step_costs
+from mtp_lightning.decoding.execution.decode_cache import decode_cache, rounded_slots
 from mtp_lightning.decoding.execution.grouped_attention import grouped
-from mtp_lightning.decoding.execution.lean import decode_cache, fixed_slots
+from mtp_lightning.decoding.execution.step import PARTS, Drafts
 from mtp_lightning.decoding.execution.step_runner import GraphRunner, StepRunner
 from mtp_lightning.decoding.limits import check_prompt, end_tokens, resolve_num_masks
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, usual_positions
-from mtp_lightning.decoding.planning.draft_record import DraftRecord
-from mtp_lightning.decoding.planning.step_costs import measure_step_costs
+from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.text_lookup import FoundDraft
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.shortlist import Shortlist, shortlist_size
-from mtp_lightning.decoding.step import PARTS, Drafts
 from mtp_lightning.decoding.step_plan import budgeted_plan, prompt_plan, step_plan
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.errors import UsageError
@@ -150,13 +150,13 @@ def decode_rows(
         choice.shortlist = draft_shortlist(model, options) if J else None
         graphs = options.compile and GraphRunner.takes(model, options)
         if graphs:
-            decode_cache(model).watch(model)
+            decode_cache(model).drop_stale_graphs(model)
         if cache is not None:
             cache.rewind(prompts[0].tolist())
             if graphs:
-                cache.reserve(fixed_slots(slots_ever), fixed_slots(slots_ever))
+                cache.reserve(rounded_slots(slots_ever), rounded_slots(slots_ever))
         elif graphs:
-            cache = stack.enter_context(decode_cache(model).cache(model, B, slots_ever))
+            cache = stack.enter_context(decode_cache(model).kv_cache(model, B, slots_ever))
         else:
             cache = RowCache(model.base, B)
         if graphs:
@@ -304,7 +304,7 @@ def make_budget(model: MTPNetwork, options: DecodingOptions, num_rows: int, grap
     """The planner of a batch; the costs of steps are measured once a model.
 
     Args:
-        model: the model, its lean layers in use.
+        model: the model, its fused layers in use.
         options: how to decode.
         num_rows: rows of the batch.
         graphs: whether steps are graphs, which take other times.
@@ -314,14 +314,14 @@ def make_budget(model: MTPNetwork, options: DecodingOptions, num_rows: int, grap
     """
     shortlist = draft_shortlist(model, options)
     kind = graphs, model.unembed.vocab_size if shortlist is None else len(shortlist.tokens)
-    if kind not in decode_cache(model).draft_costs:
+    if kind not in decode_cache(model).calibrations:
         single = TokenChoice(replace(options, logits_processor=None, repetition_penalty=1.0), [0], model.base.device)
         single.shortlist = shortlist
-        decode_cache(model).draft_costs[kind] = (
+        decode_cache(model).calibrations[kind] = (
             measure_step_costs(model, single, usual_positions(model.num_masks)),
-            DraftRecord(model.num_masks),
+            DraftStats(model.num_masks),
         )
-    costs, record = decode_cache(model).draft_costs[kind]
+    costs, record = decode_cache(model).calibrations[kind]
     few = graphs and model.base.device.type == "cpu"  # there each shape takes seconds to compile
     return Budget(costs, record, model.num_masks, num_rows, options.decoding == "quadratic", options.coupled, few=few)
 
@@ -330,7 +330,7 @@ def draft_shortlist(model: MTPNetwork, options: DecodingOptions) -> Shortlist | 
     """The tokens that drafts are chosen from.
 
     Args:
-        model: the model, its lean layers in use.
+        model: the model, its fused layers in use.
         options: how to decode.
 
     Returns:

@@ -11,8 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from mtp_lightning.decoding.execution.lean_layers import is_autocast
-from mtp_lightning.decoding.execution.packed_linear import PackedLinear
+from mtp_lightning.decoding.packed_linear import PackedLinear, is_autocast
 from mtp_lightning.modeling.base import FrozenUnembedding
 from mtp_lightning.modeling.label_counts import LabelCounts
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
 from mtp_lightning.decoding import loop as decoding
-from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.execution import step_graph, step_runner
-from mtp_lightning.decoding.execution.lean import decode_cache, fixed_slots
+from mtp_lightning.decoding.execution.decode_cache import decode_cache, rounded_slots
+from mtp_lightning.decoding.execution.step import Drafts
 from mtp_lightning.decoding.execution.step_graph import StepGraph, recorded
 from mtp_lightning.decoding.loop import decode, decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
@@ -34,7 +35,6 @@ from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.planning.text_lookup import FoundDraft
 from mtp_lightning.decoding.row_cache import RowCache
-from mtp_lightning.decoding.step import Drafts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
 
@@ -225,7 +225,7 @@ def test_graphs_are_shared_by_texts_of_one_size(models: dict[str, MTPModel]) -> 
     for row in prompts():
         texts(model, [row], num_masks=2, compile=True)
     (cache,) = decode_cache(model)._caches.values()
-    assert cache.capacity == fixed_slots(64) == 256
+    assert cache.capacity == rounded_slots(64) == 256
     made = graphs_of(cache)
     assert len(made) == 2  # with drafts, and the step after a prompt of one token, which has none
     texts(model, prompts(2), num_masks=2, compile=True)

@@ -14,17 +14,17 @@ from sampled_rows import LENGTHS, SEED, SETTINGS, TESTS, G, fitted, p_value, pad
 from tiny import CONTEXT, VOCAB, greedy_text, tiny_base, tiny_model, token_row
 
 from mtp_lightning.decoding import loop as decoding
-from mtp_lightning.decoding.execution.lean import decode_cache
+from mtp_lightning.decoding.execution.decode_cache import decode_cache
+from mtp_lightning.decoding.execution.step import draft_block
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning import budget as budget_file
-from mtp_lightning.decoding.planning import draft_record
+from mtp_lightning.decoding.planning import draft_stats
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan
-from mtp_lightning.decoding.planning.draft_record import DraftRecord
+from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.planning.text_lookup import FoundDraft
-from mtp_lightning.decoding.step import draft_block
 from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead
@@ -185,7 +185,7 @@ def test_plans_of_the_rejection_rule_do_not_see_the_drafts() -> None:
 
 def test_what_is_little_known_is_hoped_for() -> None:
     """By half a standard error of what was seen: little where much was."""
-    record, at = DraftRecord(4), np.array([0.525])
+    record, at = DraftStats(4), np.array([0.525])
     differences = []
     for count in (0, 50, 500):
         for number in range(count):
@@ -197,8 +197,8 @@ def test_what_is_little_known_is_hoped_for() -> None:
 
 
 def test_chances_are_corrected_by_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft_record, "HOPE", 0.0)
-    record, generator = DraftRecord(4), np.random.default_rng(0)
+    monkeypatch.setattr(draft_stats, "HOPE", 0.0)
+    record, generator = DraftStats(4), np.random.default_rng(0)
     before = record.chance(np.array([0.1, 0.5, 0.9]))
     np.testing.assert_allclose(before, [0.1, 0.5, 0.9], atol=0.03)
     for _ in range(4000):
@@ -251,7 +251,7 @@ def plan_counts(model: MTPModel, monkeypatch: pytest.MonkeyPatch, costs: StepCos
     monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: costs)
     monkeypatch.setattr(Budget, "observe", lambda *args: None)
     monkeypatch.setattr(budget_file, "PLAIN_FIRST", 0)
-    decode_cache(model).draft_costs.clear()
+    decode_cache(model).calibrations.clear()
     out = model.generate(*padded(prompts()), seed=SEED, max_new_tokens=G, **options)
     assert rows_of(out) == [list(text) for text in reference(0)]
     return out.num_steps.tolist()
@@ -262,12 +262,12 @@ def test_free_positions_take_fewer_steps_than_steep_ones(monkeypatch: pytest.Mon
     free = plan_counts(model, monkeypatch, FREE, **SETTINGS[0])
     steep = plan_counts(model, monkeypatch, STEEP, **SETTINGS[0])
     assert sum(free) < sum(steep) <= G * len(LENGTHS)
-    decode_cache(model).draft_costs.clear()
+    decode_cache(model).calibrations.clear()
 
 
 def test_plain_steps_are_measured_again_across_short_texts() -> None:
     """Two slow plain steps at the beginning must not make drafting look good for ever, however short texts are."""
-    record = DraftRecord(8)
+    record = DraftStats(8)
     plain, steps = 0, 0
     for _text in range(40):
         budget = Budget(FREE, record, 8, 1, True, True)
@@ -296,7 +296,7 @@ def test_the_look_beside_the_prompt_has_its_price() -> None:
     free = make(FREE)
     assert free.first(8).masks >= 2 and free._owed == 0
     # A plain step that is due is not taken for the prompt's, which is none.
-    timed = Budget(FREE, DraftRecord(8), 8, 1, True, True)
+    timed = Budget(FREE, DraftStats(8), 8, 1, True, True)
     assert timed.first(8).masks >= 2 and timed._owed == 0 and timed.choose(8, [2]) == PLAIN
 
 

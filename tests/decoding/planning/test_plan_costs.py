@@ -12,13 +12,13 @@ from plan_costs import GENTLE
 from tiny import CONTEXT, VOCAB, tiny_model, token_row
 
 from mtp_lightning.decoding import loop as decoding
-from mtp_lightning.decoding.execution.lean import decode_cache
+from mtp_lightning.decoding.execution import calibration
+from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.planning import step_costs
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan
-from mtp_lightning.decoding.planning.draft_record import DraftRecord
+from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.step_costs import Pace, StepCosts
 from mtp_lightning.sampler_heads import GRUSamplerHead
 
@@ -47,7 +47,7 @@ def test_pace_corrects_the_curve() -> None:
 def test_a_slow_models_calls_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step takes longer than there is time for: a curve of a few points is made all the same."""
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr(step_costs, "time", clock)
+    monkeypatch.setattr(calibration, "time", clock)
 
     def taking(seconds: float) -> Any:
         def call() -> None:
@@ -56,12 +56,12 @@ def test_a_slow_models_calls_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
         return call
 
     calls = {n: taking(0.2 + 0.01 * n) for n in (1, 2, 3, 5, 9, 17)}
-    found = step_costs._time(calls, taking(0.3), 4, 0.6, lambda: None)
+    found = calibration._time(calls, taking(0.3), 4, 0.6, lambda: None)
     assert found == pytest.approx({n: 0.2 + 0.01 * n for n in (1, 2, 3, 5)})
     clock.now = 0.0
     calls = {1: taking(0.01), 2: taking(0.02)}
-    assert step_costs._time(calls, taking(0.0), 1, 10.0, lambda: None) == pytest.approx({1: 0.01, 2: 0.02})
-    assert clock.now == pytest.approx((step_costs.ROUNDS + 1) * 0.03)
+    assert calibration._time(calls, taking(0.0), 1, 10.0, lambda: None) == pytest.approx({1: 0.01, 2: 0.02})
+    assert clock.now == pytest.approx((calibration.ROUNDS + 1) * 0.03)
 
 
 def test_costs_are_measured_once_and_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_costs_are_measured_once_and_quickly(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(3):
         list(decode(model, token_row([4]).input_ids, DecodingOptions(max_new_tokens=4)))
     assert len(calls) == 1
-    costs = decode_cache(model).draft_costs[False, VOCAB][0]
+    costs = decode_cache(model).calibrations[False, VOCAB][0]
     assert costs.positions[0] == 1 and all(second > 0 for second in costs.seconds)
     assert max(costs.positions) <= CONTEXT // 2
     list(decode(model, token_row([4]).input_ids, DecodingOptions(num_masks=2, max_new_tokens=4)))
@@ -79,7 +79,7 @@ def test_costs_are_measured_once_and_quickly(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_times_of_graphs_count_where_there_are_no_masks() -> None:
-    few = Budget(GENTLE, DraftRecord(8), 8, 1, True, True, timed=False, few=True)
+    few = Budget(GENTLE, DraftStats(8), 8, 1, True, True, timed=False, few=True)
     assert few.sizes == (0, 2, 4)
     few.costs.batch = 1, 256
     for plan, seconds in ((PLAIN, 1.0), (Plan(2, 0, "last"), 5.0)):

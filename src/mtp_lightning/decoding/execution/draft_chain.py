@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.decoding.execution.packed_linear import PackedLinear
+from mtp_lightning.decoding.packed_linear import PackedLinear
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
 
 LARGEST_TABLE = 1 << 23

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mtp_lightning.decoding.execution import packed_linear
+from mtp_lightning.decoding import packed_linear
+from mtp_lightning.decoding.execution.step import Drafts, StepInput, StepOutput, block_index, decode_step, mask_index
 from mtp_lightning.decoding.row_cache import RowCache
-from mtp_lightning.decoding.step import Drafts, StepInput, StepOutput, block_index, decode_step, mask_index
 from mtp_lightning.decoding.step_masks import StepMasks
 from mtp_lightning.decoding.step_plan import StepPlan
 from mtp_lightning.decoding.token_choice import TokenChoice
@@ -120,7 +120,7 @@ class StepGraph:
     """A step of one shape over one cache.
 
     Args:
-        model: the model, its lean layers in use.
+        model: the model, its fused layers in use.
         cache: the batch's keys and values.
         choice: how tokens are chosen, but for the seeds.
         sampler_head: whether to draft with the sampler head.

@@ -8,12 +8,12 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.decoding.execution.lean import decode_cache
-from mtp_lightning.decoding.execution.lean_layers import is_autocast
+from mtp_lightning.decoding.execution.decode_cache import decode_cache
+from mtp_lightning.decoding.execution.step import StepInput, StepOutput
 from mtp_lightning.decoding.execution.step_graph import CAPTURES, StepGraph
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.packed_linear import is_autocast
 from mtp_lightning.decoding.row_cache import RowCache
-from mtp_lightning.decoding.step import StepInput, StepOutput
 from mtp_lightning.decoding.step_masks import StepMasks
 from mtp_lightning.decoding.step_plan import StepPlan
 from mtp_lightning.decoding.token_choice import TokenChoice
@@ -33,7 +33,7 @@ class StepRunner:
     """Runs steps, each as it comes.
 
     Args:
-        model: the model, its lean layers in use.
+        model: the model, its fused layers in use.
         cache: the batch's keys and values.
         choice: how tokens are chosen.
         sampler_head: whether to draft with the sampler head.
@@ -87,7 +87,7 @@ class GraphRunner(StepRunner):
     """Runs steps as graphs, once their shapes have come up a few times.
 
     Args:
-        model: the model, its lean layers in use.
+        model: the model, its fused layers in use.
         cache: the batch's keys and values, with room for all steps to come.
         choice: how tokens are chosen; see ``takes``.
         sampler_head: whether to draft with the sampler head.
@@ -125,14 +125,14 @@ class GraphRunner(StepRunner):
 
     def _graph(self, plan: StepPlan) -> StepGraph | None:
         """The graph of a step, made when it is due; None: the step is run as it is."""
-        lean, graphs = decode_cache(self.model), self.cache.graphs
-        if plan.layouts[0].last or max(self.cache.lengths) == 0 or lean.no_graphs:  # a prompt's shape comes once
+        prepared, graphs = decode_cache(self.model), self.cache.graphs
+        if plan.layouts[0].last or max(self.cache.lengths) == 0 or prepared.no_graphs:  # a prompt's shape comes once
             return None
-        if self.generation != lean.generation:  # weights that graphs read may be gone, or be another model's
-            if graphs.get("made for") != (lean, lean.generation):
+        if self.generation != prepared.generation:  # weights that graphs read may be gone, or be another model's
+            if graphs.get("made for") != (prepared, prepared.generation):
                 graphs.clear()
-                graphs["made for"] = lean, lean.generation
-            self.generation = lean.generation
+                graphs["made for"] = prepared, prepared.generation
+            self.generation = prepared.generation
         key = (plan.layouts, plan.num_drafts, len(self.cache.lengths), self.choice.key, self.sampler_head)
         found = graphs.get(key, 0)
         if isinstance(found, StepGraph):
@@ -147,7 +147,7 @@ class GraphRunner(StepRunner):
         try:
             graphs[key] = StepGraph(self.model, self.cache, self.choice, self.sampler_head, plan)
         except Exception as error:  # compilers and drivers raise anything; the text does not depend on them
-            lean.no_graphs = True
+            prepared.no_graphs = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"steps could not be compiled, decoding goes on without: {reason}", stacklevel=2)
             return None

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan, draft_sizes, few_sizes
-from mtp_lightning.decoding.planning.draft_record import DraftRecord, RowRecord
+from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowStats
 from mtp_lightning.decoding.planning.draft_values import SETTLE, DraftValues, availability
 from mtp_lightning.decoding.planning.plan_costs import PlanCosts
 from mtp_lightning.decoding.planning.step_costs import StepCosts
@@ -65,7 +65,7 @@ class Budget:
     def __init__(
         self,
         costs: StepCosts,
-        record: DraftRecord,
+        record: DraftStats,
         num_masks: int,
         num_rows: int,
         anywhere: bool,
@@ -74,7 +74,7 @@ class Budget:
         few: bool = False,
     ) -> None:
         self.record, self.num_masks, self.coupled, self.timed = record, num_masks, coupled, timed
-        self.rows = [RowRecord(record.usual.copy()) for _ in range(num_rows)]
+        self.rows = [RowStats(record.usual.copy()) for _ in range(num_rows)]
         self.places = ("last", "ends", "all") if anywhere else ("last",)
         self.sizes = few_sizes(num_masks) if few else draft_sizes(num_masks)
         self.costs = PlanCosts(costs, record, self.sizes, self.places, num_rows)
@@ -316,7 +316,7 @@ class Budget:
         usual = np.mean([row.mean for row in self.rows], axis=0)
         self.record.usual += 0.05 * (usual - self.record.usual)
 
-    def _weight(self, row: RowRecord) -> float:
+    def _weight(self, row: RowStats) -> float:
         row.blocks += 1
         return max(FORESIGHT, 1 / row.blocks)
 

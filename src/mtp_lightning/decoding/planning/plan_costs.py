@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mtp_lightning.decoding.planning.draft_plan import Plan
-from mtp_lightning.decoding.planning.draft_record import DraftRecord
+from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.step_costs import Pace, StepCosts
 
 REFRESH = 16
@@ -31,7 +31,7 @@ class PlanCosts:
     """
 
     def __init__(
-        self, costs: StepCosts, record: DraftRecord, sizes: Sequence[int], places: Sequence[str], num_rows: int
+        self, costs: StepCosts, record: DraftStats, sizes: Sequence[int], places: Sequence[str], num_rows: int
     ) -> None:
         self.costs, self.record, self.sizes, self.places = costs, record, tuple(sizes), tuple(places)
         self.num_rows, self.batch = num_rows, (num_rows, 0)

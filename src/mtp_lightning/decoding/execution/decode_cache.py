@@ -20,22 +20,21 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from mtp_lightning.decoding.execution.draft_chain import Chain, DraftChain, unrolled
-from mtp_lightning.decoding.execution.lean_layers import (
+from mtp_lightning.decoding.execution.fused_lora import (
     Forward,
     JoinedLayers,
     SharedAdapters,
     adapter,
-    is_autocast,
     unembedding_forward,
 )
-from mtp_lightning.decoding.execution.packed_linear import packed_dtypes
+from mtp_lightning.decoding.packed_linear import is_autocast, packed_dtypes
+from mtp_lightning.decoding.planning.draft_stats import DraftStats
+from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.shortlist import Shortlist
 from mtp_lightning.modeling.gated_lora import ADAPTER, Gate, GatedVariant, lora_layers
 
 if TYPE_CHECKING:
-    from mtp_lightning.decoding.planning.draft_record import DraftRecord
-    from mtp_lightning.decoding.planning.step_costs import StepCosts
     from mtp_lightning.modeling.label_counts import LabelCounts
     from mtp_lightning.modeling.network import MTPNetwork
 
@@ -52,12 +51,12 @@ KEPT_CACHES = 2
 SMALLEST_CACHE = 256
 
 
-def fixed_slots(slots: int) -> int:
+def rounded_slots(slots: int) -> int:
     """Slots of a cache whose shape never changes: a power of two, so that texts share their graphs."""
     return max(SMALLEST_CACHE, 1 << (slots - 1).bit_length())
 
 
-class LeanWeights:
+class DecodeCache:
     """Weights made ready for decoding, and whether they are still those of the model.
 
     A copied or pickled model makes its own.
@@ -65,7 +64,7 @@ class LeanWeights:
     Attributes:
         generation: counts up each time that weights are made.
         no_graphs: whether making a graph of a step has failed.
-        draft_costs: what steps cost on this device and in this dtype, and how drafts do, by whether steps are graphs and by
+        calibrations: what steps cost on this device and in this dtype, and how drafts do, by whether steps are graphs and by
             the number of tokens that drafts are chosen from; empty until somebody asks.
     """
 
@@ -81,13 +80,13 @@ class LeanWeights:
         self._caches: dict[tuple[int, int], RowCache] = {}
         self.generation = 0
         self.no_graphs = False
-        self.draft_costs: dict[tuple[bool, int], tuple[StepCosts, DraftRecord]] = {}
+        self.calibrations: dict[tuple[bool, int], tuple[StepCosts, DraftStats]] = {}
 
     def __reduce__(self) -> Any:
-        return LeanWeights, ()
+        return DecodeCache, ()
 
-    def __deepcopy__(self, memo: Any) -> LeanWeights:
-        return LeanWeights()
+    def __deepcopy__(self, memo: Any) -> DecodeCache:
+        return DecodeCache()
 
     @contextlib.contextmanager
     def use(self, model: MTPNetwork) -> Iterator[None]:
@@ -105,7 +104,7 @@ class LeanWeights:
             if self._depth == 0:
                 self._uncover()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Give the memory back; the next text makes its weights anew."""
         if self._depth:
             self._uncover()
@@ -121,7 +120,7 @@ class LeanWeights:
         if had_graphs:
             gc.collect()  # compiled code and its buffers hold each other
 
-    def watch(self, model: MTPNetwork) -> None:
+    def drop_stale_graphs(self, model: MTPNetwork) -> None:
         """Let go of the graphs where the model has another weight by now, or would compute otherwise.
 
         Args:
@@ -138,7 +137,7 @@ class LeanWeights:
             self._outdate()
 
     @contextlib.contextmanager
-    def cache(self, model: MTPNetwork, num_rows: int, slots: int) -> Iterator[RowCache]:
+    def kv_cache(self, model: MTPNetwork, num_rows: int, slots: int) -> Iterator[RowCache]:
         """An empty cache with buffers that later texts take again, and with them the graphs of steps over these buffers.
 
         Args:
@@ -149,7 +148,7 @@ class LeanWeights:
         Yields:
             The cache; nobody else has it within the ``with`` block.
         """
-        size = fixed_slots(slots)
+        size = rounded_slots(slots)
         cache = self._caches.pop((num_rows, size), None) or RowCache(model.base, num_rows)
         cache.lengths = [0] * num_rows
         cache.reserve(size, size)
@@ -178,7 +177,7 @@ class LeanWeights:
         """The unembedding of the most frequent tokens. The last one that was asked for is kept.
 
         Args:
-            model: the model, its lean layers in use.
+            model: the model, its fused layers in use.
             size: number of tokens. Where nothing was counted the first ids stand for the most frequent ones.
 
         Returns:
@@ -198,7 +197,7 @@ class LeanWeights:
     def _prepare(self, model: MTPNetwork) -> None:
         device, dtype = model.base.device, model.base.dtype
         if self._place not in (None, (device, dtype)):
-            self.draft_costs.clear()
+            self.calibrations.clear()
         self._place = (device, dtype)
         layers = [layer for layer in lora_layers(model.base) if is_plain(layer, model.gate)]
         head = model.sampler_head
@@ -212,7 +211,7 @@ class LeanWeights:
         made_from = (head, *scalings, _sample(weights), *((w.data_ptr(), _version(w), w.dtype, w.device) for w in weights))
         if made_from == self._made_from:
             return
-        self.forget()  # before new ones are made: both may not fit into memory
+        self.clear()  # before new ones are made: both may not fit into memory
         self._forwards = lean_forwards(layers, model)
         if packs:
             self._forwards.append((output, unembedding_forward(output)))
@@ -223,18 +222,18 @@ class LeanWeights:
         self._made_from = made_from
 
 
-def decode_cache(network: MTPNetwork) -> LeanWeights:
+def decode_cache(network: MTPNetwork) -> DecodeCache:
     """What decoding keeps for a network between texts; made at the first call."""
     if network.decode_cache is None:
-        network.decode_cache = LeanWeights()
-    found: LeanWeights = network.decode_cache
+        network.decode_cache = DecodeCache()
+    found: DecodeCache = network.decode_cache
     return found
 
 
 def clear_decode_cache(network: MTPNetwork) -> None:
     """Free what decoding keeps for a network; the next text prepares it again."""
     if network.decode_cache is not None:
-        network.decode_cache.forget()
+        network.decode_cache.clear()
 
 
 class _Cover:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.decoding.execution.packed_linear import SMALL, PackedLinear, packed_dtypes
+from mtp_lightning.decoding.packed_linear import SMALL, PackedLinear, packed_dtypes
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Tolerance by dtype, relative and absolute, for sums of 48 products of standard normal numbers, up to about 25: the last

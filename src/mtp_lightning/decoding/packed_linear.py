@@ -46,6 +46,11 @@ _library.impl("packed_linear", lambda x, number, width: _by_number[number].produ
 _library.impl("packed_linear", lambda x, number, width: x.new_empty(*x.shape[:-1], width), "Meta")
 
 
+def is_autocast(device: torch.device) -> bool:
+    """True if products have another dtype than what they are added to."""
+    return torch.is_autocast_enabled(device.type)
+
+
 @functools.cache
 def packed_dtypes() -> frozenset[torch.dtype]:
     """The dtypes in which a weight laid out beforehand is known to pay on this CPU; elsewhere products are plain ones."""
@@ -92,7 +97,7 @@ class PackedLinear:
             assert self.plain is not None
             return F.linear(x, self.plain, self.bias)
         if _as_operators:
-            return torch.ops.mtp_lightning.decoding.execution.packed_linear(x, self.number, self.width)
+            return torch.ops.mtp_lightning.packed_linear(x, self.number, self.width)
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.decoding.execution.packed_linear import PackedLinear
+from mtp_lightning.decoding.packed_linear import PackedLinear, is_autocast
 from mtp_lightning.modeling.gated_lora import ADAPTER, Gate
 
 LARGEST_BLOCK = 1 << 17
@@ -27,11 +27,6 @@ Forward = Callable[[Tensor], Tensor]
 def adapter(layer: Any) -> tuple[Tensor, Tensor]:
     """A layer's LoRA matrices, A [r, D] and B [N, r]."""
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-
-
-def is_autocast(device: torch.device) -> bool:
-    """Whether products have another dtype than what they are added to."""
-    return torch.is_autocast_enabled(device.type)
 
 
 def _keeps_pefts_path(x: Tensor) -> bool:

@@ -13,11 +13,11 @@ from hidden import hidden_states
 from tiny import ARCHITECTURES, VOCAB, tiny_model, token_row
 from torch import Tensor, nn
 
+from mtp_lightning.decoding.execution.decode_cache import decode_cache, is_plain
 from mtp_lightning.decoding.execution.draft_chain import DraftChain, GRUChain, MLPChain, unrolled
-from mtp_lightning.decoding.execution.lean import decode_cache, is_plain
-from mtp_lightning.decoding.execution.packed_linear import packed_dtypes
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.packed_linear import packed_dtypes
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA, lora_layers
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
@@ -28,9 +28,9 @@ EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 @pytest.mark.parametrize("joined", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_lean_layers_compute_what_pefts_do(architecture: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_layers_compute_what_pefts_do(architecture: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not joined:
-        monkeypatch.setattr("mtp_lightning.decoding.execution.lean.LARGEST_COPY", 0)
+        monkeypatch.setattr("mtp_lightning.decoding.execution.decode_cache.LARGEST_COPY", 0)
     model = tiny_model(architecture, 4)
     for rows, num_mtp in ((1, 4), (3, 4), (2, 13), (2, 0)):
         expected = hidden_states(model, num_mtp, rows)
@@ -44,7 +44,7 @@ def test_lean_layers_compute_what_pefts_do(architecture: str, joined: bool, monk
 
 @pytest.mark.parametrize("block", [0, 1 << 16])
 def test_adapters_one_by_one_or_in_one_block(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_lightning.decoding.execution.lean_layers.LARGEST_BLOCK", block)
+    monkeypatch.setattr("mtp_lightning.decoding.execution.fused_lora.LARGEST_BLOCK", block)
     model = tiny_model("qwen2", 4)
     expected = hidden_states(model, 4, 2)
     with decode_cache(model).use(model):
@@ -262,12 +262,12 @@ def test_costs_are_those_of_the_device_and_dtype() -> None:
     model = tiny_model("llama", 3, dtype=torch.float32)
     options = DecodingOptions(max_new_tokens=4)
     list(decode(model, token_row([6]).input_ids, options))
-    costs = decode_cache(model).draft_costs[False, VOCAB]
+    costs = decode_cache(model).calibrations[False, VOCAB]
     list(decode(model, token_row([6]).input_ids, options))
-    assert decode_cache(model).draft_costs == {(False, VOCAB): costs}
+    assert decode_cache(model).calibrations == {(False, VOCAB): costs}
     model.double()
     list(decode(model, token_row([6]).input_ids, options))
-    assert [*decode_cache(model).draft_costs] == [(False, VOCAB)] and decode_cache(model).draft_costs[
+    assert [*decode_cache(model).calibrations] == [(False, VOCAB)] and decode_cache(model).calibrations[
         False, VOCAB
     ] is not costs
 

@@ -23,7 +23,7 @@ HOPE = 0.5
 """Standard errors by which a chance is taken to be better than was seen: after bad luck it would never be tried again."""
 
 
-class DraftRecord:
+class DraftStats:
     """How often drafts of a probability were kept, and how blocks of this model do in general. Shared by all texts.
 
     Args:
@@ -71,7 +71,7 @@ class DraftRecord:
 
 
 @dataclass
-class RowRecord:
+class RowStats:
     """What is known of one row.
 
     Attributes:

@@ -14,11 +14,11 @@ from tiny import CONTEXT, VOCAB, token_row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtp_lightning.decoding import step as decoding_step
+from mtp_lightning.decoding.execution import step as decoding_step
+from mtp_lightning.decoding.execution.step import StepInput, num_accepted
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.shortlist import Shortlist
-from mtp_lightning.decoding.step import StepInput, num_accepted
 from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.execution.lean import decode_cache
+from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout
 from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
