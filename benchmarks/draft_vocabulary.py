@@ -63,7 +63,7 @@ def main() -> None:
     usual = shortlist_size(counts, vocab_size, "auto")
     print(
         f"{int(counts.counts.sum()):,} labels; {int((counts.counts > 0).sum()):,} of {vocab_size:,} tokens occur. auto"
-        f" would choose {usual:,}: {counts.usual_size:,} tokens have nearly all labels.\n"
+        f" would choose {usual:,}: {counts.default_size:,} tokens have nearly all labels.\n"
     )
     prompts = read_prompts(args.prompts, model.tokenizer, args.num_prompts)
     results: list[dict[str, Any]] = []

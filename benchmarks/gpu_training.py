@@ -26,7 +26,7 @@ from mtp_lightning.callbacks.throughput import PEAK_TFLOPS, peak_memory
 from mtp_lightning.losses import AnchorDistillation, LatentConsistency, LossTerm
 from mtp_lightning.losses.base import term_value
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.base import memory_error
+from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.sampler_heads import GRUSamplerHead
@@ -168,7 +168,7 @@ def run() -> None:
         try:
             print(json.dumps(steps(model, arguments, block_fraction)), flush=True)
         except Exception as error:
-            if not memory_error(error):
+            if not is_out_of_memory(error):
                 raise
             memory = memory_of(device)
             said = advice(size, step_of(arguments, block_fraction), memory)

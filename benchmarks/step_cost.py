@@ -21,7 +21,8 @@ from mtp_lightning import MTPModel
 from mtp_lightning.decoding.execution.step import StepInput
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.modeling.base import cache_keyword, load_base
+from mtp_lightning.modeling.base import load_base
+from mtp_lightning.modeling.transformers_private import cache_keyword
 
 
 @torch.inference_mode()

@@ -16,6 +16,11 @@ IGNORE_INDEX = -100
 """A label that counts in no loss (Hugging Face's meaning)."""
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses and trained weights for states of a dtype: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class TokenRow(NamedTuple):
     """One row of tokens, of one document or of several packed ones, before blocks are placed.
 

@@ -21,7 +21,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.base import run_decoder
+from mtp_lightning.modeling.decoder import run_decoder
 from mtp_lightning.sampler_heads import GRUSamplerHead
 
 LENGTHS = [9, 1, 14, 4, 9, 7, 2, 22]

@@ -21,7 +21,7 @@ from mtp_lightning.decoding.shortlist import Shortlist, shortlist_size
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.errors import RunError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.label_counts import COVERAGE, LABEL_COUNTS, LabelCounts, checked_counts, count_labels
+from mtp_lightning.modeling.label_counts import COVERAGE, LABEL_COUNTS, LabelCounts, count_labels, parse_label_counts
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
 
@@ -216,17 +216,17 @@ def test_the_usual_size_has_nearly_all_labels() -> None:
         return LabelCounts((total * shares / shares.sum()).long())
 
     long = steep(1e9)
-    assert long.usual_size == 64 and long.share(20) > COVERAGE > long.share(19)
+    assert long.default_size == 64 and long.share(20) > COVERAGE > long.share(19)
     middle = steep(2e4)  # a label more for each of 1000 tokens is 5 % of all
-    assert middle.usual_size == 384
+    assert middle.default_size == 384
     # Slower: token by token, from the most frequent one.
     seen = sorted(((n + 1, -i) for i, n in enumerate(middle.counts.tolist())), reverse=True)
     reached, needed = 0, 0
     while reached < COVERAGE * sum(n for n, _ in seen):
         reached, needed = reached + seen[needed][0], needed + 1
-    assert middle.usual_size == -(-needed // 64) * 64
+    assert middle.default_size == -(-needed // 64) * 64
     short = steep(2e3)  # has met most of it never
-    assert short.usual_size > 900
+    assert short.default_size > 900
     assert [shortlist_size(each, 1000, "auto") for each in (long, short, None)] == [64, 1000, 1000]
     assert shortlist_size(middle, 768, "auto") == 384 and shortlist_size(middle, 767, "auto") == 767  # a half at most
     assert [shortlist_size(long, 1000, asked) for asked in ("all", 7, 4000)] == [1000, 7, 1000]
@@ -253,5 +253,5 @@ def test_damaged_counts_are_refused(found: Any, what: str) -> None:
     with pytest.raises(
         RunError, match=f"the file: {LABEL_COUNTS} should be 5 int64 numbers from 0 on and is {what}. It is damaged."
     ):
-        checked_counts(found, 5, "the file")
-    assert checked_counts(None, 5, "the file") is None
+        parse_label_counts(found, 5, "the file")
+    assert parse_label_counts(None, 5, "the file") is None

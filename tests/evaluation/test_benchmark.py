@@ -35,7 +35,8 @@ from mtp_lightning.evaluation.benchmark_speed import (
     speed_systems,
 )
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.gated_lora import LoRA, lora_layers
+from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.text.prompts import Prompt
 

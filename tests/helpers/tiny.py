@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy, term_value
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.gated_lora import LoRA, lora_layers
+from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.types import IGNORE_INDEX, MaskedInput, TokenRow
 
@@ -45,6 +46,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 ARCHITECTURES = list(_CONFIGS)
+FEW = ["llama", "gemma3", "qwen3_moe"]
+"""For tests that need not run on all: a plain one, one with sliding windows and scaled embeddings, one with experts."""
 EXPERTS = {"qwen3_moe", "mixtral"}
 
 

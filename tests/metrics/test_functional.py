@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from mtp_lightning.metrics.functional import draft_runs, kept_by_position, offset_hits, repeated_ngrams, share_of_reference
+from mtp_lightning.metrics.functional import draft_runs, offset_hits, repeated_ngrams, share_of_reference, survival_counts
 
 
 def random_hits(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,5 +64,5 @@ def test_repeated_ngrams_of_a_loop_and_of_distinct_tokens() -> None:
 
 def test_kept_by_position_against_a_loop() -> None:
     accepted = random.Random(0).choices(range(5), k=30)
-    assert kept_by_position(accepted, 4).tolist() == [sum(a >= j for a in accepted) for j in (1, 2, 3, 4)]
-    assert kept_by_position([], 3).tolist() == [0, 0, 0]
+    assert survival_counts(accepted, 4).tolist() == [sum(a >= j for a in accepted) for j in (1, 2, 3, 4)]
+    assert survival_counts([], 3).tolist() == [0, 0, 0]

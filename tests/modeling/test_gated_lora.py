@@ -19,7 +19,8 @@ from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy, term_value
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import load_base
-from mtp_lightning.modeling.gated_lora import Gate, LoRA, lora_layers
+from mtp_lightning.modeling.gated_lora import Gate, LoRA
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.types import HiddenStates, MaskedInput
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, SamplerCrossEntropy
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.attention import check_layer_types
+from mtp_lightning.modeling.decoder import check_layer_types
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from mtp_lightning import MTPModel
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.modeling.gated_lora import LoRA, lora_layers
+from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.label_counts import LabelCounts
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
 from mtp_lightning.saving import export as exporting
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mtp_lightning import MTPModel
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.modeling.gated_lora import lora_layers
+from mtp_lightning.modeling.peft_private import lora_layers
 
 
 def test_a_base_of_another_shape(kept: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tiny import tiny_model
 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.losses import AnchorDistillation, BaseCrossEntropy, LatentConsistency
-from mtp_lightning.modeling.base import config_context
+from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.saving.checkpoint import check_settings
 from mtp_lightning.schedules import WarmupConstant, WarmupCosine
 from mtp_lightning.training.module import MTPModule
@@ -81,6 +81,6 @@ def test_a_resumed_run_keeps_its_own_length() -> None:
 def test_the_context_ends_where_rope_changes() -> None:
     config = tiny_model("phi3").base.config
     whole = config.max_position_embeddings
-    assert config_context(config) == whole
+    assert context_length(config) == whole
     config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": whole // 2}
-    assert config_context(config) == whole // 2
+    assert context_length(config) == whole // 2

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.base import memory_error
+from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.sampler_heads import GRUSamplerHead
@@ -153,8 +153,8 @@ def test_advice_makes_the_step_fit() -> None:
 
 
 def test_what_counts_as_out_of_memory() -> None:
-    assert memory_error(torch.OutOfMemoryError("CUDA out of memory")) and memory_error(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55, dtype=torch.uint8)
-    assert memory_error(caught.value) and not memory_error(RuntimeError("other"))
+    assert is_out_of_memory(caught.value) and not is_out_of_memory(RuntimeError("other"))
     assert [gigabytes(n) for n in (12_345_000_000, 2_000_000)] == ["12.3 GB", "2.0 MB"]

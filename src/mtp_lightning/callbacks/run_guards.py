@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from mtp_lightning.data.fingerprint import fingerprint
 from mtp_lightning.errors import RunError, one_line
-from mtp_lightning.modeling.base import memory_error
+from mtp_lightning.modeling.base import is_out_of_memory
+from mtp_lightning.modeling.transformers_private import attention_kernel
 from mtp_lightning.saving.checkpoint_files import newest_checkpoint, read_run_id
 from mtp_lightning.training.collectives import all_reduce
 from mtp_lightning.training.distributed import checkpoint_folders, gather, run_folder, stop_all
@@ -241,7 +242,7 @@ def step_size(trainer: Trainer, module: Any) -> StepSize | None:
         block_fraction=data.block_fraction,
         max_blocks=data.max_blocks_per_row,
         num_masks=module.num_masks,
-        kernel=module.model.base.config._attn_implementation,
+        kernel=attention_kernel(module.model.base),
         checkpointing=module.gradient_checkpointing,
         autocast="mixed" in str(trainer.precision),
         cuda=strategy.root_device.type == "cuda",
@@ -280,7 +281,7 @@ def explain(error: BaseException, guards: RunGuards | None, trainer: Trainer) ->
     """
     text = one_line(error, 200)
     go_on = " Go on with --ckpt_path last."
-    if memory_error(error):
+    if is_out_of_memory(error):
         if guards is None or guards.size is None:
             return RunError(
                 f"memory ran out before training began ({text}). Take a smaller base, model.dtype: bfloat16,"

@@ -19,7 +19,8 @@ from mtp_lightning.distill.answer_file import AnswerFile, checksum
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
 from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Reply
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.modeling.base import config_context, load_base, load_config, load_tokenizer, parse_dtype
+from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
+from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import PACKAGE, resolve
 from mtp_lightning.saving.checkpoint import SETTINGS, check_device, named_base, read_checkpoint
 from mtp_lightning.text.prompts import Prompt, PromptRow, encode_prompt_row, open_messages, read_prompt_rows
@@ -109,7 +110,7 @@ def run_distill(args: list[str]) -> None:
     if endpoint.endpoint is None:
         check_device(device)
     rows = read_prompt_rows(config.prompts)
-    context = config_context(load_config(base_model, revision).get_text_config(decoder=True))
+    context = context_length(load_config(base_model, revision).get_text_config(decoder=True))
     tokenizer = load_tokenizer(base_model, revision)
     tasks, too_long = _tasks(rows, tokenizer, context, shard, shards)
     settings = {"model": base_model, "revision": revision, "shard": f"{shard}/{shards}", **answers.as_dict()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
-from mtp_lightning.modeling.attention import text_config
+from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.network import MTPNetwork
 
 

@@ -34,8 +34,9 @@ from mtp_lightning.decoding.shortlist import Shortlist, shortlist_size
 from mtp_lightning.decoding.step_plan import budgeted_plan, prompt_plan, step_plan
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.errors import UsageError
-from mtp_lightning.modeling.attention import text_config
+from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.modeling.transformers_private import attention_kernel
 
 
 class StepTokens(NamedTuple):
@@ -345,7 +346,7 @@ def draft_shortlist(model: MTPNetwork, options: DecodingOptions) -> Shortlist | 
 def evaluating(model: MTPNetwork) -> Iterator[None]:
     """Evaluation mode and a cache-friendly attention kernel; every module's own mode is put back afterwards."""
     training = [module for module in model.modules() if module.training]
-    kernel = model.base.config._attn_implementation
+    kernel = attention_kernel(model.base)
     model.eval()
     if kernel == "flex_attention":  # a step's few queries gain nothing from it, and every cache length would be a compile
         capped = getattr(text_config(model.base), "attn_logit_softcapping", None) is not None

@@ -12,8 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from mtp_lightning.decoding.packed_linear import PackedLinear, is_autocast
-from mtp_lightning.modeling.base import FrozenUnembedding
 from mtp_lightning.modeling.label_counts import LabelCounts
+from mtp_lightning.modeling.unembedding import FrozenUnembedding
 
 
 class Shortlist:
@@ -37,7 +37,7 @@ class Shortlist:
         """Logits [..., N] of hidden states [..., D]."""
         if is_autocast(hidden.device):  # which knows nothing of weights that are laid out beforehand
             return self.unembed(hidden).index_select(-1, self.tokens)
-        return self.unembed.shaped(self.linear(hidden))
+        return self.unembed.scale_and_cap(self.linear(hidden))
 
     def spread(self, scores: Tensor) -> Tensor:
         """Scores [..., N] as those of the whole vocabulary, [..., V]: no chance for what is not listed."""
@@ -57,6 +57,6 @@ def shortlist_size(counts: LabelCounts | None, vocab_size: int, asked: int | Lit
         A number from 1 to V.
     """
     if asked == "auto":
-        usual = vocab_size if counts is None else counts.usual_size
+        usual = vocab_size if counts is None else counts.default_size
         return usual if 2 * usual <= vocab_size else vocab_size
     return vocab_size if asked == "all" else min(asked, vocab_size)

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.modeling.attention import GROUPED_SDPA, kernel_mask, per_layer_type
 from mtp_lightning.modeling.masking import AttentionPattern, dense_mask
+from mtp_lightning.modeling.transformers_private import attention_kernel, offload_hook
+from mtp_lightning.types import compute_dtype
 
 
 class StepLayout(NamedTuple):
@@ -99,10 +101,10 @@ class StepMasks:
         self._tables: dict[tuple[tuple[StepLayout, ...], int | None], Tensor] = {}
         self._shifted: dict[int | None, tuple[list[int], Tensor]] = {}
         self._additive: tuple[Tensor, Tensor] | None = None
-        on_cpu = base.device.type == "cpu" and not hasattr(base, "_hf_hook")  # which may move tensors elsewhere
-        if on_cpu and base.config._attn_implementation in ("sdpa", GROUPED_SDPA):
-            wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-            self._additive = torch.zeros((), dtype=wide), torch.tensor(-torch.inf, dtype=wide)
+        on_cpu = base.device.type == "cpu" and offload_hook(base) is None  # which may move tensors elsewhere
+        if on_cpu and attention_kernel(base) in ("sdpa", GROUPED_SDPA):
+            dtype = compute_dtype(base.dtype)
+            self._additive = torch.zeros((), dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)
 
     def get(
         self, layouts: tuple[StepLayout, ...], choice: Tensor | None, cache: RowCache, slots: Tensor | None

@@ -18,8 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.modeling.attention import text_config
-from mtp_lightning.modeling.base import context_length
+from mtp_lightning.modeling.decoder import context_length, text_config
 from mtp_lightning.text.prompts import Prompt
 
 SORTED = 32
@@ -159,7 +158,7 @@ def base_answers(
     Raises:
         RunError: the memory is not enough for a batch.
     """
-    context, ends = context_length(base), end_ids(base)
+    context, ends = context_length(text_config(base)), end_ids(base)
     pad = next((token for token in (text_config(base).pad_token_id, *ends) if token is not None), 0)
     base.generation_config = GenerationConfig()  # the base's own may hold a temperature or a penalty
     for batch in base_batches(prompts, batch_size, context, options.max_new_tokens):

@@ -13,7 +13,7 @@ import torch
 from mtp_lightning.decoding.loop import calibrate, decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation.losslessness import Difference, autoregressive, find_difference
-from mtp_lightning.metrics.functional import NON_REPEATING, kept_by_position, repeated_ngrams, share_of_reference
+from mtp_lightning.metrics.functional import REPETITION_THRESHOLD, repeated_ngrams, share_of_reference, survival_counts
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.text.prompts import Prompt, round_robin
 
@@ -182,10 +182,10 @@ def summarise(results: Iterable[PromptResult], forced: dict[str, float] | None =
 
 
 def _figures(results: Sequence[PromptResult], num_masks: int) -> dict[str, Any]:
-    steady = [result for result in results if result.repeated_8grams < NON_REPEATING]
+    steady = [result for result in results if result.repeated_8grams < REPETITION_THRESHOLD]
     checked = [result for result in results if result.lossless is not None]
-    drafted = kept_by_position([drafts for result in results for drafts in result.drafted_per_step], num_masks)
-    kept = kept_by_position([accepted for result in results for accepted in result.accepted_per_step], num_masks)
+    drafted = survival_counts([drafts for result in results for drafts in result.drafted_per_step], num_masks)
+    kept = survival_counts([accepted for result in results for accepted in result.accepted_per_step], num_masks)
     return {
         "num_prompts": len(results),
         "num_tokens": sum(result.num_tokens for result in results),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_lightning.files import atomic_file
-from mtp_lightning.metrics.functional import NON_REPEATING
+from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def print_table(summary: dict[str, Any], console: Console, title: str = "Accepta
         console: where to print.
         title: stands above the table.
     """
-    caption = f"not repeating: over the (n) texts with under {NON_REPEATING:.0%} repeated 8-grams"
+    caption = f"not repeating: over the (n) texts with under {REPETITION_THRESHOLD:.0%} repeated 8-grams"
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", collapse_padding=True, pad_edge=False)
     table.add_column("domain", overflow="fold", vertical="bottom")
     # Headers and cells are short enough for a terminal of 80 columns.
@@ -124,7 +124,7 @@ def _draw_lengths(axes: Axes, groups: dict[str, dict[str, Any]]) -> None:
         (
             height / 2,
             LIGHT,
-            f"texts with under {NON_REPEATING:.0%} repeated 8-grams",
+            f"texts with under {REPETITION_THRESHOLD:.0%} repeated 8-grams",
             lambda figures: (figures["non_repeating"]["acceptance_length"], figures["non_repeating"]["num_prompts"]),
         ),
     )

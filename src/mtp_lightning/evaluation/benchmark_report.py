@@ -9,7 +9,7 @@ from typing import Any
 
 from mtp_lightning.evaluation.benchmark import Setting
 from mtp_lightning.files import atomic_file
-from mtp_lightning.metrics.functional import NON_REPEATING
+from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
 
 ALL, MEAN = "all prompts", "mean of domains"
 
@@ -108,7 +108,7 @@ def _table(by_masks: dict[str, dict[str, Any]]) -> Iterator[str]:
 def _texts(report: dict[str, Any]) -> Iterator[str]:
     yield (
         "Autoregressive decoding by the same model. A loop flatters the acceptance length; *not repeating* counts texts with"
-        f" under {NON_REPEATING:.0%} repeated 8-grams."
+        f" under {REPETITION_THRESHOLD:.0%} repeated 8-grams."
     )
     yield ""
     yield "| domain | prompts | tokens | repeated 8-grams | not repeating |"

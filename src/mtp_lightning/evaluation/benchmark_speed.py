@@ -16,8 +16,8 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation.acceptance import spread
 from mtp_lightning.evaluation.benchmark import Setting, Told, decode_batch, row_seed
 from mtp_lightning.evaluation.losslessness import autoregressive
-from mtp_lightning.modeling.gated_lora import lora_layers
 from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.text.prompts import Prompt, round_robin
 
 AUTOREGRESSIVE, TRANSFORMERS, LOOKUP = "autoregressive", "transformers generate", "transformers prompt lookup"

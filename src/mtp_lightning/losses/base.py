@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses.chunked import chunked_sum
-from mtp_lightning.types import IGNORE_INDEX, MTP, NTP, HiddenStates, LossSum, MaskedInput
+from mtp_lightning.types import IGNORE_INDEX, MTP, NTP, HiddenStates, LossSum, MaskedInput, compute_dtype
 
 
 class Unembedding(Protocol):
@@ -173,12 +173,12 @@ class TokenLoss(LossTerm):
 
         def losses(chunk: Tensor, part: slice) -> Tensor:
             logits = unembed(chunk)
-            wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            dtype = compute_dtype(logits.dtype)
             anchor_logits = None
             if flat_anchors is not None:
                 with torch.no_grad():
-                    anchor_logits = unembed(flat_anchors[part]).to(wide)
+                    anchor_logits = unembed(flat_anchors[part]).to(dtype)
             targets = TokenTargets(flat_labels[part], flat_offsets[part], anchor_logits)
-            return self.per_position(logits.to(wide), targets)
+            return self.per_position(logits.to(dtype), targets)
 
         return chunked_sum(pick(hidden), pick(weights), losses, unembed.vocab_size, tuple(self.parameters()))

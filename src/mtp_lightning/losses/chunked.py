@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.types import compute_dtype
+
 LOGITS_PER_CHUNK = 2**23
 """How many logits exist at once on a CPU, 32 MB of float32; on a GPU 16 times as many, for larger products."""
 
@@ -42,15 +44,15 @@ class _ChunkedSum(torch.autograd.Function):
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        dtype = compute_dtype(hidden.dtype)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
         wanted = [t.requires_grad for t in (hidden, *parameters)]
         grads = [torch.zeros_like(t) if w else None for t, w in zip((hidden, *parameters), wanted, strict=True)]
         for begin in range(0, hidden.shape[0], size):
             part = slice(begin, min(begin + size, hidden.shape[0]))
             chunk = hidden[part].detach().requires_grad_(wanted[0])
             with torch.enable_grad():
-                value = (losses(chunk, part).to(wide) * weights[part].to(wide)).sum()
+                value = (losses(chunk, part).to(dtype) * weights[part].to(dtype)).sum()
             if any(wanted):
                 inputs = [t for t, w in zip((chunk, *parameters), wanted, strict=True) if w]
                 found = iter(torch.autograd.grad(value, inputs, allow_unused=True))
@@ -90,7 +92,7 @@ def chunked_sum(
     """
     if hidden.shape[0] == 0:
         # 0, and still part of the graph of all that is trained.
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        return sum((p.flatten()[:0].sum() for p in parameters), hidden.sum()).to(wide)
+        dtype = compute_dtype(hidden.dtype)
+        return sum((p.flatten()[:0].sum() for p in parameters), hidden.sum()).to(dtype)
     size = chunk_size(hidden, vocab_size)
     return _ChunkedSum.apply(hidden, weights, losses, size, *parameters)

@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mtp_lightning.losses.base import LossTerm, Unembedding
-from mtp_lightning.types import ANCHOR, HiddenStates, LossSum, MaskedInput
+from mtp_lightning.types import ANCHOR, HiddenStates, LossSum, MaskedInput, compute_dtype
 
 
 class LatentConsistency(LossTerm):
@@ -31,9 +30,9 @@ class LatentConsistency(LossTerm):
     def forward(self, states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Sequence[LossSum]:
         """The sum over anchors; under block sampling an unbiased estimate of it."""
         anchors = batch.at_anchors(states.ntp.detach())
-        wide = torch.float64 if states.mtp.dtype == torch.float64 else torch.float32
-        distance: Tensor = (anchors.to(wide) - states.mtp.to(wide)).square().sum(-1)
+        dtype = compute_dtype(states.mtp.dtype)
+        distance: Tensor = (anchors.to(dtype) - states.mtp.to(dtype)).square().sum(-1)
         if self.reduction == "mean":
             distance = distance / states.mtp.shape[-1]
         weights = batch.anchor_weights * batch.block_weights[:, :, None]
-        return [LossSum((distance * weights.to(wide)).sum(), ANCHOR)]
+        return [LossSum((distance * weights.to(dtype)).sum(), ANCHOR)]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NON_REPEATING = 0.1
+REPETITION_THRESHOLD = 0.1
 """A text with a smaller share of repeated 8-grams counts as not repeating itself: loops flatter the acceptance length."""
 
 
@@ -65,7 +65,7 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
     return (total - len(grams)) / total if total else 0.0
 
 
-def kept_by_position(accepted: Sequence[int], num_masks: int) -> Tensor:
+def survival_counts(accepted: Sequence[int], num_masks: int) -> Tensor:
     """How many steps kept the draft token at each position: the j-th is kept in every step that keeps j or more.
 
     Args:

@@ -10,36 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtp_lightning.errors import UsageError
+from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.masking import AttentionPattern, dense_mask, pattern_function
+from mtp_lightning.modeling.transformers_private import attention_kernel
 
 GROUPED_SDPA = "mtp_grouped_sdpa"
 """What ``grouped_attention`` is called among transformers' attention functions."""
-SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
-
-
-def text_config(base: PreTrainedModel) -> Any:
-    """The configuration of the text decoder."""
-    return base.config.get_text_config(decoder=True)
-
-
-def check_layer_types(config: Any, recurrent: bool = False) -> None:
-    """Refuse a base whose layers carry a state that masks would disturb (recurrent, linear or chunked attention).
-
-    Args:
-        config: the configuration of a text decoder: known before any weight is read.
-        recurrent: whether the model is known to keep a state, whatever its layers are called.
-
-    Raises:
-        UsageError: a layer is neither full nor sliding-window attention.
-    """
-    other = sorted(set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS)
-    if other or recurrent:
-        found = ", ".join(other) or "a recurrent state"
-        raise UsageError(
-            f"base model {config.model_type} has {found}; mask tokens need layers of full or sliding-window attention."
-            " Choose another model.base_model."
-        )
 
 
 def per_layer_type(base: PreTrainedModel, make: Callable[[int | None], Any]) -> Any:
@@ -86,7 +62,7 @@ def kernel_mask(base: PreTrainedModel, allowed: Tensor) -> Tensor:
     Returns:
         The same for SDPA; an additive mask in the base's dtype for the eager kernel, which would add True and False.
     """
-    if base.config._attn_implementation in ("sdpa", GROUPED_SDPA):
+    if attention_kernel(base) in ("sdpa", GROUPED_SDPA):
         return allowed
     # Not -inf: a row that sees nothing would be NaN.
     lowest = torch.finfo(base.dtype).min
@@ -110,7 +86,7 @@ def attention_mask(
     Returns:
         A tensor, a FlexAttention block mask, or a dict of them by layer type.
     """
-    if base.config._attn_implementation != "flex_attention":
+    if attention_kernel(base) != "flex_attention":
         return per_layer_type(base, lambda window: kernel_mask(base, dense_mask(pattern, num_ntp, window, begin, end)))
     from torch.nn.attention.flex_attention import create_block_mask
 

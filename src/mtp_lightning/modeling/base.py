@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading the base model and its tokenizer, and reading from them what the rest needs: context, unembedding."""
+"""Loads the base model, its configuration and its tokenizer."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.modeling.attention import check_layer_types, text_config
+from mtp_lightning.modeling.decoder import check_layer_types
 from mtp_lightning.paths import PACKAGE, resolve
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,7 +103,7 @@ def load_base(
     except UsageError:
         raise
     except Exception as error:  # a damaged file makes transformers and safetensors raise anything
-        if memory_error(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):  # the file is fine
+        if is_out_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):  # the file is fine
             raise
         raise _not_loaded(base_model, error) from error
     return base
@@ -153,91 +150,8 @@ def _first_line(error: Exception) -> str:
     return f"{text}." if foreseen else f"{type(error).__name__}{': ' if text else ''}{text}."
 
 
-def memory_error(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-@functools.cache
-def cache_keyword(decoder: type) -> str:
-    """What a decoder calls the argument for its cache: transformers 5.24 renamed ``past_key_values`` to ``cache``."""
-    parameters = inspect.signature(decoder.forward).parameters  # type: ignore[attr-defined]
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
-def run_decoder(base: PreTrainedModel, inputs: Tensor, mask: Any, positions: Tensor, cache: Any) -> Tensor:
-    """A forward pass of the base's decoder over a cache.
-
-    Args:
-        base: the base model.
-        inputs: embedded positions, [B, Q, D].
-        mask: the decoder's mask argument.
-        positions: position ids, [B or 1, Q] int64.
-        cache: a transformers cache.
-
-    Returns:
-        The last hidden state, [B, Q, D].
-    """
-    decoder: Any = base.get_decoder()
-    kind: Any = type(decoder)
-    named = {cache_keyword(kind): cache}
-    out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **named)
-    return out.last_hidden_state
-
-
-def context_length(base: PreTrainedModel) -> int:
-    """How many positions the model was made for; see ``config_context``."""
-    return config_context(text_config(base))
-
-
-def config_context(config: Any) -> int:
-    """How many positions a text decoder was made for.
-
-    With longrope and dynamic RoPE transformers changes all frequencies once a position passes a boundary. Masks pass it
-    before the tokens do, and cached keys keep the old frequencies, so there the context ends at that boundary.
-
-    Args:
-        config: the configuration of a text decoder.
-
-    Returns:
-        Positions.
-    """
-    context = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    for each in [rope] if "rope_type" in rope else rope.values():
-        if isinstance(each, dict) and each.get("rope_type") in ("longrope", "dynamic"):
-            context = min(context, int(each.get("original_max_position_embeddings") or context))
-    return context
-
-
-class FrozenUnembedding:
-    """The base's unembedding, with the soft-capping or scaling that its architecture applies to logits.
-
-    Args:
-        base: the base model.
-
-    Attributes:
-        vocab_size: V, the number of logits.
-    """
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        config = text_config(base)
-        self.head = base.get_output_embeddings()
-        self.vocab_size = int(config.vocab_size)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-        self.scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D]."""
-        return self.shaped(self.head(hidden))
-
-    def shaped(self, logits: Tensor) -> Tensor:
-        """What the layer gave, scaled and capped; of any part of the vocabulary."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mtp_lightning.errors import UsageError
-
-ADAPTER = "default"
+from mtp_lightning.modeling.decoder import text_config
+from mtp_lightning.modeling.peft_private import ADAPTER, LoraLayer, LoraVariant, lora_layers, set_variant
+from mtp_lightning.modeling.transformers_private import offload_hook
+from mtp_lightning.types import compute_dtype
 
 
 @dataclass
@@ -55,7 +56,7 @@ class LoRA:
             raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}. Set model.lora.dropout.")
 
     @property
-    def numerator(self) -> float:
+    def effective_alpha(self) -> float:
         """What is divided by the rank to give the scale."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
@@ -173,7 +174,7 @@ def decoder_layers(base: PreTrainedModel) -> list[str]:
     """
     decoder = base.get_decoder()
     prefix = next(name for name, module in base.named_modules() if module is decoder)
-    attention_only = is_mixture_of_experts(base.config.get_text_config(decoder=True))
+    attention_only = is_mixture_of_experts(text_config(base))
     return [
         f"{prefix}.{name}"
         for name, module in decoder.named_modules()
@@ -200,7 +201,7 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
         targets = decoder_layers(base)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.numerator,
+        lora_alpha=lora.effective_alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -211,12 +212,12 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
     except ValueError as error:
         raise UsageError(f"model.lora.target_modules {targets!r} fits no layer of the base model: {error}") from error
     variant = GatedVariant(gate)
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(base.dtype)
     for layer in lora_layers(base):
         _place(layer)
-        layer.lora_variant[ADAPTER] = variant
-        layer.lora_A[ADAPTER].to(wide)
-        layer.lora_B[ADAPTER].to(wide)
+        set_variant(layer, variant)
+        layer.lora_A[ADAPTER].to(dtype)
+        layer.lora_B[ADAPTER].to(dtype)
     return config
 
 
@@ -238,13 +239,8 @@ def adapted_layers(config: Any, lora: LoRA) -> list[str]:
 
 def _place(layer: Any) -> None:
     """Give an adapter memory where its layer runs: PEFT leaves it without, as its offloaded base layer is."""
-    hook = getattr(layer.base_layer, "_hf_hook", None)
+    hook = offload_hook(layer.base_layer)
     if hook is not None and layer.lora_A[ADAPTER].weight.is_meta:
         for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
             part.to_empty(device=hook.execution_device)
         layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
-
-
-def lora_layers(base: nn.Module) -> list[Any]:
-    """PEFT's LoRA layers in the model."""
-    return [module for module in base.modules() if isinstance(module, LoraLayer)]

@@ -35,7 +35,7 @@ class LabelCounts:
         return self.counts.argsort(descending=True, stable=True)
 
     @cached_property
-    def usual_size(self) -> int:
+    def default_size(self) -> int:
         """How many of the most frequent tokens have ``COVERAGE`` of the labels.
 
         Each token counts once more than it was seen. So a short training, which has not met most of what there is, asks
@@ -61,7 +61,7 @@ def count_labels(counts: Tensor, labels: Tensor) -> None:
     counts.scatter_add_(0, flat.clamp(min=0), (flat >= 0).long())
 
 
-def checked_counts(found: Any, vocab_size: int, complaint: str) -> LabelCounts | None:
+def parse_label_counts(found: Any, vocab_size: int, complaint: str) -> LabelCounts | None:
     """Counts that were read from a file.
 
     Args:

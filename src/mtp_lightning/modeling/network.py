@@ -16,14 +16,16 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses.base import LossTerm
-from mtp_lightning.modeling.attention import attention_mask, check_layer_types, text_config
-from mtp_lightning.modeling.base import FrozenUnembedding, context_length, run_decoder
+from mtp_lightning.modeling.attention import attention_mask
+from mtp_lightning.modeling.decoder import check_layer_types, context_length, run_decoder, text_config
 from mtp_lightning.modeling.gated_lora import Gate, LoRA, add_gated_lora
 from mtp_lightning.modeling.label_counts import LabelCounts
 from mtp_lightning.modeling.masking import AttentionPattern, attention_pattern
 from mtp_lightning.modeling.measurement import Measurement, measure
+from mtp_lightning.modeling.transformers_private import checkpointing_options, enable_checkpointing, is_stateful
+from mtp_lightning.modeling.unembedding import FrozenUnembedding
 from mtp_lightning.sampler_heads import SamplerHead
-from mtp_lightning.types import HiddenStates, LossSum, MaskedInput
+from mtp_lightning.types import HiddenStates, LossSum, MaskedInput, compute_dtype
 
 
 class NetworkStep(Protocol):
@@ -78,7 +80,7 @@ class MTPNetwork(nn.Module):
         super().__init__()
         if num_masks < 1:
             raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
-        check_layer_types(text_config(base), getattr(base, "_is_stateful", False))
+        check_layer_types(text_config(base), is_stateful(base))
         self.num_masks = num_masks
         self.lora = lora or LoRA()
         self.gate = Gate()
@@ -86,24 +88,24 @@ class MTPNetwork(nn.Module):
         self._unembedding: FrozenUnembedding | None = None
         self.base = base
         self.adapter_config = add_gated_lora(base, self.lora, self.gate)
-        self.context = context_length(base)
+        self.context = context_length(text_config(base))
         self.tokenizer = tokenizer
         self.base_model: str = base.name_or_path
         self.revision: str | None = None
         self.acceptance: dict[str, Any] | None = None
         self.label_counts: LabelCounts | None = None
-        wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(base.dtype)
         # As the decoder sees it: Gemma's embedding layer scales, so a few rows are passed through it.
         ids = torch.arange(min(1000, int(base.get_input_embeddings().weight.shape[0])), device=base.device)
         with torch.no_grad():
-            seen = base.get_input_embeddings()(ids).to(wide)
+            seen = base.get_input_embeddings()(ids).to(dtype)
         self.mask_embeddings = nn.Parameter(
-            torch.randn(num_masks, seen.shape[1], dtype=wide, device=base.device) * seen.std()
+            torch.randn(num_masks, seen.shape[1], dtype=dtype, device=base.device) * seen.std()
         )
         self.sampler_head = sampler_head
         if sampler_head is not None:
             sampler_head.build(seen.shape[1])
-            sampler_head.to(device=base.device, dtype=wide)
+            sampler_head.to(device=base.device, dtype=dtype)
 
     @property
     def is_sharded(self) -> bool:
@@ -128,23 +130,16 @@ class MTPNetwork(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute decoder layers in the backward pass, non-reentrant, each with the gate of its forward pass."""
-        options = {"use_reentrant": False, "context_fn": self.gate.checkpoint_context}
-        base: Any = self.base
-        if hasattr(base, "activation_checkpointing_enable"):  # what transformers calls it from 5.24 on
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-        else:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        enable_checkpointing(self.base, {"use_reentrant": False, "context_fn": self.gate.checkpoint_context})
 
-    def _recomputes(self) -> bool:
-        """Whether this forward pass runs under gradient checkpointing; refuses the kind that loses the gate."""
-        layers = [m for m in self.base.modules() if getattr(m, "gradient_checkpointing", False)] if self.training else []
-        for module in layers:
-            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-            if options.get("use_reentrant", True) or "context_fn" not in options:
-                raise UsageError(
-                    "gradient checkpointing of the base is reentrant or unaware of the gate, which loses the LoRA's"
-                    " gradient. Use MTPModel.enable_gradient_checkpointing() or model.gradient_checkpointing: true."
-                )
+    def _is_checkpointing(self) -> bool:
+        """True under gradient checkpointing; refuses the kind that loses the gate."""
+        layers = checkpointing_options(self.base) if self.training else []
+        if any(options.get("use_reentrant", True) or "context_fn" not in options for options in layers):
+            raise UsageError(
+                "gradient checkpointing of the base is reentrant or unaware of the gate, which loses the LoRA's"
+                " gradient. Use MTPModel.enable_gradient_checkpointing() or model.gradient_checkpointing: true."
+            )
         return bool(layers)
 
     def hidden_states(self, batch: MaskedInput) -> HiddenStates:
@@ -164,19 +159,19 @@ class MTPNetwork(nn.Module):
         masks = self.mask_embeddings.to(tokens.dtype).expand(B, P, K, -1).flatten(1, 2)
         pattern = attention_pattern(batch, K)
         # Transformers drops the cache under gradient checkpointing, and an open gate leaves nothing to cache.
-        recomputes = self._recomputes()  # asked first: it refuses what loses the gradient, whatever the gate
-        if self.lora.gated and not recomputes:
+        checkpointing = self._is_checkpointing()  # asked first: it refuses what loses the gradient, whatever the gate
+        if self.lora.gated and not checkpointing:
             ntp, mtp = self._two_passes(tokens, masks, pattern)
         else:
             ntp, mtp = self._one_pass(tokens, masks, pattern)
         mtp = mtp.unflatten(1, (P, K))
         sampler = sampler_ntp = None
         if self.sampler_head is not None:
-            wide = self.mask_embeddings.dtype
-            previous = batch.at_anchors(tokens).to(wide)
-            sampler = self.sampler_head(mtp.to(wide).flatten(0, 1), previous.flatten(0, 1)).view(B, P, K, -1).to(mtp.dtype)
+            dtype = self.mask_embeddings.dtype
+            previous = batch.at_anchors(tokens).to(dtype)
+            sampler = self.sampler_head(mtp.to(dtype).flatten(0, 1), previous.flatten(0, 1)).view(B, P, K, -1).to(mtp.dtype)
             if self.sampler_head.at_ntp:
-                sampler_ntp = self.sampler_head(ntp.to(wide), tokens.to(wide)).to(mtp.dtype)
+                sampler_ntp = self.sampler_head(ntp.to(dtype), tokens.to(dtype)).to(mtp.dtype)
         return HiddenStates(ntp, mtp, sampler, sampler_ntp)
 
     def _two_passes(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtp_lightning.errors import RunError
-from mtp_lightning.modeling.attention import text_config
+from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.paths import resolve
 
 SHAPE = (

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer
-from mtp_lightning.modeling.gated_lora import LoRA, adapted_layers, lora_layers
-from mtp_lightning.modeling.label_counts import LABEL_COUNTS, checked_counts
+from mtp_lightning.modeling.gated_lora import LoRA, adapted_layers
+from mtp_lightning.modeling.label_counts import LABEL_COUNTS, parse_label_counts
 from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.paths import absolute_name, resolve
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.saving.base_identity import hub_commit
@@ -155,7 +156,7 @@ def _same_lora(key: str, there: dict[str, Any], here: dict[str, Any], base_confi
     if there[key] == here[key] or there["rank"] != here["rank"]:  # then the rank is what differs
         return there[key] == here[key]
     if key == "alpha":
-        return LoRA(**there).numerator == LoRA(**here).numerator
+        return LoRA(**there).effective_alpha == LoRA(**here).effective_alpha
     if key == "target_modules" and base_config is not None:
         config = base_config()
         return adapted_layers(config, LoRA(**there)) == adapted_layers(config, LoRA(**here))
@@ -303,7 +304,7 @@ def load_model(
     weights: dict[str, Tensor] = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     complaint = f"checkpoint {str(path)!r} does not fit its own settings"
     fit_weights(model, weights, complaint)
-    model.label_counts = checked_counts(checkpoint.get(LABEL_COUNTS), model.unembed.vocab_size, complaint)
+    model.label_counts = parse_label_counts(checkpoint.get(LABEL_COUNTS), model.unembed.vocab_size, complaint)
     model.base_model = name
     model.revision = hub_commit(name, revision or settings["revision"]) or revision or settings["revision"]
     return finish(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import RunError, one_line
-from mtp_lightning.metrics.functional import NON_REPEATING
+from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
 
 _TEXT = """---
 library_name: mtp-lightning
@@ -99,8 +99,8 @@ def acceptance_text(figures: dict[str, Any] | None) -> str:
         f" {options['max_new_tokens']} tokens{steps} each: {options['decoding']} decoding, {masks}, {head}, {chosen}."
         f"{_steps(figures)}",
         "",
-        f"| domain | prompts | acceptance length | under {NON_REPEATING:.0%} repeated 8-grams (texts) | repeated 8-grams"
-        " | lossless | speed-up |",
+        f"| domain | prompts | acceptance length | under {REPETITION_THRESHOLD:.0%} repeated 8-grams (texts)"
+        " | repeated 8-grams | lossless | speed-up |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, each in [*figures["domains"].items(), ("overall", figures["overall"])]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer
 from mtp_lightning.modeling.gated_lora import LoRA
-from mtp_lightning.modeling.label_counts import LABEL_COUNTS, checked_counts
+from mtp_lightning.modeling.label_counts import LABEL_COUNTS, parse_label_counts
 from mtp_lightning.saving.base_identity import check_revision, check_shape, check_vocabulary, check_weights, hub_commit
 from mtp_lightning.saving.checkpoint import Network, build_head, check_placement, finish, fit_weights
 
@@ -277,7 +277,7 @@ def load_folder(
     model = network_class(base, config["num_masks"], lora, head, tokenizer)
     complaint = f"{folder}: the weights do not fit {CONFIG}"
     fit_weights(model, saved.weights, complaint)
-    model.label_counts = checked_counts(saved.label_counts, model.unembed.vocab_size, complaint)
+    model.label_counts = parse_label_counts(saved.label_counts, model.unembed.vocab_size, complaint)
     model.base_model, model.acceptance = there, config["acceptance"]
     model.revision = config["revision"] if there == config["base_model"] else revision
     return finish(model)
@@ -291,10 +291,10 @@ def _settings(saved: SavedFolder, trust_remote_code: bool, local: bool) -> tuple
         lora = LoRA(**config["lora"])
     except (TypeError, UsageError) as error:
         raise RunError(f"{path / CONFIG}: lora is not as mtp export writes it: {one_line(error, 100)}.") from error
-    if (adapter["r"], adapter["lora_alpha"]) != (lora.rank, lora.numerator):
+    if (adapter["r"], adapter["lora_alpha"]) != (lora.rank, lora.effective_alpha):
         raise RunError(
-            f"{path}: {CONFIG} names a LoRA of rank {lora.rank} and alpha {lora.numerator}, {ADAPTER_CONFIG} one of rank"
-            f" {adapter['r']} and alpha {adapter['lora_alpha']}. Save or copy the folder again."
+            f"{path}: {CONFIG} names a LoRA of rank {lora.rank} and alpha {lora.effective_alpha}, {ADAPTER_CONFIG} one of"
+            f" rank {adapter['r']} and alpha {adapter['lora_alpha']}. Save or copy the folder again."
         )
     check_head(config["sampler_head"], trust_remote_code, path if local else None)
     try:

@@ -18,10 +18,10 @@ from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, LossTerm, 
 from mtp_lightning.metrics import ForcedAcceptance, TermMean
 from mtp_lightning.metrics.functional import share_of_reference
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.attention import text_config
-from mtp_lightning.modeling.base import config_context, load_base, load_config, load_tokenizer, parse_dtype
+from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
+from mtp_lightning.modeling.decoder import context_length, text_config
 from mtp_lightning.modeling.gated_lora import LoRA
-from mtp_lightning.modeling.label_counts import LABEL_COUNTS, LabelCounts, checked_counts, count_labels
+from mtp_lightning.modeling.label_counts import LABEL_COUNTS, LabelCounts, count_labels, parse_label_counts
 from mtp_lightning.modeling.network import ForwardOutput
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
 from mtp_lightning.saving.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
@@ -161,7 +161,7 @@ class MTPModule(LightningModule):
     @property
     def context(self) -> int:
         """How many positions the base was made for."""
-        return config_context(self.base_config)
+        return context_length(self.base_config)
 
     def configure_model(self) -> None:
         """Load the base and put the trained parts on it; once, on the strategy's terms."""
@@ -349,4 +349,4 @@ class MTPModule(LightningModule):
         check_settings(checkpoint, checkpoint_settings(self), self.whole_config)
         check_complete(checkpoint, self.state_dict())
         found, vocab_size = checkpoint.get(LABEL_COUNTS), int(self.base_config.vocab_size)
-        self.model.label_counts, self._counted = checked_counts(found, vocab_size, "the checkpoint does not fit"), None
+        self.model.label_counts, self._counted = parse_label_counts(found, vocab_size, "the checkpoint does not fit"), None

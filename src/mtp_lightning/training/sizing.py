@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.losses.chunked import LOGITS_PER_CHUNK
-from mtp_lightning.modeling.attention import text_config
+from mtp_lightning.modeling.decoder import text_config
 
 if TYPE_CHECKING:
     from mtp_lightning.modeling.network import MTPNetwork

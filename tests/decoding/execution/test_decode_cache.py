@@ -19,7 +19,8 @@ from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.packed_linear import packed_dtypes
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.gated_lora import LoRA, lora_layers
+from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

@@ -14,7 +14,7 @@ from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
 from mtp_lightning.decoding.token_choice import TokenChoice
-from mtp_lightning.modeling.base import run_decoder
+from mtp_lightning.modeling.decoder import run_decoder
 from mtp_lightning.modeling.network import MTPNetwork
 
 POSITIONS = (1, 2, 3, 5, 9, 17, 33, 81)

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from mtp_lightning.decoding.execution.draft_chain import Chain, DraftChain, unrolled
@@ -32,7 +31,9 @@ from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.shortlist import Shortlist
-from mtp_lightning.modeling.gated_lora import ADAPTER, Gate, GatedVariant, lora_layers
+from mtp_lightning.modeling.gated_lora import Gate, GatedVariant
+from mtp_lightning.modeling.peft_private import ADAPTER, LoraLinear, get_variant, lora_layers
+from mtp_lightning.modeling.transformers_private import attention_kernel, offload_hook
 
 if TYPE_CHECKING:
     from mtp_lightning.modeling.label_counts import LabelCounts
@@ -129,7 +130,7 @@ class DecodeCache:
         tensors = (*model.parameters(), *model.buffers())
         read = (
             tuple((id(each), each.data_ptr()) for each in tensors),
-            model.base.config._attn_implementation,
+            attention_kernel(model.base),
             torch.get_num_threads(),
         )
         if read != self._read:
@@ -268,11 +269,11 @@ def _version(weight: Tensor) -> int:
 def is_plain(layer: Any, gate: Gate) -> bool:
     """Whether a LoRA layer is a gated adapter on a plain linear layer, and nobody else has a hand in it."""
     modules = (layer, *layer.children(), *layer.lora_A.children(), *layer.lora_B.children())
-    if any(map(_is_touched, modules)) or type(layer) is not PeftLinear or type(layer.base_layer) is not nn.Linear:
+    if any(map(_is_touched, modules)) or type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
         return False
     if layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER] or layer.fan_in_fan_out:
         return False
-    variant = layer.lora_variant.get(ADAPTER)
+    variant = get_variant(layer)
     if not isinstance(variant, GatedVariant) or variant.gate is not gate or layer.lora_B[ADAPTER].bias is not None:
         return False
     weights = (*adapter(layer), layer.base_layer.weight)
@@ -322,7 +323,7 @@ def _packs(output: nn.Linear, layers: list[Any]) -> bool:
 def _is_touched(module: nn.Module) -> bool:
     """Whether somebody else has a hand in a module's forward pass."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks or "forward" in vars(module) or hasattr(module, "_hf_hook"))
+    return bool(hooks or "forward" in vars(module) or offload_hook(module) is not None)
 
 
 def _copied_bytes(layers: list[Any]) -> int:

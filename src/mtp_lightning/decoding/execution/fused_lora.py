@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_lightning.decoding.packed_linear import PackedLinear, is_autocast
-from mtp_lightning.modeling.gated_lora import ADAPTER, Gate
+from mtp_lightning.modeling.gated_lora import Gate
+from mtp_lightning.modeling.peft_private import ADAPTER
 
 LARGEST_BLOCK = 1 << 17
 """Numbers in a matrix of several adapters that is zeros but for its blocks; larger ones are multiplied one by one."""

@@ -9,17 +9,22 @@ same bits.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from mtp_lightning.modeling.attention import GROUPED_SDPA, text_config
+from mtp_lightning.modeling.attention import GROUPED_SDPA
+from mtp_lightning.modeling.decoder import text_config
+from mtp_lightning.modeling.transformers_private import (
+    attention_kernel,
+    can_switch_attention,
+    register_attention,
+    sdpa_attention,
+    switched_attention,
+)
 
 OTHERS = ("position_bias", "softcap", "cache", "output_attentions")
 """Arguments that are left to transformers' own function."""
@@ -53,46 +58,26 @@ def grouped_sdpa(
     # transformers repeats nothing for a single query or without a mask.
     plain = attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1]
     if plain or dropout or query.device.type != "cpu" or query.requires_grad or any(kwargs.get(name) for name in OTHERS):
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention()(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
-AttentionMaskInterface.register(GROUPED_SDPA, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-
-
-@functools.cache
-def _takes_interface(kind: type[PreTrainedModel]) -> bool:
-    return bool(kind._can_set_attn_implementation())
+register_attention(GROUPED_SDPA, grouped_sdpa)
 
 
 def gains(base: PreTrainedModel) -> bool:
-    """Whether the base's attention can be replaced by ``grouped_sdpa``, and gains by it."""
+    """True if the base's attention can be replaced by ``grouped_sdpa``, and gains by it."""
     config = text_config(base)
     heads = config.num_attention_heads
     shares = getattr(config, "num_key_value_heads", heads) != heads
-    if base.config._attn_implementation != "sdpa" or base.device.type != "cpu" or not shares:
+    if attention_kernel(base) != "sdpa" or base.device.type != "cpu" or not shares:
         return False
-    kind: Any = type(base)
-    return _takes_interface(kind)
+    return can_switch_attention(type(base))
 
 
 @contextlib.contextmanager
 def grouped(base: PreTrainedModel) -> Iterator[None]:
     """Use ``grouped_sdpa`` within the ``with`` block where the base gains by it."""
-    if not gains(base):
+    with switched_attention(base, GROUPED_SDPA) if gains(base) else contextlib.nullcontext():
         yield
-        return
-    configs = {id(config): config for config in (base.config, text_config(base))}.values()
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation_internal = GROUPED_SDPA  # this one alone: the property goes through all parts
-    try:
-        yield
-    finally:
-        for config, kernel in zip(configs, before, strict=True):
-            if config._attn_implementation == GROUPED_SDPA:  # nobody has set another one meanwhile
-                config._attn_implementation_internal = kernel

@@ -16,7 +16,7 @@ from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout
 from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
-from mtp_lightning.modeling.base import run_decoder
+from mtp_lightning.modeling.decoder import run_decoder
 from mtp_lightning.modeling.network import MTPNetwork
 
 

@@ -18,6 +18,7 @@ from mtp_lightning.decoding.step_masks import StepMasks
 from mtp_lightning.decoding.step_plan import StepPlan
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.modeling.transformers_private import offload_hook
 
 MOST = 64
 """Shapes of steps over one cache that are remembered."""
@@ -26,7 +27,7 @@ USES = {"cpu": 8, "cuda": 1}
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"))
+    return bool(module._forward_hooks or module._forward_pre_hooks or offload_hook(module) is not None)
 
 
 class StepRunner:

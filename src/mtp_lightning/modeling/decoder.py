@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base's text decoder: its configuration, which ones are supported, its context length, and a pass over a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtp_lightning.errors import UsageError
+from mtp_lightning.modeling.transformers_private import cache_keyword
+
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def text_config(base: PreTrainedModel) -> Any:
+    """The configuration of the text decoder."""
+    return base.config.get_text_config(decoder=True)
+
+
+def check_layer_types(config: Any, recurrent: bool = False) -> None:
+    """Refuse a base whose layers carry a state that masks would disturb (recurrent, linear or chunked attention).
+
+    Args:
+        config: the configuration of a text decoder: known before any weight is read.
+        recurrent: whether the model is known to keep a state, whatever its layers are called.
+
+    Raises:
+        UsageError: a layer is neither full nor sliding-window attention.
+    """
+    other = sorted(set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS)
+    if other or recurrent:
+        found = ", ".join(other) or "a recurrent state"
+        raise UsageError(
+            f"base model {config.model_type} has {found}; mask tokens need layers of full or sliding-window attention."
+            " Choose another model.base_model."
+        )
+
+
+def context_length(config: Any) -> int:
+    """The maximum number of positions of a text decoder.
+
+    With longrope and dynamic RoPE transformers changes all frequencies once a position passes a boundary. Masks pass it
+    before the tokens do, and cached keys keep the old frequencies, so there the context ends at that boundary.
+
+    Args:
+        config: the configuration of a text decoder.
+
+    Returns:
+        Positions.
+    """
+    context = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [rope] if "rope_type" in rope else rope.values()
+    for parameters in by_layer_type:
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("longrope", "dynamic"):
+            context = min(context, int(parameters.get("original_max_position_embeddings") or context))
+    return context
+
+
+def run_decoder(base: PreTrainedModel, inputs: Tensor, mask: Any, positions: Tensor, cache: Any) -> Tensor:
+    """A forward pass of the base's decoder over a cache.
+
+    Args:
+        base: the base model.
+        inputs: embedded positions, [B, Q, D].
+        mask: the decoder's mask argument.
+        positions: position ids, [B or 1, Q] int64.
+        cache: a transformers cache.
+
+    Returns:
+        The last hidden state, [B, Q, D].
+    """
+    decoder: Any = base.get_decoder()
+    cache_argument = {cache_keyword(type(decoder)): cache}
+    out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **cache_argument)
+    return out.last_hidden_state
