@@ -1,45 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hashes of what a change that should alter no number must leave as it is: run before and after, and compare.
 
-``python benchmarks/same_bits.py`` prints three hashes: losses and final weights of 20 seeded steps of
-configs/demo.yaml; then texts, steps and accepted drafts with a fixed number of masks, quadratic and linear, greedy and
-sampled, in float64 and float32; then the acceptance table of ``mtp benchmark``. ``--checkpoint FILE`` decodes with a
-checkpoint that is at hand, so that both trees decode with the same weights and some drafts are right. Only the command
-line is used, so that any version can be asked. One thread: the order of sums is then fixed.
+``python benchmarks/same_bits.py`` prints three hashes: of losses and final weights of 20 seeded steps of the demo; of
+texts, steps and accepted drafts with fixed numbers of masks, quadratic and linear, greedy and sampled, in float64 and
+float32; and of the acceptance lengths of ``mtp benchmark``. ``--checkpoint FILE`` decodes with a trained checkpoint, so
+that both trees use the same weights and some drafts are right. Only the program's command line is used, so that any version
+can be asked. One thread, since the order of sums depends on their number.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
-import subprocess
+import runpy
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+ROOT = Path(__file__).parents[1]
+CONFIG, PROMPTS = ROOT / "configs" / "demo.yaml", ROOT / "src" / "mtp_lightning" / "demo" / "prompts.jsonl"
 DECODINGS = [["--decoding", kind, "--num_masks", masks] for kind in ("quadratic", "linear") for masks in ("1", "4", "8")]
 SAMPLING: list[list[str]] = [[], ["--temperature", "0.8", "--top_p", "0.9", "--seed", "5"]]
 FIGURES = ("token_ids", "num_steps", "accepted_per_step", "acceptance_length", "finish_reason")
 
 
-def mtp(*words: str, folder: Path) -> str:
-    """Run a command of the program on one thread and return what it prints."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "mtp_lightning", *words]
-    return subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+def mtp(*words: str) -> str:
+    """Run a command of the program in this process and return what it prints."""
+    printed, arguments = io.StringIO(), sys.argv
+    sys.argv = ["mtp", *words]
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_module("mtp_lightning", run_name="__main__")
+    finally:
+        sys.argv = arguments
+    return printed.getvalue()
 
 
 def training_hash(folder: Path) -> str:
     """Train 20 steps in ``folder``; a hash of the logged losses and of the trained weights."""
     options = {"max_steps": 20, "log_every_n_steps": 1, "val_check_interval": 20, "limit_val_batches": 1}
     words = [word for name, value in options.items() for word in (f"--trainer.{name}", str(value))]
-    mtp("fit", "--config", str(CONFIG), *words, "--trainer.callbacks.num_prompts", "3", folder=folder)
+    mtp("fit", "--config", str(CONFIG), *words, "--trainer.callbacks.num_prompts", "3")
     with (folder / "runs/demo/metrics.csv").open() as file:
         losses = [line["train/loss"] for line in csv.DictReader(file) if line.get("train/loss")]
     assert len(losses) == 20, len(losses)
@@ -53,21 +61,23 @@ def training_hash(folder: Path) -> str:
 def decoding_hash(checkpoint: str, num_prompts: int, folder: Path) -> str:
     """Decode prompts of the demo in every way; a hash of texts, steps and accepted drafts."""
     lines = []
-    prompts = "package://demo/prompts.jsonl"
+    rows = PROMPTS.read_text(encoding="utf-8").splitlines(keepends=True)
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(rows[:: len(rows) // num_prompts][:num_prompts]), encoding="utf-8")  # of every domain
     for dtype in ("float64", "float32"):
         for sampling in SAMPLING:
             for decoding in DECODINGS:
                 options = ["--max_new_tokens", "48", "--batch_size", "3", "--dtype", dtype, "--json", *sampling, *decoding]
-                out = mtp("generate", checkpoint, "--prompts", prompts, *options, folder=folder)
-                found = [json.loads(line) for line in out.splitlines()][:num_prompts]
+                out = mtp("generate", checkpoint, "--prompts", str(prompts), *options)
+                found = [json.loads(line) for line in out.splitlines()]
                 lines += [json.dumps({name: each.get(name) for name in FIGURES}) for each in found]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def benchmark_hash(checkpoint: str, folder: Path) -> str:
+def benchmark_hash(checkpoint: str) -> str:
     """Run ``mtp benchmark`` with fixed numbers of masks; a hash of its acceptance lengths."""
     options = ["--num_prompts", "6", "--max_new_tokens", "48", "--speed_rounds", "0", "--dtype", "float64", "--json"]
-    out = mtp("benchmark", checkpoint, "--prompts", "package://demo/prompts.jsonl", *options, folder=folder)
+    out = mtp("benchmark", checkpoint, "--prompts", str(PROMPTS), *options)
     return hashlib.sha256(json.dumps(_lengths(json.loads(out)), sort_keys=True).encode()).hexdigest()
 
 
@@ -88,12 +98,16 @@ def main() -> None:
     parser.add_argument("--checkpoint", default=None, help="decode with this; default: what the 20 steps gave")
     parser.add_argument("--num_prompts", type=int, default=6)
     args = parser.parse_args()
+    given = args.checkpoint and str(Path(args.checkpoint).resolve())
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        os.chdir(folder)
         print(f"training  {training_hash(folder)}", flush=True)
-        checkpoint = str(Path(args.checkpoint).resolve()) if args.checkpoint else "runs/demo/checkpoints/last.ckpt"
+        checkpoint = given or "runs/demo/checkpoints/last.ckpt"
         print(f"decoding  {decoding_hash(checkpoint, args.num_prompts, folder)}", flush=True)
-        print(f"benchmark {benchmark_hash(checkpoint, folder)}", flush=True)
+        print(f"benchmark {benchmark_hash(checkpoint)}", flush=True)
 
 
 if __name__ == "__main__":

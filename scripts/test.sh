@@ -7,6 +7,7 @@ source scripts/environment.sh "[dev]"
 
 ruff check
 ruff format --check
+lint-imports
 mypy
 pydoclint src
 codespell
