@@ -85,9 +85,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _not_written(path: Path, error: OSError) -> RunError:
-    previous = "; what it held before is intact" if path.exists() else ""
+    intact = " Its previous content is intact." if path.exists() else ""
     return RunError(
-        f"{str(path)!r} could not be written: {os_reason(error)}{previous}. Free disk space or choose another folder."
+        f"{str(path)!r} could not be written: {os_reason(error)}.{intact} Free disk space or choose another folder."
     )
 
 

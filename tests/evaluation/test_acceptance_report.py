@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,9 @@ import pytest
 from prompt_results import result
 from rich.console import Console
 
-from mtp_lightning.evaluation import reporting
 from mtp_lightning.evaluation.acceptance import summarise
 from mtp_lightning.evaluation.acceptance_report import print_table, save_plot
 from mtp_lightning.evaluation.losslessness import Difference
-from mtp_lightning.evaluation.reporting import save_json
 from mtp_lightning.saving.model_card import acceptance_text, card_figures
 
 
@@ -47,22 +43,6 @@ def test_plot_is_drawn_for_any_number_of_domains(domains: list[str], tmp_path: P
     save_plot(summarise([result(i, domain, (0, 2, 1)) for i, domain in enumerate(domains)]), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "acceptance.json"
-    save_json({"a": 1}, path)
-    with pytest.raises(ValueError):
-        save_json({"a": math.nan}, path)
-
-    def fail(*_: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(reporting.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_json({"a": 2}, path)
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_card_says_how_tokens_were_chosen() -> None:

@@ -57,7 +57,7 @@ def test_a_full_disk(zygote: Zygote, whole: Path, disk: Path) -> None:
     ended = zygote.run(disk, *FIT)
     assert ended.code == 1
     assert ended.error == (
-        f"'{LAST}' could not be written: No space left on device; what it held before is intact. Free disk space or choose"
+        f"'{LAST}' could not be written: No space left on device. Its previous content is intact. Free disk space or choose"
         " another folder. Then resume with --ckpt_path last."
     )
     steps = {
