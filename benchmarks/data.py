@@ -96,7 +96,7 @@ def throughput(rounds: int, steps: int) -> None:
     import yaml
 
     from mtp_lightning.data.collator import MaskedInputCollator
-    from mtp_lightning.data.loader import WindowedLoader, load_rows
+    from mtp_lightning.data.loader import WindowedLoader, build_dataloader
     from mtp_lightning.data.preparing import prepare
     from mtp_lightning.losses import AnchorDistillation, LatentConsistency, term_value
     from mtp_lightning.model import MTPModel
@@ -123,7 +123,7 @@ def throughput(rounds: int, steps: int) -> None:
         return int((batch.document_ids >= 0).sum())
 
     def load() -> float:
-        loader = iter(WindowedLoader(load_rows(rows, collator, data["batch_size"], num_workers=1)))
+        loader = iter(WindowedLoader(build_dataloader(rows, collator, data["batch_size"], num_workers=1)))
         for _ in islice(loader, 8):  # the worker's start
             pass
         begin = time.perf_counter()
@@ -131,7 +131,7 @@ def throughput(rounds: int, steps: int) -> None:
         return total / (time.perf_counter() - begin)
 
     def train() -> float:
-        batches = list(islice(WindowedLoader(load_rows(rows, collator, data["batch_size"])), steps + 1))
+        batches = list(islice(WindowedLoader(build_dataloader(rows, collator, data["batch_size"])), steps + 1))
         for number, batch in enumerate(batches):
             if number == 1:  # after a warm-up
                 begin = time.perf_counter()

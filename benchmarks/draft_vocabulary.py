@@ -18,7 +18,7 @@ import yaml
 
 from mtp_lightning import MTPModel
 from mtp_lightning.data.collator import MaskedInputCollator
-from mtp_lightning.data.loader import load_rows
+from mtp_lightning.data.loader import build_dataloader
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.shortlist import shortlist_size
@@ -39,7 +39,7 @@ def counted(model: MTPModel, config: str) -> LabelCounts:
         context=model.context,
     )
     counts = torch.zeros(model.unembed.vocab_size, dtype=torch.int64)
-    for batch in load_rows(rows, collator, data["batch_size"], seed=data.get("seed", 0)):
+    for batch in build_dataloader(rows, collator, data["batch_size"], seed=data.get("seed", 0)):
         count_labels(counts, batch.mtp_labels)
     return LabelCounts(counts)
 

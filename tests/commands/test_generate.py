@@ -17,7 +17,7 @@ from trained_run import as_if_trained_here, json_lines, without_times
 from mtp_lightning import MTPModel
 from mtp_lightning.commands.distill import base_of
 from mtp_lightning.saving.checkpoint import named_base
-from mtp_lightning.text.stream import possible_stop
+from mtp_lightning.text.stream import partial_stop_length
 
 FIELDS = "prompt text token_ids num_steps acceptance_length accepted_per_step seconds tokens_per_second decoding num_masks"
 FIELDS = [*FIELDS.split(), "finish_reason"]
@@ -114,8 +114,8 @@ def test_a_stop_text_ends_the_text_and_is_not_shown(run: Path, capsys) -> None:
 
 
 def test_possible_stop() -> None:
-    assert [possible_stop(text, "two") for text in ("one t", "one tw", "one two", "", "w")] == [1, 2, 0, 0, 0]
-    assert possible_stop("abab", "ababc") == 4 and possible_stop("abc", "") == 0
+    assert [partial_stop_length(text, "two") for text in ("one t", "one tw", "one two", "", "w")] == [1, 2, 0, 0, 0]
+    assert partial_stop_length("abab", "ababc") == 4 and partial_stop_length("abc", "") == 0
 
 
 def test_generate_reads_standard_input(run: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mtp_lightning.data.collator import MaskedInputCollator
-from mtp_lightning.data.loader import BUCKET, RowSampler, WindowedLoader, load_rows
+from mtp_lightning.data.loader import BUCKET, RowSampler, WindowedLoader, build_dataloader
 from mtp_lightning.data.rows import Draw, TokenRows
 from mtp_lightning.types import MaskedInput
 
@@ -36,7 +36,7 @@ LENGTHS = [5, 3, 8, 4, 6, 3, 7, 5, 4, 9, 3]
 
 def windowed(rows: TokenRows | None = None, accumulate=1, limit=None, constant=False, epoch=0, **options) -> WindowedLoader:
     collator = MaskedInputCollator(num_masks=2, block_fraction=0.5, seed=4)
-    loader = load_rows(rows or token_rows(LENGTHS), collator, options.pop("batch_size", 2), **options)
+    loader = build_dataloader(rows or token_rows(LENGTHS), collator, options.pop("batch_size", 2), **options)
     return WindowedLoader(loader, accumulate, limit, constant, epoch)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.data.collator import MaskedInputCollator
-from mtp_lightning.data.loader import WindowedLoader, load_rows
+from mtp_lightning.data.loader import WindowedLoader, build_dataloader
 from mtp_lightning.data.preparing import Prepared, prepare
 from mtp_lightning.losses import AnchorDistillation, BaseCrossEntropy, LatentConsistency, SamplerCrossEntropy, term_value
 from mtp_lightning.model import MTPModel
@@ -63,7 +63,7 @@ def batches(
     collator = MaskedInputCollator(K, fraction, seed=1, context=CONTEXT)
     ranks = [
         WindowedLoader(
-            load_rows(rows.rows, collator, 2, rank=rank, world=world, bucketed=not packing), accumulate, epoch=epoch
+            build_dataloader(rows.rows, collator, 2, rank=rank, world=world, bucketed=not packing), accumulate, epoch=epoch
         )
         for rank in range(world)
     ]

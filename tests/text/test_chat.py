@@ -29,7 +29,7 @@ from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.base import load_base, load_tokenizer
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
-from mtp_lightning.text.chat import PLAIN, PLAIN_STOP, Conversation, turn_end
+from mtp_lightning.text.chat import PLAIN_STOP, PLAIN_TEMPLATE, Conversation, end_of_turn_token
 
 OPTIONS = DecodingOptions(max_new_tokens=12, num_masks=2)
 
@@ -72,13 +72,13 @@ def test_turns_and_the_cache_between_them(model: MTPModel) -> None:
         assert "".join(pieces) == expected and expected.strip()
         messages.append({"role": "assistant", "content": expected.strip()})
         assert talk.messages == messages
-        assert talk.growing is not None
-        prompt = talk.growing.prompt.input_ids
+        assert talk.generated is not None
+        prompt = talk.generated.prompt.input_ids
         # What the last turn has seen is not fed again, but for the last token; two masks are.
         same = next((i for i, pair in enumerate(zip(prompt, known, strict=False)) if len(set(pair)) > 1), len(known))
         assert first == len(prompt) - same + 2 and (same >= len(known) // 2 > 0 or turn == 0)
         # Of an answer the last token was not fed, and a rewound cache holds the rest.
-        known = prompt + talk.growing.tokens[:-1]
+        known = prompt + talk.generated.tokens[:-1]
     talk.reset()
     assert "".join(talk.say("four")) == answer(model, [{"role": "user", "content": "four"}], [2, 4])
 
@@ -125,11 +125,11 @@ def test_the_oldest_turns_go_when_the_context_is_full(model: MTPModel) -> None:
 
 def test_the_token_after_an_answer() -> None:
     tokenizer = word_tokenizer()
-    assert (turn_end(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")) == (4, 4)
-    tokenizer.chat_template = PLAIN
-    assert turn_end(tokenizer) is None
+    assert (end_of_turn_token(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")) == (4, 4)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    assert end_of_turn_token(tokenizer) is None
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert turn_end(tokenizer) is None
+    assert end_of_turn_token(tokenizer) is None
     assert CHATML.count("<|im_end|>") == 1
 
 
@@ -138,7 +138,7 @@ def test_a_plain_dialogue() -> None:
     assert not tokenizer.chat_template
     messages = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "How much is 2 + 2?")]
     said = [{"role": role, "content": text} for role, text in messages]
-    text = tokenizer.apply_chat_template(said, chat_template=PLAIN, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(said, chat_template=PLAIN_TEMPLATE, tokenize=False, add_generation_prompt=True)
     assert text == "Be brief.\nUser: Hi\nAssistant: Hello\nUser: How much is 2 + 2?\nAssistant:"
     assert PLAIN_STOP in text
 

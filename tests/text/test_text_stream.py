@@ -166,7 +166,7 @@ def test_stops_cut_the_same_tokens_however_many_come_in_a_step(stops: list[str],
         stream = model.stream([a - 2], stop=stops, max_new_tokens=20, **options)
         text = "".join(stream)
         seen.append(max(stream.accepted_per_step))
-        record = stream.growing.record()
+        record = stream.generated.record()
         assert record["acceptance_length"] * record["num_steps"] == len(record["token_ids"])
         assert sum(record["accepted_per_step"]) + record["num_steps"] == len(record["token_ids"])
         found.append((text, stream.token_ids, stream.finish_reason))
@@ -198,4 +198,4 @@ def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPa
         list(commands.stream(fresh(), prompt, commands.DecodingArguments(**options), record))
     (result,) = acceptance.evaluate_prompts(fresh(), [prompt], DecodingOptions(**options))
     batch = benchmark.decode_batch(fresh(), [prompt], DecodingOptions(**options))
-    assert clock.now == 4000.0 and stream.growing.seconds == result.seconds == batch.seconds == 0.0
+    assert clock.now == 4000.0 and stream.generated.seconds == result.seconds == batch.seconds == 0.0

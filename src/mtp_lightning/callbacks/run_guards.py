@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mtp_lightning.data.fingerprint import fingerprint
+from mtp_lightning.data.rows import fingerprint
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.modeling.transformers_private import attention_kernel

@@ -14,7 +14,7 @@ from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
 from mtp_lightning.model import MTPModel
 from mtp_lightning.paths import resolve
-from mtp_lightning.text.chat import PLAIN, PLAIN_STOP, Conversation
+from mtp_lightning.text.chat import PLAIN_STOP, PLAIN_TEMPLATE, Conversation
 from mtp_lightning.text.prompts import render_messages
 
 MAX_NEW_TOKENS = 1024
@@ -59,7 +59,7 @@ def run_chat(args: list[str]) -> None:
 
 def _template(name: str | None) -> str | None:
     if name is None or name == "plain":
-        return None if name is None else PLAIN
+        return None if name is None else PLAIN_TEMPLATE
     if not name:
         raise UsageError("chat_template must be a jinja file or plain, got an empty name. Change --chat_template.")
     try:
@@ -102,7 +102,7 @@ def conversation(
         )
     _try_template(model, system)
     stops = [arguments.stop] if arguments.stop else []
-    return Conversation(model, arguments.options(), stops + ([PLAIN_STOP] if template == PLAIN else []), system)
+    return Conversation(model, arguments.options(), stops + ([PLAIN_STOP] if template == PLAIN_TEMPLATE else []), system)
 
 
 def _try_template(model: MTPModel, system: str | None) -> None:
@@ -208,8 +208,8 @@ def _answer(talk: Conversation, text: str) -> bool:
     print(flush=True)
     if talk.dropped:
         _note(f"[the {talk.dropped} oldest messages no longer fit the context and are forgotten]")
-    if talk.growing is not None:
-        _note(talk.growing.summary())
+    if talk.generated is not None:
+        _note(talk.generated.summary())
     return True
 
 

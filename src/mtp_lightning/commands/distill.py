@@ -23,7 +23,7 @@ from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, 
 from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import PACKAGE, resolve
 from mtp_lightning.saving.checkpoint import SETTINGS, check_device, named_base, read_checkpoint
-from mtp_lightning.text.prompts import Prompt, PromptRow, encode_prompt_row, open_messages, read_prompt_rows
+from mtp_lightning.text.prompts import Prompt, PromptRow, drop_final_answer, encode_prompt_row, read_prompt_rows
 
 
 class Task(NamedTuple):
@@ -119,7 +119,7 @@ def run_distill(args: list[str]) -> None:
     with AnswerFile(output, settings) as file:
         _check_prompts(file, tasks)
         progress = Progress(len(tasks), len(file.done))
-        by_name = {task.row.name: task for task in tasks}
+        by_name = {task.row.row_id: task for task in tasks}
         if endpoint.endpoint is not None:
             server = Endpoint(endpoint, endpoint.endpoint_model or base_model, answers)
             made = _from_server(server, by_name, file, tokenizer, answers, context)
@@ -224,9 +224,9 @@ def _tasks(rows: list[PromptRow], tokenizer: Any, context: int, shard: int, shar
     """This process's prompts as tokens, and how many do not leave room for a token in the context."""
     places: dict[str | int, str] = {}
     for row in rows:
-        if row.name in places:
-            raise RunError(f"{row.place}: id {row.name!r} is that of {places[row.name]} too. Give each row its own id.")
-        places[row.name] = row.place
+        if row.row_id in places:
+            raise RunError(f"{row.location}: id {row.row_id!r} is that of {places[row.row_id]} too.")
+        places[row.row_id] = row.location
     tasks = [Task(row, encode_prompt_row(row, tokenizer)) for row in rows[shard::shards]]
     kept = [task for task in tasks if len(task.prompt.input_ids) < context]
     if tasks and not kept:
@@ -236,7 +236,7 @@ def _tasks(rows: list[PromptRow], tokenizer: Any, context: int, shard: int, shar
 
 
 def _check_prompts(file: AnswerFile, tasks: list[Task]) -> None:
-    here = {task.row.name: checksum(task.prompt.text) for task in tasks}
+    here = {task.row.row_id: checksum(task.prompt.text) for task in tasks}
     for name, found in file.done.items():
         if here.get(name) != found:
             raise UsageError(
@@ -273,7 +273,7 @@ def _from_server(
             if name not in file.done:
                 room = min(options.max_new_tokens, context - len(task.prompt.input_ids))
                 content = task.row.content
-                yield Question(name, content if isinstance(content, str) else open_messages(content), room)
+                yield Question(name, content if isinstance(content, str) else drop_final_answer(content), room)
 
     for reply in server.replies(questions()):
         task = tasks[reply.name]
@@ -288,17 +288,17 @@ def _ids_of(reply: Reply, task: Task, tokenizer: Any) -> list[int]:
     if not reply.ended:
         return ids
     if not isinstance(task.row.content, str):
-        return ids + end_of_turn(open_messages(task.row.content), tokenizer)
+        return ids + end_of_turn(drop_final_answer(task.row.content), tokenizer)
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
 def _row(
     task: Task, text: str, prompt_ids: list[int], token_ids: list[int], ended: bool, options: AnswerOptions
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": task.row.name}
+    row: dict[str, Any] = {"id": task.row.row_id}
     row |= {"domain": task.row.domain} if task.row.domain else {}
     row["prompt"] = task.prompt.text
-    messages = [] if isinstance(task.row.content, str) else open_messages(task.row.content)
+    messages = [] if isinstance(task.row.content, str) else drop_final_answer(task.row.content)
     if messages and all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in messages):
         row["messages"] = [*messages, {"role": "assistant", "content": text}]
     return row | {
@@ -306,5 +306,5 @@ def _row(
         "prompt_ids": list(prompt_ids),
         "completion_ids": list(token_ids),
         "finish_reason": "stop" if ended else "length",
-        "seed": options.row_seed(task.row.name) if options.temperature > 0 else None,
+        "seed": options.row_seed(task.row.row_id) if options.temperature > 0 else None,
     }

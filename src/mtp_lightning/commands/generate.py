@@ -19,7 +19,7 @@ from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.text.prompts import Prompt, encode_prompt, read_prompts
-from mtp_lightning.text.stream import GrowingText
+from mtp_lightning.text.stream import GeneratedText
 
 
 def stream(
@@ -51,7 +51,7 @@ def _stream_together(
     """The same for several prompts; one piece a prompt each time."""
     options = arguments.options() if seeds is None else replace(arguments.options(), seed=seeds)
     stops = [arguments.stop] if arguments.stop else []
-    texts = [GrowingText(model, prompt, options, stops) for prompt in prompts]
+    texts = [GeneratedText(model, prompt, options, stops) for prompt in prompts]
     finished: set[int] = set()
     steps = decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished)
     seconds = 0.0
@@ -67,7 +67,7 @@ def _stream_together(
             pieces[row] = text.add(step.tokens)
             text.seconds = seconds
             if reason is not None or text.stopped:
-                pieces[row] += text.rest()
+                pieces[row] += text.flush()
                 finished.add(row)
         yield pieces
     for text, record in zip(texts, records, strict=True):

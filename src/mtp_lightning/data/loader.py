@@ -190,7 +190,7 @@ class WindowedLoader:
             skip = 0
 
 
-def load_rows(
+def build_dataloader(
     rows: TokenRows,
     collator: MaskedInputCollator,
     batch_size: int,

@@ -11,7 +11,7 @@ from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from mtp_lightning.data.collator import MaskedInputCollator
-from mtp_lightning.data.loader import RowSampler, WindowedLoader, load_rows
+from mtp_lightning.data.loader import RowSampler, WindowedLoader, build_dataloader
 from mtp_lightning.data.preparing import Prepared, Sources, prepare
 from mtp_lightning.data.rows import TokenRows
 from mtp_lightning.data.streaming import RowStream, StreamedLoader
@@ -233,7 +233,7 @@ class MTPDataModule(LightningDataModule):
             seed=self.seed if training else _EVALUATION_SEED,
             context=module.context,
         )
-        loader = load_rows(
+        loader = build_dataloader(
             self.rows[split],
             collator,
             self.batch_size if training else self.eval_batch_size,

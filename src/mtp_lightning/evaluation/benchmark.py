@@ -23,7 +23,7 @@ from mtp_lightning.evaluation.losslessness import autoregressive, first_differen
 from mtp_lightning.metrics.functional import repeated_ngrams
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.text.prompts import Prompt
-from mtp_lightning.text.stream import stop_index
+from mtp_lightning.text.stream import stop_token_index
 
 
 class Setting(NamedTuple):
@@ -92,7 +92,7 @@ def decode_batch(
     for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished):
         for row, step, _ in steps:
             tokens = step.tokens
-            if stop and (end := stop_index(model.tokenizer, out.tokens[row], tokens, [stop])) is not None:
+            if stop and (end := stop_token_index(model.tokenizer, out.tokens[row], tokens, [stop])) is not None:
                 tokens = tokens[: end + 1]
                 finished.add(row)
             out.tokens[row].extend(tokens)

@@ -14,9 +14,9 @@ from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.text.prompts import Prompt, render_messages
-from mtp_lightning.text.stream import GrowingText, TextStream
+from mtp_lightning.text.stream import GeneratedText, TextStream
 
-PLAIN = (
+PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n{% else %}"
     "{{ 'User' if m.role == 'user' else 'Assistant' }}: {{ m.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
@@ -46,9 +46,9 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.dropped = 0
         self.cache = RowCache(model.base, 1)
-        ends = end_tokens(model, options) | {model.tokenizer.eos_token_id} | {turn_end(model.tokenizer)}
+        ends = end_tokens(model, options) | {model.tokenizer.eos_token_id} | {end_of_turn_token(model.tokenizer)}
         self.options = replace(options, eos_token_id=sorted(token for token in ends if token is not None))
-        self.growing: GrowingText | None = None
+        self.generated: GeneratedText | None = None
 
     def reset(self) -> None:
         """Forget what was said; the system message stays."""
@@ -80,7 +80,7 @@ class Conversation:
             self.messages.pop()
             raise
         pieces = TextStream(self.model, prompt, self.options, self.stops, self.cache)
-        self.growing = pieces.growing
+        self.generated = pieces.generated
         try:
             yield from pieces
         finally:
@@ -109,7 +109,7 @@ class Conversation:
         return prompt
 
 
-def turn_end(tokenizer: Any) -> int | None:
+def end_of_turn_token(tokenizer: Any) -> int | None:
     """The special token that the chat template writes after an answer; a base's own end tokens need not have it.
 
     Args:

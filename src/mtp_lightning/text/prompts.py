@@ -38,16 +38,16 @@ class PromptRow(NamedTuple):
     """A prompt as it stands in its file.
 
     Attributes:
-        place: file and line, for messages.
+        location: file and line, for messages.
         content: text, or a list of messages.
         domain: its domain, or an empty string.
-        name: the row's ``id``, or the number of its line.
+        row_id: the row's ``id``, or the number of its line.
     """
 
-    place: str
+    location: str
     content: str | list[Any]
     domain: str
-    name: str | int
+    row_id: str | int
 
 
 def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context: int | None = None) -> list[Prompt]:
@@ -75,7 +75,7 @@ def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context:
     for i, prompt in zip(chosen, prompts, strict=True):
         if context is not None and len(prompt.input_ids) >= context:
             raise RunError(
-                f"{rows[i].place}: the prompt has {len(prompt.input_ids)} tokens and the model's context is {context}:"
+                f"{rows[i].location}: the prompt has {len(prompt.input_ids)} tokens and the model's context is {context}:"
                 f" shorten it to {context - 1} or less, or delete the line."
             )
     return prompts
@@ -226,18 +226,18 @@ def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
     _check_tokenizer(tokenizer)
     text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
     if not _is_text(text):
-        raise RunError(f"{row.place}: expected UTF-8 text, got half a character or other bytes. Correct or delete it.")
+        raise RunError(f"{row.location}: expected UTF-8 text, got half a character or other bytes. Correct or delete it.")
     if isinstance(row.content, str):
         ids = encode_prompt(text, tokenizer)
     else:
         # The template writes the special tokens that the base wants: adding them again would double the first.
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
-        raise RunError(f"{row.place}: expected at least one token, the prompt has none. Delete the line or add text.")
+        raise RunError(f"{row.location}: expected at least one token, the prompt has none. Delete the line or add text.")
     return Prompt(text, ids, row.domain)
 
 
-def open_messages(content: str | list[Any]) -> list[Any]:
+def drop_final_answer(content: str | list[Any]) -> list[Any]:
     """The messages of a prompt without an answer of the assistant at their end.
 
     Args:
@@ -270,13 +270,13 @@ def render_messages(messages: list[Any], tokenizer: Any) -> Prompt:
 def _render(row: PromptRow, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise RunError(
-            f"{row.place}: there are messages, and the base's tokenizer has no chat template."
+            f"{row.location}: there are messages, and the base's tokenizer has no chat template."
             " Give prompts of text alone (a prompt field; in a configuration trainer.callbacks.prompts names the file),"
             " or take a base model made for chat."
         )
-    messages = open_messages(row.content)
+    messages = drop_final_answer(row.content)
     if not messages:
-        raise RunError(f"{row.place}: expected messages of which one is to be answered, got none. Add a turn of the user.")
+        raise RunError(f"{row.location}: expected messages of which one is to be answered, got none.")
     try:
         messages, template = clean_messages(messages), template_of(tokenizer, None)
         check_roles(messages, template)
@@ -285,4 +285,4 @@ def _render(row: PromptRow, tokenizer: Any) -> str:
                 raise RunError(f"message {number} is the user's and empty. Add text, or delete the line.")
         return render(messages, tokenizer, template, generation_prompt=True)
     except RunError as error:
-        raise RunError(f"{row.place}: {error}") from error
+        raise RunError(f"{row.location}: {error}") from error

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from mtp_lightning.modeling.network import MTPNetwork
 
 
-def stable_text(tokenizer: Any, tokens: list[int]) -> str:
+def decode_complete(tokenizer: Any, tokens: list[int]) -> str:
     """The text of tokens, less a character that is not complete yet."""
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return text.rstrip("\ufffd")
 
 
-def possible_stop(text: str, stop: str) -> int:
+def partial_stop_length(text: str, stop: str) -> int:
     """How many characters at the end of a text may be the beginning of the stop text: not to be shown yet.
 
     ``"one t", "two" -> 1``
@@ -35,13 +35,13 @@ def possible_stop(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def stop_index(tokenizer: Any, before: list[int], tokens: list[int], stops: Sequence[str]) -> int | None:
+def stop_token_index(tokenizer: Any, before: list[int], tokens: list[int], stops: Sequence[str]) -> int | None:
     """Which of a step's tokens completes a stop text, or None; the same token however the text is cut into steps."""
-    texts = (stable_text(tokenizer, before + tokens[: i + 1]) for i in range(len(tokens) if stops else 0))
+    texts = (decode_complete(tokenizer, before + tokens[: i + 1]) for i in range(len(tokens) if stops else 0))
     return next((i for i, text in enumerate(texts) if any(stop in text for stop in stops)), None)
 
 
-class GrowingText:
+class GeneratedText:
     """The text of one prompt while it is generated.
 
     Args:
@@ -69,15 +69,15 @@ class GrowingText:
 
     def add(self, tokens: list[int]) -> str:
         """Take a step's tokens, up to the one that completes a stop text; gives the text that can be shown now."""
-        if (end := stop_index(self.model.tokenizer, self.tokens, tokens, self.stops)) is not None:
+        if (end := stop_token_index(self.model.tokenizer, self.tokens, tokens, self.stops)) is not None:
             tokens = tokens[: end + 1]
         self.tokens += tokens
         self.accepted.append(len(tokens) - 1)
-        now = stable_text(self.model.tokenizer, self.tokens)
+        now = decode_complete(self.model.tokenizer, self.tokens)
         found = [now.index(stop) for stop in self.stops if stop in now]
         if found:
             now, self.stopped = now[: min(found)], True
-        held = 0 if self.stopped else max((possible_stop(now, stop) for stop in self.stops), default=0)
+        held = 0 if self.stopped else max((partial_stop_length(now, stop) for stop in self.stops), default=0)
         return self._show(now[: len(now) - held])
 
     def _show(self, text: str) -> str:
@@ -85,9 +85,9 @@ class GrowingText:
         self.shown += new
         return new
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back, once no more tokens come."""
-        return "" if self.stopped else self._show(stable_text(self.model.tokenizer, self.tokens))
+        return "" if self.stopped else self._show(decode_complete(self.model.tokenizer, self.tokens))
 
     @property
     def finish_reason(self) -> str:
@@ -143,7 +143,7 @@ class TextStream:
         stops: Sequence[str] = (),
         cache: RowCache | None = None,
     ) -> None:
-        self.growing = GrowingText(model, prompt, options, stops)
+        self.generated = GeneratedText(model, prompt, options, stops)
         self.finish_reason: str | None = None
         self._pieces = self._run(decode(model, torch.tensor(prompt.input_ids), options, cache))
 
@@ -156,20 +156,20 @@ class TextStream:
     @property
     def text(self) -> str:
         """The text that was given so far."""
-        return self.growing.shown
+        return self.generated.shown
 
     @property
     def token_ids(self) -> list[int]:
         """The tokens generated so far."""
-        return self.growing.tokens
+        return self.generated.tokens
 
     @property
     def accepted_per_step(self) -> list[int]:
         """Draft tokens kept in each step so far."""
-        return self.growing.accepted
+        return self.generated.accepted
 
     def _run(self, steps: Iterator[Any]) -> Iterator[str]:
-        text = self.growing
+        text = self.generated
         calibrate(text.model, text.options)
         while True:
             # Decoding alone is timed, not the text made of it nor what the reader does with it.
@@ -180,7 +180,7 @@ class TextStream:
                 yield piece
             if step is None or text.stopped:
                 break
-        if piece := text.rest():
+        if piece := text.flush():
             yield piece
         self.finish_reason = text.finish_reason
 
