@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two kinds of error that a user can mend. The command line prints their one line and no traceback."""
+"""The two kinds of user-fixable error. The command line prints their one line and no traceback."""
 
 from __future__ import annotations
 
 
 class MTPError(Exception):
-    """Says in one line what was expected, what came and what to change."""
+    """A user-fixable error: one line that says what was expected and what came."""
 
 
 class UsageError(MTPError, ValueError):
@@ -13,18 +13,15 @@ class UsageError(MTPError, ValueError):
 
 
 class RunError(MTPError, RuntimeError):
-    """All else that a user can mend: a missing or broken file, data that can't be used (exit code 1)."""
+    """Any other user-fixable error: a missing or broken file, unusable data (exit code 1)."""
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of somebody else's error on one line, shortened, to quote it in one of ours.
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """Another library's error on one line, without its final period, to quote it in a message of ours.
 
     Args:
-        error: the error.
-        limit: how many characters to keep at most; a longer message ends after a whole word.
-
-    Returns:
-        The message, or the error's class name where it has none; without a period at its end, for ours goes on.
+        error: the error or its message; an error without a message gives its class name.
+        limit: maximum number of characters; a longer message is cut after a word.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) > limit:
@@ -33,12 +30,5 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def os_reason(error: OSError) -> str:
-    """What the operating system says is wrong, without its number and the file's name, which our message has.
-
-    Args:
-        error: the error.
-
-    Returns:
-        A few words.
-    """
+    """The operating system's reason, without the error number and the file's name."""
     return error.strerror or one_line(error)

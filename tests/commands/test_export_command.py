@@ -80,10 +80,10 @@ def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) ->
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        ("--output saved", 2, "--ckpt_path is required: set it on the command line. mtp export --help shows all."),
+        ("--output saved", 2, "the following arguments are required: ckpt_path"),
         ("--ckpt_path no.ckpt --output saved", 1, "checkpoint 'no.ckpt' does not exist. Give the path of a .ckpt file"),
-        ("--ckpt_path {last}", 2, "--output is required: set it on the command line. mtp export --help shows all."),
-        ("--ckpt_path {last} --outptu saved", 2, "unknown key or option '--outptu': did you mean 'output'?"),
+        ("--ckpt_path {last}", 2, "the following arguments are required: output"),
+        ("--ckpt_path {last} --outptu saved", 2, "unrecognized arguments: --outptu"),
         ("--ckpt_path {last} --output saved --dtype half", 2, "dtype must be auto or one of float64, float32, bfloat16,"),
         (
             "--ckpt_path {last} --output saved --dtype auto",

@@ -158,8 +158,8 @@ def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> 
     [
         (["--shard", "2/2"], 2, "shard must be i/n with i from 0 to n - 1, got '2/2'. Change --shard."),
         (["--batch_size", "0"], 2, "batch_size must be 1 or more, got 0."),
-        (["--temperature", "x"], 2, "temperature: expected float, got x."),
-        (["--tempo", "1"], 2, "unknown key or option '--tempo'"),
+        (["--temperature", "x"], 2, "temperature: expected float, got x"),
+        (["--tempo", "1"], 2, "unrecognized arguments: --tempo"),
         (["--output", "a.txt"], 2, "output must be a .jsonl file, got 'a.txt'. Change --output."),
         (["--prompts", "none.txt"], 1, "none.txt: expected a file of prompts, nothing is there"),
         (

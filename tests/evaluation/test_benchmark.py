@@ -361,7 +361,7 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("options", "code", "expected"),
     [
-        ("", 2, "--prompts is required: set it on the command line. mtp benchmark --help shows all."),
+        ("", 2, "the following arguments are required: prompts"),
         ("--prompts no.jsonl", 1, "no.jsonl: expected a file of prompts, nothing is there"),
         ("--prompts prompts.jsonl --batch_size 0", 2, "batch_size must be 1 or more, got 0. Change --batch_size."),
         ("--prompts prompts.jsonl --speed_rounds -1", 2, "speed_rounds must be 0 or more, got -1. Change --speed_rounds."),
@@ -372,7 +372,7 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
         (
             "--prompts prompts.jsonl --max_new_tokenz 3",
             2,
-            "unknown key or option '--max_new_tokenz': did you mean 'max_new_tokens'?",
+            "unrecognized arguments: --max_new_tokenz 3; did you mean max_new_tokens?",
         ),
         ("--prompts long.txt", 1, "long.txt, line 2: the prompt has 100 tokens and the model's context is 96: shorten it"),
         (
@@ -384,7 +384,7 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
         (
             "--prompts prompts.jsonl --num_masks x",
             2,
-            "num_masks: expected int or 'auto' or null, got x. Change --num_masks.",
+            "num_masks: expected int; expected 'auto'; expected null, got x",
         ),
     ],
 )

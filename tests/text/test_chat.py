@@ -213,7 +213,7 @@ def test_a_base_without_a_template(
     ("options", "code", "expected"),
     [
         ("--num_masks 4", 2, "num_masks must be auto or from 1 to 3, the number this model was trained with, got 4."),
-        ("--batch_size 2", 2, "unknown key or option '--batch_size'"),
+        ("--batch_size 2", 2, "unrecognized arguments: --batch_size 2"),
         ("--temperature -1", 2, "temperature must be 0 (greedy) or more, got -1.0."),
     ],
 )

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands that decode share: their options, and a parser that raises what is wrong."""
+"""The options that all commands which decode share."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import torch
-from jsonargparse import ArgumentParser
 
-from mtp_lightning.commands.parser_messages import clear_message, missing_arguments, required
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
@@ -118,20 +116,3 @@ class DecodingArguments:
             prompt_lookup=self.prompt_lookup,
             compile=self.compile,
         )
-
-
-class OneLineParser(ArgumentParser):
-    """A parser whose errors are raised for ``main`` to print as one line. Its options are all on the command line."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"allow_abbrev": False, **options})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what is wrong with the command line."""
-        actions = [action for action in self._actions if action.dest != "help"]
-        if missing := missing_arguments(message):
-            words = {action.dest: f"--{action.dest}" if action.option_strings else action.dest.upper() for action in actions}
-            raise UsageError(
-                f"{required([words.get(name, name) for name in missing])} on the command line. {self.prog} --help shows all."
-            ) from ex
-        raise UsageError(clear_message(str(message), [action.dest for action in actions])) from ex

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from mtp_lightning.commands.arguments import DecodingArguments, OneLineParser
+from mtp_lightning.commands.arguments import DecodingArguments
+from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.progress import Progress
 from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
@@ -30,9 +31,9 @@ OWN = {"decoding", "num_masks", "sampler_head", "batch_size"}
 """Options of decoding that mean something else here: not given, they are varied."""
 
 
-def parser() -> OneLineParser:
+def parser() -> CommandParser:
     """The command's options."""
-    made = OneLineParser(
+    made = CommandParser(
         prog="mtp benchmark",
         description="Measures tokens a step and speed-up on prompts, and compares each text with autoregressive decoding.",
     )

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.commands.arguments import DecodingArguments, OneLineParser
+from mtp_lightning.commands.arguments import DecodingArguments
+from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
 from mtp_lightning.model import MTPModel
@@ -36,7 +37,7 @@ def run_chat(args: list[str]) -> None:
     Raises:
         UsageError: a wrong option, or a base without a chat template and none given.
     """
-    parser = OneLineParser(prog="mtp chat", description="A conversation with a trained model.")
+    parser = CommandParser(prog="mtp chat", description="A conversation with a trained model.")
     parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
     parser.add_argument("--system", type=str | None, default=None, help="the system message")
     parser.add_argument(

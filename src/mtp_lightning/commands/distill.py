@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtp_lightning.commands.arguments import OneLineParser
+from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.data.chat import end_of_turn
 from mtp_lightning.distill.answer_file import AnswerFile, checksum
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
@@ -76,7 +76,7 @@ def run_distill(args: list[str]) -> None:
     Raises:
         UsageError: an option is wrong, or the file was begun with other ones.
     """
-    parser = OneLineParser(
+    parser = CommandParser(
         prog="mtp distill",
         description="Writes the base model's own answers to prompts, one JSON line each: training data that matches what"
         " will be verified. The same command run again goes on where it ended.",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from mtp_lightning.commands.arguments import OneLineParser
+from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.base import parse_dtype
 from mtp_lightning.saving.export import export_checkpoint
@@ -18,7 +18,7 @@ def run_export(args: list[str]) -> None:
     Raises:
         UsageError: a wrong option.
     """
-    parser = OneLineParser(prog="mtp export", description="Saves a checkpoint as a folder of safetensors and JSON.")
+    parser = CommandParser(prog="mtp export", description="Saves a checkpoint as a folder of safetensors and JSON.")
     parser.add_argument("--ckpt_path", type=str, required=True, help="checkpoint file that mtp fit wrote")
     parser.add_argument("--output", type=str, required=True, help="folder to write")
     parser.add_argument("--base_model", type=str | None, default=None, help="where the base model lies now, if it moved")

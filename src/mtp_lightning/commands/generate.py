@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from mtp_lightning.commands.arguments import DecodingArguments, OneLineParser
+from mtp_lightning.commands.arguments import DecodingArguments
+from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks
 from mtp_lightning.decoding.loop import calibrate, decode_rows
 from mtp_lightning.decoding.noise import row_seeds
@@ -119,7 +120,7 @@ def run_generate(args: list[str]) -> None:
     Raises:
         UsageError: no prompt, or both kinds of prompt.
     """
-    parser = OneLineParser(prog="mtp generate", description="Generates text with a trained model.")
+    parser = CommandParser(prog="mtp generate", description="Generates text with a trained model.")
     parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
     parser.add_argument("--prompt", type=str, default=None, help="the prompt")
     parser.add_argument("--prompts", type=str, default=None, help=".txt or .jsonl file of prompts; - standard input")

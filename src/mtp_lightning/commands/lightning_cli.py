@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from jsonargparse import ActionConfigFile  # type: ignore[attr-defined] # not in its __all__, though documented
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
@@ -22,7 +20,7 @@ import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
 from mtp_lightning.callbacks.run_guards import as_text, explain, unwritable
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
-from mtp_lightning.commands.parser_messages import clear_message
+from mtp_lightning.commands.parser import CommandParser, ConfigFile
 from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
 from mtp_lightning.modeling.gated_lora import LoRA
@@ -37,28 +35,12 @@ from mtp_lightning.training.module import MTPModule
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
-class ConfigurationParser(LightningArgumentParser):
-    """A parser whose errors are raised for ``main`` to print as one line, without the usage text."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"allow_abbrev": False, **options})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what is wrong with the command line or the configuration."""
-        known = known_keys()
-        if any(action.dest == "config" for action in self._actions):  # else of a class that the configuration names
-            known += [action.dest for action in self._actions if "." not in action.dest and action.dest != "help"]
-        raise UsageError(clear_message(str(message), known)) from ex
+class ConfigurationParser(CommandParser, LightningArgumentParser):
+    """Lightning's parser, with one-line errors."""
 
 
 GROUPS: dict[str, type] = {"model": MTPModule, "model.lora": LoRA, "data": MTPDataModule, "trainer": Trainer}
 """Classes whose arguments are keys of every configuration."""
-
-
-def known_keys() -> list[str]:
-    """The keys of a configuration that belong to no class named in it."""
-    names = [f"{group}.{name}" for group, kind in GROUPS.items() for name in inspect.signature(kind).parameters]
-    return names
 
 
 class SaveConfig(SaveConfigCallback):
@@ -89,7 +71,7 @@ class MTPCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's parser, with one-line errors."""
         parser = ConfigurationParser(**kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file; give several to add to the first")
+        parser.add_argument("-c", "--config", action=ConfigFile, help="a YAML file; give several to add to the first")
         return parser
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parser of every command: what jsonargparse refuses is raised as one line, for ``main`` to print."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined] # documented, not in its __all__
+
+from mtp_lightning.commands.configuration_file import check_configuration
+from mtp_lightning.errors import MTPError, UsageError, one_line
+
+_OMITTED = (
+    "Does not validate against any of the Union subtypes",
+    "Subtypes: ",
+    "Errors:",
+    "Given value type: ",
+    "Expected a path but ",
+    "Subclass types expect one of:",
+    "a class path (str)",
+    "a dict with",
+)
+"""Beginnings of lines of jsonargparse's messages that are left out."""
+_SHORTER = {
+    r'Parser key "(.+?)"': r"\1",
+    r"<class '(?:\w+\.)*(\w+)'>": r"\1",
+    r"typing\.Literal\[(.+?)\]": r"\1",
+    r"\bNoneType\b": "null",
+    r"\bExpected an? ": "expected ",
+    r"(?:\. Got|; Given) value: ?": ", got ",
+}
+
+
+class CommandParser(ArgumentParser):
+    """A parser without abbreviations, whose errors are one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is wrong with the command line or the configuration."""
+        if isinstance(ex, MTPError):  # of check_configuration
+            raise ex
+        raise UsageError(_in_one_line(str(message), list(_keys(self)))) from ex
+
+
+class ConfigFile(ActionConfigFile):
+    """The option ``--config``; errors name the file, which jsonargparse's don't."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Read a file."""
+        check_configuration(values)
+        super().__call__(parser, cfg, values, option_string)
+
+
+def _keys(parser: ArgumentParser) -> Iterator[str]:
+    """The keys of a parser and of its subcommands."""
+    for action in parser._actions:
+        yield action.dest
+        if isinstance(action.choices, dict):
+            for subparser in action.choices.values():
+                yield from _keys(subparser)
+
+
+def _in_one_line(message: str, keys: list[str]) -> str:
+    """A message of jsonargparse in one line; for an unknown key with the known one that is nearest to it."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    text = "; ".join(line for line in lines if line and not line.startswith(_OMITTED)).replace(":; ", ": ")
+    for pattern, replacement in _SHORTER.items():
+        text = re.sub(pattern, replacement, text)
+    unknown = re.search(r"unrecognized arguments: -*([\w.]+)|does not accept option '([\w.]+)", text)
+    near = difflib.get_close_matches(unknown[1] or unknown[2], keys, n=1) if unknown else []
+    return one_line(text) + (f"; did you mean {near[0]}?" if near else "")

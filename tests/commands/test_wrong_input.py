@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people get wrong: the exit code, one line that names the key or file, and no change to an earlier run."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import error_of, leave_no_trace, own_cache  # noqa: F401 - some are fixtures
+from tiny_run import LAST
+from trained_run import contents
+
+FILES = {
+    "long.txt": "one\n" + "one " * 99 + "\n",
+    "broken.jinja": "{% for %}",
+    # configurations
+    "comments.yaml": "# model: {num_masks: 3}\n",
+    "text.yaml": "hello",
+    "latin.yaml": b"\xff\xfe",
+    "tab.yaml": "model:\n\tnum_masks: 3\n",
+    "bracket.yaml": "data:\n  train: [a, b\n",
+    "typo.yaml": "model: {num_maks: 3}\n",
+    "empty_group.yaml": "data:\n",
+    "no_group.yaml": "model: {lora: 8}\n",
+    "twice.yaml": "data: {max_length: 8}\nmodel: {num_masks: 2}\ndata: {batch_size: 1}\n",
+    "null.yaml": "model: {lora: {rank: null}}\n",
+    "mix.yaml": "data: {train: {train.jsonl: lots}}\n",
+    "null_loss.yaml": "model: {losses: {a: null}}\n",
+    "head.yaml": "model: {sampler_head: true}\n",
+    "optimizer.yaml": "model: {optimizer: {class_path: torch.nn.Linear}}\n",
+    "callback.yaml": "trainer: {callbacks: [{class_path: nope.Nope}]}\n",
+    "argument.yaml": "trainer: {callbacks: [{class_path: mtp_lightning.callbacks.LastCheckpoint, init_args: {every: 3}}]}\n",
+    # rows
+    "empty.jsonl": "\n",
+    "broken.jsonl": '{"text": "one two"}\n{text: 1}\n',
+    "fields.jsonl": '{"txt": "one two"}\n',
+    "types.jsonl": '{"prompt": "one", "completion": 3}\n',
+    "short.jsonl": '{"input_ids": [9]}\n',
+}
+COMMANDS = [
+    ("fitt", 2, "'fitt'"),
+    ("fit", 2, "model.base_model"),
+    ("fit --config no.yaml", 1, "no.yaml"),
+    ("fit --config base", 1, "'base'"),
+    ("fit --confi config.yaml", 2, "--confi"),
+    ("test --config config.yaml", 2, "data.test"),
+    ("validate --config config.yaml --ckpt_path no.ckpt", 1, "no.ckpt"),
+    ("validate --config config.yaml --ckpt_path ''", 2, "ckpt_path"),
+    ("validate --config config.yaml --model.base_model owner/no_base --ckpt_path {last}", 1, "'owner/no_base'"),
+    ("predict", 2, "ckpt_path"),
+    ("predict --config config.yaml --ckpt_path last", 2, "--ckpt_path"),
+    ("predict --config config.yaml --ckpt_path {last}", 2, "--prompts"),
+    ("predict --config config.yaml --ckpt_path {last} --prompts no.jsonl", 1, "no.jsonl"),
+    ("predict --config config.yaml --ckpt_path {last} --prompts base", 1, "base"),
+    ("predict --config config.yaml --ckpt_path {last} --prompts p --model.nummasks 2", 2, "model.num_masks"),
+    ("generate", 2, "model"),
+    ("generate no.ckpt --prompt a", 1, "no.ckpt"),
+    ("generate base --prompt a", 1, "base"),
+    ("generate Owner/none --prompt a", 1, "'Owner/none'"),
+    ("generate {last}", 2, "--prompt"),
+    ("generate {last} --prompt a --prompts prompts.jsonl", 2, "--prompts"),
+    ("generate {last} --prompts -", 1, "standard input"),
+    ("generate {last} --prompts long.txt", 1, "long.txt, line 2"),
+    ("generate {last} --prompt a --base_model ./no_base", 1, "'./no_base'"),
+    ("generate {last} --prompt a --decoding cubic", 2, "decoding"),
+    ("generate {last} --prompt a --num_mask 3", 2, "num_masks"),
+    ("generate {last} --prompt a --num_masks x", 2, "num_masks"),
+    ("generate {last} --prompt a --num_masks 4", 2, "num_masks"),
+    ("generate {last} --prompt a --max_new_tokens 0", 2, "max_new_tokens"),
+    ("generate {last} --prompt a --temperature hot", 2, "temperature"),
+    ("generate {last} --prompt a --draft_vocabulary 0", 2, "draft_vocabulary"),
+    ("generate {last} --prompt a --compile", 2, "--compile"),
+    ("generate {last} --prompt a --stop ''", 2, "stop"),
+    ("generate {last} --prompt a --dtype half", 2, "dtype"),
+    ("generate {last} --prompt a --device tpu9", 2, "device"),
+    ("chat {last} --batch_size 2", 2, "--batch_size"),
+    ("chat {last} --temperature -1", 2, "temperature"),
+    ("chat {last} --chat_template no.jinja", 1, "no.jinja"),
+    ("chat {last} --chat_template broken.jinja", 1, "chat template"),
+    ("chat {last} --chat_template plain --system '{long}'", 2, "system message"),
+    ("data --config config.yaml --split tset", 2, "split"),
+    ("data --config config.yaml --rows 0", 2, "rows"),
+    ("data --config config.yaml --data.train '{train.jsonl: many}'", 2, "many"),
+    ("distill", 2, "prompts"),
+    ("distill no_base --prompts prompts.jsonl --output a.jsonl", 1, "'no_base'"),
+    ("distill base --prompts prompts.jsonl --output a.jsonl --dtype half", 2, "dtype"),
+    ("distill base --prompts prompts.jsonl --output config.yaml/a.jsonl", 1, "config.yaml"),
+    ("benchmark {last} --prompts prompts.jsonl --decoding autoregressive", 2, "--decoding"),
+    ("export --ckpt_path {last} --output saved --dtype auto", 2, "dtype"),
+]
+FIT = [
+    ("--config comments.yaml", 2, "comments.yaml"),
+    ("--config text.yaml", 2, "text.yaml"),
+    ("--config latin.yaml", 2, "latin.yaml"),
+    ("--config tab.yaml", 2, '"tab.yaml", line 2'),
+    ("--config bracket.yaml", 2, '"bracket.yaml", line 3'),
+    ("--config typo.yaml", 2, "model.num_masks"),
+    ("--config empty_group.yaml", 2, "data"),
+    ("--config no_group.yaml", 2, "model.lora"),
+    ("--config twice.yaml", 2, "key data"),
+    ("--config null.yaml", 2, "model.lora.rank"),
+    ("--config mix.yaml", 2, "data.train"),
+    ("--config null_loss.yaml", 2, "model.losses"),
+    ("--config head.yaml", 2, "model.sampler_head"),
+    ("--config optimizer.yaml", 2, "model.optimizer"),
+    ("--config callback.yaml", 2, "nope.Nope"),
+    ("--config argument.yaml", 2, "'every'"),
+    ("--config", 2, "--config"),
+    ("--ckpt_path best", 2, "ckpt_path"),
+    ("--model.num_masks three", 2, "model.num_masks"),
+    ("--model.num_masks 0", 2, "num_masks"),
+    ("--model.lora.rank 0", 2, "rank"),
+    ("--model.lora.target_modules no_layer", 2, "target_modules"),
+    ("--model.dtype float12", 2, "dtype"),
+    ("--model.attention flash9", 2, "attention"),
+    ("--model.quantization 3bit", 2, "quantization"),
+    ("--model.losses 3", 2, "model.losses"),
+    ("--model.losses.a.class_path my_losses.Focal", 2, "my_losses"),
+    ("--model.losses.a.class_path SamplerCrossEntropi", 2, "SamplerCrossEntropi"),
+    ("--model.losses.a.class_path torch.nn.Linear", 2, "torch.nn.Linear"),
+    ("--model.losses.a.class_path BaseCrossEntropy --model.losses.a.wait 2", 2, "'wait'"),
+    ("--model.sampler_head false --model.losses.mine.class_path SamplerCrossEntropy", 2, "mine"),
+    ("--model.sampler_head.class_path NoHead", 2, "NoHead"),
+    ("--model.optimizer.class_path torch.optim.Nope", 2, "'Nope'"),
+    ("--model.optimizer.lr fast", 2, "lr: "),
+    ("--trainer.max_steps 1.5", 2, "trainer.max_steps"),
+    ("--trainer.strategy no_strategy", 2, "no_strategy"),
+    ("--trainer.callbacks+ mtp_lightning.callbacks.AcceptanceEvaluation", 2, "prompts"),
+    ("--data.batch_size 0", 2, "batch_size"),
+    ("--data.max_length 97", 2, "max_length"),
+    ("--data.train config.yaml", 2, "config.yaml"),
+    ("--data.train missing.jsonl", 1, "missing.jsonl"),
+    ("--data.validation empty.jsonl", 1, "empty.jsonl"),
+    ("--data.train broken.jsonl", 1, "broken.jsonl, line 2"),
+    ("--data.train fields.jsonl", 1, "txt"),
+    ("--data.validation types.jsonl", 1, "completion"),
+    ("--data.train short.jsonl", 1, "data.train"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run and the wrong files."""
+    folder = tmp_path_factory.mktemp("wrong") / "here"
+    shutil.copytree(trained, folder)
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "name"),
+    [*COMMANDS, *((f"fit --config config.yaml {words}", code, name) for words, code, name in FIT)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_input(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, code: int, name: str
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    before = contents(folder)
+    # str.format would take the braces of a mix of sources for a field.
+    assert name in error_of(capsys, code, *shlex.split(words.replace("{last}", LAST).replace("{long}", "one " * 99)))
+    assert contents(folder) == before
