@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The acceptance table, and the files that are whole at any time."""
+"""The acceptance table, its plot, and files that are replaced atomically."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ def test_table() -> None:
     assert rows["code"][1:] == ["1", "2.00", "2.00", "(1)", "0%", "1/1", "1.50x"]
     assert rows["overall"][1:] == ["2", "1.60", "1.60", "(2)", "0%", "1/2", "1.50x"]
     assert "acceptance length 1.91, reference 2.81, share of reference 0.50" in text
-    assert "prompt 1, token 4 and on (the base's two largest logits there are 0.00012 apart)" in text
+    assert "prompt 1, token 4" in text and "0.00012" in text
     assert "Forced" not in printed(summarise(results))
 
 
-@pytest.mark.parametrize("domains", [[""], ["code", "maths"], [f"domain number {i}" for i in range(14)]])
-def test_plot_is_drawn_for_any_number_of_domains(domains: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_domains", [0, 14])
+def test_plot_for_any_number_of_domains(num_domains: int, tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "acceptance.png"
+    domains = [f"domain number {i}" for i in range(num_domains)] or [""]
     save_plot(summarise([result(i, domain, (0, 2, 1)) for i, domain in enumerate(domains)]), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(path.parent.iterdir()) == [path]

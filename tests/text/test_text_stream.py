@@ -24,7 +24,7 @@ from mtp_lightning.decoding.execution.step import Drafts
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.evaluation import acceptance, benchmark
+from mtp_lightning.evaluation import acceptance, decoded_text
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.text import stream as text_stream
@@ -182,7 +182,7 @@ def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPa
         return StepCosts((1, 81), (1.0, 1.5), 0.0, 0.0)
 
     monkeypatch.setattr(decoding, "measure_step_costs", slow_measurement)
-    for module in (text_stream, commands, acceptance, benchmark):
+    for module in (text_stream, commands, decoded_text):
         monkeypatch.setattr(module, "time", clock)
     prompt, options = Prompt("", [9, 10], ""), {"max_new_tokens": 2}
 
@@ -197,5 +197,5 @@ def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ZeroDivisionError):  # tokens over no time
         list(commands.stream(fresh(), prompt, commands.DecodingArguments(**options), record))
     (result,) = acceptance.evaluate_prompts(fresh(), [prompt], DecodingOptions(**options))
-    batch = benchmark.decode_batch(fresh(), [prompt], DecodingOptions(**options))
-    assert clock.now == 4000.0 and stream.generated.seconds == result.seconds == batch.seconds == 0.0
+    _, seconds = decoded_text.decode_batch(fresh(), [prompt], DecodingOptions(**options))
+    assert clock.now == 4000.0 and stream.generated.seconds == result.seconds == seconds == 0.0

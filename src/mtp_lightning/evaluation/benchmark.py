@@ -7,23 +7,21 @@ The layout of the paper's Table 1 (Samragh et al. 2025, §3.2, where acceptance 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-import torch
-
 from mtp_lightning.decoding.limits import resolve_auto
-from mtp_lightning.decoding.loop import calibrate, decode_rows
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
-from mtp_lightning.evaluation.acceptance import PromptResult, summarise
+from mtp_lightning.evaluation.acceptance import PromptResult, prompt_result, summarise
+from mtp_lightning.evaluation.decoded_text import DecodedText, decode_batch
 from mtp_lightning.evaluation.losslessness import autoregressive, first_difference
-from mtp_lightning.metrics.functional import repeated_ngrams
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.text.prompts import Prompt
-from mtp_lightning.text.stream import stop_token_index
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being decoded, the number of prompts that are done and the number of all."""
 
 
 class Setting(NamedTuple):
@@ -31,7 +29,7 @@ class Setting(NamedTuple):
 
     Attributes:
         decoding: ``quadratic`` or ``linear``.
-        sampler_head: whether the sampler head drafts.
+        sampler_head: True to draft with the sampler head, False with the base head.
         num_masks: masks in a block, or ``auto``.
     """
 
@@ -40,83 +38,28 @@ class Setting(NamedTuple):
     num_masks: int | Literal["auto"]
 
     @property
-    def family(self) -> str:
-        """The setting without its number of masks: a block of rows in the table."""
-        return f"{self.decoding}, {'sampler head' if self.sampler_head else 'base head'}"
+    def head(self) -> str:
+        """The drafting head in words."""
+        return "sampler head" if self.sampler_head else "base head"
 
     @property
-    def masks(self) -> str:
-        """The number of masks in words."""
-        return "auto" if self.num_masks == "auto" else "1 mask" if self.num_masks == 1 else f"{self.num_masks} masks"
+    def family(self) -> str:
+        """The setting without its number of masks: one table of the report."""
+        return f"{self.decoding}, {self.head}"
 
-
-class BatchText(NamedTuple):
-    """What decoding a batch gave.
-
-    Attributes:
-        tokens: the text of each row.
-        accepted: draft tokens kept in each step, one list a row.
-        drafted: draft tokens verified in each step, one list a row.
-        seconds: wall-clock time.
-    """
-
-    tokens: list[list[int]]
-    accepted: list[list[int]]
-    drafted: list[list[int]]
-    seconds: float
-
-
-Told = Callable[[str, int, int], None]
-"""Told what is being decoded, how many prompts are done, and of how many."""
-
-
-def decode_batch(
-    model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions, stop: str | None = None
-) -> BatchText:
-    """Decode a batch of prompts.
-
-    Args:
-        model: the model.
-        prompts: the prompts.
-        options: how to decode.
-        stop: a text that ends a row's text; with it come the tokens up to the one that completes it. None: none.
-
-    Returns:
-        Texts and counts.
-    """
-    out = BatchText([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts], 0.0)
-    finished: set[int] = set()
-    calibrate(model, options)
-    begin = time.perf_counter()
-    # Each step ends by reading its tokens from the device, so no work is left when the clock is read.
-    for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished):
-        for row, step, _ in steps:
-            tokens = step.tokens
-            if stop and (end := stop_token_index(model.tokenizer, out.tokens[row], tokens, [stop])) is not None:
-                tokens = tokens[: end + 1]
-                finished.add(row)
-            out.tokens[row].extend(tokens)
-            out.accepted[row].append(len(tokens) - 1)
-            out.drafted[row].append(step.num_drafts)
-    return out._replace(seconds=time.perf_counter() - begin)
+    @property
+    def label(self) -> str:
+        """The setting in words."""
+        masks = "auto" if self.num_masks == "auto" else "1 mask" if self.num_masks == 1 else f"{self.num_masks} masks"
+        return f"{self.family}, {masks}"
 
 
 def grid_settings(
     model: MTPNetwork, decodings: Iterable[Decoding], heads: Iterable[bool], num_masks: Iterable[int | Literal["auto"]]
 ) -> list[Setting]:
-    """All combinations that the model has; without a sampler head there is one drafting head.
-
-    Args:
-        model: the model.
-        decodings: kinds of decoding.
-        heads: with the sampler head, without it, or both.
-        num_masks: numbers of masks.
-
-    Returns:
-        The settings, family by family.
-    """
-    known = [head for head in heads if model.sampler_head is not None or not head] or [False]
-    return [Setting(*each) for each in itertools.product(decodings, known, num_masks)]
+    """All combinations, family by family. A model without a sampler head has the base head only."""
+    heads = list(heads) if model.sampler_head is not None else [False]
+    return [Setting(*setting) for setting in itertools.product(decodings, heads, num_masks)]
 
 
 def acceptance_grid(
@@ -125,7 +68,7 @@ def acceptance_grid(
     settings: Sequence[Setting],
     options: DecodingOptions,
     batch_size: int = 1,
-    told: Told | None = None,
+    on_progress: OnProgress | None = None,
     stop: str | None = None,
 ) -> dict[str, Any]:
     """Decode all prompts in every setting and compare each text with autoregressive decoding by the same model.
@@ -135,112 +78,82 @@ def acceptance_grid(
         prompts: the prompts.
         settings: ways to decode.
         options: limits, and how tokens are chosen.
-        batch_size: so many prompts are decoded together.
-        told: told of progress.
-        stop: a text that ends a text; None: none.
+        batch_size: prompts that are decoded together.
+        on_progress: called after each batch.
+        stop: string that ends a text.
 
     Returns:
-        ``settings``: for each its decoding, head and masks and the figures of ``acceptance.summarise``; ``texts``: figures
-        of the autoregressive texts; ``order``: how often what should be ahead is behind. Ready for JSON.
+        Plain types for JSON. ``settings``: each with the figures of ``acceptance.summarise``; ``texts``: the figures of the
+        autoregressive texts; ``order``: see ``order_violations``.
     """
-    reference = _texts(model, prompts, autoregressive(options), batch_size, told, "autoregressive", stop)
-    expected = [text for batch in reference for text in batch.tokens]
-    compared = options.coupled
-    grid: list[dict[str, Any]] = []
+
+    def decode(options: DecodingOptions, label: str) -> list[tuple[DecodedText, float]]:
+        """Text of each prompt, and its share of the batch's seconds."""
+        texts: list[tuple[DecodedText, float]] = []
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            # A prompt's seed does not depend on the batch it is in.
+            seeded = replace(options, seed=prompt_seeds(options, first, len(batch)))
+            decoded, seconds = decode_batch(model, batch, seeded, stop)
+            texts += [(text, seconds / len(batch)) for text in decoded]
+            if on_progress is not None:
+                on_progress(label, len(texts), len(prompts))
+        return texts
+
+    def result(index: int, text: DecodedText, seconds: float, compare: bool) -> PromptResult:
+        difference = None
+        if compare:
+            expected = reference[index][0].tokens
+            if options.max_steps is not None:  # the text may end anywhere
+                expected = expected[: len(text.tokens)]
+            seeded = replace(options, seed=prompt_seeds(options, index, 1))
+            difference = first_difference(model, prompts[index], expected, text.tokens, seeded)
+        return prompt_result(index, prompts[index].domain, text, seconds, compare, difference)
+
+    reference = decode(autoregressive(options), "autoregressive")
     results: dict[Setting, list[PromptResult]] = {}
     for setting in settings:
-        chosen = replace(options, decoding=setting.decoding, sampler_head=setting.sampler_head, num_masks=setting.num_masks)
+        chosen = replace(options, **setting._asdict())
         if setting.num_masks != "auto":
             chosen = resolve_auto(model, chosen)
-        label = f"{setting.family}, {setting.masks}"
-        batches = _texts(model, prompts, chosen, batch_size, told, label, stop)
-        results[setting] = _results(model, prompts, batches, expected, options, compared)
-        grid.append({**setting._asdict(), **summarise(results[setting])})
-    ordinary = _results(model, prompts, reference, expected, options, False)
-    return {"settings": grid, "texts": summarise(ordinary), "order": order(results)}
+        texts = decode(chosen, setting.label)
+        results[setting] = [result(index, *text, options.coupled) for index, text in enumerate(texts)]
+    plain = [result(index, *text, False) for index, text in enumerate(reference)]
+    return {
+        "settings": [{**setting._asdict(), **summarise(group)} for setting, group in results.items()],
+        "texts": summarise(plain),
+        "order": order_violations(results),
+    }
 
 
-def _texts(
-    model: MTPNetwork,
-    prompts: Sequence[Prompt],
-    options: DecodingOptions,
-    batch_size: int,
-    told: Told | None,
-    label: str,
-    stop: str | None,
-) -> list[BatchText]:
-    batches = []
-    for first in range(0, len(prompts), batch_size):
-        # A row's seed does not depend on the batch that it is in.
-        seeded = replace(options, seed=row_seed(options, first, len(prompts[first : first + batch_size])))
-        batches.append(decode_batch(model, prompts[first : first + batch_size], seeded, stop))
-        if told is not None:
-            told(label, min(first + batch_size, len(prompts)), len(prompts))
-    return batches
-
-
-def row_seed(options: DecodingOptions, first: int, count: int) -> list[int] | None:
-    """Seeds of the prompts from ``first`` on, as ``mtp generate`` gives them; None when decoding is greedy."""
+def prompt_seeds(options: DecodingOptions, first: int, count: int) -> list[int] | None:
+    """Seeds of ``count`` prompts from ``first`` on, the same as in ``mtp generate``; None: greedy."""
     return None if options.temperature == 0 else row_seeds(options.seed or 0, count, first)
 
 
-def _results(
-    model: MTPNetwork,
-    prompts: Sequence[Prompt],
-    batches: Sequence[BatchText],
-    expected: Sequence[list[int]],
-    options: DecodingOptions,
-    compared: bool,
-) -> list[PromptResult]:
-    rows = [(*row, batch.seconds / len(batch.tokens)) for batch in batches for row in zip(*batch[:3], strict=True)]
-    found = []
-    for index, (prompt, (tokens, accepted, drafted, seconds)) in enumerate(zip(prompts, rows, strict=True)):
-        difference = None
-        if compared:
-            # With max_steps a text may stop anywhere.
-            length = len(expected[index]) if options.max_steps is None else len(tokens)
-            seeded = replace(options, seed=row_seed(options, index, 1))
-            difference = first_difference(model, prompt, expected[index][:length], tokens, seeded)
-        found.append(
-            PromptResult(
-                index,
-                prompt.domain,
-                len(tokens),
-                len(accepted),
-                accepted,
-                drafted,
-                repeated_ngrams(tokens),
-                difference is None if compared else None,
-                seconds,
-                difference,
-            )
-        )
-    return found
+def order_violations(results: dict[Setting, list[PromptResult]]) -> dict[str, list[float]]:
+    """Share of prompts whose acceptance length falls with one mask more, or from linear to quadratic.
 
-
-def order(results: dict[Setting, list[PromptResult]]) -> dict[str, list[float]]:
-    """Share of prompts where what should be ahead is behind: one mask more, or quadratic against linear.
-
-    Step by step neither can be behind; over a whole text a longer jump may land where the draft is worse.
+    From the same state neither can happen in a step; over a whole text a longer jump may land where the draft is worse.
 
     Args:
-        results: one list of results a setting.
+        results: one list of results for each setting.
 
     Returns:
-        For each comparison one share a number of masks.
+        For each comparison one share for each number of masks.
     """
     shares: dict[str, list[float]] = {}
-    for (family, each), (following, more) in itertools.pairwise(results.items()):
-        if family[:2] == following[:2]:
-            shares.setdefault(f"one mask more is lower: {family.family}", []).append(_behind(each, more))
-    for setting, each in results.items():
+    for (setting, fewer_masks), (following, more_masks) in itertools.pairwise(results.items()):
+        if setting.family == following.family:
+            name = f"one mask more is lower: {setting.family}"
+            shares.setdefault(name, []).append(_share_lower(more_masks, fewer_masks))
+    for setting, quadratic in results.items():
         if setting.decoding == "quadratic" and (linear := results.get(setting._replace(decoding="linear"))):
-            head = "sampler head" if setting.sampler_head else "base head"
-            shares.setdefault(f"quadratic is below linear: {head}", []).append(_behind(linear, each))
+            shares.setdefault(f"quadratic is below linear: {setting.head}", []).append(_share_lower(quadratic, linear))
     return shares
 
 
-def _behind(worse: Sequence[PromptResult], better: Sequence[PromptResult]) -> float:
-    """Share of prompts where ``better`` has the lower acceptance length. Fractions are compared, not rounded quotients."""
-    pairs = zip(worse, better, strict=True)
-    return sum(b.num_tokens * w.num_steps < w.num_tokens * b.num_steps for w, b in pairs) / len(worse)
+def _share_lower(results: Sequence[PromptResult], others: Sequence[PromptResult]) -> float:
+    """Share of prompts where ``results`` have the lower acceptance length, compared as exact fractions."""
+    pairs = zip(results, others, strict=True)
+    return sum(a.num_tokens * b.num_steps < b.num_tokens * a.num_steps for a, b in pairs) / len(results)

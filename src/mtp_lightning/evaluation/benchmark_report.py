@@ -1,237 +1,199 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``mtp benchmark`` measured, as Markdown and as a plot. Text and drawing alone; nothing is decoded here."""
+"""The report of ``mtp benchmark`` as Markdown and as a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.evaluation.benchmark import Setting
-from mtp_lightning.files import atomic_file
+from mtp_lightning.evaluation.reporting import DARK, GREY, LIGHT, decimals, markdown_table, new_figure, save_figure
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ALL, MEAN = "all prompts", "mean of domains"
 
 
-def families(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The settings by family and number of masks."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for each in report["settings"]:
-        setting = Setting(each["decoding"], each["sampler_head"], each["num_masks"])
-        found.setdefault(setting.family, {})[str(setting.num_masks)] = each
-    return found
-
-
 def markdown(report: dict[str, Any]) -> str:
-    """The report as text.
-
-    Args:
-        report: what the command writes as JSON.
-
-    Returns:
-        Markdown.
-    """
+    """The report, as the command writes it to JSON, as text."""
     return "\n".join(_lines(report)) + "\n"
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
     options, texts = report["options"], report["texts"]
-    sampled = f"temperature {options['temperature']}" if options["temperature"] else "greedy"
+    choice = f"temperature {options['temperature']}" if options["temperature"] else "greedy"
+    steps = "" if options["max_steps"] is None else f" and {options['max_steps']} steps"
     yield f"# Benchmark of {report['model']}"
     yield ""
     yield (
         f"Base model {report['base_model']}, {report['dtype']} on {report['device']};"
         f" {_count(texts['overall']['num_prompts'])} of {report['prompts']}, at most {options['max_new_tokens']} tokens"
-        + ("" if options["max_steps"] is None else f" and {options['max_steps']} steps")
-        + f" each, {sampled}, batch {options['batch_size']}. Torch {report['torch']}, {report['threads']} threads."
+        f"{steps} each, {choice}, batch {options['batch_size']}. Torch {report['torch']}, {report['threads']} threads."
     )
-    yield ""
-    yield "## Acceptance length"
-    yield ""
+    yield from ("", "## Acceptance length", "")
     yield "Tokens generated over forward passes of the base, by masks in a block."
-    for family, by_masks in families(report).items():
-        yield ""
-        yield f"**{family}**"
-        yield ""
-        yield from _table(by_masks)
-    yield ""
-    yield "## The texts"
-    yield ""
-    yield from _texts(report)
+    for family, by_masks in _families(report).items():
+        yield from ("", f"**{family}**", "")
+        yield from markdown_table(["domain", *by_masks], _length_rows(report, by_masks))
+    yield from ("", "## The texts", "")
+    yield from _text_figures(texts)
     yield ""
     yield from _lossless(report)
     if report["order"]:
-        yield ""
-        yield "Share of prompts where what should be ahead is behind:"
-        yield ""
+        yield from ("", "Share of prompts where the expected order fails:", "")
         for name, shares in report["order"].items():
-            yield f"- {name}: {', '.join(f'{share:.2f}' for share in shares)}"
+            yield f"- {name}: {', '.join(decimals(share) for share in shares)}"
     if report["speed"] is not None:
         yield ""
         yield from _speed(report["speed"], options)
 
 
-def lengths(figures: dict[str, Any], domain: str) -> float | None:
-    """Acceptance length of a setting in a domain, of all prompts, or the mean over the domains as the paper averages."""
-    if domain == ALL:
-        value: float | None = figures["overall"]["acceptance_length"]
-        return value
+def _families(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures of the settings by family and number of masks."""
+    families: dict[str, dict[str, dict[str, Any]]] = {}
+    for figures in report["settings"]:
+        setting = Setting(figures["decoding"], figures["sampler_head"], figures["num_masks"])
+        families.setdefault(setting.family, {})[str(setting.num_masks)] = figures
+    return families
+
+
+def _length(figures: dict[str, Any], domain: str) -> float | None:
+    """Acceptance length in a domain, of all prompts, or the mean over the domains as the paper averages."""
     if domain == MEAN:
-        values = [each["acceptance_length"] for each in figures["domains"].values()]
-        return sum(values) / len(values)
-    value = figures["domains"][domain]["acceptance_length"]
-    return value
+        lengths = [group["acceptance_length"] for group in figures["domains"].values()]
+        return sum(lengths) / len(lengths)
+    length: float | None = (figures["overall"] if domain == ALL else figures["domains"][domain])["acceptance_length"]
+    return length
 
 
-def rows_of(report: dict[str, Any]) -> list[str]:
-    """The domains, and what stands below them."""
+def _length_rows(report: dict[str, Any], by_masks: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
     domains = list(report["texts"]["domains"])
-    return [*domains, *([MEAN] if len(domains) > 1 else []), ALL]
-
-
-def _table(by_masks: dict[str, dict[str, Any]]) -> Iterator[str]:
-    first = next(iter(by_masks.values()))
-    domains = list(first["domains"])
-    yield "| domain | " + " | ".join(by_masks) + " |"
-    yield "|---|" + "---|" * len(by_masks)
     for domain in [*domains, *([MEAN] if len(domains) > 1 else []), ALL]:
-        yield f"| {domain} | " + " | ".join(_text(lengths(figures, domain)) for figures in by_masks.values()) + " |"
-    steady = [figures["overall"]["non_repeating"] for figures in by_masks.values()]
-    yield (
-        "| not repeating (texts) | "
-        + " | ".join(f"{_text(each['acceptance_length'])} ({each['num_prompts']})" for each in steady)
-        + " |"
-    )
+        yield [domain, *(decimals(_length(figures, domain)) for figures in by_masks.values())]
+    groups = [figures["overall"]["non_repeating"] for figures in by_masks.values()]
+    yield [
+        "not repeating (texts)",
+        *(f"{decimals(group['acceptance_length'])} ({group['num_prompts']})" for group in groups),
+    ]
 
 
-def _texts(report: dict[str, Any]) -> Iterator[str]:
+def _text_figures(texts: dict[str, Any]) -> Iterator[str]:
     yield (
-        "Autoregressive decoding by the same model. A loop flatters the acceptance length; *not repeating* counts texts with"
-        f" under {REPETITION_THRESHOLD:.0%} repeated 8-grams."
+        "Autoregressive decoding by the same model. Repetition inflates the acceptance length; *not repeating* counts texts"
+        f" with under {REPETITION_THRESHOLD:.0%} repeated 8-grams."
     )
     yield ""
-    yield "| domain | prompts | tokens | repeated 8-grams | not repeating |"
-    yield "|---|---|---|---|---|"
-    for name, figures in [*report["texts"]["domains"].items(), (ALL, report["texts"]["overall"])]:
+    rows = []
+    for name, figures in [*texts["domains"].items(), (ALL, texts["overall"])]:
         repeated = "-" if figures["repeated_8grams"] is None else f"{figures['repeated_8grams']:.0%}"
-        steady = figures["non_repeating"]["num_prompts"]
-        yield f"| {name} | {figures['num_prompts']} | {figures['num_tokens']} | {repeated} | {steady} |"
+        counts = [str(figures["num_prompts"]), str(figures["num_tokens"])]
+        rows.append([name, *counts, repeated, str(figures["non_repeating"]["num_prompts"])])
+    yield from markdown_table(["domain", "prompts", "tokens", "repeated 8-grams", "not repeating"], rows)
 
 
 def _lossless(report: dict[str, Any]) -> Iterator[str]:
-    counts = [each["overall"]["lossless"] for each in report["settings"]]
-    equal, checked = sum(each["equal"] for each in counts), sum(each["checked"] for each in counts)
+    counts = [figures["overall"]["lossless"] for figures in report["settings"]]
+    equal, checked = sum(count["equal"] for count in counts), sum(count["checked"] for count in counts)
     if not checked:
-        yield "Texts were not compared: with the rejection rule only their distribution is that of autoregressive decoding."
+        yield "Texts were not compared: the rejection rule preserves only the distribution of autoregressive decoding."
         return
     yield f"Equal to autoregressive decoding: {equal} of {checked} texts."
-    gaps = [gap for each in counts for difference in each["differences"] if (gap := difference["gap"]) is not None]
+    gaps = [gap for count in counts for difference in count["differences"] if (gap := difference["gap"]) is not None]
     if gaps:
+        noise = "(noise included) " if report["options"]["temperature"] else ""
         yield (
-            f"Where a text first differs, the two largest scores that the token is chosen from"
-            f" {'(noise included) ' * bool(report['options']['temperature'])}are at most {max(gaps):.2g} apart: in"
-            f" {report['dtype']} kernels round differently for different shapes, and near ties flip."
+            f"Where a text first differs, the two largest scores that the token is chosen from {noise}are at most"
+            f" {max(gaps):.2g} apart: {report['dtype']} kernels round differently for different shapes, so near ties flip."
         )
 
 
 def _speed(speed: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
-    compared = {other for each in speed["contenders"].values() for other in each["speed_up"]}
-    baselines = [name for name in speed["contenders"] if name in compared]
-    yield "## Speed"
-    yield ""
+    systems = speed["contenders"]
+    compared = {baseline for figures in systems.values() for baseline in figures["speed_up"]}
+    baselines = [name for name in systems if name in compared]
+    yield from ("## Speed", "")
     yield (
-        f"{speed['num_rounds']} interleaved rounds of {_count(options['batch_size'])} of one domain: in each, every"
-        " contender decodes the same. Speed-up: median of the ratios within a round, with quartiles. Equal: texts that are"
-        " those of autoregressive decoding."
+        f"{speed['num_rounds']} interleaved rounds of {_count(options['batch_size'])} of one domain; in each, every system"
+        " decodes the same prompts. Speed-up: median and quartiles of the ratios within a round. Equal: texts that equal"
+        " autoregressive decoding."
     )
     yield ""
-    yield "| contender | acceptance length | equal | tokens/s | " + " | ".join(f"over {name}" for name in baselines) + " |"
-    yield "|---|---|---|---|" + "---|" * len(baselines)
-    for name, each in speed["contenders"].items():
-        cells = [_ratio(each["speed_up"].get(other)) for other in baselines]
-        rate = "-" if each["tokens_per_second"] is None else f"{each['tokens_per_second']:.1f}"
-        equal, count = each["equal_texts"]
-        yield f"| {name} | {_text(each['acceptance_length'])} | {equal}/{count} | {rate} | " + " | ".join(cells) + " |"
-    domains = list(next(iter(speed["contenders"].values()))["domains"])
+    rows = []
+    for name, figures in systems.items():
+        equal, checked = figures["equal_texts"]
+        speed_ups = [_ratio(figures["speed_up"].get(baseline)) for baseline in baselines]
+        rate = f"{figures['tokens_per_second']:.1f}"
+        rows.append([name, decimals(figures["acceptance_length"]), f"{equal}/{checked}", rate, *speed_ups])
+    header = ["system", "acceptance length", "equal", "tokens/s", *(f"over {baseline}" for baseline in baselines)]
+    yield from markdown_table(header, rows)
+    first = next(iter(systems))  # autoregressive decoding
+    domains = list(systems[first]["domains"])
     if domains and baselines:
-        yield ""
-        yield f"Over {baselines[0]}, by domain:"
-        yield ""
-        yield "| contender | " + " | ".join(domains) + " |"
-        yield "|---|" + "---|" * len(domains)
-        for name, each in speed["contenders"].items():
-            if baselines[0] in each["speed_up"]:
-                yield f"| {name} | " + " | ".join(_ratio(each["domains"][d][baselines[0]]) for d in domains) + " |"
+        yield from ("", f"Over {first}, by domain:", "")
+        others = {name: figures["domains"] for name, figures in systems.items() if name != first}
+        rows = [[name, *(_ratio(by_domain[domain][first]) for domain in domains)] for name, by_domain in others.items()]
+        yield from markdown_table(["system", *domains], rows)
 
 
 def _count(prompts: int) -> str:
     return "1 prompt" if prompts == 1 else f"{prompts} prompts"
 
 
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _ratio(value: dict[str, Any] | None) -> str:
-    if value is None:
+def _ratio(spread: dict[str, Any] | None) -> str:
+    if spread is None:
         return "-"
-    low, high = value["quartiles"]
-    return f"{value['median']:.2f} [{low:.2f}, {high:.2f}]"
+    low, high = spread["quartiles"]
+    return f"{spread['median']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def save_benchmark_plot(report: dict[str, Any], path: Path) -> None:
-    """Draw acceptance length against masks, one panel a domain, and the speed-ups.
-
-    Args:
-        report: what the command writes as JSON.
-        path: a ``.png`` file; it is whole at any time.
-    """
-    # Not pyplot: it keeps global state and may look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = rows_of(report)
-    panels = [ALL, *[name for name in panels if name not in (ALL, MEAN)]]
-    columns = min(4, len(panels))
-    height = -(-len(panels) // columns)
-    timed = report["speed"] is not None
-    figure = Figure(figsize=(3.4 * max(columns, 2), 3.2 * (height + timed)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(height + timed, columns)
+    """Draw acceptance length against masks, one panel for each domain, and the speed-ups; replaces the file atomically."""
+    domains = [ALL, *report["texts"]["domains"]]
+    columns = min(4, len(domains))
+    num_rows = -(-len(domains) // columns)
+    has_speed = report["speed"] is not None
+    figure = new_figure(3.4 * max(columns, 2), 3.2 * (num_rows + has_speed))
+    grid = figure.add_gridspec(num_rows + has_speed, columns)
     shared: Any = None
-    for index, domain in enumerate(panels):
+    for index, domain in enumerate(domains):
         axes = figure.add_subplot(grid[index // columns, index % columns], sharey=shared)
         shared = shared or axes
-        for family, by_masks in families(report).items():
-            values = [value for each in by_masks.values() if (value := lengths(each, domain)) is not None]
-            style = "--" if family.startswith("linear") else "-"
-            axes.plot(list(by_masks), values, style, marker="o", markersize=3, label=family)
-        axes.set_title(domain, fontsize=10)
-        axes.set_xlabel("masks in a block")
-        axes.grid(alpha=0.3)
+        _draw_lengths(axes, _families(report), domain)
         if index % columns == 0:
             axes.set_ylabel("acceptance length (tokens a step)")
-    shared.set_ylim(bottom=0.95)  # last, with all curves drawn: a limit set ends the fitting to what is drawn
+    shared.set_ylim(bottom=0.95)  # after all curves are drawn: a fixed limit ends autoscaling
     figure.legend(*shared.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    if timed:
-        _draw_speed(figure.add_subplot(grid[height, :]), report["speed"])
+    if has_speed:
+        _draw_speed(figure.add_subplot(grid[num_rows, :]), report["speed"])
     figure.suptitle(f"{report['model']}: {_count(report['texts']['overall']['num_prompts'])}", fontsize=11)
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=130, format="png")
+    save_figure(figure, path, dpi=130)
 
 
-def _draw_speed(axes: Any, speed: dict[str, Any]) -> None:
+def _draw_lengths(axes: Axes, families: dict[str, dict[str, dict[str, Any]]], domain: str) -> None:
+    """One curve for each family, dashed for linear decoding."""
+    for family, by_masks in families.items():
+        lengths: list[Any] = [_length(figures, domain) for figures in by_masks.values()]
+        style = "--" if family.startswith("linear") else "-"
+        axes.plot(list(by_masks), lengths, style, marker="o", markersize=3, label=family)
+    axes.set_title(domain, fontsize=10)
+    axes.set_xlabel("masks in a block")
+    axes.grid(alpha=0.3)
+
+
+def _draw_speed(axes: Axes, speed: dict[str, Any]) -> None:
+    """A bar for each system: its speed-up over autoregressive decoding, with quartiles."""
     baseline = next(iter(speed["contenders"]))
-    shown = {
-        name: value for name, each in speed["contenders"].items() if (value := each["speed_up"].get(baseline)) is not None
-    }
-    medians = [value["median"] for value in shown.values()]
-    low = [value["median"] - value["quartiles"][0] for value in shown.values()]
-    high = [value["quartiles"][1] - value["median"] for value in shown.values()]
-    places = range(len(shown))
-    axes.bar(places, medians, yerr=[low, high], color="#9dc3e6", ecolor="#1f4e79", capsize=3)
-    axes.axhline(1, color="#7f7f7f", linewidth=1, linestyle="--")
-    axes.set_xticks(places, [name.replace(", ", ",\n").replace("s ", "s\n", 1) for name in shown], fontsize=7)
+    spreads = {name: figures["speed_up"].get(baseline) for name, figures in speed["contenders"].items()}
+    spreads = {name: spread for name, spread in spreads.items() if spread is not None}
+    medians = [spread["median"] for spread in spreads.values()]
+    below = [spread["median"] - spread["quartiles"][0] for spread in spreads.values()]
+    above = [spread["quartiles"][1] - spread["median"] for spread in spreads.values()]
+    places = range(len(spreads))
+    axes.bar(places, medians, yerr=[below, above], color=LIGHT, ecolor=DARK, capsize=3)
+    axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
+    axes.set_xticks(places, [name.replace(", ", ",\n").replace("s ", "s\n", 1) for name in spreads], fontsize=7)
     axes.set_ylabel(f"speed-up over\n{baseline}")
     axes.set_title(f"median and quartiles of {speed['num_rounds']} interleaved rounds", fontsize=9)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a text is what the same model writes autoregressively, and where it first is not. Works without Lightning."""
+"""Does a text equal what the same model writes autoregressively, and where does it first differ?"""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from mtp_lightning.decoding.loop import decode, evaluating
+from mtp_lightning.decoding.loop import evaluating
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
 from mtp_lightning.errors import UsageError
+from mtp_lightning.evaluation.decoded_text import decode_batch
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.text.prompts import Prompt
 
@@ -23,10 +24,10 @@ class Difference(NamedTuple):
 
     Attributes:
         position: index of the generated token.
-        expected: autoregressive decoding's token there, or None where it had ended.
-        got: the text's token there, or None where it had ended.
-        gap: difference there of the two largest scores that the token is chosen from (greedy: the base's logits); in low
-            precision one near 0 flips. None: a sharded model, or only one token could be chosen.
+        expected: autoregressive decoding's token there; None: its text had ended.
+        got: the text's token there; None: the text had ended.
+        gap: difference of the two largest scores that this token is chosen from (greedy: the base's logits). In low
+            precision a gap near 0 can flip. None: a sharded model, or only one token could be chosen.
     """
 
     position: int
@@ -36,18 +37,18 @@ class Difference(NamedTuple):
 
 
 def autoregressive(options: DecodingOptions, num_tokens: int | None = None) -> DecodingOptions:
-    """The same limits for autoregressive decoding, or at most ``num_tokens`` tokens."""
+    """The same options for autoregressive decoding of at most ``num_tokens`` tokens (default: ``max_new_tokens``)."""
     limit = options.max_new_tokens if num_tokens is None else num_tokens
     return replace(options, decoding="autoregressive", num_masks="auto", max_new_tokens=limit, max_steps=None)
 
 
 def find_difference(model: MTPNetwork, prompt: Prompt, options: DecodingOptions, tokens: list[int]) -> Difference | None:
-    """Compare a text with autoregressive decoding by the same model.
+    """Decode a prompt autoregressively and compare.
 
     Args:
         model: the model.
         prompt: the prompt.
-        options: how the text was decoded. With ``max_steps`` a text may stop anywhere: then as many tokens are compared.
+        options: how the text was decoded. With ``max_steps`` the text may end anywhere, so only its length is compared.
         tokens: the text.
 
     Returns:
@@ -58,29 +59,18 @@ def find_difference(model: MTPNetwork, prompt: Prompt, options: DecodingOptions,
     """
     if options.temperature and (options.seed is None or options.verification == "rejection"):
         raise UsageError(
-            "sampled texts can be compared only with a seed and coupled verification: else each text is another draw."
-            " Give a seed and verification='coupled', or temperature 0."
+            "sampled texts can be compared only with a seed and coupled verification."
+            " Set a seed and verification='coupled', or temperature 0."
         )
-    same_length = autoregressive(options, None if options.max_steps is None else len(tokens))
-    expected = [token for step in decode(model, torch.tensor(prompt.input_ids), same_length) for token in step.tokens]
-    return first_difference(model, prompt, expected, tokens, options)
+    reference = autoregressive(options, None if options.max_steps is None else len(tokens))
+    (expected,), _ = decode_batch(model, [prompt], reference)
+    return first_difference(model, prompt, expected.tokens, tokens, options)
 
 
 def first_difference(
     model: MTPNetwork, prompt: Prompt, expected: list[int], tokens: list[int], options: DecodingOptions
 ) -> Difference | None:
-    """Compare two texts.
-
-    Args:
-        model: the model that wrote them.
-        prompt: their prompt.
-        expected: the text of autoregressive decoding.
-        tokens: the other text.
-        options: how tokens were chosen, with the seed of this prompt.
-
-    Returns:
-        The first difference, or None.
-    """
+    """Compare two texts of a prompt; ``options`` hold the seed of this prompt."""
     if expected == tokens:
         return None
     shorter = min(len(expected), len(tokens))
@@ -95,16 +85,7 @@ def first_difference(
 
 @torch.inference_mode()
 def top_two_gap(model: MTPNetwork, tokens: list[int], options: DecodingOptions) -> float | None:
-    """Difference of the two largest scores that the token after ``tokens`` is chosen from, as the model verifies.
-
-    Args:
-        model: the model.
-        tokens: the prompt and the text so far.
-        options: how tokens are chosen, with the seed of the text.
-
-    Returns:
-        The difference; None where only one token can be chosen.
-    """
+    """Difference of the two largest scores that the token after ``tokens`` is chosen from; None: only one is possible."""
     with evaluating(model), model.gate.open(0 if model.lora.gated else len(tokens)):
         ids = torch.tensor([tokens], device=model.base.device)
         hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state

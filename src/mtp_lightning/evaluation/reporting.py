@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all reports share: numbers as text, Markdown tables, JSON."""
+"""What all reports share: numbers as text, Markdown tables, plots, JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DARK, LIGHT, GREY = "#1f4e79", "#9dc3e6", "#7f7f7f"
 
 
 def decimals(value: float | None) -> str:
@@ -22,6 +27,22 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iter
     yield f"|{'---|' * len(header)}"
     for row in rows:
         yield f"| {' | '.join(row)} |"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. Not by pyplot, which keeps global state and may look for a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a PNG file atomically."""
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=dpi, format="png")
 
 
 def save_json(data: Any, path: Path) -> None:

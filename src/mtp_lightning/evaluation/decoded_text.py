@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode a batch of prompts and keep what evaluation counts: tokens, accepted and verified drafts, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from mtp_lightning.decoding.loop import calibrate, decode_rows
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.text.prompts import Prompt
+from mtp_lightning.text.stream import stop_token_index
+
+
+class DecodedText(NamedTuple):
+    """The text of one prompt.
+
+    Attributes:
+        tokens: generated tokens.
+        accepted: accepted draft tokens of each step.
+        drafted: verified draft tokens of each step; the first step has none.
+    """
+
+    tokens: list[int]
+    accepted: list[int]
+    drafted: list[int]
+
+
+def decode_batch(
+    model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions, stop: str | None = None
+) -> tuple[list[DecodedText], float]:
+    """Decode prompts together.
+
+    Args:
+        model: the model.
+        prompts: the prompts.
+        options: how to decode.
+        stop: string that ends a text; the text includes the token that completes it.
+
+    Returns:
+        The text of each prompt, and the wall-clock seconds of the batch.
+    """
+    texts = [DecodedText([], [], []) for _ in prompts]
+    stopped: set[int] = set()
+    calibrate(model, options)
+    begin = time.perf_counter()
+    # Each step ends by reading its tokens from the device, so no work is pending when the clock is read.
+    for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=stopped):
+        for row, step, _ in steps:
+            text, tokens = texts[row], step.tokens
+            if stop and (end := stop_token_index(model.tokenizer, text.tokens, tokens, [stop])) is not None:
+                tokens = tokens[: end + 1]
+                stopped.add(row)
+            text.tokens.extend(tokens)
+            text.accepted.append(len(tokens) - 1)
+            text.drafted.append(step.num_drafts)
+    return texts, time.perf_counter() - begin
