@@ -5,11 +5,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may need the network
+# Before transformers and datasets are imported: no test may need the network or read what an earlier session cached.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_CACHE = tempfile.TemporaryDirectory(prefix="mtp-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -22,6 +27,15 @@ if TYPE_CHECKING:
 
 # Tiny tensors: a second thread costs more than it brings, and one makes the order of sums repeatable.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def restore_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``main`` appends the current folder to ``sys.path``; what is imported from there must not reach the next test."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in ("my_losses", "my_heads"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from trained_run import train
 
     folder = tmp_path_factory.mktemp("trained")
-    train(folder, tmp_path_factory.mktemp("cache"))
+    train(folder)
     return folder
 
 

@@ -14,15 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command_line import (
-    ParseOnly,
-    leave_no_trace,  # noqa: F401 - a fixture
-    mtp,
-    own_cache,  # noqa: F401 - a fixture
-    read_metrics,
-    save_base,
-    write_rows,
-)
+from command_line import ParseOnly, mtp, read_metrics, save_base, write_rows
 from toy_tokenizers import CHATML, byte_tokenizer
 
 from mtp_lightning.commands.cli import main

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from command_line import leave_no_trace, mtp  # noqa: F401 - the first is a fixture
+from command_line import mtp
 from tiny import tiny_batch, tiny_model
 from toy_tokenizers import word_tokenizer
 

@@ -11,12 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import (
-    leave_no_trace,  # noqa: F401 - a fixture
-    mtp,
-    own_cache,  # noqa: F401 - a fixture
-    read_metrics,
-)
+from command_line import mtp, read_metrics
 from tiny_run import LAST, write_config, write_run
 from transformers import AutoModelForCausalLM
 

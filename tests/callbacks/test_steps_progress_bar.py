@@ -6,11 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command_line import (
-    leave_no_trace,  # noqa: F401 - a fixture
-    mtp,
-    own_cache,  # noqa: F401 - a fixture
-)
+from command_line import mtp
 from lightning import Trainer
 from tiny_run import write_config, write_run
 

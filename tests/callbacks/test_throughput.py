@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import (
-    ParseOnly,
-    leave_no_trace,  # noqa: F401 - a fixture
-    mtp,
-    own_cache,  # noqa: F401 - a fixture
-    read_metrics,
-)
+from command_line import ParseOnly, mtp, read_metrics
 from tiny_run import write_config, write_run
 
 from mtp_lightning.callbacks import AcceptanceEvaluation, SampleText, Throughput, throughput

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import error_of, leave_no_trace, mtp, own_cache  # noqa: F401 - some are fixtures
+from command_line import error_of, mtp
 from tiny_run import LAST
 
 from mtp_lightning.evaluation.benchmark_report import markdown

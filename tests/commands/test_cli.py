@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from command_line import error_of, leave_no_trace, mtp  # noqa: F401 - one is a fixture
+from command_line import error_of, mtp
 
 import mtp_lightning
 from mtp_lightning.commands import cli

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import error_of, leave_no_trace, mtp, own_cache, save_base  # noqa: F401 - some are fixtures
+from command_line import error_of, mtp, save_base
 from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
 from trained_run import CONTEXT, contents

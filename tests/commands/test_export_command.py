@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import error_of, leave_no_trace, mtp, own_cache, save_base, write_rows  # noqa: F401 - some are fixtures
+from command_line import error_of, mtp, save_base, write_rows
 from safetensors.torch import load_file
 from saved import files_of
 from tiny_run import LAST, label_counts

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import error_of, leave_no_trace, mtp, own_cache  # noqa: F401 - some are fixtures
+from command_line import error_of, mtp
 from tiny_run import LAST
 from trained_run import as_if_trained_here, json_lines, without_times
 

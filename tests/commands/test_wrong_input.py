@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import error_of, leave_no_trace, own_cache  # noqa: F401 - some are fixtures
+from command_line import error_of
 from tiny_run import LAST
 from trained_run import contents
 

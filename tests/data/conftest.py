@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the data tests: a toy tokenizer, and a cache folder of our own. No network."""
+"""Fixtures of the data tests."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 from toy_tokenizers import word_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -15,14 +14,6 @@ from transformers import PreTrainedTokenizerFast
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return word_tokenizer()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import error_of, leave_no_trace, mtp, own_cache, save_base, write_rows  # noqa: F401
+from command_line import error_of, mtp, save_base, write_rows
 from distill_process import distill, questions, read
 from tiny import greedy_text
 from toy_tokenizers import word_tokenizer

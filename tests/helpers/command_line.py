@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from tiny import tiny_base
@@ -18,24 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from mtp_lightning.commands.cli import main
 from mtp_lightning.commands.lightning_cli import MTPCLI
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder of our own for data sets, and no network. Test files import it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``main`` puts the current folder on the path, and what is imported from there would meet the next test."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for name in ("my_losses", "my_heads"):
-        sys.modules.pop(name, None)
 
 
 def mtp(*words: object) -> int:

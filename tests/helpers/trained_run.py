@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -49,7 +48,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def train(folder: Path, cache: Path) -> None:
+def train(folder: Path) -> None:
     """Write a base, data and a configuration into ``folder``, and what one run of ``fit`` makes of them."""
     tokenizer = word_tokenizer()
     assert tokenizer.pad_token is None
@@ -65,7 +64,6 @@ def train(folder: Path, cache: Path) -> None:
     write_rows(folder / "prompts.jsonl", [{"prompt": "one two", "domain": "a"}, {"prompt": "six"}])
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         patch.chdir(folder)
         assert mtp("fit", "--config", "config.yaml") == 0
 

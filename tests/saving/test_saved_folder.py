@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import leave_no_trace  # noqa: F401 - a fixture
 from safetensors.torch import load_file, save_file
 from saved import PROMPT, model_on_disk, saved_model, set_config
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import error_of, leave_no_trace, mtp  # noqa: F401 - the second is a fixture
+from command_line import error_of, mtp
 from saved import model_on_disk
 from toy_tokenizers import CHATML, word_tokenizer
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bigram import bigram_base, bigram_text
-from command_line import leave_no_trace, mtp  # noqa: F401 - the first is a fixture
+from command_line import mtp
 from saved import PROMPT, model_on_disk
 from tiny import tiny_model
 from toy_tokenizers import byte_tokenizer, word_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command_line import leave_no_trace, mtp, own_cache, read_metrics, write_rows  # noqa: F401 - some are fixtures
+from command_line import mtp, read_metrics, write_rows
 from tiny_run import LAST, label_counts
 from trained_run import NUM_MASKS, STEPS, contents, fit, losses, validations, weights
 

@@ -13,7 +13,7 @@ import sharded_model
 import torch
 import two_processes
 import yaml
-from command_line import ParseOnly, leave_no_trace, read_metrics  # noqa: F401 - the second is a fixture
+from command_line import ParseOnly, read_metrics
 from interrupted_runs import told
 from ports import free_port
 from tiny import tiny_model
