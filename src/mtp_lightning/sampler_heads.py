@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampler heads: from a hidden state and the tokens drafted so far to the state that the unembedding is applied to.
 
-A head is made without knowing the model's width (YAML names it before the base is loaded) and built later by ``build``.
+A head is constructed without knowing the model's width (YAML names it before the base is loaded); ``build`` creates its layers.
 To write your own, subclass ``SamplerHead`` and name it in ``model.sampler_head.class_path``.
 """
 
@@ -21,14 +21,14 @@ class SamplerHead(nn.Module, ABC):
     """Draws the draft tokens of a block one after another, each conditioned on the tokens before it.
 
     Attributes:
-        at_ntp: whether the head also has an output (and so a loss) at NTP positions.
+        at_ntp: True if the head also has an output (and so a loss) at NTP positions.
     """
 
     at_ntp = False
 
     @abstractmethod
     def build(self, width: int) -> None:
-        """Make the layers.
+        """Create the layers.
 
         Args:
             width: the base model's hidden size D.
@@ -43,7 +43,7 @@ class SamplerHead(nn.Module, ABC):
             previous: embeddings of the tokens x_{i+1}..x_{i+K}, as the decoder sees them, [N, K, D].
 
         Returns:
-            What the unembedding is applied to, [N, K, D]. Entry j sees previous tokens 1..j only.
+            States for the unembedding, [N, K, D]. Entry j sees previous tokens 1..j only.
         """
 
     @abstractmethod
@@ -53,15 +53,15 @@ class SamplerHead(nn.Module, ABC):
         Args:
             hidden: hidden state of m_j, [N, D].
             previous: embedding of the verified token (j = 1) or of draft j - 1, [N, D].
-            state: what the last step returned, None at j = 1.
+            state: recurrent state that the last step returned, None at j = 1.
 
         Returns:
-            What the unembedding is applied to, [N, D], and the state for the next step.
+            The state for the unembedding, [N, D], and the recurrent state for the next step.
         """
 
 
 class MLPSamplerHead(SamplerHead):
-    """The paper's head: two blocks of Linear, SiLU, LayerNorm on [E(y_prev); z]. No residual, no memory.
+    """The paper's head: two blocks of Linear, SiLU, LayerNorm on [E(y_prev); z]. No residual, no recurrence.
 
     Source: Samragh et al. 2025, §2.3.
     """
@@ -69,7 +69,7 @@ class MLPSamplerHead(SamplerHead):
     at_ntp = True
 
     def build(self, width: int) -> None:
-        """Make the layers."""
+        """Create the layers."""
         self.layers = nn.Sequential(
             nn.Linear(2 * width, width),
             nn.SiLU(),
@@ -96,22 +96,20 @@ class GRUSamplerHead(SamplerHead):
     head and learns the correction.
 
     Args:
-        hidden_size: width w of the state and of u. None: the base model's hidden size. A small base gains from more,
-            a large one does with half its width or less.
+        hidden_size: width w of the state and of u. None: the base model's hidden size. A small base gains from more;
+            half its width or less is enough for a large one.
         read_hidden: the GRU also reads the hidden state.
     """
 
     def __init__(self, hidden_size: int | None = None, read_hidden: bool = False) -> None:
         super().__init__()
         if hidden_size is not None and hidden_size < 1:
-            raise UsageError(
-                f"hidden_size must be 1 or more, got {hidden_size}. Set model.sampler_head.init_args.hidden_size."
-            )
+            raise UsageError(f"hidden_size must be 1 or more, got {hidden_size}.")
         self.hidden_size = hidden_size
         self.read_hidden = read_hidden
 
     def build(self, width: int) -> None:
-        """Make the layers."""
+        """Create the layers."""
         w = self.hidden_size or width
         self.gru = nn.GRU(width * (2 if self.read_hidden else 1), w, batch_first=True)
         self.first = nn.Linear(w + width, w)
@@ -122,6 +120,9 @@ class GRUSamplerHead(SamplerHead):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
+    def _inputs(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        return torch.cat([previous, hidden], dim=-1) if self.read_hidden else previous
+
     def _correct(self, hidden: Tensor, state: Tensor) -> Tensor:
         u = self.first_norm(F.silu(self.first(torch.cat([state, hidden], dim=-1))))
         u = u + self.second_norm(F.silu(self.second(u)))
@@ -129,11 +130,10 @@ class GRUSamplerHead(SamplerHead):
 
     def forward(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """All K positions of N blocks, [N, K, D]."""
-        states, _ = self.gru(torch.cat([previous, hidden], dim=-1) if self.read_hidden else previous)
+        states, _ = self.gru(self._inputs(hidden, previous))
         return self._correct(hidden, states)
 
     def step(self, hidden: Tensor, previous: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One position of N blocks; the state is the GRU's, [1, N, w]."""
-        read = torch.cat([previous, hidden], dim=-1) if self.read_hidden else previous
-        states, state = self.gru(read[:, None], state)
+        states, state = self.gru(self._inputs(hidden, previous)[:, None], state)
         return self._correct(hidden, states[:, 0]), state

@@ -21,7 +21,7 @@ class WarmupConstant(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0) -> None:
-        self.warmup_steps = _at_least_0("warmup_steps", warmup_steps)
+        self.warmup_steps = _non_negative("warmup_steps", warmup_steps)
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:
@@ -42,13 +42,13 @@ class WarmupCosine(LambdaLR):
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int = 0, floor: float = 0.0, total_steps: int | None = None
     ) -> None:
-        self.warmup_steps = _at_least_0("warmup_steps", warmup_steps)
-        self.floor = _at_least_0("floor", floor)
+        self.warmup_steps = _non_negative("warmup_steps", warmup_steps)
+        self.floor = _non_negative("floor", floor)
         self.total_steps = total_steps
         super().__init__(optimizer, self.factor)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; the length of the run is this run's, not the checkpoint's."""
+        """Resume from a checkpoint; the length of the run is this run's, not the checkpoint's."""
         total = self.total_steps
         super().load_state_dict(state_dict)
         self.total_steps = total if total is not None else self.total_steps
@@ -62,7 +62,7 @@ class WarmupCosine(LambdaLR):
         return rise * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def _at_least_0(name: str, value: Any) -> Any:
+def _non_negative(name: str, value: Any) -> Any:
     if value < 0:
-        raise UsageError(f"{name} must be 0 or more, got {value}. Set model.lr_scheduler.init_args.{name}.")
+        raise UsageError(f"{name} must be 0 or more, got {value}.")
     return value

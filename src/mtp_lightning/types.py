@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""A label that counts in no loss (Hugging Face's meaning)."""
+"""A label that no loss counts, as in Hugging Face's models."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,9 +53,9 @@ class MaskedInput(NamedTuple):
         anchor_weights: 1 over the number of MTP positions that share this MTP position's anchor under full coverage, 0
             where the label is ignored, [B, P, K] float32 (the mean over S(t) of docs/method.md §5).
         block_weights: starts of the row that have a counted label over those that were given a block,
-            [B, P] float32: what makes a sum over sampled blocks an unbiased estimate of the sum over all.
-        counts: what the loss terms divide by under full coverage: NTP labels, MTP labels, anchors; [3] int64. It
-            sums over rows, and over the batches and ranks that make one optimizer step.
+            [B, P] float32: makes a sum over sampled blocks an unbiased estimate of the sum over all.
+        counts: denominators of the loss terms under full coverage: NTP labels, MTP labels, anchors; [3] int64. They
+            add up over rows, and over the batches and ranks of one optimizer step.
         row_ids: number of each row in its data set, [B] int64.
     """
 
@@ -72,7 +72,7 @@ class MaskedInput(NamedTuple):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskedInput:
         """The same batch on ``device``."""
-        # Lightning asks for a blocking copy of what is no tensor, though the batch is pinned.
+        # Lightning asks for a blocking copy of anything but a tensor, although the batch is pinned.
         non_blocking = non_blocking or torch.device(device).type == "cuda"
         return MaskedInput(*(field.to(device, non_blocking=non_blocking) for field in self))
 
@@ -83,7 +83,7 @@ class MaskedInput(NamedTuple):
             values: a value per NTP position, [B, L] or [B, L, D].
 
         Returns:
-            Values, [B, P, K] or [B, P, K, D]. Where the label is ignored the entry has no meaning.
+            Values, [B, P, K] or [B, P, K, D]. Entries whose label is ignored are meaningless.
         """
         (B, P), K = self.starts.shape, self.mtp_labels.shape[2]
         anchors = self.starts[:, :, None] + torch.arange(1, K + 1, device=self.starts.device)
@@ -93,7 +93,7 @@ class MaskedInput(NamedTuple):
 
 
 class HiddenStates(NamedTuple):
-    """What the decoder gave for a masked input, before any unembedding.
+    """The decoder's output for a masked input, before any unembedding.
 
     Attributes:
         ntp: hidden state of each NTP position after the final norm, [B, L, D].
@@ -109,7 +109,7 @@ class HiddenStates(NamedTuple):
 
 
 class LossSum(NamedTuple):
-    """A loss term over one batch: its sum, and what the sum is to be divided by.
+    """A loss term over one batch: its sum, and which count it is divided by.
 
     Attributes:
         total: sum of the per-position losses, scalar, differentiable.

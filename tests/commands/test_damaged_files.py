@@ -250,7 +250,7 @@ def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, exp
         ),
         (
             "--model.lr_scheduler.warmup_steps -1",
-            "warmup_steps must be 0 or more, got -1. Set model.lr_scheduler.init_args.",
+            "warmup_steps must be 0 or more, got -1.",
         ),
         ("--config config.yaml", "trainer.callbacks has a callback twice with the same settings, as when a configuration"),
         ("--seed_everything -1", "seed_everything must be from 0 to 4294967295, got -1. Change seed_everything."),

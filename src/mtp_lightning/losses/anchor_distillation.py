@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation from the anchor: the target is what the base model itself says at the NTP position aligned to a mask."""
+"""Distillation from the anchor: the target is the base model's own prediction at the NTP position aligned to a mask."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mtp_lightning.losses.base import TokenLoss, TokenTargets
 
 
 class AnchorDistillation(TokenLoss):
-    """Cross-entropy to the base model's own next-token distribution at the anchor, in place of the text's token.
+    """Cross-entropy to the base model's own next-token distribution at the anchor, instead of the text's token.
 
-    The anchor's output is what verifies the draft, and the same forward pass has it. Not in the paper; it raised the
+    The anchor's output is what verifies the draft, and the same forward pass computes it. Not in the paper; it raised the
     forced acceptance length of a small model at equal budget.
 
     Args:
         weight: factor of the term in the loss.
         head: ``base`` or ``sampler``.
-        target: ``distribution`` for softmax(W z_anchor) at temperature 1, ``argmax`` for its likeliest token.
+        target: ``distribution`` for softmax(W z_anchor) at temperature 1, ``argmax`` for its most likely token.
     """
 
     uses_anchors = True

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a loss term is: a class that turns hidden states into sums over positions, with the count each is divided by.
+"""Loss terms: modules that turn hidden states into sums over positions, with the count that each sum is divided by.
 
 To write your own, subclass ``TokenLoss`` (a loss per position from logits) or ``LossTerm`` (anything else) and name the
-class in ``model.losses`` of the YAML.
+class in ``model.losses`` of the YAML::
+
+    class FocalLoss(TokenLoss):
+        def per_position(self, logits, targets):  # [n, V] -> [n]
+            log_p = logits.log_softmax(-1).gather(1, targets.labels[:, None])[:, 0]
+            return -((1 - log_p.exp()) ** 2) * log_p
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from mtp_lightning.types import IGNORE_INDEX, MTP, NTP, HiddenStates, LossSum, M
 
 
 class Unembedding(Protocol):
-    """The frozen unembedding: hidden states [..., D] to logits [..., V], soft-capped or scaled as the base does it."""
+    """The frozen unembedding: hidden states [..., D] to logits [..., V], soft-capped or scaled as in the base."""
 
     vocab_size: int
 
@@ -55,11 +60,11 @@ class LossTerm(nn.Module, ABC):
 
 
 def term_value(sums: Sequence[LossSum], counts: Tensor) -> Tensor:
-    """The value of a loss term: each sum over its count; 0 where there is nothing to count.
+    """The value of a loss term: the sum of its totals over their counts; 0 where there is nothing to count.
 
     Args:
-        sums: what ``LossTerm.forward`` gave.
-        counts: ``MaskedInput.counts`` of everything that the sums are part of, [3].
+        sums: output of ``LossTerm.forward``.
+        counts: ``MaskedInput.counts`` of the whole batch that the sums are part of, over ranks and accumulation, [3].
 
     Returns:
         Scalar.
@@ -73,7 +78,7 @@ def term_value(sums: Sequence[LossSum], counts: Tensor) -> Tensor:
 
 
 class TokenTargets(NamedTuple):
-    """What belongs to the positions of one chunk.
+    """The targets of a chunk of n positions.
 
     Attributes:
         labels: token ids, [n] int64.
@@ -87,15 +92,18 @@ class TokenTargets(NamedTuple):
 
 
 class TokenLoss(LossTerm):
-    """A loss per position from the logits there. Subclasses write ``per_position``.
+    """A loss per position from the logits there. Subclasses implement ``per_position``.
 
     Args:
         weight: factor of the term in the loss.
-        head: whose output the logits come from: ``base`` (the decoder's hidden state) or ``sampler`` (the sampler head).
+        head: what is unembedded: ``base`` (the decoder's hidden state) or ``sampler`` (the sampler head's output).
         positions: ``mtp``, ``ntp`` or ``all``. With a frozen gated base the loss of the base head at NTP positions is a
             constant; a sampler head without an output at NTP positions has no loss there.
         joint_mean: divide NTP and MTP positions together by their joint count, as the paper does; else each by its own,
             which keeps the expected loss the same when blocks are sampled.
+
+    Attributes:
+        uses_anchors: True in subclasses that read ``TokenTargets.anchor_logits``.
     """
 
     uses_anchors = False
@@ -136,9 +144,9 @@ class TokenLoss(LossTerm):
         assert mtp is not None
         sums = []
         if self.positions != "ntp":
-            K = mtp.shape[2]
-            offsets = torch.arange(2, K + 2, device=mtp.device).expand(batch.mtp_labels.shape)
-            weights = batch.block_weights[:, :, None].expand(batch.mtp_labels.shape)
+            shape, K = batch.mtp_labels.shape, mtp.shape[2]
+            offsets = torch.arange(2, K + 2, device=mtp.device).expand(shape)
+            weights = batch.block_weights[:, :, None].expand(shape)
             anchors = batch.at_anchors(states.ntp.detach()) if self.uses_anchors else None
             sums.append(LossSum(self._sum(mtp, batch.mtp_labels, weights, offsets, anchors, unembed), MTP))
         if self.positions != "mtp" and ntp is not None:
@@ -147,7 +155,7 @@ class TokenLoss(LossTerm):
             sums.append(LossSum(self._sum(ntp, batch.ntp_labels, ones, ones, anchors, unembed), NTP))
         if not sums:
             raise UsageError(
-                f"loss term {type(self).__name__} counts NTP positions alone, and this sampler head has no output there."
+                f"loss term {type(self).__name__} counts NTP positions only, and this sampler head has no output there."
                 " Set its positions to mtp."
             )
         if self.joint_mean and len(sums) == 2:
@@ -163,22 +171,23 @@ class TokenLoss(LossTerm):
         anchors: Tensor | None,
         unembed: Unembedding,
     ) -> Tensor:
+        """The weighted sum over the positions whose label counts, a chunk of logits at a time."""
         counted = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # the one place here that waits for the device
 
         def pick(values: Tensor) -> Tensor:
             return values.flatten(0, labels.ndim - 1).index_select(0, counted)
 
-        flat_labels, flat_offsets = pick(labels), pick(offsets)
-        flat_anchors = None if anchors is None else pick(anchors)
+        picked_labels, picked_offsets = pick(labels), pick(offsets)
+        picked_anchors = None if anchors is None else pick(anchors)
 
-        def losses(chunk: Tensor, part: slice) -> Tensor:
+        def losses(chunk: Tensor, positions: slice) -> Tensor:
             logits = unembed(chunk)
             dtype = compute_dtype(logits.dtype)
             anchor_logits = None
-            if flat_anchors is not None:
+            if picked_anchors is not None:
                 with torch.no_grad():
-                    anchor_logits = unembed(flat_anchors[part]).to(dtype)
-            targets = TokenTargets(flat_labels[part], flat_offsets[part], anchor_logits)
+                    anchor_logits = unembed(picked_anchors[positions]).to(dtype)
+            targets = TokenTargets(picked_labels[positions], picked_offsets[positions], anchor_logits)
             return self.per_position(logits.to(dtype), targets)
 
         return chunked_sum(pick(hidden), pick(weights), losses, unembed.vocab_size, tuple(self.parameters()))

@@ -2,9 +2,9 @@
 """Sums of per-position losses over an unembedding, a chunk of positions at a time: never positions x vocabulary at once.
 
 The gradient of each chunk is computed in the forward pass, while its logits exist, so that the unembedding is run once.
-``torch.nn.functional.linear_cross_entropy`` (torch 2.13) was measured first: its chunked mean accumulates in the input's
-dtype (a bfloat16 loss of 10.42 came out as 9.12), it is slower than this, it takes no other loss than cross-entropy, and
-older releases lack it.
+``torch.nn.functional.linear_cross_entropy`` (torch 2.13) is not used: measured, its chunked mean accumulates in the input's
+dtype (a bfloat16 loss of 10.42 came out as 9.12) and it is slower; it takes no other loss than cross-entropy, and older
+releases lack it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,11 @@ from torch import Tensor
 from mtp_lightning.types import compute_dtype
 
 LOGITS_PER_CHUNK = 2**23
-"""How many logits exist at once on a CPU, 32 MB of float32; on a GPU 16 times as many, for larger products."""
+"""Number of logits that exist at once on a CPU, 32 MB of float32; 16 times as many on a GPU, for larger products."""
 
 
 def chunk_size(hidden: Tensor, vocab_size: int) -> int:
-    """How many positions are unembedded at once.
-
-    Args:
-        hidden: the states.
-        vocab_size: V.
-
-    Returns:
-        At least 16.
-    """
+    """Number of positions that are unembedded at once, at least 16."""
     return max(16, LOGITS_PER_CHUNK * (16 if hidden.is_cuda else 1) // vocab_size)
 
 
@@ -46,21 +38,19 @@ class _ChunkedSum(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(hidden.dtype)
         total = torch.zeros((), dtype=dtype, device=hidden.device)
-        wanted = [t.requires_grad for t in (hidden, *parameters)]
-        grads = [torch.zeros_like(t) if w else None for t, w in zip((hidden, *parameters), wanted, strict=True)]
+        inputs = (hidden, *parameters)
+        grads = [torch.zeros_like(t) if t.requires_grad else None for t in inputs]
         for begin in range(0, hidden.shape[0], size):
-            part = slice(begin, min(begin + size, hidden.shape[0]))
-            chunk = hidden[part].detach().requires_grad_(wanted[0])
+            positions = slice(begin, min(begin + size, hidden.shape[0]))
+            chunk = hidden[positions].detach().requires_grad_(hidden.requires_grad)
             with torch.enable_grad():
-                value = (losses(chunk, part).to(dtype) * weights[part].to(dtype)).sum()
-            if any(wanted):
-                inputs = [t for t, w in zip((chunk, *parameters), wanted, strict=True) if w]
-                found = iter(torch.autograd.grad(value, inputs, allow_unused=True))
-                for index, want in enumerate(wanted):
-                    if want and (g := next(found)) is not None:
-                        target = grads[index]
-                        assert target is not None
-                        target[part].copy_(g) if index == 0 else target.add_(g)
+                value = (losses(chunk, positions).to(dtype) * weights[positions].to(dtype)).sum()
+            # The gradient of the hidden states is written chunk by chunk, those of parameters are summed over chunks.
+            wanted = [(t, g) for t, g in zip((chunk, *parameters), grads, strict=True) if g is not None]
+            found = torch.autograd.grad(value, [t for t, _ in wanted], allow_unused=True) if wanted else ()
+            for (tensor, accumulated), grad in zip(wanted, found, strict=True):
+                if grad is not None:
+                    accumulated[positions].copy_(grad) if tensor is chunk else accumulated.add_(grad)
             total += value.detach()
         ctx.grads = grads
         return total
@@ -83,16 +73,13 @@ def chunked_sum(
     Args:
         hidden: states that the unembedding is applied to, [N, D].
         weights: weight of each position's loss, [N].
-        losses: gives the loss per position of a chunk from its states [n, D] and the slice of N that it is; [n].
+        losses: the loss per position of a chunk, [n], given its states [n, D] and its slice of the N positions.
         vocab_size: V; sets the chunk's size.
-        parameters: trained tensors that ``losses`` uses beside the states; they get their gradients too.
+        parameters: other trained tensors that ``losses`` uses; they get their gradients too.
 
     Returns:
         The sum, scalar float32 (float64 for float64 states); 0 for N = 0. Once differentiable.
     """
-    if hidden.shape[0] == 0:
-        # 0, and still part of the graph of all that is trained.
-        dtype = compute_dtype(hidden.dtype)
-        return sum((p.flatten()[:0].sum() for p in parameters), hidden.sum()).to(dtype)
-    size = chunk_size(hidden, vocab_size)
-    return _ChunkedSum.apply(hidden, weights, losses, size, *parameters)
+    if hidden.shape[0] == 0:  # 0, and still part of the graph of everything that is trained
+        return sum((p.flatten()[:0].sum() for p in parameters), hidden.sum()).to(compute_dtype(hidden.dtype))
+    return _ChunkedSum.apply(hidden, weights, losses, chunk_size(hidden, vocab_size), *parameters)

@@ -22,7 +22,7 @@ class BaseCrossEntropy(_CrossEntropy):
 
     Args:
         weight: factor of the term in the loss.
-        positions: ``all`` is the paper's; the NTP part is a constant of a gated model and costs an unembedding.
+        positions: ``all`` is the paper's; the NTP part is a constant for a gated model and costs an unembedding.
         joint_mean: the paper's joint mean over NTP and MTP positions.
     """
 

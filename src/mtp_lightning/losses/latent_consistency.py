@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latent consistency: MTP hidden states are pulled to the NTP hidden state they are aligned to."""
+"""Latent consistency: MTP hidden states are pulled towards the NTP hidden state they are aligned to."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class AcceptanceLength(Metric):
         self.add_state("num_steps", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, num_tokens: Tensor | int, num_steps: Tensor | int) -> None:
-        """Add generated tokens and the steps that it took."""
+        """Add generated tokens and the steps they took."""
         self.num_tokens += torch.as_tensor(num_tokens, device=self.num_tokens.device).sum()
         self.num_steps += torch.as_tensor(num_steps, device=self.num_steps.device).sum()
 

@@ -11,7 +11,7 @@ from mtp_lightning.metrics.functional import draft_runs, offset_hits
 
 
 class ForcedAcceptance(Metric):
-    """Mean over starts of (run of right greedy drafts + 1), over starts whose K labels all count (docs/method.md §1).
+    """Mean over starts of (run of correct greedy drafts + 1), over starts whose K labels all count (docs/method.md §1).
 
     As input to ``update``: ``hits`` and ``valid``, [..., K] bool.
     As output of ``compute``: a scalar from 1 to K + 1, NaN before any start; ``accuracy`` gives [K], by offset.
@@ -42,15 +42,15 @@ class ForcedAcceptance(Metric):
         length, starts = draft_runs(hits, valid)
         self.length += length
         self.starts += starts
-        right, labels = offset_hits(hits, valid)
-        self.hits += right
-        self.labels += labels
+        num_hits, num_labels = offset_hits(hits, valid)
+        self.hits += num_hits
+        self.labels += num_labels
 
     def compute(self) -> Tensor:
         """Mean run plus one."""
         return self.length.double() / self.starts
 
     def accuracy(self) -> Tensor:
-        """Share of right drafts at each mask m_1..m_K over all processes, which must all ask; [K] float64."""
+        """Share of correct drafts at each mask m_1..m_K over all processes, which must all call this; [K] float64."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             return self.hits.double() / self.labels

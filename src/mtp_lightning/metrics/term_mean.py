@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loss term over many batches: sums over counts, divided once."""
+"""A loss term over many batches: sums over counts, divided once at the end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TermMean(Metric):
         # A term has at most two sums (NTP and MTP).
         self.add_state("totals", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
-        # 1 where a sum is divided by a count. A state, so that a process that had no batch learns it from the others.
+        # 1 where a sum is divided by a count. A state, so that a process without a batch gets it from the others.
         self.add_state("divisors", torch.zeros(2, 3, dtype=torch.float64), dist_reduce_fx="max")
 
     def update(self, sums: Sequence[LossSum], counts: Tensor) -> None:

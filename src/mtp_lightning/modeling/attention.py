@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From "who sees whom" to the mask argument that a transformers decoder takes, for each attention kernel and window form."""
+"""From the attention pattern to the mask argument of a transformers decoder, for each attention kernel and window form."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtp_lightning.modeling.decoder import text_config
-from mtp_lightning.modeling.masking import AttentionPattern, dense_mask, pattern_function
+from mtp_lightning.modeling.masking import AttentionPattern, dense_mask, mask_mod
 from mtp_lightning.modeling.transformers_private import attention_kernel
 
 GROUPED_SDPA = "mtp_grouped_sdpa"
-"""What ``grouped_attention`` is called among transformers' attention functions."""
+"""Name of ``grouped_attention`` among transformers' attention functions."""
 
 
-def per_layer_type(base: PreTrainedModel, make: Callable[[int | None], Any]) -> Any:
+def layer_windows(base: PreTrainedModel) -> list[int | None]:
+    """The sliding window of each layer in positions, or None for full attention."""
+    config = text_config(base)
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        is_used = getattr(config, "use_sliding_window", True)
+        return [window if is_used else None] * int(config.num_hidden_layers)
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+
+
+def per_layer_type(base: PreTrainedModel, make_mask: Callable[[int | None], Any]) -> Any:
     """One mask, or one for each layer type, in the form that this architecture takes.
 
     Architectures whose configuration lists layer types take a dict; Mistral and Phi-3 reject one and take a single
@@ -26,30 +37,15 @@ def per_layer_type(base: PreTrainedModel, make: Callable[[int | None], Any]) -> 
 
     Args:
         base: the base model.
-        make: gives the mask for a window in positions, or for None.
+        make_mask: makes the mask for a window in positions, or for None.
 
     Returns:
         A mask, or a dict of masks by layer type.
     """
     config = text_config(base)
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return make(window if getattr(config, "use_sliding_window", True) else None)
-    if "sliding_attention" not in layer_types:
-        return make(None)
-    return {"full_attention": make(None), "sliding_attention": make(window)}
-
-
-def layer_windows(base: PreTrainedModel) -> list[int | None]:
-    """The sliding window of each layer in positions, or None, by the same rule as ``per_layer_type``."""
-    config = text_config(base)
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        used = getattr(config, "use_sliding_window", True)
-        return [window if used else None] * int(config.num_hidden_layers)
-    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        return {"full_attention": make_mask(None), "sliding_attention": make_mask(config.sliding_window)}
+    return make_mask(layer_windows(base)[0])
 
 
 def kernel_mask(base: PreTrainedModel, allowed: Tensor) -> Tensor:
@@ -60,21 +56,20 @@ def kernel_mask(base: PreTrainedModel, allowed: Tensor) -> Tensor:
         allowed: True where the query sees the key, [B, 1, Q, S] bool.
 
     Returns:
-        The same for SDPA; an additive mask in the base's dtype for the eager kernel, which would add True and False.
+        The same for SDPA; for the eager kernel, which would add True and False, an additive mask in the base's dtype.
     """
     if attention_kernel(base) in ("sdpa", GROUPED_SDPA):
         return allowed
-    # Not -inf: a row that sees nothing would be NaN.
-    lowest = torch.finfo(base.dtype).min
+    lowest = torch.finfo(base.dtype).min  # not -inf: the softmax of a row that sees nothing would be NaN
     return torch.zeros(allowed.shape, dtype=base.dtype, device=allowed.device).masked_fill_(~allowed, lowest)
 
 
 def attention_mask(
     base: PreTrainedModel, pattern: AttentionPattern, num_ntp: int, begin: int = 0, end: int | None = None
 ) -> Any:
-    """The mask argument of the base's decoder for positions ``begin`` to ``end`` of a masked input, those before cached.
+    """The decoder's mask argument for positions ``begin`` to ``end`` of a masked input, the ones before them cached.
 
-    The dense mask is made for SDPA and eager attention only; FlexAttention gets a block mask.
+    A dense mask is built for SDPA and eager attention only; FlexAttention gets a block mask.
 
     Args:
         base: the base model.
@@ -88,16 +83,16 @@ def attention_mask(
     """
     if attention_kernel(base) != "flex_attention":
         return per_layer_type(base, lambda window: kernel_mask(base, dense_mask(pattern, num_ntp, window, begin, end)))
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask  # slow to import, and rarely used
 
     B, S = pattern.documents.shape
     device = str(pattern.documents.device)
     end = S if end is None else end
+    # Not compiled, it would build the dense mask on the way.
+    create: Any = torch.compile(create_block_mask) if device.startswith("cuda") else create_block_mask
 
-    def make(window: int | None) -> Any:
-        sees = pattern_function(pattern, num_ntp, window)
-        # Not compiled, it would make the dense mask on its way.
-        make_mask = torch.compile(create_block_mask) if device.startswith("cuda") else create_block_mask
-        return make_mask(lambda b, h, q, k: sees(b, h, q + begin, k), B, None, end - begin, end, device=device)
+    def block_mask(window: int | None) -> Any:
+        sees = mask_mod(pattern, num_ntp, window)
+        return create(lambda b, h, q, k: sees(b, h, q + begin, k), B, None, end - begin, end, device=device)
 
-    return per_layer_type(base, make)
+    return per_layer_type(base, block_mask)

@@ -17,13 +17,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    """A torch dtype from its name; ``auto`` stays ``auto``, the dtype that the base was saved in.
-
-    Args:
-        dtype: a dtype, its name, or ``auto``.
-
-    Returns:
-        The dtype or ``auto``.
+    """A torch dtype from its name; ``auto``, the dtype that the base was saved in, stays ``auto``.
 
     Raises:
         UsageError: an unknown name.
@@ -31,37 +25,20 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
-        raise UsageError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}. Set model.dtype, or --dtype.")
+        raise UsageError(f"dtype must be auto or one of {', '.join(DTYPES)}, got {dtype!r}.")
     return DTYPES[dtype]
 
 
 def load_config(base_model: str, revision: str | None = None) -> Any:
     """The configuration of a model; no weights are read.
 
-    Args:
-        base_model: a folder, a hub id, or ``package://...``.
-        revision: hub revision.
-
-    Returns:
-        The configuration.
-
     Raises:
-        RunError: it is not there or can't be read.
+        RunError: it does not exist or can't be read.
     """
     try:
         return AutoConfig.from_pretrained(resolve(base_model), revision=revision)
     except Exception as error:  # a damaged file makes transformers raise anything
-        raise _not_loaded(base_model, error) from error
-
-
-def _not_loaded(base_model: str, error: Exception) -> RunError:
-    a_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
-    missing = a_path and not base_model.startswith(PACKAGE) and not Path(resolve(base_model)).exists()
-    return RunError(
-        f"base model {base_model!r} could not be loaded: {'no such folder is there.' if missing else _first_line(error)}"
-        " Set model.base_model (--base_model) to a folder with config.json and weights, or to a hub id that this machine can"
-        " reach."
-    )
+        raise _load_error(base_model, error) from error
 
 
 def load_base(
@@ -86,72 +63,71 @@ def load_base(
         The model in evaluation mode.
 
     Raises:
-        RunError: the model is not there or can't be read.
+        RunError: the model does not exist or can't be read.
         UsageError: a wrong option, or an architecture whose layers can't take mask tokens.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": parse_dtype(dtype), "device_map": device}
     if attention is not None:
         options["attn_implementation"] = attention
     if quantization is not None:
-        options["quantization_config"] = _quantization(quantization)
+        options["quantization_config"] = _quantization_config(quantization)
     config = load_config(base_model, revision)
     check_layer_types(config.get_text_config(decoder=True))
     try:
-        base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            resolve(base_model), config=config, revision=revision, dtype=parse_dtype(dtype), device_map=device, **options
-        )
-    except UsageError:
-        raise
+        return AutoModelForCausalLM.from_pretrained(resolve(base_model), config=config, revision=revision, **options)
     except Exception as error:  # a damaged file makes transformers and safetensors raise anything
         if is_out_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):  # the file is fine
             raise
-        raise _not_loaded(base_model, error) from error
-    return base
+        raise _load_error(base_model, error) from error
 
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
-    """The base model's tokenizer; a tokenizer without a pad token is fine.
-
-    Args:
-        base_model: a folder, a hub id, or ``package://...``.
-        revision: hub revision.
-
-    Returns:
-        The tokenizer.
+    """The base model's tokenizer; it need not have a pad token.
 
     Raises:
-        RunError: there is none.
+        RunError: it does not exist or can't be read.
     """
     try:
         return AutoTokenizer.from_pretrained(resolve(base_model), revision=revision)
     except Exception as error:  # a damaged file makes transformers and tokenizers raise anything
         raise RunError(
-            f"no tokenizer could be loaded from {base_model!r}: {_first_line(error)} Put the base's tokenizer beside it."
+            f"no tokenizer could be loaded from {base_model!r}: {_reason(error)} Put the base's tokenizer into that folder."
         ) from error
 
 
-def _quantization(name: str) -> BitsAndBytesConfig:
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _quantization_config(name: str) -> BitsAndBytesConfig:
     if name == "4bit":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     if name == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    raise UsageError(f"quantization must be 4bit or 8bit, got {name!r}. Set model.quantization.")
+    raise UsageError(f"quantization must be 4bit or 8bit, got {name!r}.")
 
 
-def _first_line(error: Exception) -> str:
+def _load_error(base_model: str, error: Exception) -> RunError:
+    is_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
+    is_missing = is_path and not base_model.startswith(PACKAGE) and not Path(resolve(base_model)).exists()
+    return RunError(
+        f"base model {base_model!r} could not be loaded: {'no such folder is there.' if is_missing else _reason(error)}"
+        " Set model.base_model (--base_model) to a folder with config.json and weights, or to a hub id that this machine can"
+        " reach."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """One sentence of a library's error, which may run over pages."""
     lines = str(error).strip().splitlines()
     text = lines[0].rstrip(" .:!") if lines else ""
     if "ignore_mismatched_sizes" in text:
         return "the shapes of its weights are not those that its config.json says."
     if text.startswith("Couldn't instantiate the backend tokenizer"):
-        return "it has no file of a tokenizer."
-    # Of what the libraries foresee the sentence is enough; of a KeyError it would be one word.
-    foreseen = text and isinstance(error, OSError | ValueError | ImportError)
-    return f"{text}." if foreseen else f"{type(error).__name__}{': ' if text else ''}{text}."
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        return "it has no tokenizer file."
+    # An expected error explains itself; the message of a KeyError is a single word, so its class is named as well.
+    is_expected = text and isinstance(error, OSError | ValueError | ImportError)
+    return f"{text}." if is_expected else f"{type(error).__name__}{': ' if text else ''}{text}."

@@ -19,22 +19,21 @@ def text_config(base: PreTrainedModel) -> Any:
     return base.config.get_text_config(decoder=True)
 
 
-def check_layer_types(config: Any, recurrent: bool = False) -> None:
+def check_layer_types(config: Any, is_recurrent: bool = False) -> None:
     """Refuse a base whose layers carry a state that masks would disturb (recurrent, linear or chunked attention).
 
     Args:
-        config: the configuration of a text decoder: known before any weight is read.
-        recurrent: whether the model is known to keep a state, whatever its layers are called.
+        config: the configuration of a text decoder, known before any weight is read.
+        is_recurrent: the model is known to keep a state, whatever its layers are called.
 
     Raises:
         UsageError: a layer is neither full nor sliding-window attention.
     """
-    other = sorted(set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS)
-    if other or recurrent:
-        found = ", ".join(other) or "a recurrent state"
+    unsupported = sorted(set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS)
+    if unsupported or is_recurrent:
         raise UsageError(
-            f"base model {config.model_type} has {found}; mask tokens need layers of full or sliding-window attention."
-            " Choose another model.base_model."
+            f"base model {config.model_type} has {', '.join(unsupported) or 'a recurrent state'}; mask tokens need layers of"
+            " full or sliding-window attention. Choose another model.base_model."
         )
 
 
@@ -59,20 +58,19 @@ def context_length(config: Any) -> int:
     return context
 
 
-def run_decoder(base: PreTrainedModel, inputs: Tensor, mask: Any, positions: Tensor, cache: Any) -> Tensor:
-    """A forward pass of the base's decoder over a cache.
+def run_decoder(base: PreTrainedModel, inputs: Tensor, mask: Any, positions: Tensor, cache: Any = None) -> Tensor:
+    """A forward pass of the base's decoder.
 
     Args:
         base: the base model.
         inputs: embedded positions, [B, Q, D].
         mask: the decoder's mask argument.
         positions: position ids, [B or 1, Q] int64.
-        cache: a transformers cache.
+        cache: a transformers cache that is read and extended, or None.
 
     Returns:
         The last hidden state, [B, Q, D].
     """
     decoder: Any = base.get_decoder()
-    cache_argument = {cache_keyword(type(decoder)): cache}
-    out = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **cache_argument)
-    return out.last_hidden_state
+    options = {"use_cache": False} if cache is None else {"use_cache": True, cache_keyword(type(decoder)): cache}
+    return decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, **options).last_hidden_state

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate on PEFT's LoRA layers. PEFT owns the layers; this file owns where they act. Knows nothing of masks or tokens.
+"""Gated LoRA: PEFT's LoRA layers, with a gate that says at which positions they act. Knows nothing of masks or tokens.
 
 y_t = W x_t + I(t) * (alpha / r) * B A x_t with I(t) = 1 at the last ``Gate.num_mtp`` positions of every row and 0 before
 them. The positions before the tail get the base layer's output untouched, so they keep the base model's bits.
@@ -36,7 +36,7 @@ class LoRA:
         alpha: scale; the update is multiplied by alpha / rank. None: 2 * rank.
         dropout: dropout on the adapter's input while training.
         target_modules: PEFT's selection: a list of layer names, a regular expression, or ``all-linear``. None: all
-            linear layers of the decoder; with a mixture-of-experts base the attention projections alone.
+            linear layers of the decoder, or only the attention projections of a mixture-of-experts base.
         gated: False makes a standard LoRA that is active at every position (ablation of the paper's figure 6; it
             changes next-token outputs).
     """
@@ -49,20 +49,20 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UsageError(f"rank must be 1 or more, got {self.rank}. Set model.lora.rank in the YAML.")
+            raise UsageError(f"lora.rank must be 1 or more, got {self.rank}.")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise UsageError(f"alpha must be above 0, or null for 2 * rank, got {self.alpha}. Set model.lora.alpha.")
+            raise UsageError(f"lora.alpha must be above 0, or null for 2 * rank, got {self.alpha}.")
         if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout must be at least 0 and below 1, got {self.dropout}. Set model.lora.dropout.")
+            raise UsageError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}.")
 
     @property
     def effective_alpha(self) -> float:
-        """What is divided by the rank to give the scale."""
+        """Alpha, or its default of 2 * rank."""
         return 2 * self.rank if self.alpha is None else self.alpha
 
 
 class Gate:
-    """How many positions at the end of every row the adapters act on. One object is shared by all layers of a model.
+    """The number of positions at the end of every row that the adapters act on; one object shared by all layers.
 
     A plain attribute, not a context variable: torch.compile traces it without a graph break.
 
@@ -88,13 +88,13 @@ class Gate:
 
 
 class GatedVariant(LoraVariant):
-    """PEFT's hook for another form of LoRA forward: the update is computed for the tail alone."""
+    """PEFT's hook for another form of LoRA forward: the update is computed for the last positions only."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
 
     def supports_lora_conversion(self) -> bool:
-        """A gated update is no plain weight update."""
+        """False: a gated update is not a plain weight update."""
         return False
 
     @staticmethod
@@ -106,15 +106,7 @@ class GatedVariant(LoraVariant):
         """Refused: the update acts at some positions only."""
         raise UsageError("a gated LoRA cannot be merged into the base weights: it acts at MTP positions only.")
 
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        """Refused, as ``merge_safe``."""
-        GatedVariant.merge_safe(module, active_adapter, orig_weight)
-
-    @staticmethod
-    def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Refused, as ``merge_safe``."""
-        return GatedVariant.merge_safe(module, active_adapter, orig_weight)
+    merge_unsafe = unmerge = merge_safe
 
     def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """The base layer's output plus the update at the last ``num_mtp`` positions.
@@ -133,14 +125,12 @@ class GatedVariant(LoraVariant):
             RuntimeError: no gate is open in a training forward pass, or the input has no position dimension.
         """
         num_mtp = self.gate.num_mtp
-        if num_mtp is None:
-            if module.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "a gated LoRA layer ran in training without a gate. Call MTPModel, not its base; with gradient"
-                    " checkpointing use MTPModel.enable_gradient_checkpointing()."
-                )
-            return result
-        if num_mtp == 0:
+        if num_mtp is None and module.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a gated LoRA layer ran in training without a gate. Call MTPModel, not its base; with gradient"
+                " checkpointing use MTPModel.enable_gradient_checkpointing()."
+            )
+        if not num_mtp:
             return result
         if x.ndim != 3:
             raise RuntimeError(
@@ -154,32 +144,6 @@ class GatedVariant(LoraVariant):
         if num_ntp == 0:
             return result + update
         return torch.cat([result[:, :num_ntp], result[:, num_ntp:] + update], dim=1)
-
-
-def is_mixture_of_experts(config: Any) -> bool:
-    """Whether a base's configuration names experts."""
-    return any((getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-
-
-def decoder_layers(base: PreTrainedModel) -> list[str]:
-    """Names of the decoder's linear layers; with a mixture of experts of those in the attention alone.
-
-    Experts see the rows of all positions regrouped by a router, so a gate by position has nothing to hold on to there.
-
-    Args:
-        base: the base model; a vision tower beside its decoder gets no adapters.
-
-    Returns:
-        Full names, as PEFT selects them.
-    """
-    decoder = base.get_decoder()
-    prefix = next(name for name, module in base.named_modules() if module is decoder)
-    attention_only = is_mixture_of_experts(text_config(base))
-    return [
-        f"{prefix}.{name}"
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) and (not attention_only or "self_attn" in name)
-    ]
 
 
 def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
@@ -196,9 +160,7 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
     Raises:
         UsageError: ``target_modules`` matches no layer.
     """
-    targets = lora.target_modules
-    if targets is None:
-        targets = decoder_layers(base)
+    targets = _default_targets(base) if lora.target_modules is None else lora.target_modules
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.effective_alpha,
@@ -214,7 +176,7 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
     variant = GatedVariant(gate)
     dtype = compute_dtype(base.dtype)
     for layer in lora_layers(base):
-        _place(layer)
+        _materialize(layer)
         set_variant(layer, variant)
         layer.lora_A[ADAPTER].to(dtype)
         layer.lora_B[ADAPTER].to(dtype)
@@ -222,25 +184,36 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
 
 
 def adapted_layers(config: Any, lora: LoRA) -> list[str]:
-    """Names of the layers that get an adapter, without weights.
-
-    Args:
-        config: the base's configuration.
-        lora: settings.
-
-    Returns:
-        Full names.
-    """
+    """Full names of the layers that get an adapter in a base of this configuration; needs no weights."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
         add_gated_lora(base, lora, Gate())
     return [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
 
 
-def _place(layer: Any) -> None:
-    """Give an adapter memory where its layer runs: PEFT leaves it without, as its offloaded base layer is."""
+def _default_targets(base: PreTrainedModel) -> list[str]:
+    """Full names of the decoder's linear layers, in a mixture of experts only those in the attention.
+
+    Experts see the positions of all rows regrouped by a router, so a gate by position is meaningless there. A vision tower
+    next to the decoder gets no adapters.
+    """
+    decoder = base.get_decoder()
+    prefix = next(name for name, module in base.named_modules() if module is decoder)
+    config = text_config(base)
+    has_experts = any(
+        (getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
+    return [
+        f"{prefix}.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and (not has_experts or "self_attn" in name)
+    ]
+
+
+def _materialize(layer: Any) -> None:
+    """Allocate an adapter on its layer's device if PEFT left it on the meta device, as it does for offloaded layers."""
     hook = offload_hook(layer.base_layer)
     if hook is not None and layer.lora_A[ADAPTER].weight.is_meta:
-        for part in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
-            part.to_empty(device=hook.execution_device)
+        for module in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            module.to_empty(device=hook.execution_device)
         layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LabelCounts: how often each token was a label of a mask in training, and which tokens are worth drafting for that."""
+"""LabelCounts: how often each token was the label of a mask in training, from which the draft shortlist is chosen."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from mtp_lightning.errors import RunError
 
 LABEL_COUNTS = "mtp_label_counts"
-"""What they are called in files; those of a run that did not count have none."""
+"""Their key in checkpoints and saved folders; absent if the run did not count."""
 COVERAGE = 0.97
-"""Share of the labels that a usual shortlist has."""
+"""Share of the labels that the default shortlist covers."""
 ROUNDED_TO = 64
 """A shortlist's size is a multiple of this: kernels work on tiles."""
 
 
 class LabelCounts:
-    """How often each token was a label; never changed.
+    """How often each token was a label, immutable.
 
     Args:
         counts: [V] int64.
@@ -36,17 +36,16 @@ class LabelCounts:
 
     @cached_property
     def default_size(self) -> int:
-        """How many of the most frequent tokens have ``COVERAGE`` of the labels.
+        """Number of the most frequent tokens that cover ``COVERAGE`` of the labels.
 
-        Each token counts once more than it was seen. So a short training, which has not met most of what there is, asks
-        for nearly all tokens.
+        Counts are add-one smoothed, so a short training, which has seen few of the tokens, asks for nearly all of them.
         """
         reached = (self.counts + 1)[self.order].double().cumsum(0)
         needed = int((reached < COVERAGE * reached[-1]).sum()) + 1
         return -(-needed // ROUNDED_TO) * ROUNDED_TO
 
     def share(self, size: int) -> float:
-        """The share of the labels that are among the so many most frequent tokens."""
+        """Share of the labels that the ``size`` most frequent tokens cover."""
         return int(self.counts[self.order[:size]].sum()) / int(self.counts.sum())
 
 
@@ -61,31 +60,31 @@ def count_labels(counts: Tensor, labels: Tensor) -> None:
     counts.scatter_add_(0, flat.clamp(min=0), (flat >= 0).long())
 
 
-def parse_label_counts(found: Any, vocab_size: int, complaint: str) -> LabelCounts | None:
-    """Counts that were read from a file.
+def parse_label_counts(value: Any, vocab_size: int, complaint: str) -> LabelCounts | None:
+    """Validate counts read from a file.
 
     Args:
-        found: what the file has; None: it was written without.
+        value: the file's value; None: it was written without counts.
         vocab_size: V.
-        complaint: how the message begins where they are no counts of this vocabulary.
+        complaint: beginning of the error message.
 
     Returns:
         The counts, or None.
 
     Raises:
-        RunError: another shape or dtype, or a number below 0.
+        RunError: another shape or dtype, or a negative number.
     """
-    if found is None:
+    if value is None:
         return None
-    right = (
-        isinstance(found, Tensor)
-        and (found.dtype, found.layout, found.device.type) == (torch.int64, torch.strided, "cpu")
-        and tuple(found.shape) == (vocab_size,)
+    is_well_formed = (
+        isinstance(value, Tensor)
+        and (value.dtype, value.layout, value.device.type) == (torch.int64, torch.strided, "cpu")
+        and tuple(value.shape) == (vocab_size,)
     )
-    if not right or bool((found < 0).any()):
-        what = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
-        what += ", with a number below 0" if right else ""
+    if not is_well_formed or bool((value < 0).any()):
+        actual = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        actual += ", with a number below 0" if is_well_formed else ""
         raise RunError(
-            f"{complaint}: {LABEL_COUNTS} should be {vocab_size} int64 numbers from 0 on and is {what}. It is damaged."
+            f"{complaint}: {LABEL_COUNTS} should be {vocab_size} int64 numbers from 0 on and is {actual}. It is damaged."
         )
-    return LabelCounts(found)
+    return LabelCounts(value)

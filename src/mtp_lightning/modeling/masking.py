@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked input: from token rows to block starts, positions, labels, anchors and the attention pattern. Pure functions.
+"""From token rows to masked inputs: block starts, positions, labels, anchors and the attention pattern. Pure functions.
 
 Source: Samragh et al. 2025, §2.1 and figure 4. For a block that starts at NTP position i, mask m_j (j = 1..k) has
 position id i + j, label x_{i+j+1}, previous token x_{i+j} and anchor i + j; it sees x_0..x_i and m_1..m_j of its block.
@@ -29,56 +29,32 @@ from mtp_lightning.types import IGNORE_INDEX, MaskedInput, TokenRow
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
-    """Position of each token in its own document.
+    """Position of each token in its own document, [L] int64.
 
     ``[0, 0, 0, 1, 1] -> [0, 1, 2, 0, 1]``
-
-    Args:
-        document_ids: non-decreasing document numbers, [L] int64.
-
-    Returns:
-        Positions, [L] int64.
     """
     index = torch.arange(len(document_ids))
-    first = torch.ones(len(document_ids), dtype=torch.bool)
-    first[1:] = document_ids[1:] != document_ids[:-1]
-    return index - torch.where(first, index, 0).cummax(0).values
+    is_first = torch.ones(len(document_ids), dtype=torch.bool)
+    is_first[1:] = document_ids[1:] != document_ids[:-1]
+    return index - torch.where(is_first, index, 0).cummax(0).values
 
 
 def next_labels(labels: Tensor, document_ids: Tensor, offset: int = 1) -> Tensor:
-    """The label ``offset`` tokens ahead of each position, ignored past the end and in another document.
+    """The label ``offset`` tokens after each position, ignored past the end and in another document, [L] int64.
 
     ``labels [5, 6, 7], offset 1 -> [6, 7, -100]``
-
-    Args:
-        labels: token ids or ``IGNORE_INDEX``, [L] int64.
-        document_ids: document of each token, [L] int64.
-        offset: how far ahead, 1 or more.
-
-    Returns:
-        Labels, [L] int64.
     """
     out = torch.full_like(labels, IGNORE_INDEX)
     if offset < len(labels):
-        same = document_ids[offset:] == document_ids[:-offset]
-        out[:-offset] = torch.where(same, labels[offset:], IGNORE_INDEX)
+        is_same = document_ids[offset:] == document_ids[:-offset]
+        out[:-offset] = torch.where(is_same, labels[offset:], IGNORE_INDEX)
     return out
 
 
-def eligible_starts(ntp_labels: Tensor) -> Tensor:
-    """Indices of the positions whose next token carries loss: those that may get a block.
-
-    Args:
-        ntp_labels: output of ``next_labels`` with offset 1, [L] int64.
-
-    Returns:
-        Indices in order, [n] int64.
-    """
-    return (ntp_labels != IGNORE_INDEX).nonzero().flatten()
-
-
 def mtp_labels(labels: Tensor, document_ids: Tensor, num_masks: int) -> Tensor:
-    """Label of m_j after every position, whether or not it is eligible.
+    """Labels of the masks of a block after every position, eligible or not.
+
+    ``labels [5, 6, 7, 8], num_masks 2 -> [[7, 8], [8, -100], [-100, -100], [-100, -100]]``
 
     Args:
         labels: token ids or ``IGNORE_INDEX``, [L] int64.
@@ -92,23 +68,16 @@ def mtp_labels(labels: Tensor, document_ids: Tensor, num_masks: int) -> Tensor:
 
 
 def sample_starts(eligible: Tensor, num_blocks: int, generator: torch.Generator) -> Tensor:
-    """A uniform subset of the eligible starts, without replacement, in order.
-
-    Args:
-        eligible: indices, [n] int64.
-        num_blocks: how many to keep; all where it is n or more.
-        generator: source of the draw; not used when all are kept.
-
-    Returns:
-        Indices in order, [min(n, num_blocks)] int64.
-    """
+    """A uniform subset of ``num_blocks`` of the eligible starts, without replacement, in order; all if there are fewer."""
     if num_blocks >= len(eligible):
         return eligible
-    kept = torch.randperm(len(eligible), generator=generator)[:num_blocks]
-    return eligible[kept.sort().values]
+    drawn = torch.randperm(len(eligible), generator=generator)[:num_blocks]
+    return eligible[drawn.sort().values]
 
 
-class _BlockedRow(NamedTuple):
+class _RowBlocks(NamedTuple):
+    """The blocks of one row; see ``MaskedInput`` for the fields."""
+
     ntp_labels: Tensor
     starts: Tensor
     mtp_labels: Tensor
@@ -117,30 +86,31 @@ class _BlockedRow(NamedTuple):
     counts: Tensor
 
 
-def _place_blocks(
+def _row_blocks(
     row: TokenRow, num_masks: int, num_blocks: Callable[[int], int], generator: torch.Generator, context: int | None
-) -> _BlockedRow:
-    labels_ahead = next_labels(row.labels, row.document_ids)
-    eligible = eligible_starts(labels_ahead)
-    every = mtp_labels(row.labels, row.document_ids, num_masks)
+) -> _RowBlocks:
+    offsets = torch.arange(1, num_masks + 1)
+    ntp_labels = next_labels(row.labels, row.document_ids)
+    labels_after = mtp_labels(row.labels, row.document_ids, num_masks)  # after every position
     if context is not None:
-        reach = document_positions(row.document_ids)[:, None] + torch.arange(1, num_masks + 1)
-        every = torch.where(reach < context, every, IGNORE_INDEX)
-    full = every[eligible]  # full coverage: the denominators come from it, whatever subset is drawn
-    valid = full != IGNORE_INDEX
-    anchors = eligible[:, None] + torch.arange(1, num_masks + 1)
-    shared = torch.zeros(len(row.input_ids) + num_masks + 1, dtype=torch.float32)
-    shared.index_put_((anchors[valid],), torch.ones(int(valid.sum())), accumulate=True)
+        positions = document_positions(row.document_ids)[:, None] + offsets
+        labels_after = torch.where(positions < context, labels_after, IGNORE_INDEX)
 
-    # A start whose labels are all ignored (a document's last but one token) trains nothing, so it costs no block.
-    useful = eligible[valid.any(1)]
+    # Full coverage: the denominators come from it, whatever subset is drawn.
+    eligible = (ntp_labels != IGNORE_INDEX).nonzero().flatten()
+    is_counted = labels_after[eligible] != IGNORE_INDEX
+    anchors = (eligible[:, None] + offsets)[is_counted]
+    positions_per_anchor = torch.zeros(len(row.input_ids) + num_masks + 1, dtype=torch.float32)
+    positions_per_anchor.index_put_((anchors,), torch.ones(len(anchors)), accumulate=True)
+    counts = torch.tensor([len(eligible), len(anchors), int((positions_per_anchor > 0).sum())])
+
+    # A start whose labels are all ignored (a document's last but one token) trains nothing, so it gets no block.
+    useful = eligible[is_counted.any(1)]
     starts = sample_starts(useful, num_blocks(len(useful)), generator)
-    chosen = every[starts]
-    weights = torch.where(
-        chosen != IGNORE_INDEX, 1 / shared[starts[:, None] + torch.arange(1, num_masks + 1)].clamp_min(1), 0.0
-    )
-    counts = torch.tensor([len(eligible), int(valid.sum()), int((shared > 0).sum())])
-    return _BlockedRow(labels_ahead, starts, chosen, weights, len(useful) / max(1, len(starts)), counts)
+    labels = labels_after[starts]
+    shared_by = positions_per_anchor[starts[:, None] + offsets].clamp_min(1)
+    anchor_weights = torch.where(labels != IGNORE_INDEX, 1 / shared_by, 0.0)
+    return _RowBlocks(ntp_labels, starts, labels, anchor_weights, len(useful) / max(1, len(starts)), counts)
 
 
 def build_masked_input(
@@ -159,43 +129,34 @@ def build_masked_input(
     The starts of a row depend on (seed, epoch, row id) alone: they are the same in any batch, on any number of ranks.
 
     Args:
-        rows: token rows.
+        rows: token rows, at least one.
         num_masks: K, 1 or more.
         block_fraction: share of the eligible starts that get a block, above 0 and at most 1.
         max_blocks_per_row: upper bound of blocks in a row, or None.
         seed: seed of the starts.
         epoch: changes the starts from epoch to epoch; give a constant for validation.
-        context: the model's context; MTP positions at or past it are dropped. None: no limit.
-        pad_to_multiple_of: L becomes a multiple of this, so that shapes repeat.
+        context: the model's context length; MTP positions at or past it are dropped. None: no limit.
+        pad_to_multiple_of: L is padded to a multiple of this, so that shapes repeat.
 
     Returns:
         The batch. P is at least 1: a batch without any block has one empty block, so that every trained parameter
         takes part in the forward pass on every rank.
-
-    Raises:
-        ValueError: no rows, ``num_masks`` below 1, or ``block_fraction`` outside (0, 1].
     """
-    if num_masks < 1:
-        raise ValueError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
-    if not 0 < block_fraction <= 1:
-        raise ValueError(f"block_fraction must be above 0 and at most 1, got {block_fraction}. Set data.block_fraction.")
-    if not rows:
-        raise ValueError("a batch needs at least one row, got none.")
 
-    def num_blocks(n: int) -> int:
-        wanted = max(1, round(n * block_fraction))
+    def num_blocks(num_useful: int) -> int:
+        wanted = max(1, round(num_useful * block_fraction))
         return wanted if max_blocks_per_row is None else min(wanted, max_blocks_per_row)
 
-    blocked = []
+    blocks_by_row = []
     for row in rows:
         state = np.random.SeedSequence([seed, epoch, row.row_id]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state) >> 1)
-        blocked.append(_place_blocks(row, num_masks, num_blocks, generator, context))
+        blocks_by_row.append(_row_blocks(row, num_masks, num_blocks, generator, context))
 
     B, K = len(rows), num_masks
     L = max(len(row.input_ids) for row in rows)
     L = -(-L // pad_to_multiple_of) * pad_to_multiple_of
-    P = max(1, max(len(b.starts) for b in blocked))
+    P = max(1, max(len(blocks.starts) for blocks in blocks_by_row))
     out = MaskedInput(
         input_ids=torch.zeros(B, L, dtype=torch.int64),
         position_ids=torch.zeros(B, L, dtype=torch.int64),
@@ -205,45 +166,30 @@ def build_masked_input(
         mtp_labels=torch.full((B, P, K), IGNORE_INDEX),
         anchor_weights=torch.zeros(B, P, K),
         block_weights=torch.zeros(B, P),
-        counts=torch.stack([b.counts for b in blocked]).sum(0),
+        counts=torch.stack([blocks.counts for blocks in blocks_by_row]).sum(0),
         row_ids=torch.tensor([row.row_id for row in rows]),
     )
-    for r, (row, b) in enumerate(zip(rows, blocked, strict=True)):
-        n, p = len(row.input_ids), len(b.starts)
+    for r, (row, blocks) in enumerate(zip(rows, blocks_by_row, strict=True)):
+        n, p = len(row.input_ids), len(blocks.starts)
         out.input_ids[r, :n] = row.input_ids
         out.position_ids[r, :n] = document_positions(row.document_ids)
         out.document_ids[r, :n] = row.document_ids
-        out.ntp_labels[r, :n] = b.ntp_labels
-        out.starts[r, :p] = b.starts
-        out.mtp_labels[r, :p] = b.mtp_labels
-        out.anchor_weights[r, :p] = b.anchor_weights
-        out.block_weights[r, :p] = b.block_weight
+        out.ntp_labels[r, :n] = blocks.ntp_labels
+        out.starts[r, :p] = blocks.starts
+        out.mtp_labels[r, :p] = blocks.mtp_labels
+        out.anchor_weights[r, :p] = blocks.anchor_weights
+        out.block_weights[r, :p] = blocks.block_weight
     return out
 
 
-def mtp_positions(batch: MaskedInput, num_masks: int) -> Tensor:
-    """Position ids of all positions, NTP first: i + j at m_j of the block that starts at i.
-
-    Args:
-        batch: the masked input.
-        num_masks: K.
-
-    Returns:
-        Position ids, [B, S] int64.
-    """
-    start = batch.position_ids.gather(1, batch.starts.clamp_min(0))
-    blocks = start[:, :, None] + torch.arange(1, num_masks + 1, device=start.device)
-    return torch.cat([batch.position_ids, blocks.flatten(1)], dim=1)
-
-
 class AttentionPattern(NamedTuple):
-    """Who sees whom, one small vector per quantity instead of an S x S mask.
+    """Who sees whom, as one small vector per quantity instead of an S x S mask.
 
     Attributes:
         documents: document of each position, -1 at padding and at empty blocks, [B, S] int64.
         limits: row index of the last NTP position that is seen, [B, S] int64.
         blocks: number of the block, -1 at NTP positions, [B, S] int64.
-        position_ids: position ids, [B, S] int64, for sliding windows.
+        position_ids: i + j at m_j of the block that starts at i, [B, S] int64; sliding windows count in them.
     """
 
     documents: Tensor
@@ -253,30 +199,24 @@ class AttentionPattern(NamedTuple):
 
 
 def attention_pattern(batch: MaskedInput, num_masks: int) -> AttentionPattern:
-    """The attention pattern of a masked input.
-
-    Args:
-        batch: the masked input.
-        num_masks: K.
-
-    Returns:
-        The pattern, as vectors over the S positions.
-    """
+    """The attention pattern of a masked input with K masks in a block."""
     B, L = batch.input_ids.shape
     P, device = batch.starts.shape[1], batch.starts.device
-    own = torch.arange(L, device=device).expand(B, L)
-    starts = batch.starts.repeat_interleave(num_masks, dim=1)
-    documents = batch.document_ids.gather(1, starts.clamp_min(0)).masked_fill(starts < 0, -1)
+    tokens = torch.arange(L, device=device).expand(B, L)
+    starts = batch.starts.repeat_interleave(num_masks, dim=1)  # of each MTP position's block
     blocks = torch.arange(P, device=device).repeat_interleave(num_masks).expand(B, -1)
+    offsets = torch.arange(1, num_masks + 1, device=device).repeat(P)
+    documents = batch.document_ids.gather(1, starts.clamp_min(0)).masked_fill(starts < 0, -1)
+    positions = batch.position_ids.gather(1, starts.clamp_min(0)) + offsets
     return AttentionPattern(
         documents=torch.cat([batch.document_ids, documents], 1),
-        limits=torch.cat([own, starts], 1),
-        blocks=torch.cat([torch.full_like(own, -1), blocks], 1),
-        position_ids=mtp_positions(batch, num_masks),
+        limits=torch.cat([tokens, starts], 1),
+        blocks=torch.cat([torch.full_like(tokens, -1), blocks], 1),
+        position_ids=torch.cat([batch.position_ids, positions], 1),
     )
 
 
-def pattern_function(
+def mask_mod(
     pattern: AttentionPattern, num_ntp: int, window: int | None = None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The pattern as a function of (row, head, query, key): FlexAttention's ``mask_mod``, and the dense mask's rule.
@@ -292,13 +232,12 @@ def pattern_function(
     documents, limits, blocks, positions = pattern
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        ntp_key = (key < num_ntp) & (key <= limits[row, query])
-        same_block = (key >= num_ntp) & (blocks[row, query] == blocks[row, key]) & (key <= query)
-        seen = (documents[row, query] == documents[row, key]) & (ntp_key | same_block)
+        is_ntp_key = (key < num_ntp) & (key <= limits[row, query])
+        is_same_block = (key >= num_ntp) & (blocks[row, query] == blocks[row, key]) & (key <= query)
+        seen = (documents[row, query] == documents[row, key]) & (is_ntp_key | is_same_block)
         if window is not None:
             seen = seen & (positions[row, query] - positions[row, key] < window)
-        # A padded position sees itself, so that no softmax is over nothing.
-        return seen | (query == key)
+        return seen | (query == key)  # a padded position sees itself, so that no softmax is over nothing
 
     return sees
 
@@ -306,7 +245,7 @@ def pattern_function(
 def dense_mask(
     pattern: AttentionPattern, num_ntp: int, window: int | None = None, begin: int = 0, end: int | None = None
 ) -> Tensor:
-    """The S x S mask, or a run of its rows, for attention kernels that need one.
+    """The S x S mask, or a range of its rows, for attention kernels that need one.
 
     Args:
         pattern: who sees whom.
@@ -324,4 +263,4 @@ def dense_mask(
     row = torch.arange(B, device=device)[:, None, None]
     queries = torch.arange(begin, end, device=device)[None, :, None]
     keys = torch.arange(end, device=device)[None, None, :]
-    return pattern_function(pattern, num_ntp, window)(row, torch.zeros_like(row), queries, keys)[:, None]
+    return mask_mod(pattern, num_ntp, window)(row, torch.zeros_like(row), queries, keys)[:, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a forward pass on given text says about drafting: next-token loss, and which greedy drafts are right."""
+"""Teacher-forced figures of a forward pass: next-token loss, and which greedy drafts are right."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Measurement(NamedTuple):
 
     Attributes:
         ntp_loss: sum of the base head's cross-entropy over NTP positions that carry loss, scalar float64.
-        hits: whether the greedy draft at m_j (the sampler head's, else the base head's) is the text's token, [B, P, K]
-            bool. The head sees the true previous tokens, which up to the first miss are what it drafted itself.
+        hits: True where the greedy draft at m_j (the sampler head's, else the base head's) is the text's token, [B, P, K]
+            bool. The head sees the true previous tokens, which up to the first miss are the ones it drafted itself.
         reference: the same for the base model's own teacher-forced argmax at the anchor, [B, P, K] bool.
         valid: MTP positions whose label counts, [B, P, K] bool.
     """
@@ -32,20 +32,13 @@ class Measurement(NamedTuple):
 
 
 def greedy_tokens(hidden: Tensor, unembed: Unembedding) -> Tensor:
-    """The likeliest token at each position, a chunk of logits at a time.
-
-    Args:
-        hidden: [..., D].
-        unembed: the unembedding.
-
-    Returns:
-        Token ids, [...] int64.
-    """
+    """The most likely token at each position of hidden states [..., D], a chunk of logits at a time; [...] int64."""
     flat = hidden.flatten(0, -2)
     size = chunk_size(hidden, unembed.vocab_size)
-    return torch.cat([unembed(part).argmax(-1) for part in flat.split(size)]).view(hidden.shape[:-1])
+    return torch.cat([unembed(chunk).argmax(-1) for chunk in flat.split(size)]).view(hidden.shape[:-1])
 
 
+@torch.no_grad()
 def measure(states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Measurement:
     """Teacher-forced figures of one batch; no gradient.
 
@@ -61,9 +54,9 @@ def measure(states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> M
     counted = batch.ntp_labels != IGNORE_INDEX
     loss = torch.zeros((), dtype=torch.float64, device=valid.device)
     size = chunk_size(states.ntp, unembed.vocab_size)
-    for part, labels in zip(states.ntp[counted].split(size), batch.ntp_labels[counted].split(size), strict=True):
+    for chunk, labels in zip(states.ntp[counted].split(size), batch.ntp_labels[counted].split(size), strict=True):
         if len(labels):
-            loss += F.cross_entropy(unembed(part).double(), labels, reduction="sum")
+            loss += F.cross_entropy(unembed(chunk).double(), labels, reduction="sum")
     drafts = greedy_tokens(states.mtp if states.sampler is None else states.sampler, unembed)
-    own = batch.at_anchors(greedy_tokens(states.ntp, unembed))
-    return Measurement(loss, (drafts == batch.mtp_labels) & valid, (own == batch.mtp_labels) & valid, valid)
+    base_tokens = batch.at_anchors(greedy_tokens(states.ntp, unembed))
+    return Measurement(loss, (drafts == batch.mtp_labels) & valid, (base_tokens == batch.mtp_labels) & valid, valid)

@@ -29,7 +29,7 @@ from mtp_lightning.types import HiddenStates, LossSum, MaskedInput, compute_dtyp
 
 
 class NetworkStep(Protocol):
-    """An input that knows how to run itself, so that everything runs inside the network's one ``forward``."""
+    """An input that runs itself on the network, so that everything runs inside the network's one ``forward``."""
 
     def run(self, network: MTPNetwork) -> Any:
         """Run on the network and return the output."""
@@ -37,11 +37,11 @@ class NetworkStep(Protocol):
 
 
 class ForwardOutput(NamedTuple):
-    """What a forward pass over a masked input gives.
+    """The output of a forward pass over a masked input.
 
     Attributes:
         sums: the sums of each loss term, by name.
-        measurement: teacher-forced figures, or None where not asked for.
+        measurement: teacher-forced figures, or None if not asked for.
         states: hidden states.
     """
 
@@ -58,15 +58,16 @@ class MTPNetwork(nn.Module):
         num_masks: number of mask tokens k, 1 or more.
         lora: settings of the gated LoRA.
         sampler_head: a head that is not built yet, or None to draft from the base head.
-        tokenizer: the base's tokenizer, kept for saving and text in and out.
+        tokenizer: the base's tokenizer, kept for saving and for text input and output.
 
     Attributes:
-        context: how many positions the base was made for.
-        base_model: what the base is called: a folder, a hub id, or ``package://...``; empty if it was not loaded.
+        context: maximum number of positions of the base.
+        base_model: name of the base: a folder, a hub id, or ``package://...``; empty if it was not loaded by name.
         revision: hub commit of the base, or None.
-        acceptance: figures of decoding for the model card, or None.
-        label_counts: how often each token was a label in training, or None where that is not known.
-        decode_cache: what decoding keeps between texts; None until it has run. Only ``mtp_lightning.decoding`` uses it.
+        acceptance: acceptance statistics for the model card, or None.
+        label_counts: how often each token was a label in training, or None if not known.
+        decode_cache: prepared weights and buffers that decoding keeps between texts, or None. Only
+            ``mtp_lightning.decoding`` uses it.
     """
 
     def __init__(
@@ -79,43 +80,37 @@ class MTPNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if num_masks < 1:
-            raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
+            raise UsageError(f"num_masks must be 1 or more, got {num_masks}.")
         check_layer_types(text_config(base), is_stateful(base))
         self.num_masks = num_masks
-        self.lora = lora or LoRA()
-        self.gate = Gate()
-        self.decode_cache: Any = None
-        self._unembedding: FrozenUnembedding | None = None
-        self.base = base
-        self.adapter_config = add_gated_lora(base, self.lora, self.gate)
         self.context = context_length(text_config(base))
         self.tokenizer = tokenizer
         self.base_model: str = base.name_or_path
         self.revision: str | None = None
         self.acceptance: dict[str, Any] | None = None
         self.label_counts: LabelCounts | None = None
-        dtype = compute_dtype(base.dtype)
-        # As the decoder sees it: Gemma's embedding layer scales, so a few rows are passed through it.
-        ids = torch.arange(min(1000, int(base.get_input_embeddings().weight.shape[0])), device=base.device)
-        with torch.no_grad():
-            seen = base.get_input_embeddings()(ids).to(dtype)
-        self.mask_embeddings = nn.Parameter(
-            torch.randn(num_masks, seen.shape[1], dtype=dtype, device=base.device) * seen.std()
-        )
+        self.decode_cache: Any = None
+        self._unembedding: FrozenUnembedding | None = None
+
+        self.lora = lora or LoRA()
+        self.gate = Gate()
+        self.base = base
+        self.adapter_config = add_gated_lora(base, self.lora, self.gate)
+        self.mask_embeddings = nn.Parameter(_initial_mask_embeddings(base, num_masks))
         self.sampler_head = sampler_head
         if sampler_head is not None:
-            sampler_head.build(seen.shape[1])
-            sampler_head.to(device=base.device, dtype=dtype)
+            sampler_head.build(self.mask_embeddings.shape[1])
+            sampler_head.to(device=base.device, dtype=self.mask_embeddings.dtype)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters are spread over processes, which must then run every forward pass together."""
+        """True if parameters are spread over processes, which must then run every forward pass together."""
         return any(hasattr(parameter, "placements") for parameter in self.parameters())  # a DTensor
 
     @property
     def unembed(self) -> FrozenUnembedding:
         """The base's unembedding."""
-        # Made once: a step asks for it several times, and reading a configuration is slow.
+        # Cached: a decoding step asks for it several times, and reading a configuration is slow.
         if self._unembedding is None or self._unembedding.head is not self.base.get_output_embeddings():
             self._unembedding = FrozenUnembedding(self.base)
         return self._unembedding
@@ -125,12 +120,59 @@ class MTPNetwork(nn.Module):
         return self.base.get_input_embeddings()(tokens)
 
     def trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """Names and tensors of what is trained: LoRA, mask embeddings, sampler head."""
+        """Names and tensors of the trained parameters: LoRA, mask embeddings, sampler head."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute decoder layers in the backward pass, non-reentrant, each with the gate of its forward pass."""
         enable_checkpointing(self.base, {"use_reentrant": False, "context_fn": self.gate.checkpoint_context})
+
+    def forward(
+        self, batch: MaskedInput | NetworkStep, losses: dict[str, LossTerm] | None = None, with_measurement: bool = False
+    ) -> Any:
+        """One forward pass of the base: over a masked input with its losses, or one decoding step.
+
+        Args:
+            batch: a masked input, or a step that runs itself on the network.
+            losses: loss terms to compute on a masked input, by name.
+            with_measurement: also compute the teacher-forced figures of a masked input.
+
+        Returns:
+            ``ForwardOutput`` for a masked input, else the step's own output.
+        """
+        if not isinstance(batch, MaskedInput):
+            return batch.run(self)
+        states = self.hidden_states(batch)
+        sums = {name: term(states, batch, self.unembed) for name, term in (losses or {}).items()}
+        measurement = measure(states, batch, self.unembed) if with_measurement else None
+        return ForwardOutput(sums, measurement, states)
+
+    def hidden_states(self, batch: MaskedInput) -> HiddenStates:
+        """Embed, run the decoder and apply the sampler head.
+
+        Args:
+            batch: the masked input.
+
+        Returns:
+            Hidden states. NTP states are detached when the LoRA is gated: they are the frozen base's.
+
+        Raises:
+            UsageError: the batch has another number of masks, or gradient checkpointing that loses the gate is on.
+        """
+        P, K = batch.starts.shape[1], self.num_masks
+        if batch.mtp_labels.shape[2] != K:
+            raise UsageError(f"the batch has {batch.mtp_labels.shape[2]} masks in a block, and the model has {K}.")
+        tokens = self.embed(batch.input_ids)
+        masks = self.mask_embeddings.to(tokens.dtype).expand(len(tokens), P, K, -1).flatten(1, 2)
+        pattern = attention_pattern(batch, K)
+        # transformers drops the cache under gradient checkpointing, and a gate that is always open leaves none to use.
+        is_checkpointing = self._is_checkpointing()
+        if self.lora.gated and not is_checkpointing:
+            ntp, mtp = self._two_passes(tokens, masks, pattern)
+        else:
+            ntp, mtp = self._one_pass(tokens, masks, pattern)
+        mtp = mtp.unflatten(1, (P, K))
+        return HiddenStates(ntp, mtp, *self._sampler_states(batch, tokens, ntp, mtp))
 
     def _is_checkpointing(self) -> bool:
         """True under gradient checkpointing; refuses the kind that loses the gate."""
@@ -141,38 +183,6 @@ class MTPNetwork(nn.Module):
                 " gradient. Use MTPModel.enable_gradient_checkpointing() or model.gradient_checkpointing: true."
             )
         return bool(layers)
-
-    def hidden_states(self, batch: MaskedInput) -> HiddenStates:
-        """Embed, run the decoder once and apply the sampler head.
-
-        Args:
-            batch: the masked input.
-
-        Returns:
-            Hidden states. NTP states are detached when the LoRA is gated: they are the frozen base's.
-        """
-        B, L = batch.input_ids.shape
-        P, K = batch.starts.shape[1], self.num_masks
-        if batch.mtp_labels.shape[2] != K:
-            raise UsageError(f"the batch has {batch.mtp_labels.shape[2]} masks in a block, and the model has {K}.")
-        tokens = self.embed(batch.input_ids)
-        masks = self.mask_embeddings.to(tokens.dtype).expand(B, P, K, -1).flatten(1, 2)
-        pattern = attention_pattern(batch, K)
-        # Transformers drops the cache under gradient checkpointing, and an open gate leaves nothing to cache.
-        checkpointing = self._is_checkpointing()  # asked first: it refuses what loses the gradient, whatever the gate
-        if self.lora.gated and not checkpointing:
-            ntp, mtp = self._two_passes(tokens, masks, pattern)
-        else:
-            ntp, mtp = self._one_pass(tokens, masks, pattern)
-        mtp = mtp.unflatten(1, (P, K))
-        sampler = sampler_ntp = None
-        if self.sampler_head is not None:
-            dtype = self.mask_embeddings.dtype
-            previous = batch.at_anchors(tokens).to(dtype)
-            sampler = self.sampler_head(mtp.to(dtype).flatten(0, 1), previous.flatten(0, 1)).view(B, P, K, -1).to(mtp.dtype)
-            if self.sampler_head.at_ntp:
-                sampler_ntp = self.sampler_head(ntp.to(dtype), tokens.to(dtype)).to(mtp.dtype)
-        return HiddenStates(ntp, mtp, sampler, sampler_ntp)
 
     def _two_passes(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
         """NTP positions first and without gradient, then MTP positions over their cached keys and values.
@@ -190,35 +200,28 @@ class MTPNetwork(nn.Module):
     def _one_pass(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
         """All positions at once, under gradient checkpointing or with a gate that is always open."""
         L, gated = tokens.shape[1], self.lora.gated
-        with self.gate.open(masks.shape[1] if gated else L + masks.shape[1]):
-            hidden = self.base.get_decoder()(
-                inputs_embeds=torch.cat([tokens, masks], 1),
-                attention_mask=attention_mask(self.base, pattern, L),
-                position_ids=pattern.position_ids,
-                use_cache=False,
-            ).last_hidden_state
+        inputs, mask = torch.cat([tokens, masks], 1), attention_mask(self.base, pattern, L)
+        with self.gate.open(masks.shape[1] if gated else inputs.shape[1]):
+            hidden = run_decoder(self.base, inputs, mask, pattern.position_ids)
         return hidden[:, :L].detach() if gated else hidden[:, :L], hidden[:, L:]
 
-    def forward(
-        self, batch: MaskedInput | NetworkStep, losses: dict[str, LossTerm] | None = None, with_measurement: bool = False
-    ) -> Any:
-        """One forward pass of the base: over a masked input with its losses, or one decoding step.
+    def _sampler_states(
+        self, batch: MaskedInput, tokens: Tensor, ntp: Tensor, mtp: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The sampler head's output at MTP positions, given the true previous tokens, and at NTP positions."""
+        head, dtype = self.sampler_head, self.mask_embeddings.dtype
+        if head is None:
+            return None, None
+        previous = batch.at_anchors(tokens).to(dtype)
+        sampler = head(mtp.to(dtype).flatten(0, 1), previous.flatten(0, 1)).view(mtp.shape).to(mtp.dtype)
+        sampler_ntp = head(ntp.to(dtype), tokens.to(dtype)).to(mtp.dtype) if head.at_ntp else None
+        return sampler, sampler_ntp
 
-        Args:
-            batch: a masked input, or a step that runs itself on the network.
-            losses: loss terms to compute on a masked input, by name.
-            with_measurement: also compute the teacher-forced figures of a masked input.
 
-        Returns:
-            ``ForwardOutput`` of a masked input, else what the step gives.
-        """
-        if not isinstance(batch, MaskedInput):
-            return batch.run(self)
-        states = self.hidden_states(batch)
-        unembed = self.unembed
-        sums = {name: term(states, batch, unembed) for name, term in (losses or {}).items()}
-        measurement = None
-        if with_measurement:
-            with torch.no_grad():
-                measurement = measure(states, batch, unembed)
-        return ForwardOutput(sums, measurement, states)
+def _initial_mask_embeddings(base: PreTrainedModel, num_masks: int) -> Tensor:
+    """Random vectors of the scale of token embeddings as the decoder sees them (Gemma's layer scales them), [K, D]."""
+    embedding: Any = base.get_input_embeddings()
+    ids = torch.arange(min(1000, int(embedding.weight.shape[0])), device=base.device)
+    with torch.no_grad():
+        seen = embedding(ids).to(compute_dtype(base.dtype))
+    return torch.randn(num_masks, seen.shape[1], dtype=seen.dtype, device=base.device) * seen.std()

@@ -13,10 +13,8 @@ from mtp_lightning.modeling.decoder import text_config
 class FrozenUnembedding:
     """The base's unembedding, with the soft-capping or scaling that its architecture applies to logits.
 
-    Args:
-        base: the base model.
-
     Attributes:
+        head: the base's output layer.
         vocab_size: V, the number of logits.
     """
 
@@ -24,7 +22,7 @@ class FrozenUnembedding:
         config = text_config(base)
         self.head = base.get_output_embeddings()
         self.vocab_size = int(config.vocab_size)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
         self.scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
 
@@ -33,7 +31,7 @@ class FrozenUnembedding:
         return self.scale_and_cap(self.head(hidden))
 
     def scale_and_cap(self, logits: Tensor) -> Tensor:
-        """What the layer gave, scaled and capped; of any part of the vocabulary."""
+        """Scale and cap raw logits of any part of the vocabulary."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
