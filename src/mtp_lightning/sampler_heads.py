@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampler heads: from a hidden state and the tokens drafted so far to the state that the unembedding is applied to.
 
-A head is constructed without knowing the model's width (YAML names it before the base is loaded); ``build`` creates its layers.
+A head is constructed without knowing the model's width (YAML names it before the base is loaded); ``build`` adds its layers.
 To write your own, subclass ``SamplerHead`` and name it in ``model.sampler_head.class_path``.
 """
 

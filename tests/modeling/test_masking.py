@@ -11,11 +11,9 @@ from mtp_lightning.modeling.masking import (
     build_masked_input,
     dense_mask,
     document_positions,
-    eligible_starts,
+    mask_mod,
     mtp_labels,
-    mtp_positions,
     next_labels,
-    pattern_function,
     sample_starts,
 )
 from mtp_lightning.types import ANCHOR, MTP, NTP, MaskedInput, TokenRow
@@ -28,33 +26,29 @@ T = 1 / 3
 def token_row(
     ids: list[int], labels: list[int] | None = None, documents: list[int] | None = None, row_id: int = 0
 ) -> TokenRow:
-    return TokenRow(
-        torch.tensor(ids),
-        torch.tensor(ids if labels is None else labels),
-        torch.tensor([0] * len(ids) if documents is None else documents),
-        row_id,
-    )
+    columns = ids, ids if labels is None else labels, [0] * len(ids) if documents is None else documents
+    return TokenRow(*map(torch.tensor, columns), row_id)
 
 
-def one(
+def single(
     ids: list[int], num_masks: int, labels: list[int] | None = None, documents: list[int] | None = None, **options
 ) -> MaskedInput:
+    """The batch of a single row."""
     return build_masked_input([token_row(ids, labels, documents)], num_masks, **options)
 
 
-def check(batch: MaskedInput, num_masks: int, **expected: list) -> None:
-    """Every given field of the batch's only row."""
+def check(batch: MaskedInput, **expected: list) -> None:
+    """Compare each given field of the batch's only row; ``positions`` are those of the attention pattern."""
+    actual = {**batch._asdict(), "positions": attention_pattern(batch, batch.mtp_labels.shape[2]).position_ids}
     for name, value in expected.items():
-        got = mtp_positions(batch, num_masks)[0] if name == "positions" else getattr(batch, name)
-        got = got[0] if got.ndim > 1 else got
+        got = actual[name] if name == "counts" else actual[name][0]
         torch.testing.assert_close(got, torch.tensor(value, dtype=got.dtype), msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_five_tokens_two_masks() -> None:
-    batch = one([10, 11, 12, 13, 14], 2)
+    batch = single([10, 11, 12, 13, 14], 2)
     check(
         batch,
-        2,
         input_ids=[10, 11, 12, 13, 14],
         position_ids=[0, 1, 2, 3, 4],
         document_ids=[0, 0, 0, 0, 0],
@@ -65,15 +59,13 @@ def test_five_tokens_two_masks() -> None:
         block_weights=[1, 1, 1],
         counts=[4, 5, 3],
         positions=[0, 1, 2, 3, 4, 1, 2, 2, 3, 3, 4],
-        row_ids=[0],
     )
 
 
 def test_six_tokens_three_masks() -> None:
-    batch = one([10, 11, 12, 13, 14, 15], 3)
+    batch = single([10, 11, 12, 13, 14, 15], 3)
     check(
         batch,
-        3,
         ntp_labels=[11, 12, 13, 14, 15, X],
         starts=[0, 1, 2, 3],
         mtp_labels=[[12, 13, 14], [13, 14, 15], [14, 15, X], [15, X, X]],
@@ -83,17 +75,10 @@ def test_six_tokens_three_masks() -> None:
     )
 
 
-def test_the_example_of_the_method() -> None:
-    """After x_0 the block has position ids 1, 2 and labels x_2, x_3."""
-    batch = one([10, 11, 12, 13], 2)
-    check(batch, 2, starts=[0, 1], mtp_labels=[[12, 13], [13, X]], positions=[0, 1, 2, 3, 1, 2, 2, 3], counts=[3, 3, 2])
-
-
 def test_packed_documents() -> None:
-    batch = one([10, 11, 12, 20, 21, 22], 2, documents=[0, 0, 0, 1, 1, 1])
+    batch = single([10, 11, 12, 20, 21, 22], 2, documents=[0, 0, 0, 1, 1, 1])
     check(
         batch,
-        2,
         position_ids=[0, 1, 2, 0, 1, 2],
         document_ids=[0, 0, 0, 1, 1, 1],
         ntp_labels=[11, 12, X, 21, 22, X],  # 12 does not predict 20
@@ -106,10 +91,9 @@ def test_packed_documents() -> None:
 
 
 def test_prompt_tokens_carry_no_loss() -> None:
-    batch = one([10, 11, 12, 13, 14, 15], 2, labels=[X, X, X, 13, 14, 15])
+    batch = single([10, 11, 12, 13, 14, 15], 2, labels=[X, X, X, 13, 14, 15])
     check(
         batch,
-        2,
         ntp_labels=[X, X, 13, 14, 15, X],
         starts=[2, 3],  # the prompt's last token is eligible; 1 is not, though x_3 two ahead carries loss
         mtp_labels=[[14, 15], [15, X]],
@@ -119,10 +103,9 @@ def test_prompt_tokens_carry_no_loss() -> None:
 
 
 def test_a_second_turn_is_seen_across_one_ignored_token() -> None:
-    batch = one([10, 11, 12, 13, 14], 3, labels=[X, 11, X, 13, 14])
+    batch = single([10, 11, 12, 13, 14], 3, labels=[X, 11, X, 13, 14])
     check(
         batch,
-        3,
         ntp_labels=[11, X, 13, 14, X],
         starts=[0, 2],
         mtp_labels=[[X, 13, 14], [14, X, X]],
@@ -132,31 +115,28 @@ def test_a_second_turn_is_seen_across_one_ignored_token() -> None:
 
 
 def test_positions_past_the_context_are_dropped() -> None:
-    batch = one([10, 11, 12, 13, 14, 15], 2, context=4)
+    batch = single([10, 11, 12, 13, 14, 15], 2, context=4)
     check(
         batch,
-        2,
         starts=[0, 1, 2],
-        mtp_labels=[[12, 13], [13, 14], [14, X]],  # m_2 after x_2 would stand at position 4
+        mtp_labels=[[12, 13], [13, 14], [14, X]],  # m_2 after x_2 would be at position 4
         anchor_weights=[[1, H], [H, H], [H, 0]],
         counts=[5, 5, 3],
     )
-
-
-def test_the_context_counts_within_a_document() -> None:
-    batch = one([10, 11, 12, 20, 21, 22], 1, documents=[0, 0, 0, 1, 1, 1], context=2)
-    check(batch, 1, starts=[0, 3], mtp_labels=[[12], [22]], counts=[4, 2, 2])
+    # The context counts within a document.
+    batch = single([10, 11, 12, 20, 21, 22], 1, documents=[0, 0, 0, 1, 1, 1], context=2)
+    check(batch, starts=[0, 3], mtp_labels=[[12], [22]], counts=[4, 2, 2])
 
 
 def test_a_row_shorter_than_the_masks() -> None:
-    batch = one([10, 11, 12], 4)
-    check(batch, 4, starts=[0], mtp_labels=[[12, X, X, X]], anchor_weights=[[1, 0, 0, 0]], counts=[2, 1, 1])
+    batch = single([10, 11, 12], 4)
+    check(batch, starts=[0], mtp_labels=[[12, X, X, X]], anchor_weights=[[1, 0, 0, 0]], counts=[2, 1, 1])
 
 
 @pytest.mark.parametrize(("ids", "labels"), [([10, 11], None), ([10, 11, 12], [X, X, X])])
 def test_a_row_without_blocks_has_one_empty_block(ids: list[int], labels: list[int] | None) -> None:
-    batch = one(ids, 2, labels=labels)
-    check(batch, 2, starts=[-1], mtp_labels=[[X, X]], anchor_weights=[[0, 0]], block_weights=[0])
+    batch = single(ids, 2, labels=labels)
+    check(batch, starts=[-1], mtp_labels=[[X, X]], anchor_weights=[[0, 0]], block_weights=[0])
     assert batch.counts.tolist() == ([1, 0, 0] if labels is None else [0, 0, 0])
 
 
@@ -175,21 +155,6 @@ def test_rows_of_a_batch_are_padded() -> None:
     assert batch.row_ids.tolist() == [5, 7]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_masks": 0}, "num_masks must be 1 or more, got 0. Set model.num_masks"),
-        ({"num_masks": 1, "block_fraction": 0.0}, "block_fraction must be above 0 and at most 1, got 0.0"),
-        ({"num_masks": 1, "block_fraction": 1.5}, "block_fraction must be above 0 and at most 1, got 1.5"),
-    ],
-)
-def test_errors(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_masked_input([token_row([1, 2])], **options)
-    with pytest.raises(ValueError, match="at least one row, got none"):
-        build_masked_input([], 1)
-
-
 def test_parts_by_hand() -> None:
     documents = torch.tensor([0, 0, 0, 1, 1, 2])
     assert document_positions(documents).tolist() == [0, 1, 2, 0, 1, 0]
@@ -197,7 +162,6 @@ def test_parts_by_hand() -> None:
     assert next_labels(labels, documents).tolist() == [6, X, X, 9, X, X]
     assert next_labels(labels, documents, 2).tolist() == [X, X, X, X, X, X]
     assert next_labels(labels, documents, 9).tolist() == [X] * 6
-    assert eligible_starts(torch.tensor([6, X, X, 9])).tolist() == [0, 3]
     assert mtp_labels(torch.tensor([5, 6, 7, 8]), torch.zeros(4), 2).tolist() == [[7, 8], [8, X], [X, X], [X, X]]
 
 
@@ -266,7 +230,7 @@ def test_dense_mask_is_the_rule_in_words(num_masks: int, window: int | None) -> 
 
 def test_dense_mask_by_hand() -> None:
     """The table of masking.py: k = 2, four tokens, blocks after x_0 and x_1."""
-    batch = one([10, 11, 12, 13], 2)
+    batch = single([10, 11, 12, 13], 2)
     mask = dense_mask(attention_pattern(batch, 2), 4)[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0, 0, 0],
@@ -281,8 +245,8 @@ def test_dense_mask_by_hand() -> None:
 
 
 def test_sliding_window_counts_positions_not_indices() -> None:
-    batch = one([10, 11, 12, 13, 14], 2)  # blocks after x_0, x_1, x_2 at indices 5.., 7.., 9..
-    sees = pattern_function(attention_pattern(batch, 2), 5, window=2)
+    batch = single([10, 11, 12, 13, 14], 2)  # blocks after x_0, x_1, x_2 at indices 5.., 7.., 9..
+    sees = mask_mod(attention_pattern(batch, 2), 5, window=2)
     zero = torch.tensor(0)
 
     def seen(query: int) -> list[int]:
@@ -291,7 +255,7 @@ def test_sliding_window_counts_positions_not_indices() -> None:
     assert seen(3) == [2, 3]
     assert seen(9) == [2, 9]  # m_1 after x_2 stands at 3: of x_0..x_2 only x_2 is nearer than 2
     assert seen(10) == [9, 10]  # m_2 stands at 4: x_2 is 2 away
-    wide = pattern_function(attention_pattern(batch, 2), 5, window=None)
+    wide = mask_mod(attention_pattern(batch, 2), 5, window=None)
     assert [key for key in range(11) if bool(wide(zero, zero, torch.tensor(10), torch.tensor(key)))] == [0, 1, 2, 9, 10]
 
 
@@ -305,7 +269,7 @@ def test_anchor_weights_are_a_plain_mean_over_shared_anchors() -> None:
     labels = [token if torch.rand(1, generator=generator) < 0.7 else X for token in ids]
     documents = [0] * 5 + [1] * 7
     K = 3
-    batch = one(ids, K, labels=labels, documents=documents)
+    batch = single(ids, K, labels=labels, documents=documents)
     values = torch.rand(batch.mtp_labels.shape, generator=generator)
     at_anchor: dict[int, list[float]] = {}
     for block, start in enumerate(batch.starts[0].tolist()):
@@ -322,8 +286,8 @@ def test_anchor_weights_are_a_plain_mean_over_shared_anchors() -> None:
 
 def test_sampled_starts_are_a_subset_that_keeps_the_denominators() -> None:
     ids = list(range(20))
-    full = one(ids, 3)
-    batch = one(ids, 3, block_fraction=0.25)
+    full = single(ids, 3)
+    batch = single(ids, 3, block_fraction=0.25)
     assert full.starts.shape == (1, 18) and full.starts[0].tolist() == list(range(18))
     starts = batch.starts[0].tolist()
     assert len(starts) == 4 and starts == sorted(set(starts)) and set(starts) < set(range(18))  # round(18 / 4)
@@ -335,10 +299,10 @@ def test_sampled_starts_are_a_subset_that_keeps_the_denominators() -> None:
 
 def test_block_budget() -> None:
     ids = list(range(20))
-    assert one(ids, 3, max_blocks_per_row=5).starts.shape == (1, 5)
-    assert one(ids, 3, block_fraction=0.25, max_blocks_per_row=5).starts.shape == (1, 4)
-    assert one(ids, 3, block_fraction=0.001).starts.shape == (1, 1)  # never none
-    assert one(ids, 3, max_blocks_per_row=50).block_weights.unique().tolist() == [1]
+    assert single(ids, 3, max_blocks_per_row=5).starts.shape == (1, 5)
+    assert single(ids, 3, block_fraction=0.25, max_blocks_per_row=5).starts.shape == (1, 4)
+    assert single(ids, 3, block_fraction=0.001).starts.shape == (1, 1)  # never none
+    assert single(ids, 3, max_blocks_per_row=50).block_weights.unique().tolist() == [1]
 
 
 def test_starts_depend_on_seed_epoch_and_row_alone() -> None:
@@ -355,33 +319,25 @@ def test_starts_depend_on_seed_epoch_and_row_alone() -> None:
 
 
 def test_sampling_is_unbiased() -> None:
-    """Over many epochs the weighted sums have the mean of full coverage, for positions, anchors and any value at them."""
-    ids, K, draws = list(range(12)), 3, 4000
-    full = one(ids, K)
+    """Over many draws the weighted sums have the mean of full coverage, for positions, anchors and any value at them."""
+    ids, K, draws = list(range(12)), 3, 2000
     value = torch.rand(12, K, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    valid = full.mtp_labels[0] != X
-    wanted = torch.stack(
-        [
-            valid.double().sum(),
-            full.anchor_weights[0].double().sum(),
-            (value[full.starts[0]] * valid).sum(),
-            (value[full.starts[0]] * full.anchor_weights[0]).sum(),
-        ]
-    )
-    assert wanted[0] == full.counts[MTP] and torch.isclose(wanted[1], full.counts[ANCHOR].double(), rtol=1e-6)
-    found = []
-    for epoch in range(draws):
-        batch = one(ids, K, block_fraction=0.3, epoch=epoch)
-        weight = batch.block_weights[0][:, None].double()
-        present = (batch.mtp_labels[0] != X).double() * weight
-        anchors = batch.anchor_weights[0].double() * weight
-        here = value[batch.starts[0]]
-        found.append(torch.stack([present.sum(), anchors.sum(), (here * present).sum(), (here * anchors).sum()]))
-        assert batch.counts[NTP] == 11
-    found = torch.stack(found)
-    error = found.std(0) / draws**0.5
-    assert ((found.mean(0) - wanted).abs() < 4 * error).all()  # 4 standard errors: a fixed seed, so it never flickers
-    assert (error < 0.01 * wanted).all()  # tight enough that a missing weight would show
+
+    def sums(batch: MaskedInput) -> torch.Tensor:
+        weight = batch.block_weights[:, :, None].double()
+        counted, anchors = (batch.mtp_labels != X) * weight, batch.anchor_weights * weight
+        here = value[batch.starts]
+        return torch.stack([x.sum((1, 2)) for x in (counted, anchors, here * counted, here * anchors)], dim=1)
+
+    full = single(ids, K)
+    expected = sums(full)[0]
+    assert expected[0] == full.counts[MTP] and torch.isclose(expected[1], full.counts[ANCHOR].double(), rtol=1e-6)
+    sampled = build_masked_input([token_row(ids, row_id=r) for r in range(draws)], K, block_fraction=0.3)
+    assert sampled.counts[NTP] == 11 * draws
+    drawn = sums(sampled)
+    error = drawn.std(0) / draws**0.5
+    assert ((drawn.mean(0) - expected).abs() < 4 * error).all()  # 4 standard errors; the seed is fixed
+    assert (error < 0.01 * expected).all()  # tight enough that a missing weight would show
 
 
 def test_every_start_is_as_likely_as_another() -> None:
