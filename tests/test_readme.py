@@ -65,8 +65,8 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     monkeypatch.setattr("mtp_lightning.commands.predict.load_model", lambda *args, **options: torch.nn.Identity())
     monkeypatch.setattr("mtp_lightning.commands.export.export_checkpoint", lambda *args: reached.append("export"))
     monkeypatch.setattr("mtp_lightning.commands.benchmark.measure", lambda *args: reached.append("benchmark"))
-    monkeypatch.setattr("mtp_lightning.commands.chat.conversation", lambda *args: None)
-    monkeypatch.setattr("mtp_lightning.commands.chat.converse", lambda *args: reached.append("chat"))
+    monkeypatch.setattr("mtp_lightning.commands.chat.open_conversation", lambda *args: None)
+    monkeypatch.setattr("mtp_lightning.commands.chat.run_conversation", lambda *args: reached.append("chat"))
     monkeypatch.setattr("mtp_lightning.commands.distill.chosen_shard", lambda *args: reached.append("distill") or sys.exit())
     monkeypatch.setattr(DataCLI, "instantiate_classes", lambda self: reached.append("data") or sys.exit())
     for module in (generate_command, predict_command):

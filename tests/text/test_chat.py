@@ -1,33 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mtp chat``: turns, the cache between them, templates, commands, and Ctrl-C by a real signal."""
+"""A conversation: turns, the cache between them, templates."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-import os
-import pty
-import select
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from command_line import error_of, mtp
 from saved import model_on_disk
 from toy_tokenizers import CHATML, word_tokenizer
 
 from mtp_lightning import MTPModel
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
-from mtp_lightning.modeling.base import load_base, load_tokenizer
-from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.base import load_tokenizer
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.text.chat import PLAIN_STOP, PLAIN_TEMPLATE, Conversation, end_of_turn_token
 
@@ -141,183 +127,6 @@ def test_a_plain_dialogue() -> None:
     text = tokenizer.apply_chat_template(said, chat_template=PLAIN_TEMPLATE, tokenize=False, add_generation_prompt=True)
     assert text == "Be brief.\nUser: Hi\nAssistant: Hello\nUser: How much is 2 + 2?\nAssistant:"
     assert PLAIN_STOP in text
-
-
-# The command
-
-
-def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-
-
-def test_piped_input(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = ["one two", "", "/nothing", "/undo", "/undo", "one two", "/help", "//one", "three \\", "four", "/reset"]
-    typed(monkeypatch, *lines, "/system six", "one", "/exit", "never said")
-    words = ["--max_new_tokens", 12, "--num_masks", 2, "--dtype", "float64"]
-    assert mtp("chat", folder / "saved", *words) == 0
-    out, err = capsys.readouterr()
-    model = MTPModel.from_pretrained(folder / "saved")
-    messages: list[dict[str, str]] = []
-    expected = []
-    for said in ("one two", "/one", "three \nfour"):
-        messages.append({"role": "user", "content": said})
-        expected.append(answer(model, messages, [2, 4]))
-        messages.append({"role": "assistant", "content": expected[-1].strip()})
-    last = [{"role": "system", "content": "six"}, {"role": "user", "content": "one"}]
-    printed = [expected[0], *expected, answer(model, last, [2, 4])]
-    assert out == "".join(text.lstrip() + "\n" for text in printed) and sum(map(len, printed)) > 60
-    assert err.count("acceptance length") == 5 and err.count("tokens/s]") == 5
-    for note in (
-        "There is no command /nothing. /help lists them",
-        "The last message is forgotten.",
-        "Nothing was said yet.",
-        "Ctrl-C stops an answer",
-        "Forgotten.",
-        "The system message is set.",
-    ):
-        assert note in err
-    assert "never said" not in err
-
-
-def test_what_does_not_fit_is_said_and_the_chat_goes_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    typed(monkeypatch, "one " * 200, "two")
-    assert mtp("chat", folder / "saved", "--max_new_tokens", 5) == 1
-    out, err = capsys.readouterr()
-    assert err.endswith("\nmtp: error: 1 of 2 messages were not answered, for the reasons above. Change them.\n")
-    assert "mtp: the message makes a prompt of " in err and out.endswith("\n") and err.count("tokens/s]") == 1
-
-
-def test_a_base_without_a_template(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = None
-    model_on_disk(tmp_path, tokenizer=tokenizer).save_pretrained(tmp_path / "saved")
-    assert error_of(capsys, 2, "chat", tmp_path / "saved") == (
-        "the base's tokenizer has no chat template: it was not made for chat. Give --chat_template FILE, or"
-        " --chat_template plain for a simple dialogue."
-    )
-    message = error_of(capsys, 1, "chat", tmp_path / "saved", "--chat_template", "no.jinja")
-    assert message.startswith("chat_template 'no.jinja' can't be read: No such file or directory. Give a")
-    (tmp_path / "own.jinja").write_text(CHATML)
-    for template in ("plain", tmp_path / "own.jinja"):
-        typed(monkeypatch, "one two")
-        assert mtp("chat", tmp_path / "saved", "--chat_template", template, "--max_new_tokens", 5) == 0
-        out, err = capsys.readouterr()
-        assert out.endswith("\n") and "tokens/s]" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "expected"),
-    [
-        ("--num_masks 4", 2, "num_masks must be auto or from 1 to 3, the number this model was trained with, got 4."),
-        ("--batch_size 2", 2, "unrecognized arguments: --batch_size 2"),
-        ("--temperature -1", 2, "temperature must be 0 (greedy) or more, got -1.0."),
-    ],
-)
-def test_wrong_command_lines(folder: Path, capsys: Any, options: str, code: int, expected: str) -> None:
-    assert error_of(capsys, code, "chat", folder / "saved", *options.split()).startswith(expected)
-
-
-# Ctrl-C
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that writes on for longer than any test waits: the demo's base, without end tokens, in a longer context."""
-    at = tmp_path_factory.mktemp("slow")
-    base, tokenizer = load_base("package://demo/base", dtype="float64"), load_tokenizer("package://demo/base")
-    base.generation_config.eos_token_id = base.config.eos_token_id = None
-    base.config.max_position_embeddings = 20_000
-    tokenizer.eos_token = None
-    base.save_pretrained(at / "base")
-    tokenizer.save_pretrained(at / "base")
-    MTPModel(load_base(str(at / "base")), 8, LoRA(rank=2), None, load_tokenizer(str(at / "base"))).save_pretrained(
-        at / "saved"
-    )
-    return at / "saved"
-
-
-def until(read: int, wanted: str, seconds: float = 240) -> str:
-    """What comes from a file descriptor until it contains a text."""
-    text, end = b"", time.monotonic() + seconds
-    while wanted not in text.decode(errors="ignore") and time.monotonic() < end:
-        if select.select([read], [], [], 0.2)[0]:
-            try:
-                text += os.read(read, 1 << 14)
-            except OSError:  # the other side of a terminal was closed
-                break
-    return text.decode(errors="replace")
-
-
-@contextlib.contextmanager
-def program(*words: object, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
-    # A shell starts jobs in the background with Ctrl-C ignored, and children would inherit that.
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    started = subprocess.Popen([sys.executable, "-m", "mtp_lightning", *map(str, words)], preexec_fn=heed, **streams)
-    try:
-        yield started
-    finally:
-        started.kill()
-        started.wait()
-
-
-def test_generate_keeps_what_was_said(slow: Path) -> None:
-    words = ["generate", slow, "--prompt", "def f(x):", "--max_new_tokens", 19_000]
-    with program(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
-        assert started.stdout is not None
-        text = until(started.stdout.fileno(), "def f(x):\n")
-        started.send_signal(signal.SIGINT)
-        rest, err = started.communicate(timeout=240)
-    text += rest.decode()
-    # Before it may stand what a library says at its import, as bitsandbytes does.
-    assert started.returncode == 130 and err.decode().endswith("\nmtp: interrupted\n") and "Traceback" not in err.decode()
-    model = MTPModel.from_pretrained(slow)
-    ids = model.tokenizer("def f(x):", return_tensors="pt").input_ids
-    whole = model.tokenizer.decode(model.generate(ids, max_new_tokens=200, num_masks=1).sequences[0])
-    assert len(text) > len("def f(x):") and whole.startswith(text[: len(whole)])
-
-
-def test_a_terminal(slow: Path) -> None:
-    """A prompt, an answer that Ctrl-C stops, another one, a stray Ctrl-C, and the end."""
-    ours, theirs = pty.openpty()
-    words = ["chat", slow, "--chat_template", "plain", "--max_new_tokens", 19_000]
-    with program(*words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as started:
-        os.close(theirs)
-        # The terminal is not the program's controlling one, so that the signal is sent by hand.
-        assert "> " in until(ours, "> ")
-        os.write(ours, b"Hi\n")
-        answer_begun = until(ours, "Hi\r\n")
-        answer_begun += until(ours, "e")
-        os.kill(started.pid, signal.SIGINT)
-        stopped = until(ours, "> ")
-        assert "[stopped; the answer is kept as far as it came]" in stopped and "Traceback" not in stopped
-        # A signal that comes between readline's prompt and its waiting is seen at the next key only: so it is repeated.
-        told, end = "", time.monotonic() + 240
-        while "leaves." not in told and time.monotonic() < end:
-            os.kill(started.pid, signal.SIGINT)
-            told += until(ours, "leaves.", 1)
-        assert "Ctrl-D or /exit leaves." in told
-        os.write(ours, b"/undo\n")
-        assert "The last message is forgotten." in until(ours, "forgotten.")  # so that it had been kept
-        os.write(ours, b"/exit\n")
-        assert started.wait(timeout=120) == 0
-    os.close(ours)
-
-
-@pytest.mark.slow
-def test_interrupted_while_piped(slow: Path) -> None:
-    words = ["chat", slow, "--chat_template", "plain"]
-    with program(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
-        assert started.stdin is not None and started.stderr is not None
-        started.stdin.write(b"/help\n")
-        started.stdin.flush()
-        until(started.stderr.fileno(), "as far as it came")
-        started.send_signal(signal.SIGINT)
-        out, err = started.communicate(timeout=240)
-    assert (started.returncode, out) == (130, b"") and err.endswith(b"mtp: interrupted\n")
 
 
 def test_the_prompt_is_torch_free_to_reuse(model: MTPModel) -> None:

@@ -7,36 +7,26 @@ import contextlib
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.decoding.limits import resolve_num_masks
-from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
+from mtp_lightning.errors import MTPError, RunError, UsageError, os_reason
 from mtp_lightning.model import MTPModel
 from mtp_lightning.paths import resolve
 from mtp_lightning.text.chat import PLAIN_STOP, PLAIN_TEMPLATE, Conversation
-from mtp_lightning.text.prompts import render_messages
 
 MAX_NEW_TOKENS = 1024
-HELP = """/reset          forget what was said
+HELP = """/reset          forget the conversation
 /undo           forget the last message and its answer
-/system TEXT    set the system message (without TEXT: none) and forget what was said
+/system TEXT    set the system message (without TEXT: remove it) and forget the conversation
 /exit           leave; so does Ctrl-D
-A line that ends with a backslash goes on in the next one. // at the beginning says a /.
-Ctrl-C stops an answer, which is kept as far as it came."""
-OWN = {"batch_size"}
+End a line with a backslash to continue on the next line. Start with // to send a literal /.
+Ctrl-C stops an answer and keeps what was written of it."""
 
 
 def run_chat(args: list[str]) -> None:
-    """``mtp chat MODEL``.
-
-    Args:
-        args: options.
-
-    Raises:
-        UsageError: a wrong option, or a base without a chat template and none given.
-    """
+    """``mtp chat MODEL``."""
     parser = CommandParser(prog="mtp chat", description="A conversation with a trained model.")
     parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
     parser.add_argument("--system", type=str | None, default=None, help="the system message")
@@ -44,36 +34,27 @@ def run_chat(args: list[str]) -> None:
         "--chat_template",
         type=str | None,
         default=None,
-        help="a jinja file; plain: names before lines, for a base without a template; not given: the base's own",
+        help="a jinja file; plain: names before lines, for a base without a template. Default: the base's own",
     )
-    parser.add_class_arguments(DecodingArguments, None, skip=OWN)
+    parser.add_class_arguments(DecodingArguments, None, skip={"batch_size"})
     parser.set_defaults({"max_new_tokens": MAX_NEW_TOKENS})
     config = parser.parse_args(args)
-    names = [name for name in DecodingArguments.__dataclass_fields__ if name not in OWN]
+    names = [name for name in DecodingArguments.__dataclass_fields__ if name != "batch_size"]
     arguments = DecodingArguments(**{name: config[name] for name in names})
-    template = _template(config.chat_template)
-    if sys.stdin is None or sys.stdin.closed:
-        raise RunError("standard input: expected messages, it is closed. Run mtp chat in a terminal, or pipe messages in.")
-    model = arguments.load(config.model)
-    converse(conversation(model, arguments, template, config.system))
+    template = _read_template(config.chat_template)
+    run_conversation(open_conversation(arguments.load(config.model), arguments, template, config.system))
 
 
-def _template(name: str | None) -> str | None:
+def _read_template(name: str | None) -> str | None:
     if name is None or name == "plain":
         return None if name is None else PLAIN_TEMPLATE
-    if not name:
-        raise UsageError("chat_template must be a jinja file or plain, got an empty name. Change --chat_template.")
     try:
-        text = Path(resolve(name)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
-        raise RunError(f"chat_template {name!r} can't be read: {reason}. Give a jinja file, or plain.") from error
-    if not text.strip():
-        raise RunError(f"chat_template {name!r} is empty. Give a jinja file, or plain.")
-    return text
+        return Path(resolve(name)).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"chat_template {name!r} can't be read: {os_reason(error)}. Give a jinja file, or plain.") from error
 
 
-def conversation(
+def open_conversation(
     model: MTPModel, arguments: DecodingArguments, template: str | None, system: str | None = None
 ) -> Conversation:
     """A conversation with the options of the command line.
@@ -84,16 +65,12 @@ def conversation(
         template: text of a chat template, or None for the base's own.
         system: the system message.
 
-    Returns:
-        The conversation.
-
     Raises:
-        UsageError: there is no chat template, a system message that does not fit the context, or a wrong option.
-        RunError: the template takes no message.
+        UsageError: there is no chat template, or a wrong option.
     """
-    resolve_num_masks(model, arguments.options())  # what is wrong shows before anything is said
+    resolve_num_masks(model, arguments.options())  # an error shows before the first message
     if model.tokenizer is None:
-        raise UsageError("mtp chat needs a tokenizer, and the model was saved without one. Save it with its tokenizer.")
+        raise UsageError("mtp chat needs a tokenizer, and the model was saved without one.")
     if template is not None:
         model.tokenizer.chat_template = template
     elif not model.tokenizer.chat_template:
@@ -101,51 +78,30 @@ def conversation(
             "the base's tokenizer has no chat template: it was not made for chat. Give --chat_template FILE, or"
             " --chat_template plain for a simple dialogue."
         )
-    _try_template(model, system)
     stops = [arguments.stop] if arguments.stop else []
     return Conversation(model, arguments.options(), stops + ([PLAIN_STOP] if template == PLAIN_TEMPLATE else []), system)
 
 
-def _try_template(model: MTPModel, system: str | None) -> None:
-    """Render a message, so that a template which takes none is refused before anything is said."""
-    messages = [{"role": "system", "content": system}] if system else []
-    try:
-        prompt = render_messages([*messages, {"role": "user", "content": "a"}], model.tokenizer)
-    except RunError as error:
-        said = str(error).removeprefix("messages: ").rstrip(".")
-        raise RunError(f"{said}. Change --chat_template{' or --system' if system else ''}.") from error
-    if system and len(prompt.input_ids) >= model.context:
-        raise UsageError(
-            f"the system message makes a prompt of {len(prompt.input_ids)} tokens and the model's context is"
-            f" {model.context}. Shorten --system."
-        )
-
-
-def converse(talk: Conversation) -> None:
+def run_conversation(conversation: Conversation) -> None:
     """Read messages from standard input and print answers until there are no more.
 
-    Args:
-        talk: the conversation.
-
     Raises:
-        KeyboardInterrupt: Ctrl-C where standard input is no terminal and no answer is being written.
-        RunError: standard input is no terminal, and a message of it could not be answered or is no text.
+        KeyboardInterrupt: Ctrl-C where standard input is not a terminal and no answer is being written.
+        RunError: standard input is not a terminal, and one of its messages could not be answered.
     """
     terminal = sys.stdin.isatty()
-    said = unanswered = 0
+    num_messages = num_unanswered = 0
     if terminal:
         with contextlib.suppress(ImportError):  # arrow keys and history; not on every system
             importlib.import_module("readline")
         _note("/help lists the commands, Ctrl-D leaves.")
     while True:
         try:
-            text = _read(terminal)
+            text = _read_message(terminal)
         except EOFError:
             if terminal:
                 print(flush=True)
             break
-        except UnicodeDecodeError as error:
-            raise RunError(f"standard input: expected UTF-8 text, {one_line(error)}. Convert it.") from error
         except KeyboardInterrupt:
             if not terminal:
                 raise
@@ -154,16 +110,16 @@ def converse(talk: Conversation) -> None:
         if text == "/exit":
             break
         if text.startswith("/") and not text.startswith("//"):
-            _command(talk, text)
+            _run_command(conversation, text)
         elif text.strip():
-            said += 1
-            unanswered += not _answer(talk, text.removeprefix("/") if text.startswith("//") else text)
-    if unanswered and not terminal:  # in a terminal it was seen
-        raise RunError(f"{unanswered} of {said} messages were not answered, for the reasons above. Change them.")
+            num_messages += 1
+            num_unanswered += not _print_answer(conversation, text.removeprefix("/") if text.startswith("//") else text)
+    if num_unanswered and not terminal:  # a user at a terminal has seen the reasons
+        raise RunError(f"{num_unanswered} of {num_messages} messages were not answered, for the reasons above.")
 
 
-def _read(terminal: bool) -> str:
-    """One message, of several lines where they end with a backslash."""
+def _read_message(terminal: bool) -> str:
+    """One message; a line that ends with a backslash continues on the next one."""
     lines = [input("> " if terminal else "")]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
@@ -171,48 +127,48 @@ def _read(terminal: bool) -> str:
     return "\n".join(lines)
 
 
-def _command(talk: Conversation, text: str) -> None:
+def _run_command(conversation: Conversation, text: str) -> None:
     name, _, rest = text.partition(" ")
     if name == "/help":
         _note(HELP)
     elif name == "/reset":
-        talk.reset()
+        conversation.reset()
         _note("Forgotten.")
     elif name == "/undo":
-        _note("The last message is forgotten." if talk.undo() else "Nothing was said yet.")
+        _note("The last message is forgotten." if conversation.undo() else "There is no message to forget.")
     elif name == "/system":
-        talk.system = rest.strip() or None
-        talk.reset()
-        _note("The system message is set." if talk.system else "There is no system message.")
+        conversation.system = rest.strip() or None
+        conversation.reset()
+        _note("The system message is set." if conversation.system else "There is no system message.")
     else:
-        _note(f"There is no command {name}. /help lists them; // at the beginning says a /.")
+        _note(f"There is no command {name}. /help lists them; start with // to send a literal /.")
 
 
-def _answer(talk: Conversation, text: str) -> bool:
-    """Print an answer as it comes; whether there is one. Ctrl-C stops it; what was said stays in the conversation."""
-    pieces = talk.say(text)
-    begun = False
+def _print_answer(conversation: Conversation, text: str) -> bool:
+    """Print an answer as it is decoded; True if there is one. Of an answer that Ctrl-C stops the beginning is kept."""
+    pieces = conversation.say(text)
+    empty = True
     try:
         for piece in pieces:
-            # The space or newline that stands between the template's last word and the answer is not for the reader.
-            shown = piece if begun else piece.lstrip()
-            begun = begun or bool(shown)
+            # Some templates leave the space or newline before the answer to the model.
+            shown = piece.lstrip() if empty else piece
+            empty = empty and not shown
             print(shown, end="", flush=True)
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined] # it is a generator
         print(flush=True)
-        _note("[stopped; the answer is kept as far as it came]")
+        _note("[stopped; the beginning of the answer is kept]")
         return True
     except MTPError as error:
         _note(f"mtp: {error}")
         return False
     print(flush=True)
-    if talk.dropped:
-        _note(f"[the {talk.dropped} oldest messages no longer fit the context and are forgotten]")
-    if talk.generated is not None:
-        _note(talk.generated.summary())
+    if conversation.dropped:
+        _note(f"[the {conversation.dropped} oldest messages no longer fit the context and are forgotten]")
+    if conversation.generated is not None:
+        _note(conversation.generated.summary())
     return True
 
 
-def _note(text: Any) -> None:
+def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
