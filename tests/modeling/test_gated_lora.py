@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora.layer import LoraLayer
-from tiny import ARCHITECTURES, EXPERTS, in_one_pass, tiny_base, tiny_batch, tiny_model, tolerance
+from tiny import ARCHITECTURES, EXPERTS, FEW, in_one_pass, tiny_base, tiny_batch, tiny_model
 from torch import Tensor
 
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy, term_value
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import load_base
-from mtp_lightning.modeling.gated_lora import Gate, LoRA
+from mtp_lightning.modeling.gated_lora import Gate, LoRA, adapted_layers
 from mtp_lightning.modeling.peft_private import lora_layers
+from mtp_lightning.modeling.transformers_private import enable_checkpointing
 from mtp_lightning.types import HiddenStates, MaskedInput
 
 
@@ -55,10 +55,10 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, contextlib.nullcontext),
     "autocast": (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
 }
+CASES = [(a, "float32") for a in ARCHITECTURES] + [(a, precision) for a in FEW for precision in ("bfloat16", "autocast")]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "precision"), CASES)
 @torch.no_grad()
 def test_ntp_positions_keep_the_bits_of_the_base(architecture: str, precision: str) -> None:
     dtype, context = PRECISIONS[precision]
@@ -88,19 +88,7 @@ def test_ntp_states_do_not_depend_on_the_masks(passes: int) -> None:
     assert torch.equal(before.ntp, after.ntp) and not torch.allclose(before.mtp, after.mtp)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_pass_and_two_passes_give_the_same_states_and_gradients(architecture: str) -> None:
-    """With a gate, NTP positions run without gradient before MTP positions, over a cache; together they must not differ."""
-    batch, found = tiny_batch(), []
-    for model in (tiny_model(architecture), in_one_pass(tiny_model(architecture))):
-        states = model.hidden_states(batch)
-        weights = [p for _, p in model.trained_parameters()]
-        found.append([states.ntp, states.mtp, *torch.autograd.grad(states.mtp[batch.starts >= 0].square().sum(), weights)])
-    for two, one in zip(*found, strict=True):
-        torch.testing.assert_close(two, one, **tolerance(model.base))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FEW)
 def test_no_gradient_flows_through_ntp_positions(architecture: str) -> None:
     model = tiny_model(architecture)
     weights = [p for layer in lora_layers(model.base) for p in layer.parameters() if p.requires_grad]
@@ -130,7 +118,7 @@ def test_one_layer_is_the_formula() -> None:
     assert lora_layers(tiny_model(lora=LoRA(rank=4)).base)[0].scaling["default"] == 2.0  # alpha is 2 * rank by default
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])
 @torch.no_grad()
 def test_an_open_gate_is_the_standard_lora_of_peft(architecture: str) -> None:
     model, batch = tiny_model(architecture, lora=LoRA(rank=4, alpha=3.0, gated=False)), tiny_batch()
@@ -178,7 +166,7 @@ def test_a_gate_is_closed_after_the_forward_pass_and_after_an_error() -> None:
     assert model.gate.num_mtp is None
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "phi3-window", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", FEW)
 def test_gradient_checkpointing_gives_the_same_gradients(architecture: str) -> None:
     model = in_one_pass(tiny_model(architecture)).train()
     expected = gradients(model)
@@ -194,7 +182,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture: str) -> N
         torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-12)
 
 
-def test_gradient_checkpointing_keeps_each_forward_passes_own_gate() -> None:
+def test_gradient_checkpointing_keeps_the_gate_of_each_forward_pass() -> None:
     """Two forward passes with other numbers of masks before one backward pass."""
     model = tiny_model().train()
 
@@ -209,12 +197,12 @@ def test_gradient_checkpointing_keeps_each_forward_passes_own_gate() -> None:
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("options", [{"use_reentrant": True}, {"use_reentrant": False}, None])
-def test_other_gradient_checkpointing_is_refused(gated: bool, options: dict[str, bool] | None) -> None:
+def test_other_gradient_checkpointing_is_refused(gated: bool) -> None:
     model = tiny_model(lora=LoRA(rank=4, gated=gated)).train()
-    model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    with pytest.raises(UsageError, match="enable_gradient_checkpointing"):
-        loss(model)
+    for options in ({"use_reentrant": True}, {"use_reentrant": False}, {}):
+        enable_checkpointing(model.base, options)
+        with pytest.raises(UsageError, match="enable_gradient_checkpointing"):
+            loss(model)
 
 
 def test_dropout_acts_in_training_only_and_only_on_the_adapter() -> None:
@@ -227,30 +215,32 @@ def test_dropout_acts_in_training_only_and_only_on_the_adapter() -> None:
     assert torch.equal(noisy.ntp, calm.ntp) and not torch.allclose(noisy.mtp, calm.mtp)
 
 
-@pytest.mark.parametrize("call", [lambda x: x.merge(), lambda x: x.merge(safe_merge=True)])
-def test_merging_is_refused(call: object) -> None:
+def test_merging_is_refused() -> None:
     layer = lora_layers(tiny_model().base)[0]
     before = layer.base_layer.weight.clone()
-    with pytest.raises(UsageError, match="cannot be merged"):
-        call(layer)  # type: ignore[operator]
+    for safe in (True, False):
+        with pytest.raises(UsageError, match="cannot be merged"):
+            layer.merge(safe_merge=safe)
     assert torch.equal(layer.base_layer.weight, before)
 
 
 def test_targets() -> None:
-    with pytest.raises(UsageError, match=r"target_modules \['nothing'\] fits no layer"):
-        tiny_model(lora=LoRA(rank=4, target_modules=["nothing"]))
-    adapted = {name for name, m in tiny_model().base.named_modules() if isinstance(m, LoraLayer)}
-    assert len(adapted) == 2 * 7 and "lm_head" not in adapted  # q, k, v, o, gate, up, down of 2 layers
-    adapted = {name for name, m in tiny_model("qwen3_moe").base.named_modules() if isinstance(m, LoraLayer)}
-    assert len(adapted) == 2 * 4  # attention alone: no router, no expert
-    assert len(lora_layers(tiny_model(lora=LoRA(rank=4, target_modules=["q_proj"])).base)) == 2
+    def adapted(architecture: str, lora: LoRA) -> list[str]:
+        return adapted_layers(tiny_base(architecture).config, lora)
+
+    with pytest.raises(UsageError, match="model.lora.target_modules"):
+        adapted("llama", LoRA(target_modules=["nothing"]))
+    names = adapted("llama", LoRA())
+    assert len(names) == 2 * 7 and not any("lm_head" in name for name in names)  # q, k, v, o, gate, up, down of 2 layers
+    assert len(adapted("qwen3_moe", LoRA())) == 2 * 4  # only the attention: no router, no expert
+    assert len(adapted("llama", LoRA(target_modules=["q_proj"]))) == 2
+    model = tiny_model()
+    assert len(lora_layers(model.base)) == len(names)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [({"rank": 0}, "model.lora.rank"), ({"dropout": 1.0}, "model.lora.dropout")]
-)
-def test_wrong_settings_are_refused(options: dict[str, float], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+@pytest.mark.parametrize("options", [{"rank": 0}, {"dropout": 1.0}, {"alpha": 0.0}])
+def test_wrong_settings_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=f"lora.{next(iter(options))}"):
         LoRA(**options)  # type: ignore[arg-type]
 
 
@@ -262,25 +252,26 @@ def test_what_is_trained() -> None:
     assert all("lora_" in name for name in trained if name != "mask_embeddings")
 
 
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "passes"), [("eager", 1), *(pytest.param(b, 2, marks=pytest.mark.slow) for b in ("eager", "inductor"))]
+)
 @torch.no_grad()
 def test_the_decoder_compiles_without_a_graph_break(backend: str, passes: int) -> None:
     torch._dynamo.reset()
-    model, batch = tiny_model(dtype=torch.float32), tiny_batch()
+    model, batch = tiny_model(dtype=torch.float32, num_hidden_layers=1), tiny_batch()
     if passes == 1:
         in_one_pass(model)
     expected = model.hidden_states(batch)
-    decoder = model.base.get_decoder()
-    compiled = torch.compile(decoder, fullgraph=True, backend=backend)
+    compiled = torch.compile(model.base.get_decoder(), fullgraph=True, backend=backend)
     model.base.get_decoder = lambda: compiled
-    found = model.hidden_states(batch)
+    states = model.hidden_states(batch)
     # Float32: a compiled kernel sums in another order.
-    torch.testing.assert_close(found.mtp, expected.mtp, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.ntp, expected.ntp, rtol=0, atol=1e-4)
+    torch.testing.assert_close(states.mtp, expected.mtp, rtol=0, atol=1e-4)
+    torch.testing.assert_close(states.ntp, expected.ntp, rtol=0, atol=1e-4)
     with torch._dynamo.config.patch(error_on_recompile=True):
         model.hidden_states(tiny_batch(seed=1))
-    assert torch.equal(closed_states(model, batch).ntp, found.ntp) or backend == "inductor"
+    if backend == "eager":
+        assert torch.equal(closed_states(model, batch).ntp, states.ntp)
     torch._dynamo.reset()
 
 

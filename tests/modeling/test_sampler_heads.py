@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sampler heads against their formulas, and their step-by-step form against the one for whole blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_lightning.errors import UsageError
+from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
+
+HEADS: dict[str, Callable[[], SamplerHead]] = {
+    "mlp": MLPSamplerHead,
+    "gru": GRUSamplerHead,
+    "gru-wide": lambda: GRUSamplerHead(hidden_size=40),
+    "gru-hidden": lambda: GRUSamplerHead(hidden_size=20, read_hidden=True),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_step_by_step_equals_forward(name: str) -> None:
+    torch.manual_seed(0)
+    head = HEADS[name]()
+    head.build(32)
+    head.double()
+    for p in head.parameters():
+        p.add_(0.2 * torch.randn_like(p))
+    hidden, previous = torch.randn(2, 5, 7, 32, dtype=torch.float64)
+    together = head(hidden, previous)
+    state = None
+    for j in range(7):
+        output, state = head.step(hidden[:, j], previous[:, j], state)
+        # Float64: one product of 7 rows against seven of 1.
+        torch.testing.assert_close(output, together[:, j], rtol=0, atol=1e-12)
+    # Position j reads 1..j, and nothing after it.
+    changed = head(torch.cat([hidden[:, :4], -hidden[:, 4:]], 1), torch.cat([previous[:, :4], -previous[:, 4:]], 1))
+    assert torch.equal(changed[:, :4], together[:, :4]) and not torch.allclose(changed[:, 4:], together[:, 4:])
+    # Only a GRU remembers the token before the previous one.
+    earlier = head(hidden, torch.cat([-previous[:, :1], previous[:, 1:]], 1))
+    assert torch.allclose(earlier[:, 2], together[:, 2]) == (name == "mlp")
+
+
+@torch.no_grad()
+def test_mlp_head_is_the_papers_formula() -> None:
+    head = MLPSamplerHead()
+    head.build(16)
+    head.double()
+    z, e = torch.randn(2, 4, 16, dtype=torch.float64)
+    first, norm1, second, norm2 = (head.layers[i] for i in (0, 2, 3, 5))
+    assert (first.in_features, first.out_features, second.in_features, second.out_features) == (32, 16, 16, 16)
+
+    def norm(x: Tensor, layer: torch.nn.LayerNorm) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return x * layer.weight + layer.bias
+
+    u = torch.cat([e, z], -1) @ first.weight.T + first.bias
+    u = norm(u * u.sigmoid(), norm1) @ second.weight.T + second.bias
+    torch.testing.assert_close(head(z, e), norm(u * u.sigmoid(), norm2), rtol=0, atol=1e-12)  # float64 rounding
+
+
+@torch.no_grad()
+def test_gru_head_is_its_formula_and_starts_as_the_base_head() -> None:
+    head = GRUSamplerHead(hidden_size=20)
+    head.build(16)
+    z, e = torch.randn(2, 1, 3, 16)
+    assert torch.equal(head(z, e), z)
+    torch.nn.init.normal_(head.output.weight)
+    s = torch.zeros(20)
+    for j in range(3):
+        r, u, n = (e[0, j] @ head.gru.weight_ih_l0.T + head.gru.bias_ih_l0).chunk(3)
+        hr, hu, hn = (s @ head.gru.weight_hh_l0.T + head.gru.bias_hh_l0).chunk(3)
+        r, u = (r + hr).sigmoid(), (u + hu).sigmoid()
+        s = (1 - u) * (n + r * hn).tanh() + u * s
+        v = F.layer_norm(F.silu(torch.cat([s, z[0, j]]) @ head.first.weight.T + head.first.bias), (20,))
+        v = v + F.layer_norm(F.silu(v @ head.second.weight.T + head.second.bias), (20,))
+        # Float32, a dozen operations on values near 1.
+        torch.testing.assert_close(head(z, e)[0, j], z[0, j] + v @ head.output.weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_size_is_refused() -> None:
+    with pytest.raises(UsageError, match="hidden_size"):
+        GRUSamplerHead(hidden_size=0)
