@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgeted drafting: which drafts to verify and which masks to feed, so that a second gains the most tokens.
+"""Planned drafting: which drafts to verify and which masks to feed, so that decoding gains the most tokens a second.
 
-Beyond the paper, and lossless, for verification does not care which drafts there are. Before each step all plans of a
-small set are valued. A plan verifies the first c drafts and places blocks of m masks after some of the tokens: after the
-last draft (as linear decoding does), after the last verified token and the last draft, or after all of them (as quadratic).
+Beyond the paper, and lossless: verification does not depend on which drafts there are. Before each step all plans of a small
+set are valued. A plan verifies c drafts and places blocks of m masks after some of the tokens: after each row's last draft
+(as linear decoding does), after its last token and draft c, or after all of them (as quadratic decoding does).
 
-* What it gains now: 1 + the chances that the first 1, 2, .., c drafts are all kept. A draft's chance is the drafting
-  head's probability for it, corrected by how often drafts with such a probability were kept so far. Where the text itself
-  offers a better draft (``text_lookup``), that is verified instead.
-* What it gains later: the chance that there is a block after the last token kept, times what its draft will be worth
-  (``draft_values``), as drafts of this text did lately, and beyond what the text offers for nothing.
-* What it costs: the measured time of its positions, verifications and draft tokens (``plan_costs``), in tokens at the
-  rate that the best plans reach.
+* Tokens gained now: 1 + the probabilities that the first 1, 2, .., c drafts are all accepted. A draft's acceptance
+  probability is the drafting head's probability for it, corrected by how often drafts with such a probability were accepted
+  (``draft_stats``). Where the text itself offers a better draft (``text_lookup``), that is verified instead.
+* Tokens gained later: the probability that there is a block after the last accepted token, times the value of its draft
+  (``draft_values``), as far as lookup drafts do not provide the same for free.
+* Cost: the seconds of the plan's positions, verification and drafting (``plan_costs``), times the tokens a second that the
+  best plans reach.
 
-Where drafting does not pay, the best plan is a plain step; then now and then a small block looks whether it would.
+Where drafting does not pay, the best plan is a plain step; then occasional probes, steps with a small block, find out if
+it has begun to pay.
 """
 
 from __future__ import annotations
@@ -24,42 +25,50 @@ import numpy as np
 
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan, draft_sizes, few_sizes
 from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowStats
-from mtp_lightning.decoding.planning.draft_values import SETTLE, DraftValues, availability
+from mtp_lightning.decoding.planning.draft_values import WARMUP_SWEEPS, DraftValues, expected_tokens
 from mtp_lightning.decoding.planning.plan_costs import PlanCosts
 from mtp_lightning.decoding.planning.step_costs import StepCosts
-from mtp_lightning.decoding.planning.text_lookup import ONE_TEXT, LookupRecord, TextLookup
+from mtp_lightning.decoding.planning.text_lookup import TextLookup
 
-FORESIGHT = 0.12
-"""Weight of the newest block in a row's mean chances, and of the newest step in how far the text's own drafts go."""
-LOOK_SHARE = 0.01
-"""Share of the time of steps without masks that is spent on looking whether drafting pays."""
-PLAIN_EVERY, PLAIN_FIRST, PLAIN_MORE = 256, 2, 16
-"""Steps between plain steps taken to know what those take, and how many are taken at first. Until many are known the next
-one comes after so many steps for each that is, for two slow ones would make drafting look good for long."""
-PLAN_EVERY, SWEEPS, CLOSE = 3, 6, 1e-3
-"""Steps for which prices and values are used, sweeps that renew them, and the change in tokens that ends these early."""
+AVERAGE_WEIGHT = 0.12
+"""Least weight of the newest block or step in the moving averages of a row."""
+PRIOR_WEIGHT = 0.05
+"""Weight of the newest step in the average over all texts."""
+PROBE_SHARE = 0.01
+"""Share of the time of steps without masks that is spent on probes."""
+MAX_BACKOFF = 4
+"""Each failed probe makes the next one rarer, up to this factor."""
+PLAIN_FIRST = 2
+"""Plain steps taken at the beginning to know what they take."""
+PLAIN_EVERY, PLAIN_EVERY_SEEN = 256, 16
+"""Steps between later plain steps: at first this number for each plain step seen, since two slow ones would make drafting
+look good for long; then at most the first number."""
+PLAN_EVERY = 3
+"""Steps for which costs and values are reused."""
+SWEEPS, TOLERANCE = 6, 1e-3
+"""Sweeps that update the values, and the change in tokens below which they stop early."""
 
 
 class Budget:
     """Plans the steps of one batch.
 
     Args:
-        costs: what steps cost.
-        record: how drafts of this model do; it learns.
-        num_masks: the largest block.
+        costs: calibrated costs of the parts of a step.
+        record: acceptance and timing statistics, updated in place.
+        num_masks: the largest block, k.
         num_rows: rows B.
-        anywhere: whether blocks may stand elsewhere than after the last draft.
-        coupled: whether plans may depend on the drafts. The rejection rule forbids it: whether a token is verified must
-            not depend on the token. Then only what earlier steps kept counts.
-        timed: whether ``observe`` will be told what steps take.
-        few: whether each shape is dear to make ready, so that there should be very few.
+        anywhere: True if blocks may be placed elsewhere than after the last draft.
+        coupled: True if plans may depend on the drafts. The rejection rule forbids it: whether a token is verified must not
+            depend on the token. Then only what earlier steps accepted counts.
+        timed: True if ``observe`` will be told what steps take.
+        few: True if each new shape must be compiled, so that there should be very few.
 
     Attributes:
-        rows: what is known of each row that goes on; ``rows[r].found`` is the draft that its text offers, where that one is
-            verified in place of the block's, as far as the plan has drafts.
+        rows: statistics of each active row; ``rows[r].found`` is the lookup draft to verify in place of the block's, as far
+            as the plan has drafts.
         costs: what plans cost.
-        stops_early: whether a draft ends once its chance is below ``least``.
-        least: the chance below which another draft token costs more than it can bring.
+        stops_early: True if a draft ends when its path probability falls below ``least``.
+        least: path probability below which another draft token costs more than it is expected to gain.
     """
 
     def __init__(
@@ -73,63 +82,31 @@ class Budget:
         timed: bool = True,
         few: bool = False,
     ) -> None:
-        self.record, self.num_masks, self.coupled, self.timed = record, num_masks, coupled, timed
-        self.rows = [RowStats(record.usual.copy()) for _ in range(num_rows)]
-        self.places = ("last", "ends", "all") if anywhere else ("last",)
+        self.stats, self.num_masks, self.coupled, self.timed = record, num_masks, coupled, timed
+        self.rows = [RowStats(record.prior_accept_prob.copy()) for _ in range(num_rows)]
+        self.wheres = ("last", "ends", "all") if anywhere else ("last",)
         self.sizes = few_sizes(num_masks) if few else draft_sizes(num_masks)
-        self.costs = PlanCosts(costs, record, self.sizes, self.places, num_rows)
-        self._price: tuple[np.ndarray, float, int, int] | None = None
+        self.costs = PlanCosts(costs, record, self.sizes, self.wheres, num_rows)
         self.stops_early, self.least = False, 0.0
         self._steps = 0
-        self._owed = 0.0
-        self._looks = 1
-        self._resting = False
-        self._sure = False
+        # Seconds of every plan and the best rate, with the rows and the step that they were computed for.
+        self._estimates: tuple[np.ndarray, float, int, int] | None = None
+        self._probe_credit, self._probe_backoff = 0.0, 1  # seconds saved up for the next probe
+        self._drafting_paused = False  # plain steps until the next probe
+        self._estimates_confirmed = False  # computed again since the last step that was recorded
 
     def read(self, texts: Sequence[Sequence[int]]) -> None:
-        """Look for drafts in the texts from now on.
-
-        Args:
-            texts: the tokens of each row so far.
-        """
+        """Look drafts up in the texts from now on; ``texts`` are the tokens of each row so far."""
         for row, tokens in zip(self.rows, texts, strict=True):
-            row.text, row.lookups = TextLookup(tokens), LookupRecord(self.record.lookups.mean, ONE_TEXT)
+            row.lookup = TextLookup(tokens, self.stats.lookup.mean)
 
-    def _fitting(self, most: int) -> int:
-        """The largest size that is not above ``most``."""
-        return max(size for size in self.sizes if size <= most)
-
-    def observe(self, plan: Plan, links: int, seconds: float, graph: bool = False) -> None:
-        """Take note of what a step took; see ``PlanCosts``. The plans depend on it, the text does not."""
-        self.record.since_plain[len(self.rows).bit_length()] = 0 if plan == PLAIN else self._since_plain() + 1
-        self.costs.observe(plan, links, seconds, graph)
-
-    def _since_plain(self) -> int:
-        """Steps since the last plain one of about so many rows, of all texts."""
-        return self.record.since_plain.get(len(self.rows).bit_length(), 0)
-
-    def _values(self) -> DraftValues:
-        """What drafts are worth to a batch of so many rows; the next text begins with what the last one found."""
-        key = (len(self.rows), self.sizes, self.places)
-        if key not in self.record.values:
-            self.record.values[key] = DraftValues(self.sizes)
-        return self.record.values[key]
-
-    def _prices(self) -> tuple[np.ndarray, float]:
-        """What every plan takes, [c, m, place], and the tokens a second that the best plans reach. Renewed now and then."""
-        B, values = len(self.rows), self._values()
-        if self._price is None or self._price[2] != B or self._price[3] + PLAN_EVERY <= self._steps:
-            more = None
-            if self.stops_early and self.num_masks > 1:  # about as often as it is reached, a token is drafted
-                more = np.stack([row.mean for row in self.rows]).cumprod(1).max(0)[: self.sizes[-1] - 1]
-            seconds = self.costs.prices(more)
-            usual = self.rows[0].mean if B == 1 else np.mean([row.mean for row in self.rows], axis=0)
-            values.sweep(usual, seconds, SETTLE if self._price is None or not values.rate else SWEEPS, CLOSE)
-            self._price = seconds, values.rate * B, B, self._steps
-        return self._price[0], self._price[1]
+    def select(self, rows: Sequence[int]) -> None:
+        """Continue with these rows only."""
+        self.rows = [self.rows[r] for r in rows]
+        self.costs.select(len(self.rows))
 
     def first(self, room: int) -> Plan:
-        """The prompt's step. Beside a whole prompt a small block costs little, and it tells what to expect of the text.
+        """The prompt's step: next to a prompt a small block costs little, and shows what to expect of the text.
 
         Args:
             room: largest block that is of use.
@@ -138,10 +115,10 @@ class Budget:
             The plan.
         """
         plan = self._best(room, [0] * len(self.rows), False)
-        self._resting = False
-        masks = self._fitting(min(room, max(plan.masks, 2)))
-        if plan == PLAIN:  # that is a look, so the next one may come when this one has been paid
-            self._owed = -self._price_of_look(masks)
+        self._drafting_paused = False
+        masks = self._largest_size(min(room, max(plan.masks, 2)))
+        if plan == PLAIN:  # then the block is a probe, to be paid off before the next one
+            self._probe_credit = -self._probe_seconds(masks)
         return Plan(0, masks, "last")
 
     def choose(self, room: int, limits: Sequence[int], spare: Sequence[int] = ()) -> Plan:
@@ -149,121 +126,23 @@ class Budget:
 
         Args:
             room: largest block that is of use.
-            limits: drafts that each row has from its block, as far as they may be verified.
-            spare: how many drafts each row might have verified; empty: no more than those.
+            limits: drafts of each row's block that may be verified.
+            spare: drafts of each row that may be verified if the text offers them; empty: no lookup.
 
         Returns:
             The plan.
         """
         for row, most in zip(self.rows, spare, strict=False):
-            row.offered = row.text.draft(min(most, self.num_masks)) if row.text is not None and most > 0 else None
-            row.found = row.offered
-        return self._look(room, *self._without_masks()) if self._resting else self._best(room, limits, self.timed)
+            row.lookup_draft = row.lookup.draft(min(most, self.num_masks)) if row.lookup is not None and most > 0 else None
+            row.found = row.lookup_draft
+        if self._drafting_paused:
+            return self._or_probe(room, *self._best_without_masks())
+        return self._best(room, limits, self.timed)
 
-    def _best(self, room: int, limits: Sequence[int], timed: bool) -> Plan:
-        """The best plan; ``timed``: or a plain step, where it has to be known what that takes."""
-        B, k = len(self.rows), self.num_masks
-        known = self.costs.known()
-        if timed and (known < PLAIN_FIRST or self._since_plain() >= min(PLAIN_EVERY, PLAIN_MORE * (known + 1))):
-            self.costs.refresh()
-            self._forget_found()
-            return PLAIN
-        price, rate = self._prices()
-        chances, lasting = np.zeros((B, k)), np.ones((B, k))
-        most = 0
-        for r, (row, limit) in enumerate(zip(self.rows, limits, strict=True)):
-            own = np.zeros(0)
-            if limit > 0:
-                own = self.record.chance(np.array(row.probabilities[:limit])) if self.coupled else row.mean[:limit]
-            if row.found is not None and row.lookups is not None:
-                read = np.array(row.lookups.chances(row.found))
-                gain = read.cumprod().sum()
-                # What the next block will be worth, for the text will go on offering drafts as good as now.
-                row.lacking += FORESIGHT * (max(0.0, 1.0 - gain / row.mean.cumprod().sum()) - row.lacking)
-                if gain > own.cumprod().sum():
-                    own = read
-                else:
-                    row.found = None
-            elif row.text is not None:
-                row.lacking += FORESIGHT * (1.0 - row.lacking)
-            chances[r, : len(own)] = own
-            lasting[r, : len(own)] = own
-            most = max(most, len(own))
-        sizes, one = list(self.sizes), np.ones((B, 1))
-        reached = np.concatenate([one, chances.cumprod(1)], axis=1)  # that the first a are all kept
-        whole = np.concatenate([one, lasting.cumprod(1)], axis=1)  # those of them that there are
-        now = reached.cumsum(1).sum(0)[sizes]  # tokens of verifying c drafts, [c]
-        # Rows that will have a block after their last token, as far as they need one.
-        needed = np.array([[row.lacking] for row in self.rows])
-        missed = float((needed[:, 0] * (1.0 - reached[:, 1])).sum())
-        there = availability(
-            (needed * reached)[:, sizes].sum(0), (needed * whole)[:, sizes].sum(0), missed, len(self.places)
-        )
-        value = now[:, None, None] + there[:, None, :] * self._values().worth[None, :, None] - rate * price
-        # A token that is reached more seldom than this brings less than the time to draft it would elsewhere. The chain goes
-        # on for all rows together.
-        self.least = rate / B * self.costs.link() if self.stops_early else 0.0
-        # A few more drafts than there are, if the next size wants it; those count for nothing.
-        c = next((number for number, size in enumerate(self.sizes) if size >= most), len(self.sizes) - 1)
-        best = value[: c + 1, : self.sizes.index(self._fitting(min(room, k))) + 1]
-        place = np.unravel_index(int(best.argmax()), best.shape)
-        plan = Plan(self.sizes[int(place[0])], self.sizes[int(place[1])], self.places[int(place[2])])
-        if plan.masks or max(limits, default=0):
-            return plan
-        # With no drafts at hand a plain step teaches nothing, so what is best after it is the same again.
-        alone = B * self._values().worth - rate * price[0, :, 0]
-        self._resting = not alone[: best.shape[1]].argmax()
-        if self._resting and not self._sure:  # for long, so not by values that are on their way
-            self._price, self._resting, self._sure = None, False, True
-            return self._best(room, limits, timed)
-        return self._look(room, plan, float(best.max() - best[0, 0, 0]) / rate)
-
-    def _forget_found(self) -> None:
-        for row in self.rows:
-            row.found = None
-
-    def _look(self, room: int, plan: Plan, seconds: float) -> Plan:
-        """This plan without masks, or once there is time for it a small block, to look whether drafting pays by now.
-
-        Args:
-            room: largest block that is of use.
-            plan: the plan.
-            seconds: what it saves beside a plain step.
-
-        Returns:
-            The plan to carry out.
-        """
-        masks = self._fitting(min(2, room))
-        self._owed += LOOK_SHARE * self.costs.spent(PLAIN, 0)
-        if masks < 1 or self._owed < (self._price_of_look(masks) + seconds) * self._looks:
-            return plan
-        self._owed, self._looks, self._resting = 0.0, min(self._looks + 1, 4), False  # in vain so far: less often
-        self._steps += PLAN_EVERY  # what it shows is to count at once
-        self._forget_found()
-        return Plan(0, masks, "last")
-
-    def _price_of_look(self, masks: int) -> float:
-        return self.costs.spent(Plan(0, masks, "last"), masks) - self.costs.spent(PLAIN, 0)
-
-    def _without_masks(self) -> tuple[Plan, float]:
-        """The best plan that has none: how many of the drafts that the texts offer to verify; and the seconds it saves."""
-        lists = [row.lookups.chances(row.found) for row in self.rows if row.found is not None and row.lookups is not None]
-        if not lists:
-            return PLAIN, 0.0
-        seconds = self.costs.verifying()
-        rate = max(self._values().rate, 1.0 / seconds[0]) * len(self.rows)
-        best, saved, total, j = 0, 0.0, 0.0, 0
-        reached = [1.0] * len(lists)
-        for number, size in enumerate(self.sizes[1:], 1):
-            while j < size:
-                reached = [chance * (row[j] if j < len(row) else 0.0) for chance, row in zip(reached, lists, strict=True)]
-                total += sum(reached)
-                j += 1
-            if total / rate - (seconds[number] - seconds[0]) > saved:
-                best, saved = number, total / rate - (seconds[number] - seconds[0])
-        if not best:
-            self._forget_found()
-        return Plan(self.sizes[best], 0, "last"), saved
+    def observe(self, plan: Plan, links: int, seconds: float, graph: bool = False) -> None:
+        """Record what a step took; see ``PlanCosts.observe``. Plans depend on it, the text does not."""
+        self.stats.steps_since_plain[len(self.rows).bit_length()] = 0 if plan == PLAIN else self._steps_since_plain() + 1
+        self.costs.observe(plan, links, seconds, graph)
 
     def learn(
         self,
@@ -275,52 +154,184 @@ class Budget:
         new: Sequence[Sequence[float]],
         texts: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Take note of a step.
+        """Record the outcome of a step.
 
         Args:
             plan: what was fed.
-            links: draft tokens drawn one after another.
-            kept: drafts kept in each row.
+            links: tokens drafted one after another.
+            kept: drafts accepted in each row.
             drafted: drafts verified in each row.
             depths: drafts that each row has now.
             new: the head's probabilities of them.
-            texts: the tokens that each row gained; not needed where no drafts are looked for in texts.
+            texts: the tokens that each row gained; only used where drafts are looked up in texts.
         """
         for row, tokens in zip(self.rows, texts, strict=False):
-            if row.text is not None and row.lookups is not None:
-                if row.offered is not None:  # whether or not it was verified
-                    self.record.lookups.learn(row.offered, tokens)
-                    row.lookups.learn(row.offered, tokens)
-                row.text.extend(tokens)
-        if self._resting:
+            if row.lookup is not None:
+                if row.lookup_draft is not None:  # verified or not
+                    self.stats.lookup.learn(row.lookup_draft, tokens)
+                    row.lookup.stats.learn(row.lookup_draft, tokens)
+                row.lookup.extend(tokens)
+        if self._drafting_paused:
             return
         self._steps += 1
-        self._sure = False
-        for row, a, c, depth, probabilities in zip(self.rows, kept, drafted, depths, new, strict=True):
-            if self.coupled and row.found is None:
-                self.record.learn(row.probabilities, a, c)
-            if not self.coupled and c:
-                seen = min(a + 1, c)
-                row.mean[:seen] += self._weight(row) * ((np.arange(seen) < a) - row.mean[:seen])
-            # A head of one's own may draft without saying how sure it is: then what this text's drafts do in general counts.
-            row.probabilities = list(probabilities[:depth]) if len(probabilities) >= depth else row.mean[:depth].tolist()
-            if self.coupled and depth:
-                chances = self.record.chance(np.array(row.probabilities))
-                weight = self._weight(row)
-                row.mean[:depth] += weight * (chances - row.mean[:depth])
-                row.mean[depth:] += weight * (chances[-1] - row.mean[depth:])
-        if any(a > 0 and row.found is None for a, row in zip(kept, self.rows, strict=True)):
-            self._looks = 1
-        if not any(depths):  # no block, nothing new of them
-            return
-        usual = np.mean([row.mean for row in self.rows], axis=0)
-        self.record.usual += 0.05 * (usual - self.record.usual)
+        self._estimates_confirmed = False
+        for row, num_accepted, num_verified, depth, head_probs in zip(self.rows, kept, drafted, depths, new, strict=True):
+            self._learn_row(row, num_accepted, num_verified, depth, head_probs)
+        if any(num_accepted > 0 and row.found is None for num_accepted, row in zip(kept, self.rows, strict=True)):
+            self._probe_backoff = 1
+        if any(depths):  # else no new block, nothing new about blocks
+            self.stats.prior_accept_prob += PRIOR_WEIGHT * (self._mean_accept_prob() - self.stats.prior_accept_prob)
 
-    def _weight(self, row: RowStats) -> float:
-        row.blocks += 1
-        return max(FORESIGHT, 1 / row.blocks)
+    def _learn_row(
+        self, row: RowStats, num_accepted: int, num_verified: int, depth: int, head_probs: Sequence[float]
+    ) -> None:
+        """Update a row's acceptance probabilities: by its new drafts, or (not coupled) by what was accepted."""
+        if self.coupled and row.found is None:
+            self.stats.learn(row.head_probs, num_accepted, num_verified)
+        if not self.coupled and num_verified:
+            seen = min(num_accepted + 1, num_verified)
+            row.accept_prob[:seen] += self._block_weight(row) * ((np.arange(seen) < num_accepted) - row.accept_prob[:seen])
+        # A custom head may give no probabilities: then the row's average stands in for them.
+        row.head_probs = list(head_probs[:depth]) if len(head_probs) >= depth else row.accept_prob[:depth].tolist()
+        if self.coupled and depth:
+            probs = self.stats.accept_prob(np.array(row.head_probs))
+            weight = self._block_weight(row)
+            row.accept_prob[:depth] += weight * (probs - row.accept_prob[:depth])
+            row.accept_prob[depth:] += weight * (probs[-1] - row.accept_prob[depth:])
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
-        self.rows = [self.rows[r] for r in rows]
-        self.costs.num_rows = len(self.rows)
+    @staticmethod
+    def _block_weight(row: RowStats) -> float:
+        row.num_blocks += 1
+        return max(AVERAGE_WEIGHT, 1 / row.num_blocks)
+
+    def _mean_accept_prob(self) -> np.ndarray:
+        return self.rows[0].accept_prob if len(self.rows) == 1 else np.mean([row.accept_prob for row in self.rows], axis=0)
+
+    def _largest_size(self, limit: int) -> int:
+        """The largest size up to ``limit``."""
+        return max(size for size in self.sizes if size <= limit)
+
+    def _steps_since_plain(self) -> int:
+        return self.stats.steps_since_plain.get(len(self.rows).bit_length(), 0)
+
+    def _values(self) -> DraftValues:
+        """Values of drafts for a batch of this size, shared by all texts."""
+        key = (len(self.rows), self.sizes, self.wheres)
+        if key not in self.stats.values:
+            self.stats.values[key] = DraftValues(self.sizes)
+        return self.stats.values[key]
+
+    def _drop_lookup_drafts(self) -> None:
+        for row in self.rows:
+            row.found = None
+
+    def _best(self, room: int, limits: Sequence[int], timed: bool) -> Plan:
+        """The best plan; or, if ``timed``, a plain step when its time has to be measured."""
+        if timed and self._plain_step_due():
+            self.costs.refresh()
+            self._drop_lookup_drafts()
+            return PLAIN
+        seconds, rate = self._estimate()
+        accept_probs = [self._row_accept_prob(row, limit) for row, limit in zip(self.rows, limits, strict=True)]
+        block_need = np.array([row.block_need for row in self.rows])
+        tokens = expected_tokens(accept_probs, block_need, self.num_masks, self._values(), len(self.wheres))
+        gain = tokens - rate * seconds  # [c, m, where]
+        # Below this path probability a draft token gains less than its time would elsewhere. Rows draft together.
+        self.least = rate / len(self.rows) * self.costs.draft_token() if self.stops_early else 0.0
+
+        # Only sizes of use; c may be slightly more than the drafts there are, where those do not fill a size.
+        most = max(map(len, accept_probs))
+        num_c = 1 + next((i for i, size in enumerate(self.sizes) if size >= most), len(self.sizes) - 1)
+        num_m = 1 + self.sizes.index(self._largest_size(min(room, self.num_masks)))
+        gain = gain[:num_c, :num_m]
+        c, m, where = np.unravel_index(int(gain.argmax()), gain.shape)
+        plan = Plan(self.sizes[int(c)], self.sizes[int(m)], self.wheres[int(where)])
+        if plan.masks or max(limits, default=0):
+            return plan
+
+        # No drafts and no masks: nothing is learned, so if a plain step is best in this state it remains so.
+        plain_gain = len(self.rows) * self._values().worth - rate * seconds[0, :, 0]  # after a plain step, [m]
+        self._drafting_paused = not plain_gain[:num_m].argmax()
+        if self._drafting_paused and not self._estimates_confirmed:  # a pause is long: decide it on fresh estimates
+            self._estimates, self._drafting_paused, self._estimates_confirmed = None, False, True
+            return self._best(room, limits, timed)
+        return self._or_probe(room, plan, float(gain.max() - gain[0, 0, 0]) / rate)
+
+    def _plain_step_due(self) -> bool:
+        seen = self.costs.num_plain_seen()
+        return seen < PLAIN_FIRST or self._steps_since_plain() >= min(PLAIN_EVERY, PLAIN_EVERY_SEEN * (seen + 1))
+
+    def _estimate(self) -> tuple[np.ndarray, float]:
+        """Seconds of every plan, [c, m, where], and the tokens a second of the best plans; updated every few steps."""
+        B, values = len(self.rows), self._values()
+        if self._estimates is None or self._estimates[2] != B or self._estimates[3] + PLAN_EVERY <= self._steps:
+            continue_prob = None
+            if self.stops_early and self.num_masks > 1:  # a token is drafted about as often as its path is accepted
+                path_prob = np.stack([row.accept_prob for row in self.rows]).cumprod(1)
+                continue_prob = path_prob.max(0)[: self.sizes[-1] - 1]
+            seconds = self.costs.all_plans(continue_prob)
+            sweeps = WARMUP_SWEEPS if self._estimates is None or not values.rate else SWEEPS
+            values.sweep(self._mean_accept_prob(), seconds, sweeps, TOLERANCE)
+            self._estimates = seconds, values.rate * B, B, self._steps
+        return self._estimates[:2]
+
+    def _row_accept_prob(self, row: RowStats, limit: int) -> np.ndarray:
+        """Acceptance probabilities of the better of a row's two drafts, [at most k]; sets ``row.found``."""
+        probs = np.zeros(0)
+        if limit > 0:
+            probs = self.stats.accept_prob(np.array(row.head_probs[:limit])) if self.coupled else row.accept_prob[:limit]
+        if row.lookup is None:
+            return probs
+        lookup_tokens = 0.0
+        if row.found is not None:
+            lookup_probs = np.array(row.lookup.stats.accept_probs(row.found))
+            lookup_tokens = float(lookup_probs.cumprod().sum())
+            if lookup_tokens > probs.cumprod().sum():
+                probs = lookup_probs
+            else:
+                row.found = None
+        # The text will probably offer drafts as good as this one after the next block too.
+        need = max(0.0, 1.0 - lookup_tokens / row.accept_prob.cumprod().sum())
+        row.block_need += AVERAGE_WEIGHT * (need - row.block_need)
+        return probs
+
+    def _best_without_masks(self) -> tuple[Plan, float]:
+        """The best number of lookup drafts to verify without masks, and the seconds this saves over a plain step."""
+        if all(row.found is None for row in self.rows):
+            return PLAIN, 0.0
+        probs = np.zeros((len(self.rows), self.num_masks))
+        for r, row in enumerate(self.rows):
+            if row.lookup is not None and row.found is not None:
+                probs[r, : len(row.found.tokens)] = row.lookup.stats.accept_probs(row.found)
+        tokens = np.concatenate([[0.0], probs.cumprod(1).sum(0).cumsum()])[list(self.sizes)]  # accepted, [c]
+        seconds = self.costs.without_masks()
+        rate = max(self._values().rate, 1.0 / seconds[0]) * len(self.rows)
+        saved = tokens / rate - (seconds - seconds[0])
+        c = int(saved.argmax())
+        if not c:
+            self._drop_lookup_drafts()
+        return Plan(self.sizes[c], 0, "last"), float(saved[c])
+
+    def _or_probe(self, room: int, plan: Plan, saved: float) -> Plan:
+        """This plan without masks or, when there is credit for it, a probe: a small block, to see if drafting pays by now.
+
+        Args:
+            room: largest block that is of use.
+            plan: the plan.
+            saved: seconds that the plan saves over a plain step.
+
+        Returns:
+            The plan to carry out.
+        """
+        masks = self._largest_size(min(2, room))
+        self._probe_credit += PROBE_SHARE * self.costs.plan(PLAIN, 0)
+        if masks < 1 or self._probe_credit < (self._probe_seconds(masks) + saved) * self._probe_backoff:
+            return plan
+        self._probe_credit, self._probe_backoff = 0.0, min(self._probe_backoff + 1, MAX_BACKOFF)
+        self._drafting_paused = False
+        self._steps += PLAN_EVERY  # estimates are updated at once
+        self._drop_lookup_drafts()
+        return Plan(0, masks, "last")
+
+    def _probe_seconds(self, masks: int) -> float:
+        return self.costs.plan(Plan(0, masks, "last"), masks) - self.costs.plan(PLAIN, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a budgeted step may feed: plans, from a small set of sizes."""
+"""What a planned step may feed: a number of drafts to verify and of masks, from a small set of sizes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import functools
 from dataclasses import dataclass
 
 SIZES = (0, 1, 2, 4, 8)
-"""Drafts verified and masks in a block, beside 12, 16, 24, .. and k: few shapes, for kernels are made ready for each."""
-FEW = (0, 2, 4)
-"""The same, where each shape is compiled."""
+"""Numbers of drafts and of masks, continued by 12, 16, 24, .. up to k: few shapes, because kernels are tuned for each."""
+FEW_SIZES = (0, 2, 4)
+"""The same where each shape is compiled."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Plan:
     Attributes:
         num_drafts: drafts to verify, c.
         masks: masks in a block.
-        where: the tokens that get a block: ``last``: each row's last draft that is verified, or its last verified token;
-            ``ends``: draft c and the last verified token; ``all``.
+        where: the tokens that get a block: ``last``: each row's last verified draft, or its last token if it has none;
+            ``ends``: draft c and the row's last token; ``all``.
     """
 
     num_drafts: int
@@ -28,7 +28,7 @@ class Plan:
     where: str
 
     def blocks(self, drafted: int | None = None) -> tuple[tuple[int, int], ...]:
-        """Starts and sizes, as a layout has them, of a row that has so many drafts to verify; None: c."""
+        """(start, size) of each block of a row that has ``drafted`` drafts to verify (default: c)."""
         if not self.masks:
             return ()
         c = self.num_drafts
@@ -37,11 +37,12 @@ class Plan:
 
 
 PLAIN = Plan(0, 0, "last")
+"""A plain autoregressive step."""
 
 
 @functools.cache
 def draft_sizes(num_masks: int) -> tuple[int, ...]:
-    """The numbers of drafts and masks that plans have, ascending, for k masks: ``draft_sizes(6) -> (0, 1, 2, 4, 6)``."""
+    """Numbers of drafts and of masks that plans use, ascending, for k masks: ``draft_sizes(6) -> (0, 1, 2, 4, 6)``."""
     sizes, step = [size for size in SIZES if size < num_masks], 4
     while sizes[-1] >= SIZES[-1] and sizes[-1] + step < num_masks:
         sizes.append(sizes[-1] + step)
@@ -51,11 +52,11 @@ def draft_sizes(num_masks: int) -> tuple[int, ...]:
 
 
 def few_sizes(num_masks: int) -> tuple[int, ...]:
-    """The same where each shape is dear to make ready: ``few_sizes(3) -> (0, 2, 3)``."""
-    return tuple(size for size in draft_sizes(num_masks) if size in FEW or size == min(num_masks, FEW[-1]))
+    """The same when each new shape must be compiled: ``few_sizes(3) -> (0, 2, 3)``."""
+    return tuple(size for size in draft_sizes(num_masks) if size in FEW_SIZES or size == min(num_masks, FEW_SIZES[-1]))
 
 
 def usual_positions(num_masks: int) -> set[int]:
-    """Positions of a row in the steps that plans may have, for k masks."""
+    """Positions per row of all steps that plans may ask for, for k masks."""
     sizes = draft_sizes(num_masks)
     return {1 + c + blocks * m for c in sizes for m in sizes for blocks in (1, 2, 1 + c)}

@@ -1,95 +1,92 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of drafts: how often those of a probability are kept, what their steps take, and how one row's do lately."""
+"""Acceptance and timing statistics of drafts, of all texts of a model (``DraftStats``) and of one row (``RowStats``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.draft_values import DraftValues
-from mtp_lightning.decoding.planning.step_costs import Pace
-from mtp_lightning.decoding.planning.text_lookup import FoundDraft, LookupRecord, TextLookup
+from mtp_lightning.decoding.planning.step_costs import CurveCorrection
+from mtp_lightning.decoding.planning.text_lookup import LookupDraft, LookupStats, TextLookup
 
-if TYPE_CHECKING:
-    from mtp_lightning.decoding.planning.draft_plan import Plan
-
-BINS = 20
+NUM_BINS = 20
+PRIOR_WEIGHT = 8.0
+"""Drafts per bin that the head's own probability counts for."""
 MEMORY = 800.0
-"""Kept and verified drafts in a bin of the correction are forgotten beyond about so many."""
-HOPE = 0.5
-"""Standard errors by which a chance is taken to be better than was seen: after bad luck it would never be tried again."""
+"""Counts of a bin are halved beyond this number."""
+OPTIMISM_STDERR = 0.5
+"""Standard errors added to an observed acceptance rate: after bad luck it would never be tried again."""
 
 
 class DraftStats:
-    """How often drafts of a probability were kept, and how blocks of this model do in general. Shared by all texts.
+    """Statistics over all texts: what drafts of this model are worth and what its steps take.
 
     Args:
         num_masks: k.
 
     Attributes:
-        usual: the chance of each draft of a block, given that those before are kept.
-        lookups: how texts go on where they were read off themselves.
-        values: what drafts are worth, by rows of the batch and what plans there are.
-        pace: what steps take.
-        since_plain: steps since the last plain one, of all texts, by powers of two of the rows.
-        shapes: plans that were carried out before, with the rows of the batch.
-        taken: for plans that are graphs, with the batch, the seconds they take and the steps that say so.
+        prior_accept_prob: acceptance probability of each draft of a block, given that those before are accepted, [k].
+        lookup: how often drafts from the text itself are right.
+        values: values of drafts, by rows of the batch, sizes and block positions of plans.
+        correction: measured over expected seconds of steps.
+        steps_since_plain: steps since the last plain one, by powers of two of the rows.
+        seen_shapes: (rows, plan) of steps that have been run before.
+        graph_seconds: mean seconds, and the number of steps behind it, of steps that run as graphs, by (batch, plan).
     """
 
     def __init__(self, num_masks: int) -> None:
-        middles = (np.arange(BINS) + 0.5) / BINS
-        weight = 8.0  # drafts that the head's own word counts for
-        self._verified = np.full(BINS, weight)
-        self._kept = middles * weight
-        self.usual = np.linspace(0.6, 0.4, num_masks)
-        self.lookups = LookupRecord()
+        # Drafts verified and accepted, by bins of the head's probability.
+        self._verified = np.full(NUM_BINS, PRIOR_WEIGHT)
+        self._accepted = (np.arange(NUM_BINS) + 0.5) / NUM_BINS * PRIOR_WEIGHT
+        self.prior_accept_prob = np.linspace(0.6, 0.4, num_masks)
+        self.lookup = LookupStats()
         self.values: dict[tuple[int, tuple[int, ...], tuple[str, ...]], DraftValues] = {}
-        self.pace = Pace()
-        self.since_plain: dict[int, int] = {}
-        self.shapes: set[tuple[int, Plan]] = set()
-        self.taken: dict[tuple[tuple[int, int], Plan], tuple[float, int]] = {}
+        self.correction = CurveCorrection()
+        self.steps_since_plain: dict[int, int] = {}
+        self.seen_shapes: set[tuple[int, Plan]] = set()
+        self.graph_seconds: dict[tuple[tuple[int, int], Plan], tuple[float, int]] = {}
 
-    def chance(self, probability: np.ndarray) -> np.ndarray:
-        """The corrected chance that a draft of this probability is kept, once it is reached."""
-        place = np.clip(probability * BINS - 0.5, 0, BINS - 1)
-        kept = self._kept / self._verified
-        doubt = np.sqrt(kept * (1 - kept) / self._verified)
-        return np.interp(place, np.arange(BINS), np.minimum(kept + HOPE * doubt, 1.0))
+    def accept_prob(self, head_prob: np.ndarray) -> np.ndarray:
+        """Acceptance probability of drafts to which the head gives these probabilities, given that they are reached."""
+        rate = self._accepted / self._verified
+        stderr = np.sqrt(rate * (1 - rate) / self._verified)
+        place = np.clip(head_prob * NUM_BINS - 0.5, 0, NUM_BINS - 1)
+        return np.interp(place, np.arange(NUM_BINS), np.minimum(rate + OPTIMISM_STDERR * stderr, 1.0))
 
-    def learn(self, probabilities: Sequence[float], kept: int, verified: int) -> None:
-        """Take note of one row's step: of the drafts that were looked at all but the last were kept."""
-        for j in range(min(kept + 1, verified)):
-            bin_ = min(int(probabilities[j] * BINS), BINS - 1)
-            if self._verified[bin_] > MEMORY:
-                self._verified[bin_] *= 0.5
-                self._kept[bin_] *= 0.5
-            self._verified[bin_] += 1
-            self._kept[bin_] += j < kept
+    def learn(self, head_probs: Sequence[float], num_accepted: int, num_verified: int) -> None:
+        """Record one row's step: the first ``num_accepted`` drafts were accepted, the next one, if verified, rejected."""
+        for j in range(min(num_accepted + 1, num_verified)):
+            i = min(int(head_probs[j] * NUM_BINS), NUM_BINS - 1)
+            if self._verified[i] > MEMORY:
+                self._verified[i] *= 0.5
+                self._accepted[i] *= 0.5
+            self._verified[i] += 1
+            self._accepted[i] += j < num_accepted
 
 
 @dataclass
 class RowStats:
-    """What is known of one row.
+    """Statistics of one row.
 
     Attributes:
-        mean: chance of each draft of a block, given that the ones before are kept; lately, in this text.
-        probabilities: the head's probabilities of the drafts that wait.
-        blocks: blocks that the mean is over, what other texts say counting as one.
-        text: where drafts are looked for in the text; None: nowhere.
-        lookups: how this text goes on where it was read off itself.
-        offered: the draft that the text offers.
-        found: the same where it is to be verified, in place of the block's.
-        lacking: which part of a block's worth the drafts that the text offers do not bring already; lately.
+        accept_prob: moving average of the acceptance probability of each draft of a block, given that those before are
+            accepted, [k].
+        head_probs: the head's probabilities of the drafts that wait to be verified.
+        num_blocks: blocks in the average; the prior counts for one.
+        lookup: the text, where drafts are looked up in it.
+        lookup_draft: the draft that the text offers.
+        found: the same where it is to be verified, in place of the block's draft.
+        block_need: moving average of the share of a block's expected tokens that lookup drafts do not already provide.
     """
 
-    mean: np.ndarray
-    probabilities: list[float] = field(default_factory=list)
-    blocks: int = 1
-    text: TextLookup | None = None
-    lookups: LookupRecord | None = None
-    offered: FoundDraft | None = None
-    found: FoundDraft | None = None
-    lacking: float = 1.0
+    accept_prob: np.ndarray
+    head_probs: list[float] = field(default_factory=list)
+    num_blocks: int = 1
+    lookup: TextLookup | None = None
+    lookup_draft: LookupDraft | None = None
+    found: LookupDraft | None = None
+    block_need: float = 1.0

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a waiting draft is worth: a small decision process over the number of drafts that wait, solved as steps go by.
+"""Value of having a draft: an average-reward decision process over the number of drafts available, solved while decoding.
 
-A step that makes a draft costs more than a plain one, and pays only later; often not in the next step alone, but because
-text that keeps drafts goes on having them. So the worth of a draft is the relative value of the state "so many drafts wait"
-when every following step is planned best: an average-reward semi-Markov process, whose rate is tokens a second.
+A step that makes a draft costs more than a plain one and pays off only later; often not in the next step alone, because
+text whose drafts are accepted keeps having them. So the value of a draft of m tokens is the relative value of the state
+"m drafts are available" when every following step is planned best. Steps take different times: it is a semi-Markov
+decision process, and its average reward is the rate, in tokens a second.
 """
 
 from __future__ import annotations
@@ -12,39 +13,40 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SETTLE = 40
-"""Sweeps that settle values from scratch, to a per cent or so; afterwards chances and prices change slowly."""
+WARMUP_SWEEPS = 40
+"""Sweeps from scratch, which reach about a per cent; afterwards probabilities and costs change slowly."""
 
 
-def availability(reached: np.ndarray, whole: np.ndarray, missed: float, num_places: int) -> np.ndarray:
-    """Rows with a block after the last token kept, to be expected for each number of drafts verified and each place.
+def rows_with_block(path_prob: np.ndarray, all_accepted: np.ndarray, first_rejected: float, num_wheres: int) -> np.ndarray:
+    """Expected number of rows with a block after their last accepted token.
 
     Args:
-        reached: rows in which the first 0, 1, .. drafts of the sizes are all kept, [c]; at 0 all rows.
-        whole: those in which so many drafts, or all that there are if those are fewer, are kept, [c].
-        missed: rows in which the first draft is not kept.
-        num_places: 1: blocks after the last draft; 3: also after draft c and the last verified token; after all tokens.
+        path_prob: rows whose first c drafts are all accepted, for each size c, [c]; all rows at c = 0.
+        all_accepted: rows whose verified drafts, c or as many as they have, are all accepted, [c].
+        first_rejected: rows whose first draft is rejected.
+        num_wheres: 1: blocks at ``last``; 3: also at ``ends`` and ``all`` (see ``Plan.where``).
 
     Returns:
-        [c, place].
+        [c, where].
     """
-    found = [whole]
-    if num_places > 1:
-        ends = reached + missed
-        ends[0] = reached[0]
-        found += [ends, np.full_like(reached, reached[0])]
-    return np.stack(found, axis=1)
+    last = all_accepted
+    if num_wheres == 1:
+        return last[:, None]
+    ends = path_prob + first_rejected
+    ends[0] = path_prob[0]
+    everywhere = np.full_like(path_prob, path_prob[0])
+    return np.stack([last, ends, everywhere], axis=1)
 
 
 class DraftValues:
-    """Values of waiting drafts, and the rate of the best plans.
+    """Values of drafts, and the rate of the best plans.
 
     Args:
-        sizes: the numbers of drafts and masks that plans have, ascending from 0.
+        sizes: numbers of drafts and of masks that plans use, ascending from 0.
 
     Attributes:
-        worth: tokens that a draft of each size is worth beside none, [m].
-        rate: tokens a second when all steps are planned best; 0 before anything is known.
+        worth: value of a draft of each size over having none, in tokens, [m].
+        rate: tokens a second when all steps are planned best; 0 before the first sweep.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -52,28 +54,61 @@ class DraftValues:
         self.worth = np.zeros(len(self.sizes))
         self.rate = 0.0
 
-    def sweep(self, chances: np.ndarray, seconds: np.ndarray, sweeps: int = 1, close: float = 0.0) -> None:
-        """Improve the values.
+    def sweep(self, accept_prob: np.ndarray, seconds: np.ndarray, sweeps: int = 1, tolerance: float = 0.0) -> None:
+        """Improve the values by damped relative value iteration.
 
         Args:
-            chances: chance of each draft of a block, given that the ones before are kept, [k].
-            seconds: what each plan takes, drafting included, [c, m, place].
-            sweeps: how often.
-            close: stop once values change less, in tokens.
+            accept_prob: acceptance probability of each draft of a block, given that those before are accepted, [k].
+            seconds: what each plan takes, drafting included, [c, m, where].
+            sweeps: at most this number of sweeps.
+            tolerance: stop when values change less than this number of tokens.
         """
-        reached = np.concatenate([[1.0], chances.cumprod()])
-        tokens = reached.cumsum()[self.sizes]
-        there = availability(reached[self.sizes], reached[self.sizes], 1.0 - reached[1], seconds.shape[2])
-        floor = 1.0 / float(seconds[0, 0, 0])
-        rate, worth = max(self.rate, floor), self.worth
+        path_prob = np.concatenate([[1.0], accept_prob.cumprod()])
+        tokens = path_prob.cumsum()[self.sizes]  # expected tokens of verifying c drafts
+        path_prob = path_prob[self.sizes]
+        blocks = rows_with_block(path_prob, path_prob, 1.0 - accept_prob[0], seconds.shape[2])
+        plain_rate = 1.0 / float(seconds[0, 0, 0])
+        rate, worth = max(self.rate, plain_rate), self.worth
         for _ in range(sweeps):
-            gain = tokens[:, None, None] + there[:, None, :] * worth[None, :, None] - rate * seconds
+            gain = tokens[:, None, None] + blocks[:, None, :] * worth[None, :, None] - rate * seconds  # [c, m, where]
+            # With n drafts available any c <= n may be verified.
             best = np.maximum.accumulate(gain.max(axis=(1, 2)))
-            surplus = float(best[0])
-            # Half-way only: plans that draft in one step and verify in the next would have the values swing for ever.
+            surplus = float(best[0])  # 0 at the fixed point
+            # Half a step only: plans that alternate between drafting and verifying would make the values oscillate.
             change = 0.5 * (best - surplus - worth)
             worth = worth + change
-            rate = max(floor, rate + 0.25 * surplus * floor)
-            if abs(surplus) < close and float(np.abs(change).max()) < close:
+            rate = max(plain_rate, rate + 0.25 * surplus * plain_rate)
+            if abs(surplus) < tolerance and float(np.abs(change).max()) < tolerance:
                 break
         self.rate, self.worth = rate, worth
+
+
+def expected_tokens(
+    accept_probs: Sequence[np.ndarray], block_need: np.ndarray, num_masks: int, values: DraftValues, num_wheres: int
+) -> np.ndarray:
+    """Expected tokens of every plan, those gained now and the value of drafts for later, summed over rows.
+
+    Args:
+        accept_probs: for each row, the acceptance probability of each of its drafts, given that those before are accepted,
+            [at most k].
+        block_need: how much of a block's value counts for each row, [B].
+        num_masks: k.
+        values: values of drafts.
+        num_wheres: see ``rows_with_block``.
+
+    Returns:
+        [c, m, where].
+    """
+    B, need = len(accept_probs), block_need[:, None]
+    missing_rejected, missing_accepted = np.zeros((B, num_masks)), np.ones((B, num_masks))
+    for r, probs in enumerate(accept_probs):
+        missing_rejected[r, : len(probs)] = missing_accepted[r, : len(probs)] = probs
+    one = np.ones((B, 1))
+    path_prob = np.concatenate([one, missing_rejected.cumprod(1)], axis=1)  # first a drafts all accepted, [B, k + 1]
+    all_accepted = np.concatenate([one, missing_accepted.cumprod(1)], axis=1)  # those of them that there are
+    now = path_prob.cumsum(1).sum(0)[values.sizes]  # of verifying c drafts, [c]
+    first_rejected = float((block_need * (1.0 - path_prob[:, 1])).sum())
+    blocks = rows_with_block(
+        (need * path_prob)[:, values.sizes].sum(0), (need * all_accepted)[:, values.sizes].sum(0), first_rejected, num_wheres
+    )  # [c, where]
+    return now[:, None, None] + blocks[:, None, :] * values.worth[None, :, None]

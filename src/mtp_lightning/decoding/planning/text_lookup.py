@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt lookup: drafts read off the text itself, from where its last tokens stood before.
+"""Prompt lookup: drafts copied from the text itself, from an earlier occurrence of its last tokens.
 
-Beyond the paper. Such a draft costs neither masks nor head, and text that quotes (code, summaries, edits, loops) keeps many.
-Whether it is verified is decided as for any draft: by the chance of each token, here given how many tokens matched.
+Beyond the paper. Such a draft needs neither masks nor sampler head, and text that repeats (code, summaries, edits, loops)
+accepts many. Whether it is verified is decided as for any draft, by the acceptance probability of each token, here as a
+function of how many tokens matched.
 """
 
 from __future__ import annotations
@@ -11,125 +12,124 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-GRAMS = (1, 2, 4)
-"""Runs of tokens by which an earlier occurrence is found; of each the last occurrence is known, and the longest counts."""
-LONGEST = 16
-"""Matching tokens are counted as far as this."""
-GUESS = 4.0
-"""Continuations that count for as much as the guess does where none were seen."""
-DOUBT = 1.0
-"""Standard errors by which a chance is taken to be worse than was seen: nothing needs to be tried to become known, and of
-many chances those that look good are those that were overrated."""
-ALL_TEXTS, ONE_TEXT = 200.0, 30.0
-"""Continuations of a match of one length that are remembered, of all texts and of one."""
+NGRAM_SIZES = (1, 2, 4)
+"""Lengths of the n-grams that are indexed; of each n-gram the last occurrence is known, and the longest match counts."""
+MAX_MATCH = 16
+"""Matching tokens are counted up to this."""
+PRIOR_WEIGHT = 4.0
+"""Observations that the prior counts for."""
+PESSIMISM_STDERR = 1.0
+"""Standard errors subtracted from an observed rate. Lookup drafts are observed even when they are not verified, so there is
+nothing to explore, and of many noisy rates those that look best are overestimated."""
+SHARED_MEMORY, TEXT_MEMORY = 200.0, 30.0
+"""Observations per match length that are remembered, over all texts and within one text."""
 
 
-class FoundDraft(NamedTuple):
-    """A draft from the text.
+class LookupDraft(NamedTuple):
+    """A draft copied from the text.
 
     Attributes:
         tokens: what followed the earlier occurrence.
-        matched: tokens before it that are those at the text's end, at most ``LONGEST``.
+        matched: tokens before it that equal those at the end of the text, at most ``MAX_MATCH``.
     """
 
     tokens: list[int]
     matched: int
 
 
+class LookupStats:
+    """How often a text continued as it had before, by the number of matching tokens, from 1 to ``MAX_MATCH``.
+
+    Args:
+        prior: continuation rates before anything is observed, [``MAX_MATCH``]; None: rising from 0.2 to 0.9.
+        memory: counts of a match length are halved beyond this number.
+
+    Attributes:
+        mean: observed continuation rates, prior included, [``MAX_MATCH``].
+        lower: the same, lower by ``PESSIMISM_STDERR`` standard errors; plans use these.
+    """
+
+    def __init__(self, prior: Sequence[float] | None = None, memory: float = SHARED_MEMORY) -> None:
+        self._memory = memory
+        self.mean = [0.2 + 0.7 * n / (MAX_MATCH - 1) for n in range(MAX_MATCH)] if prior is None else list(prior)
+        self.lower = list(self.mean)
+        self._seen = [PRIOR_WEIGHT] * MAX_MATCH
+        self._continued = [PRIOR_WEIGHT * rate for rate in self.mean]
+        for i in range(MAX_MATCH):
+            self._update(i)
+
+    def _update(self, i: int) -> None:
+        seen = self._seen[i]
+        self.mean[i] = mean = self._continued[i] / seen
+        self.lower[i] = max(0.0, mean - PESSIMISM_STDERR * math.sqrt(mean * (1 - mean) / seen))
+
+    def accept_probs(self, draft: LookupDraft) -> list[float]:
+        """Acceptance probability of each token of a draft, given that those before it are accepted."""
+        first, count = draft.matched - 1, len(draft.tokens)
+        probs = self.lower[first : first + count]
+        return probs if len(probs) == count else probs + self.lower[-1:] * (count - len(probs))
+
+    def learn(self, draft: LookupDraft, tokens: Sequence[int]) -> None:
+        """Record how the text continued, ``tokens``; it does not matter if the draft was verified."""
+        i = draft.matched - 1
+        for drafted, token in zip(draft.tokens, tokens, strict=False):
+            self._seen[i] += 1
+            self._continued[i] += drafted == token
+            if self._seen[i] > self._memory:
+                self._seen[i] *= 0.5
+                self._continued[i] *= 0.5
+            self._update(i)
+            if drafted != token:
+                return
+            i = min(i + 1, MAX_MATCH - 1)
+
+
 class TextLookup:
-    """Finds where a text's last tokens stood before. A token costs the same however long the text is.
+    """Index of a text's n-grams. The cost per token does not depend on the length of the text.
 
     Args:
         tokens: the text so far.
+        prior: statistics of other texts, see ``LookupStats``.
+
+    Attributes:
+        stats: how often this text continued as it had before.
     """
 
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
+    def __init__(self, tokens: Iterable[int] = (), prior: Sequence[float] | None = None) -> None:
+        self.stats = LookupStats(prior, TEXT_MEMORY)
         self._text: list[int] = []
-        # By a run's hash, what stands behind it; a wrong one is found out, for tokens are compared.
-        self._behind: tuple[dict[int, int], ...] = tuple({} for _ in GRAMS)
+        # For each n-gram size: hash of the n-gram -> position after its last occurrence. Collisions are detected by draft().
+        self._next: tuple[dict[int, int], ...] = tuple({} for _ in NGRAM_SIZES)
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """The text goes on with these."""
+        """Append tokens to the text."""
         text = self._text
         for token in tokens:
             end = len(text)
-            for size, behind in zip(GRAMS, self._behind, strict=True):
+            for size, index in zip(NGRAM_SIZES, self._next, strict=True):
                 if size <= end:
-                    behind[hash(tuple(text[end - size :]))] = end
+                    index[hash(tuple(text[end - size :]))] = end
             text.append(token)
 
-    def draft(self, most: int) -> FoundDraft | None:
-        """The tokens that followed where the text's end stood before; a text that repeats itself goes on doing so.
+    def draft(self, num_tokens: int) -> LookupDraft | None:
+        """The ``num_tokens`` tokens that followed the last occurrence of the text's end, repeated periodically if needed.
 
-        ``1 2 3 4 1 2`` -> ``3 4 1 2 3 ..``
-
-        Args:
-            most: tokens wanted.
-
-        Returns:
-            So many tokens, and how much matched; None: the last token is new.
+        ``1 2 3 4 1 2`` -> ``3 4 1 2 3 ..``; None if the last token has not occurred before.
         """
         text, end = self._text, len(self._text)
-        at = 0
-        for size, behind in zip(GRAMS, self._behind, strict=True):
-            place = behind.get(hash(tuple(text[end - size :]))) if size <= end else None
-            if place is None or text[place - size : place] != text[end - size :]:
-                break  # nor has a longer run stood anywhere
-            at = place
-        if not at:
+        start = 0
+        for size, index in zip(NGRAM_SIZES, self._next, strict=True):
+            position = index.get(hash(tuple(text[end - size :]))) if size <= end else None
+            if position is None or text[position - size : position] != text[end - size :]:
+                break  # then longer n-grams do not match either
+            start = position
+        if not start:
             return None
         matched = 1
-        while matched < min(at, LONGEST) and text[at - 1 - matched] == text[end - 1 - matched]:
+        while matched < min(start, MAX_MATCH) and text[start - 1 - matched] == text[end - 1 - matched]:
             matched += 1
-        tokens = text[at : at + most]
-        while len(tokens) < most:
-            tokens.append(tokens[len(tokens) - (end - at)])
-        return FoundDraft(tokens, matched)
-
-
-class LookupRecord:
-    """How often a text went on as it had before, by the number of tokens that matched.
-
-    Args:
-        guess: the chances where nothing was seen, by matching tokens from 1 on, [``LONGEST``]; None: some that rise.
-        memory: continuations of a match of one length are forgotten beyond about so many.
-
-    Attributes:
-        mean: how often a text went on as before, by matching tokens from 1 on.
-        table: the same by ``DOUBT`` lower, which is what plans go by.
-    """
-
-    def __init__(self, guess: Sequence[float] | None = None, memory: float = ALL_TEXTS) -> None:
-        self._memory = memory
-        self.mean = [0.2 + 0.7 * n / (LONGEST - 1) for n in range(LONGEST)] if guess is None else list(guess)
-        self.table = list(self.mean)
-        self._seen = [GUESS] * LONGEST
-        self._same = [GUESS * chance for chance in self.mean]
-        for place in range(LONGEST):
-            self._tell(place)
-
-    def _tell(self, place: int) -> None:
-        seen = self._seen[place]
-        self.mean[place] = mean = self._same[place] / seen
-        self.table[place] = max(0.0, mean - DOUBT * math.sqrt(mean * (1 - mean) / seen))
-
-    def chances(self, found: FoundDraft) -> list[float]:
-        """The chance of each token of a draft, given that those before it are kept."""
-        begin, count = found.matched - 1, len(found.tokens)
-        deep = self.table[begin : begin + count]
-        return deep if len(deep) == count else deep + self.table[-1:] * (count - len(deep))
-
-    def learn(self, found: FoundDraft, tokens: Sequence[int]) -> None:
-        """Take note of how the text went on, whether or not the draft was verified."""
-        place = found.matched - 1
-        for draft, token in zip(found.tokens, tokens, strict=False):
-            self._seen[place] += 1
-            self._same[place] += draft == token
-            if self._seen[place] > self._memory:
-                self._seen[place] *= 0.5
-                self._same[place] *= 0.5
-            self._tell(place)
-            if draft != token:
-                return
-            place = min(place + 1, LONGEST - 1)
+        tokens = text[start : start + num_tokens]
+        while len(tokens) < num_tokens:
+            tokens.append(tokens[len(tokens) - (end - start)])
+        return LookupDraft(tokens, matched)
