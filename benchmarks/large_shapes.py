@@ -93,7 +93,7 @@ def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: in
         budget.learn(plan, plan.masks, [kept], [drafted], [waiting], [chance.tolist()])
         if number >= steps // 5:  # once the planner knows the text
             tokens += kept + 1
-            seconds += budget.costs.spent(plan, plan.masks)
+            seconds += budget.costs.plan(plan, plan.masks)
     return tokens / seconds * float(costs.curve(1)[1]), tokens / (steps - steps // 5)
 
 

@@ -28,7 +28,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, usual_positions
 from mtp_lightning.decoding.planning.draft_stats import DraftStats
-from mtp_lightning.decoding.planning.text_lookup import FoundDraft
+from mtp_lightning.decoding.planning.text_lookup import LookupDraft
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.shortlist import Shortlist, shortlist_size
 from mtp_lightning.decoding.step_plan import budgeted_plan, prompt_plan, step_plan
@@ -104,7 +104,7 @@ class _Row:
     length: int
     limit: int
     drafts: int = 0
-    found: FoundDraft | None = None
+    found: LookupDraft | None = None
     going: bool = True
 
 
@@ -260,7 +260,7 @@ def _of_length(draft: Drafts, count: int) -> Drafts:
     return Drafts(tokens, scores)
 
 
-def _with_found(draft: Drafts, found: Sequence[FoundDraft | None]) -> Drafts:
+def _with_found(draft: Drafts, found: Sequence[LookupDraft | None]) -> Drafts:
     """The drafts of the rows whose text offers a better one put in place of those of their blocks."""
     count = draft.tokens.shape[1]
     lines = [[r, *(each.tokens + [0] * count)[:count]] for r, each in enumerate(found) if each is not None]

@@ -33,7 +33,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.step_costs import StepCosts
-from mtp_lightning.decoding.planning.text_lookup import FoundDraft
+from mtp_lightning.decoding.planning.text_lookup import LookupDraft
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
@@ -193,19 +193,19 @@ def test_drafts_that_the_text_offers(
     def choose(self: Budget, room: int, limits: list[int], spare: list[int]) -> Plan:
         planted.clear()
         for row, most in zip(self.rows, spare, strict=True):
-            assert row.text is not None
-            said = row.text._text
+            assert row.lookup is not None
+            said = row.lookup._text
             (r,) = [r for r, prompt in enumerate(rows) if said[: len(prompt)] == prompt.tolist()]
             tokens = expected[r][len(said) - len(rows[r]) :][: generator.randint(0, min(most, self.num_masks))]
-            row.offered = row.found = None
+            row.lookup_draft = row.found = None
             if tokens:
                 planted[r] = generator.randint(0, len(tokens))
                 tokens[planted[r] :] = [(token + 1) % 97 for token in tokens[planted[r] :]]
-                row.offered = row.found = FoundDraft(tokens, 3)
+                row.lookup_draft = row.found = LookupDraft(tokens, 3)
         live.add(tuple(planted))
         longest = max([0, *(len(row.found.tokens) for row in self.rows if row.found)])
         c, m = min(size for size in self.sizes if size >= longest), generator.choice([0, self.num_masks])
-        return Plan(c, m, self.places[-1])
+        return Plan(c, m, self.wheres[-1])
 
     monkeypatch.setattr(Budget, "choose", choose)
     monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: StepCosts((1, 81), (1.0, 3.0), 0.0, 0.0))

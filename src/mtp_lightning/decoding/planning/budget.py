@@ -105,67 +105,67 @@ class Budget:
         self.rows = [self.rows[r] for r in rows]
         self.costs.select(len(self.rows))
 
-    def first(self, room: int) -> Plan:
+    def first(self, max_masks: int) -> Plan:
         """The prompt's step: next to a prompt a small block costs little, and shows what to expect of the text.
 
         Args:
-            room: largest block that is of use.
+            max_masks: largest block that is of use.
 
         Returns:
             The plan.
         """
-        plan = self._best(room, [0] * len(self.rows), False)
+        plan = self._best(max_masks, [0] * len(self.rows), False)
         self._drafting_paused = False
-        masks = self._largest_size(min(room, max(plan.masks, 2)))
+        masks = self._largest_size(min(max_masks, max(plan.masks, 2)))
         if plan == PLAIN:  # then the block is a probe, to be paid off before the next one
             self._probe_credit = -self._probe_seconds(masks)
         return Plan(0, masks, "last")
 
-    def choose(self, room: int, limits: Sequence[int], spare: Sequence[int] = ()) -> Plan:
+    def choose(self, max_masks: int, num_waiting: Sequence[int], max_lookup: Sequence[int] = ()) -> Plan:
         """The best plan for the next step.
 
         Args:
-            room: largest block that is of use.
-            limits: drafts of each row's block that may be verified.
-            spare: drafts of each row that may be verified if the text offers them; empty: no lookup.
+            max_masks: largest block that is of use.
+            num_waiting: drafts of each row's block that may be verified.
+            max_lookup: drafts of each row that may be verified if the text offers them; empty: no lookup.
 
         Returns:
             The plan.
         """
-        for row, most in zip(self.rows, spare, strict=False):
+        for row, most in zip(self.rows, max_lookup, strict=False):
             row.lookup_draft = row.lookup.draft(min(most, self.num_masks)) if row.lookup is not None and most > 0 else None
             row.found = row.lookup_draft
         if self._drafting_paused:
-            return self._or_probe(room, *self._best_without_masks())
-        return self._best(room, limits, self.timed)
+            return self._or_probe(max_masks, *self._best_without_masks())
+        return self._best(max_masks, num_waiting, self.timed)
 
-    def observe(self, plan: Plan, links: int, seconds: float, graph: bool = False) -> None:
+    def observe(self, plan: Plan, num_sequential: int, seconds: float, graph: bool = False) -> None:
         """Record what a step took; see ``PlanCosts.observe``. Plans depend on it, the text does not."""
         self.stats.steps_since_plain[len(self.rows).bit_length()] = 0 if plan == PLAIN else self._steps_since_plain() + 1
-        self.costs.observe(plan, links, seconds, graph)
+        self.costs.observe(plan, num_sequential, seconds, graph)
 
     def learn(
         self,
         plan: Plan,
-        links: int,
-        kept: Sequence[int],
-        drafted: Sequence[int],
-        depths: Sequence[int],
-        new: Sequence[Sequence[float]],
-        texts: Sequence[Sequence[int]] = (),
+        num_sequential: int,
+        accepted: Sequence[int],
+        verified: Sequence[int],
+        waiting: Sequence[int],
+        head_probs: Sequence[Sequence[float]],
+        new_tokens: Sequence[Sequence[int]] = (),
     ) -> None:
         """Record the outcome of a step.
 
         Args:
             plan: what was fed.
-            links: tokens drafted one after another.
-            kept: drafts accepted in each row.
-            drafted: drafts verified in each row.
-            depths: drafts that each row has now.
-            new: the head's probabilities of them.
-            texts: the tokens that each row gained; only used where drafts are looked up in texts.
+            num_sequential: tokens drafted one after another.
+            accepted: number of drafts accepted in each row.
+            verified: number of drafts verified in each row.
+            waiting: number of drafts that each row has now.
+            head_probs: the head's probabilities of these.
+            new_tokens: the tokens that each row gained; only used where drafts are looked up in texts.
         """
-        for row, tokens in zip(self.rows, texts, strict=False):
+        for row, tokens in zip(self.rows, new_tokens, strict=False):
             if row.lookup is not None:
                 if row.lookup_draft is not None:  # verified or not
                     self.stats.lookup.learn(row.lookup_draft, tokens)
@@ -175,11 +175,11 @@ class Budget:
             return
         self._steps += 1
         self._estimates_confirmed = False
-        for row, num_accepted, num_verified, depth, head_probs in zip(self.rows, kept, drafted, depths, new, strict=True):
-            self._learn_row(row, num_accepted, num_verified, depth, head_probs)
-        if any(num_accepted > 0 and row.found is None for num_accepted, row in zip(kept, self.rows, strict=True)):
+        for row, *outcome in zip(self.rows, accepted, verified, waiting, head_probs, strict=True):
+            self._learn_row(row, *outcome)
+        if any(count > 0 and row.found is None for count, row in zip(accepted, self.rows, strict=True)):
             self._probe_backoff = 1
-        if any(depths):  # else no new block, nothing new about blocks
+        if any(waiting):  # else no new block, nothing new about blocks
             self.stats.prior_accept_prob += PRIOR_WEIGHT * (self._mean_accept_prob() - self.stats.prior_accept_prob)
 
     def _learn_row(
@@ -225,14 +225,14 @@ class Budget:
         for row in self.rows:
             row.found = None
 
-    def _best(self, room: int, limits: Sequence[int], timed: bool) -> Plan:
+    def _best(self, max_masks: int, num_waiting: Sequence[int], timed: bool) -> Plan:
         """The best plan; or, if ``timed``, a plain step when its time has to be measured."""
         if timed and self._plain_step_due():
             self.costs.refresh()
             self._drop_lookup_drafts()
             return PLAIN
         seconds, rate = self._estimate()
-        accept_probs = [self._row_accept_prob(row, limit) for row, limit in zip(self.rows, limits, strict=True)]
+        accept_probs = [self._row_accept_prob(row, limit) for row, limit in zip(self.rows, num_waiting, strict=True)]
         block_need = np.array([row.block_need for row in self.rows])
         tokens = expected_tokens(accept_probs, block_need, self.num_masks, self._values(), len(self.wheres))
         gain = tokens - rate * seconds  # [c, m, where]
@@ -242,11 +242,11 @@ class Budget:
         # Only sizes of use; c may be slightly more than the drafts there are, where those do not fill a size.
         most = max(map(len, accept_probs))
         num_c = 1 + next((i for i, size in enumerate(self.sizes) if size >= most), len(self.sizes) - 1)
-        num_m = 1 + self.sizes.index(self._largest_size(min(room, self.num_masks)))
+        num_m = 1 + self.sizes.index(self._largest_size(min(max_masks, self.num_masks)))
         gain = gain[:num_c, :num_m]
         c, m, where = np.unravel_index(int(gain.argmax()), gain.shape)
         plan = Plan(self.sizes[int(c)], self.sizes[int(m)], self.wheres[int(where)])
-        if plan.masks or max(limits, default=0):
+        if plan.masks or max(num_waiting, default=0):
             return plan
 
         # No drafts and no masks: nothing is learned, so if a plain step is best in this state it remains so.
@@ -254,8 +254,8 @@ class Budget:
         self._drafting_paused = not plain_gain[:num_m].argmax()
         if self._drafting_paused and not self._estimates_confirmed:  # a pause is long: decide it on fresh estimates
             self._estimates, self._drafting_paused, self._estimates_confirmed = None, False, True
-            return self._best(room, limits, timed)
-        return self._or_probe(room, plan, float(gain.max() - gain[0, 0, 0]) / rate)
+            return self._best(max_masks, num_waiting, timed)
+        return self._or_probe(max_masks, plan, float(gain.max() - gain[0, 0, 0]) / rate)
 
     def _plain_step_due(self) -> bool:
         seen = self.costs.num_plain_seen()
@@ -312,18 +312,18 @@ class Budget:
             self._drop_lookup_drafts()
         return Plan(self.sizes[c], 0, "last"), float(saved[c])
 
-    def _or_probe(self, room: int, plan: Plan, saved: float) -> Plan:
+    def _or_probe(self, max_masks: int, plan: Plan, saved: float) -> Plan:
         """This plan without masks or, when there is credit for it, a probe: a small block, to see if drafting pays by now.
 
         Args:
-            room: largest block that is of use.
+            max_masks: largest block that is of use.
             plan: the plan.
             saved: seconds that the plan saves over a plain step.
 
         Returns:
             The plan to carry out.
         """
-        masks = self._largest_size(min(2, room))
+        masks = self._largest_size(min(2, max_masks))
         self._probe_credit += PROBE_SHARE * self.costs.plan(PLAIN, 0)
         if masks < 1 or self._probe_credit < (self._probe_seconds(masks) + saved) * self._probe_backoff:
             return plan
