@@ -32,6 +32,7 @@ from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, Repe
 from mtp_lightning.decoding import token_choice
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
 from mtp_lightning.errors import UsageError
 
 
@@ -197,3 +198,18 @@ def test_a_bias_of_one_percentage_point_is_caught(verification: str, count: int,
     monkeypatch.setattr(token_choice, "gumbel_noise", planted(float(bias)))
     p, _ = p_value(count, 5_000, num_masks=2, verification=verification)
     assert p < 0.001 / TESTS
+
+
+def test_processors_see_the_text_and_verified_drafts_only() -> None:
+    """A plan may feed more drafts than a row has; what is fed in their place is padding."""
+    seen: list[list[int]] = []
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids[0].tolist())
+        return scores + 1.0
+
+    choice = TokenChoice(DecodingOptions(logits_processor=[processor]), [0, 0], torch.device("cpu"))
+    tokens, logits = torch.arange(20).view(2, 10), torch.zeros(2, 4, 5)
+    scores = choice.target(logits, Prefixes(tokens, [3, 2], [1, 3]))
+    assert scores[:, :, 0].tolist() == [[1.0, 1.0, 0.0, 0.0], [1.0] * 4]
+    assert [len(ids) for ids in seen] == [3, 4, 2, 3, 4, 5] and seen[1] == [0, 1, 2, 3]

@@ -10,18 +10,19 @@ import torch
 from injected_drafts import (
     shared_model,
 )
-from tiny import CONTEXT, VOCAB, token_row
+from tiny import CONTEXT, VOCAB, tiny_model, token_row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_lightning.decoding.execution import step as decoding_step
-from mtp_lightning.decoding.execution.step import StepInput, num_accepted
+from mtp_lightning.decoding.execution.step import StepInput, draft_block, num_accepted
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.shortlist import Shortlist
 from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel
+from mtp_lightning.sampler_heads import GRUSamplerHead
 
 
 class NoWaiting(TorchDispatchMode):
@@ -103,3 +104,20 @@ def test_number_of_accepted_tokens() -> None:
     assert count([5, 6, 7], [5, 6, 7, 1]) == 3
     assert count([5, 6, 7], [5, 6, 9, 2]) == 2
     assert count([5, 6, 7], [4, 6, 7, 2]) == 0  # what comes after the first error does not count
+
+
+def test_drafts_end_early_below_a_path_probability() -> None:
+    model = tiny_model("llama", 8, sampler_head=GRUSamplerHead())
+    choice = TokenChoice(DecodingOptions(), [0, 0], torch.device("cpu"))
+    choice.confident = True
+    hidden = torch.randn(2, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    arguments = (model, hidden, torch.tensor([3, 4]), torch.tensor([9, 9]), choice, True)
+    with torch.inference_mode():
+        full = draft_block(*arguments)
+        assert full.tokens.shape == (2, 8) and full.probabilities is not None
+        path_prob = full.probabilities.cumprod(1).max(0).values  # of the row that continues longest
+        for count in (1, 3, 7):
+            choice.least = float(path_prob[count - 1]) * 1.0001
+            part = draft_block(*arguments)
+            length = int((path_prob >= choice.least).sum()) + 1
+            assert 1 <= length <= count and torch.equal(part.tokens, full.tokens[:, :length])

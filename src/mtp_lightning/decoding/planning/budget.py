@@ -175,8 +175,8 @@ class Budget:
             return
         self._steps += 1
         self._estimates_confirmed = False
-        for row, *outcome in zip(self.rows, accepted, verified, waiting, head_probs, strict=True):
-            self._learn_row(row, *outcome)
+        for row, a, c, count, probs in zip(self.rows, accepted, verified, waiting, head_probs, strict=True):
+            self._learn_row(row, a, c, count, probs)
         if any(count > 0 and row.found is None for count, row in zip(accepted, self.rows, strict=True)):
             self._probe_backoff = 1
         if any(waiting):  # else no new block, nothing new about blocks
