@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two batches for each metric, and metrics updated with one of them or both. Helpers of the metric tests, no tests."""
+"""Two batches for each metric, and what the metrics compute from one of them or both."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from mtp_lightning.metrics import AcceptanceLength, ForcedAcceptance, TermMean
 from mtp_lightning.types import ANCHOR, MTP, NTP, LossSum
 
 K = 3
-KINDS = ("acceptance", "forced", "term", "joint", "one_sided")
-"""The last metric gets a batch in the second half alone."""
+CASES = ("acceptance", "forced", "term", "joint", "one_sided")
+"""The last one has no first batch, so that one of two processes has none."""
+DENOMINATORS = {"term": (MTP, NTP), "joint": ((NTP, MTP),), "one_sided": (ANCHOR,)}
 
 
-def new_metric(kind: str) -> Metric:
-    return {"acceptance": AcceptanceLength, "forced": lambda: ForcedAcceptance(K)}.get(kind, TermMean)()
+def new_metric(case: str) -> Metric:
+    return {"acceptance": AcceptanceLength, "forced": lambda: ForcedAcceptance(K)}.get(case, TermMean)()
 
 
-def batches(kind: str, seed: int) -> list[tuple[Any, ...]]:
+def batches(case: str) -> list[tuple[Any, ...] | None]:
     """Arguments of two updates. No two numbers are alike, so that a forgotten one shows."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(3)
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randint(1, 50, shape, generator=g)
 
-    if kind == "acceptance":
+    if case == "acceptance":
         return [(numbers(n), numbers(n)) for n in (4, 2)]
-    if kind == "forced":
+    if case == "forced":
         return [tuple(torch.rand(2, n, K, generator=g) < share for share in (0.7, 0.9)) for n in (5, 3)]
-    divisors = {"term": (MTP, NTP), "joint": ((NTP, MTP),), "one_sided": (ANCHOR,)}[kind]
-    made = [([LossSum(torch.rand((), generator=g), d) for d in divisors], numbers(3).double()) for _ in range(2)]
-    return made
+    found = [([LossSum(torch.rand((), generator=g), d) for d in DENOMINATORS[case]], numbers(3).double()) for _ in range(2)]
+    return [None if case == "one_sided" else found[0], found[1]]
 
 
-def filled_metrics(seed: int, half: int | None) -> list[tuple[str, torch.Tensor]]:
-    """What each metric computes after its updates: both, or those of one half."""
-    values = []
-    for kind in KINDS:
-        metric = new_metric(kind)
-        for index, batch in enumerate(batches(kind, seed)):
-            if half in (None, index) and not (kind == "one_sided" and index == 0):
+def computed(half: int | None) -> dict[str, torch.Tensor]:
+    """What each metric computes after its updates: both, or that of one half."""
+    values = {}
+    for case in CASES:
+        metric = new_metric(case)
+        for index, batch in enumerate(batches(case)):
+            if batch is not None and half in (None, index):
                 metric.update(*batch)
-        values.append((kind, metric.compute()))
+        values[case] = metric.compute()
         if isinstance(metric, ForcedAcceptance):
-            values.append(("accuracy", metric.accuracy()))
+            values["accuracy"] = metric.accuracy()
     return values

@@ -25,10 +25,3 @@ def _work(rank: int, function: Callable[..., Any], folder: str, arguments: tuple
         torch.save(function(rank, *arguments), Path(folder) / f"result_{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
-
-
-def metrics_of_half(rank: int, seed: int) -> dict[str, torch.Tensor]:
-    """What each metric of ``metric_data`` computes where each process is updated with its half of the data."""
-    from metric_data import filled_metrics
-
-    return dict(filled_metrics(seed, rank))

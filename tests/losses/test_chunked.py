@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sum of losses that is made few positions at a time: its value, its gradient, and how few."""
+"""A sum of losses over chunks of positions: its value, its gradient, and the size of the chunks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def plain_sum(hidden: Tensor, weights: Tensor, labels: Tensor, scale: Tensor) ->
     return (F.cross_entropy(UNEMBED(hidden) * scale, labels, reduction="none") * weights).sum()
 
 
-@pytest.mark.parametrize("num", [0, 1, 15, 16, 17, 48, 53])
-@pytest.mark.parametrize("rows_per_chunk", [1, 16, 20, 1000])
+@pytest.mark.parametrize(("num", "rows_per_chunk"), [(0, 16), (1, 1000), (16, 1), (17, 16), (53, 20), (53, 1000)])
 @pytest.mark.parametrize("frozen", ["nothing", "hidden", "parameter", "all"])
 def test_chunked_sum_equals_the_plain_sum(
     num: int, rows_per_chunk: int, frozen: str, monkeypatch: pytest.MonkeyPatch

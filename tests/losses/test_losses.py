@@ -27,14 +27,6 @@ from mtp_lightning.modeling import masking
 from mtp_lightning.types import ANCHOR, MTP, NTP, HiddenStates, LossSum, MaskedInput, TokenRow
 
 
-@pytest.fixture(params=[-100, -7], ids=["ignore-100", "ignore-7"])
-def ignored(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The label that counts in no loss; -7 shows any place that leans on cross_entropy's own default of -100."""
-    for module in (masking, base):
-        monkeypatch.setattr(module, "IGNORE_INDEX", request.param)
-    return request.param
-
-
 def rows_with(ignored: int) -> list[TokenRow]:
     return [row._replace(labels=torch.where(row.labels == -100, ignored, row.labels)) for row in tiny_rows()]
 
@@ -60,7 +52,7 @@ class Position:
 
 
 def carries(row: TokenRow, ignored: int, start: int, t: int) -> bool:
-    """Whether x_t is a label for the document that holds x_start."""
+    """True if x_t is a label for the document that holds x_start."""
     inside = t < len(row.input_ids) and bool(row.document_ids[t] == row.document_ids[start])
     return inside and int(row.labels[t]) != ignored
 
@@ -83,7 +75,7 @@ def mtp_positions(rows: list[TokenRow], ignored: int, starts: list[list[int]] | 
 
 
 def block_weight(rows: list[TokenRow], ignored: int, starts: list[list[int]], r: int) -> float:
-    """Starts of row r that have a label over those that were given a block."""
+    """Starts of row r that have a label over those that got a block."""
     useful = {x.i for x in mtp_positions(rows, ignored) if x.row == r}
     return len(useful) / sum(i >= 0 for i in starts[r])
 
@@ -95,9 +87,9 @@ def cross_entropy(logits: Tensor, label: int) -> Tensor:
 def reference(term: LossTerm, states: HiddenStates, rows: list[TokenRow], starts: list[list[int]], ignored: int) -> Tensor:
     """The term's value, position by position."""
     ntp, mtp = list(ntp_positions(rows, ignored)), list(mtp_positions(rows, ignored, starts))
-    every = list(mtp_positions(rows, ignored))
+    full_coverage = list(mtp_positions(rows, ignored))
     if isinstance(term, LatentConsistency):
-        groups = [(x.row, x.i + x.j) for x in every]  # S(t) under full coverage
+        groups = [(x.row, x.i + x.j) for x in full_coverage]  # S(t) under full coverage
         total = torch.zeros((), dtype=torch.float64)
         for x in mtp:
             z, anchor = states.mtp[x.row, x.p, x.j - 1], states.ntp[x.row, x.i + x.j].detach()
@@ -115,18 +107,18 @@ def reference(term: LossTerm, states: HiddenStates, rows: list[TokenRow], starts
             log_p = -cross_entropy(logits, x.label)
             return -((1 - log_p.exp()) ** term.gamma) * log_p * (x.j + 1)
         if isinstance(term, AnchorDistillation):
-            own = UNEMBED(states.ntp[x.row, x.i + x.j].detach())
+            teacher = UNEMBED(states.ntp[x.row, x.i + x.j].detach())
             if term.target == "argmax":
-                return cross_entropy(logits, int(own.argmax()))
-            return -((own.exp() / own.exp().sum()) * (logits - logits.exp().sum().log())).sum()
+                return cross_entropy(logits, int(teacher.argmax()))
+            return -((teacher.exp() / teacher.exp().sum()) * (logits - logits.exp().sum().log())).sum()
         return cross_entropy(logits, x.label)
 
     zero = torch.zeros((), dtype=torch.float64)
     m = sum((one(x) * block_weight(rows, ignored, starts, x.row) for x in mtp), zero) if term.positions != "ntp" else zero
     n = sum((one(x) for x in ntp), zero) if term.positions != "mtp" and at_ntp is not None else zero
     if term.joint_mean and term.positions == "all" and at_ntp is not None:
-        return (m + n) / (len(every) + len(ntp))
-    return m / len(every) + n / len(ntp)
+        return (m + n) / (len(full_coverage) + len(ntp))
+    return m / len(full_coverage) + n / len(ntp)
 
 
 TERMS: dict[str, LossTerm] = {
@@ -146,85 +138,45 @@ TERMS: dict[str, LossTerm] = {
 }
 
 
-@pytest.mark.parametrize("chunk", [None, 16 * V], ids=["one chunk", "many chunks"])
-@pytest.mark.parametrize("coverage", ["full", "sampled"])
+@pytest.mark.parametrize(("block_fraction", "rows_per_chunk", "ignored"), [(1.0, None, -100), (0.5, 16, -7)])
 @pytest.mark.parametrize("name", TERMS)
 def test_term_equals_a_loop_over_positions(
-    name: str, coverage: str, chunk: int | None, ignored: int, monkeypatch: pytest.MonkeyPatch
+    name: str, block_fraction: float, rows_per_chunk: int | None, ignored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if chunk is not None:
-        monkeypatch.setattr(chunked, "LOGITS_PER_CHUNK", chunk)
+    for module in (masking, base):  # -7 shows any place that leans on cross_entropy's own default of -100
+        monkeypatch.setattr(module, "IGNORE_INDEX", ignored)
+    if rows_per_chunk is not None:
+        monkeypatch.setattr(chunked, "LOGITS_PER_CHUNK", rows_per_chunk * V)
     term, rows = TERMS[name], rows_with(ignored)
-    batch = masking.build_masked_input(rows, K, block_fraction=1.0 if coverage == "full" else 0.5, seed=3)
-    starts = batch.starts.tolist()
-    assert (coverage == "full") == bool((batch.block_weights[batch.starts >= 0] == 1).all())
+    batch = masking.build_masked_input(rows, K, block_fraction=block_fraction, seed=3)
+    assert (block_fraction == 1) == bool((batch.block_weights[batch.starts >= 0] == 1).all())
     states = random_states(batch)
     leaves = [t for t in states if t is not None] + list(term.parameters())
-    found = term_value(term(states, batch, UNEMBED), batch.counts)
-    expected = reference(term, states, rows, starts, ignored)
+    value = term_value(term(states, batch, UNEMBED), batch.counts)
+    expected = reference(term, states, rows, batch.starts.tolist(), ignored)
     # Block and anchor weights are float32 (1/3 is off by 1e-8); all else is float64.
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
-    mine = torch.autograd.grad(found, leaves, allow_unused=True, materialize_grads=True)
-    other = torch.autograd.grad(expected, leaves, allow_unused=True, materialize_grads=True)
-    for a, b in zip(mine, other, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)  # float32 weights, as above
-    assert any(g.any() for g in mine)
+    torch.testing.assert_close(value, expected, rtol=1e-7, atol=0)
+    # Of all leaves: zeros at ignored positions and at detached anchors too.
+    grads, expected_grads = (
+        torch.autograd.grad(v, leaves, allow_unused=True, materialize_grads=True) for v in (value, expected)
+    )
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-12)  # float32 weights, as above
+    assert any(g.any() for g in grads)
 
 
-@pytest.mark.parametrize("name", TERMS)
-def test_ignored_positions_have_no_gradient(name: str) -> None:
-    batch = masking.build_masked_input(tiny_rows(), K)
-    states = random_states(batch)
-    term_value(TERMS[name](states, batch, UNEMBED), batch.counts).backward()
-    at_mtp, at_ntp = batch.mtp_labels != -100, batch.ntp_labels != -100
-    assert not at_mtp.all() and not at_ntp.all()
-    for state, counted in (
-        (states.mtp, at_mtp),
-        (states.sampler, at_mtp),
-        (states.ntp, at_ntp),
-        (states.sampler_ntp, at_ntp),
-    ):
-        assert state is not None
-        if state.grad is not None:
-            assert not state.grad[~counted].any()
-            assert state.grad[counted].any(-1).all() or not state.grad.any()
-    for p in TERMS[name].parameters():
-        p.grad = None
-
-
-def test_the_anchor_gets_no_gradient() -> None:
-    batch = masking.build_masked_input(tiny_rows(), K)
-    for term in (LatentConsistency(), AnchorDistillation(head="base"), AnchorDistillation(target="argmax")):
-        states = random_states(batch)
-        term_value(term(states, batch, UNEMBED), batch.counts).backward()
-        assert states.ntp.grad is None or not states.ntp.grad.any()
-
-
-@pytest.mark.parametrize("name", TERMS)
-def test_nothing_to_count_gives_zero_and_zero_gradients(name: str) -> None:
+def test_nothing_to_count_gives_zero_and_zero_gradients() -> None:
     row = token_row([6])
     batch = masking.build_masked_input([row._replace(labels=torch.full_like(row.labels, -100))], K)
-    states, term = random_states(batch), TERMS[name]
-    value = term_value(term(states, batch, UNEMBED), batch.counts)
-    assert value == 0
-    leaves = [t for t in states if t is not None] + list(term.parameters())
-    for grad in torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True):
-        assert not grad.any() and grad.isfinite().all()
-    for p in term.parameters():  # takes part all the same: no rank waits for its gradient
-        assert torch.autograd.grad(term_value(term(states, batch, UNEMBED), batch.counts), p)[0] == 0
-
-
-def test_distillation_from_its_own_anchor_is_the_entropy_and_argmax_its_lower_bound() -> None:
-    """A property: cross-entropy to a distribution is least at that distribution, where it is the entropy."""
-    batch = masking.build_masked_input([token_row([7])], K)
-    states = random_states(batch)
-    copied = batch.at_anchors(states.ntp.detach())
-    term = AnchorDistillation(head="base")
-    at_anchor = term_value(term(states._replace(mtp=copied.requires_grad_()), batch, UNEMBED), batch.counts)
-    p = UNEMBED(copied[batch.mtp_labels != -100]).softmax(-1)
-    torch.testing.assert_close(at_anchor, -(p * p.log()).sum(-1).mean(), rtol=1e-9, atol=0)  # float64
-    assert torch.autograd.grad(at_anchor, copied)[0].abs().max() < 1e-9  # a stationary point
-    assert at_anchor < term_value(term(states, batch, UNEMBED), batch.counts)
+    for name, term in TERMS.items():
+        states = random_states(batch)
+        value = term_value(term(states, batch, UNEMBED), batch.counts)
+        assert value == 0, name
+        leaves = [t for t in states if t is not None]
+        for grad in torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True, retain_graph=True):
+            assert not grad.any() and grad.isfinite().all(), name
+        for p in term.parameters():  # takes part all the same: no rank waits for its gradient
+            assert torch.autograd.grad(value, p)[0] == 0, name
 
 
 def test_values_add_up_over_rows_whatever_the_batch() -> None:
@@ -233,11 +185,8 @@ def test_values_add_up_over_rows_whatever_the_batch() -> None:
     batch = masking.build_masked_input(rows, K)
     states = random_states(batch)
     alone = [masking.build_masked_input([row], K) for row in rows]
-    for term in (
-        BaseCrossEntropy(positions="all", joint_mean=True),
-        SamplerCrossEntropy(positions="all"),
-        LatentConsistency(),
-    ):
+    for name in ("base joint", "sampler all", "lcm mean"):
+        term = TERMS[name]
         total = torch.zeros((), dtype=torch.float64)
         for r, one in enumerate(alone):
             L, P = one.input_ids.shape[1], one.starts.shape[1]
