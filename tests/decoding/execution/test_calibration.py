@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny import CONTEXT, VOCAB, tiny_model, token_row
 
 from mtp_lightning.decoding import loop as decoding
@@ -27,12 +28,15 @@ def test_a_slow_model_gets_a_curve_of_a_few_points(monkeypatch: pytest.MonkeyPat
 
         return call
 
+    def before(n: int) -> None:
+        clock.now += 0.3 if n > 1 else 0.0
+
     calls = {n: taking(0.2 + 0.01 * n) for n in (1, 2, 3, 5, 9, 17)}
-    found = calibration._time(calls, taking(0.3), 4, 0.6, lambda: None)
+    found = calibration._time(calls, before, 4, 0.6, torch.device("cpu"))
     assert found == pytest.approx({n: 0.2 + 0.01 * n for n in (1, 2, 3, 5)})
     clock.now = 0.0
     calls = {1: taking(0.01), 2: taking(0.02)}
-    assert calibration._time(calls, taking(0.0), 1, 10.0, lambda: None) == pytest.approx({1: 0.01, 2: 0.02})
+    assert calibration._time(calls, lambda _: None, 1, 10.0, torch.device("cpu")) == pytest.approx({1: 0.01, 2: 0.02})
     assert clock.now == pytest.approx((calibration.ROUNDS + 1) * 0.03)
 
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,41 +19,108 @@ from mtp_lightning.modeling.decoder import run_decoder
 from mtp_lightning.modeling.network import MTPNetwork
 
 POSITIONS = (1, 2, 3, 5, 9, 17, 33, 81)
-"""Where the curve is measured, in the order of importance: a slow model's last ones are extrapolated."""
+"""Where the curve is measured, most important first: for a slow model the last ones are extrapolated."""
+MIN_POINTS = 4
+"""Points that are measured however slow the model is."""
 SECONDS, ROUNDS = 0.6, 5
+"""Time for the curve; half and a third of it are for warming up and for the other parts. Rounds after the first."""
 CONTEXT = 64
 """Tokens in the cache while measuring."""
+NUM_VERIFIED = 9
+"""Positions whose verification is timed, against that of one."""
+MAX_EXTRA_DRAFTS = 4
+"""Draft tokens that are timed in addition to the first."""
+
+Key = TypeVar("Key", int, str)
+
+
+class _StepParts:
+    """The parts of a step of one row, as calls to be timed.
+
+    Attributes:
+        max_positions: the largest step that may be timed.
+    """
+
+    def __init__(self, model: MTPNetwork, choice: TokenChoice) -> None:
+        self.model, self.choice, self.device = model, choice, model.base.device
+        self.max_positions = min(POSITIONS[-1], model.context // 2)
+        length = min(CONTEXT, model.context - self.max_positions)
+        self.cache, self.masks = RowCache(model.base, 1), StepMasks(model.base, model.context)
+        self.cache.reserve(length + self.max_positions, length + self.max_positions)
+        self.cache.lengths = [length]
+        self.first = torch.tensor([length], device=self.device)
+        self.hidden: Tensor | None = None  # of two positions
+
+    def decoder(self, num_positions: int) -> Callable[[], Tensor]:
+        """A pass of the decoder over one token and masks."""
+        tokens = torch.zeros(1, num_positions, dtype=torch.int64, device=self.device)
+        model, layouts = self.model, (StepLayout(num_positions, 0, ()),)
+        inputs = model.embed(tokens)
+
+        def call() -> Tensor:
+            positions, mask = self.masks.get(layouts, None, self.cache, None)
+            self.cache.begin_step(num_positions, tokens, None)
+            with model.gate.open(num_positions - 1 if model.lora.gated else num_positions):
+                return run_decoder(model.base, inputs, mask, positions, self.cache)
+
+        return call
+
+    def warm_up(self, expected_positions: Collection[int]) -> None:
+        """Run each size once, so that no step of a text is the first of its shape."""
+        begin = time.perf_counter()
+        for num_positions in (1, *sorted(expected_positions)):
+            if num_positions <= self.max_positions and time.perf_counter() - begin < SECONDS / 2:
+                self.decoder(num_positions)()
+        self.hidden = self.decoder(2)()
+
+    def verify(self, num_positions: int) -> Callable[[], object]:
+        """Unembedding and choice of this number of tokens."""
+        assert self.hidden is not None
+        hidden = self.hidden[:, :1].expand(-1, num_positions, -1)
+        positions = self.first[:, None] + torch.arange(num_positions, device=self.device)
+        return lambda: self.choice.draw(self.choice.warped(self.model.unembed(hidden)), positions)
+
+    def draft(self, num_tokens: int) -> Callable[[], object]:
+        """Drafting of this number of tokens."""
+        assert self.hidden is not None
+        hidden = self.hidden[:, 1:].expand(-1, num_tokens, -1)
+        verified = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return lambda: decoding_step.draft_block(self.model, hidden, verified, self.first, self.choice, True)
 
 
 def _time(
-    calls: dict[int, Callable[[], object]],
-    between: Callable[[], object],
-    least: int,
-    budget: float,
-    synchronize: Callable[[], None],
-) -> dict[int, float]:
-    """Time calls over a few rounds, in turn, so that a busy moment hits all alike.
+    calls: Mapping[Key, Callable[[], object]],
+    before: Callable[[Key], object],
+    min_calls: int,
+    limit: float,
+    device: torch.device,
+) -> dict[Key, float]:
+    """Time calls over a few rounds, in turn, so that a busy moment affects all alike.
 
     Args:
-        calls: the calls by number, in the order of importance.
-        between: run before each but number 1: what a step runs before it, so that caches hold what they hold then.
-        least: calls that are made at least once, whatever it takes.
-        budget: seconds after which no other call begins.
-        synchronize: waits for the device.
+        calls: the calls, most important first.
+        before: run before each: what a step runs before it, so that the CPU's caches contain the same.
+        min_calls: calls that are made at least once, however long it takes.
+        limit: seconds after which no other call starts.
+        device: device to synchronise.
 
     Returns:
-        The least seconds of each call that was made; its first counts only where there was no other, for it also makes
-        things ready.
+        The least seconds of each call that was made; its first time, which includes preparations, counts only if there was
+        no other.
     """
-    first: dict[int, float] = {}
-    best: dict[int, float] = {}
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    first: dict[Key, float] = {}
+    best: dict[Key, float] = {}
     begin = time.perf_counter()
     for _ in range(ROUNDS + 1):
         for key, call in calls.items():
-            if len(first) >= least and time.perf_counter() - begin > budget:
+            if len(first) >= min_calls and time.perf_counter() - begin > limit:
                 return {**first, **best}
-            if key != 1:
-                between()
+            before(key)
             synchronize()
             start = time.perf_counter()
             call()
@@ -66,68 +134,41 @@ def _time(
 
 
 @torch.inference_mode()
-def measure_step_costs(model: MTPNetwork, choice: TokenChoice, usual_positions: Collection[int] = ()) -> StepCosts:
-    """Measure them, with the decoder as it is while decoding.
+def measure_step_costs(model: MTPNetwork, choice: TokenChoice, expected_positions: Collection[int] = ()) -> StepCosts:
+    """Measure the costs of steps with the decoder as it is while decoding.
 
     Args:
         model: the model, its fused layers in use.
         choice: how tokens are chosen; of one row.
-        usual_positions: positions of steps to come.
+        expected_positions: positions of steps to come.
 
     Returns:
         The costs.
     """
-    device, k = model.base.device, model.num_masks
+    parts = _StepParts(model, choice)
+    parts.warm_up(expected_positions)
+    draft_one, decode_two = parts.draft(1), parts.decoder(2)
 
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    # The curve. A plain step follows another one, any other step follows the drafting that it verifies.
+    decoders = {n: parts.decoder(n) for n in POSITIONS if n <= parts.max_positions}
+    curve = _time(decoders, lambda n: draft_one() if n > 1 else None, MIN_POINTS, SECONDS, parts.device)
 
-    cache, masks = RowCache(model.base, 1), StepMasks(model.base, model.context)
-    largest = min(POSITIONS[-1], model.context // 2)
-    cached = min(CONTEXT, model.context - largest)
-    cache.reserve(cached + largest, cached + largest)
+    # Verification and drafting follow the decoder. All are timed: none may count as free for lack of time.
+    extra_drafts = min(model.num_masks, MAX_EXTRA_DRAFTS)
+    others = {
+        "verify one": parts.verify(1),
+        "verify more": parts.verify(NUM_VERIFIED),
+        "draft one": draft_one,
+        "draft more": parts.draft(1 + extra_drafts),
+    }
+    seconds = _time(others, lambda _: decode_two(), len(others), SECONDS / 3, parts.device)
 
-    def forward(num_positions: int) -> Callable[[], Tensor]:
-        tokens = torch.zeros(1, num_positions, dtype=torch.int64, device=device)
-        inputs, layouts = model.embed(tokens), (StepLayout(num_positions, 0, ()),)
-
-        def call() -> Tensor:
-            positions, mask = masks.get(layouts, None, cache, None)
-            cache.begin_step(num_positions, tokens, None)
-            with model.gate.open(num_positions - 1 if model.lora.gated else num_positions):
-                return run_decoder(model.base, inputs, mask, positions, cache)
-
-        return call
-
-    cache.lengths = [cached]
-    begin = time.perf_counter()
-    for num_positions in (1, *sorted(usual_positions)):  # so that no step of a text is the first of its shape
-        if num_positions <= largest and time.perf_counter() - begin < SECONDS / 2:
-            forward(num_positions)()
-    hidden = forward(2)()
-    deep = min(k, 4)
-    at = torch.tensor([cached], device=device)
-    verified = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def choose(count: int) -> Callable[[], object]:
-        states, places = hidden[:, :1].expand(-1, count, -1), at[:, None] + torch.arange(count, device=device)
-        return lambda: choice.draw(choice.warped(model.unembed(states)), places)
-
-    def chain(depth: int) -> Callable[[], object]:
-        states = hidden[:, 1:].expand(-1, depth, -1)
-        return lambda: decoding_step.draft_block(model, states, verified, at, choice, True)
-
-    # A curve needs a few points, and no part may count as free because there was no time for it.
-    seconds = _time({n: forward(n) for n in POSITIONS if n <= largest}, chain(1), 4, SECONDS, synchronize)
-    others = {-1: choose(1), 9: choose(9), -2: chain(1), -2 - deep: chain(deep + 1)}
-    parts = _time(others, forward(2), len(others), SECONDS / 3, synchronize)
-    drafted = max(0.0, (parts[-2 - deep] - parts[-2]) / deep)
-    points = tuple(sorted(seconds))
+    positions = tuple(sorted(curve))
+    drafted = max(0.0, (seconds["draft more"] - seconds["draft one"]) / extra_drafts)
     return StepCosts(
-        points,
-        tuple(seconds[n] for n in points),
-        max(0.0, (parts[9] - parts[-1]) / 8),
-        drafted,
-        max(0.0, parts[-2] - drafted),
+        positions=positions,
+        seconds=tuple(curve[n] for n in positions),
+        verified=max(0.0, (seconds["verify more"] - seconds["verify one"]) / (NUM_VERIFIED - 1)),
+        drafted=drafted,
+        begun=max(0.0, seconds["draft one"] - drafted),
     )
