@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mtp_lightning.callbacks.run_guards import memory_of
-from mtp_lightning.callbacks.throughput import PEAK_TFLOPS, peak_memory
+from mtp_lightning.callbacks.throughput import PEAK_TFLOPS
 from mtp_lightning.losses import AnchorDistillation, LatentConsistency, LossTerm
 from mtp_lightning.losses.base import term_value
 from mtp_lightning.model import MTPModel
@@ -30,6 +29,7 @@ from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.sampler_heads import GRUSamplerHead
+from mtp_lightning.training.run_size import device_memory, peak_memory
 from mtp_lightning.training.sizing import StepSize, advice, estimate, gigabytes, model_size, step_flops
 from mtp_lightning.types import TokenRow
 
@@ -170,7 +170,7 @@ def run() -> None:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            memory = memory_of(device)
+            memory = device_memory(device)
             said = advice(size, step_of(arguments, block_fraction), memory)
             print(json.dumps({"block_fraction": block_fraction, "memory_ran_out_of": gigabytes(memory), "advice": said}))
         for parameter in model.parameters():

@@ -123,7 +123,8 @@ def test_a_resumed_run_does_not_repeat_the_evaluation_of_its_step(
 ) -> None:
     callback = AcceptanceEvaluation(prompts, every_n_steps=1)
     monkeypatch.setattr(callback, "_evaluate", lambda *arguments: pytest.fail("evaluated between the batches of a step"))
-    trainer: Any = SimpleNamespace(global_step=1, fit_loop=SimpleNamespace(_should_accumulate=lambda: True))
+    monkeypatch.setattr(acceptance_evaluation, "is_accumulating", lambda trainer: True)
+    trainer: Any = SimpleNamespace(global_step=1)
     callback.on_fit_start(trainer, module)
     callback.on_train_batch_end(trainer, module, None, None, 2)
 

@@ -20,7 +20,7 @@ from trained_run import CONTEXT, contents
 
 from mtp_lightning.commands.lightning_cli import MTPCLI
 from mtp_lightning.errors import UsageError
-from mtp_lightning.trainer.wrong_settings import wrong_setting
+from mtp_lightning.trainer.wrong_settings import setting_error
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "predict", "generate"])
@@ -271,12 +271,12 @@ def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, caps
     ],
 )
 def test_a_file_that_may_not_be_touched(path: str | Path, expected: str) -> None:
-    found = wrong_setting(PermissionError(errno.EACCES, "Permission denied", path), Path("run"))
+    found = setting_error(PermissionError(errno.EACCES, "Permission denied", path), Path("run"))
     assert str(found).endswith(expected)
 
 
 def test_no_permission_for_what_is_no_file() -> None:
-    assert wrong_setting(PermissionError(errno.EPERM, "Operation not permitted"), Path("run")) is None
+    assert setting_error(PermissionError(errno.EPERM, "Operation not permitted"), Path("run")) is None
 
 
 def test_wrong_data_that_a_schedule_asks_for_is_no_wrong_schedule() -> None:
@@ -290,7 +290,7 @@ def test_wrong_data_that_a_schedule_asks_for_is_no_wrong_schedule() -> None:
     for data in (False, True):
         with pytest.raises(ValueError) as caught:
             configure_optimizers(data)
-        found.append(wrong_setting(caught.value, Path("run")))
+        found.append(setting_error(caught.value, Path("run")))
     assert isinstance(found[0], UsageError) and found[1] is None
 
 

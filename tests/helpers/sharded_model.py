@@ -47,13 +47,13 @@ def sharded(rank: int) -> tuple[list[dict[str, Any]], int, int, dict[str, Any], 
     """
     from torch.distributed.device_mesh import init_device_mesh
 
-    from mtp_lightning.training.sharding import shard_model, whole
+    from mtp_lightning.training.sharding import full_value, shard_model
 
     mesh = init_device_mesh("cpu", (2,))
     mixed = mixed_model()
     shard_model(mixed, mesh)
     dtypes = {(p.requires_grad, str(p.to_local().dtype)) for p in mixed.parameters()}  # type: ignore[operator]
-    found = {name: whole(grad, True) for name, grad in gradients(mixed, rank).items()}
+    found = {name: full_value(grad, True) for name, grad in gradients(mixed, rank).items()}
     model = tiny_model("llama")
     shard_model(model, mesh)
     calls = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lightning callbacks: evaluation by real decoding, sample texts, and what long runs need."""
+"""Lightning callbacks: evaluation by real decoding, sample texts, and resuming, guarding and timing long runs."""
 
 from mtp_lightning.callbacks.acceptance_evaluation import AcceptanceEvaluation
 from mtp_lightning.callbacks.last_checkpoint import LastCheckpoint

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AcceptanceEvaluation: decodes held-out prompts while training and at validation, and says how many tokens a step gains."""
+"""AcceptanceEvaluation: decodes held-out prompts in training and at validation, and reports the tokens gained per step."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ from mtp_lightning.evaluation.acceptance_report import print_notes, print_table,
 from mtp_lightning.evaluation.reporting import save_json
 from mtp_lightning.text.prompts import Prompt, round_robin
 from mtp_lightning.training.distributed import gather, run_folder
+from mtp_lightning.training.lightning_private import is_accumulating
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class AcceptanceEvaluation(DecodingCallback):
-    """Decodes held-out prompts with the real decoder, checks the text, prints a table and writes a plot.
+    """Decodes held-out prompts with the real decoder, compares texts, prints a table and writes a plot.
 
     Logs ``val/acceptance_length``, ``val/acceptance_length/<domain>`` and, with ``num_speed_pairs``, ``val/speed_up``
     (``test/...`` under ``mtp test``). Writes ``acceptance.json`` and ``acceptance.png`` to the run's folder. Processes
-    share the prompts; where parameters are sharded, a process that is done early keeps the others company.
+    share the prompts; where parameters are sharded, a process that is done early makes dummy forward passes for the others.
 
     Args:
         prompts: ``.txt`` (one prompt a line) or ``.jsonl`` file (``prompt`` or ``messages``, optional ``domain``) that
             training has not seen, or ``package://...`` for one shipped with this package.
-        num_prompts: decode at most so many prompts, evenly from the domains; None: all.
-        max_new_tokens: at most so many tokens a prompt.
-        max_steps: at most so many steps a prompt (the paper: 100); None: no limit.
+        num_prompts: the most prompts to decode, evenly from the domains; None: all.
+        max_new_tokens: the most tokens a prompt.
+        max_steps: the most steps a prompt (the paper: 100); None: no limit.
         decoding: ``quadratic``, ``linear`` or ``autoregressive``.
-        num_masks: masks in a block, at most as many as are trained; ``auto``: all, so that steps depend on no machine.
+        num_masks: masks in a block, at most as many as are trained; ``auto``: all, so that steps do not depend on the machine.
         sampler_head: draft with the sampler head; false: from the base head.
-        every_n_steps: also evaluate every so many optimizer steps of training; None: not.
+        every_n_steps: also evaluate every N optimizer steps of training; None: only at validation.
         at_validation: evaluate at every validation (not in Lightning's sanity check).
-        num_lossless: compare the text of so many prompts of each domain with autoregressive decoding.
-        num_speed_pairs: time so many prompts against autoregressive decoding, in interleaved pairs.
+        num_lossless: number of prompts of each domain whose text is compared with autoregressive decoding.
+        num_speed_pairs: number of prompts timed against autoregressive decoding, in interleaved pairs.
     """
 
     def __init__(
@@ -73,13 +74,13 @@ class AcceptanceEvaluation(DecodingCallback):
         self.num_speed_pairs = num_speed_pairs
         self.history: list[dict[str, Any]] = []
         self.results: list[PromptResult] = []
-        self._evaluated_at: int | None = None
-        self._printed: list[PromptResult] | None = None
+        self._evaluated_at: int | None = None  # optimizer step
+        self._printed: list[PromptResult] | None = None  # those of the last table
 
     @property
     def state_key(self) -> str:
-        """Two of these with different settings may run beside each other."""
-        return self._generate_state_key(prompts=self.prompts, options=str(self.asked))
+        """Two of these with different settings may be in one run."""
+        return self._generate_state_key(prompts=self.prompts, options=str(self.configured))
 
     def state_dict(self) -> dict[str, Any]:
         """The history, so that a resumed run continues it."""
@@ -90,7 +91,7 @@ class AcceptanceEvaluation(DecodingCallback):
         self.history = list(state_dict["history"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget what an earlier fit measured."""
+        """Reset what an earlier fit measured."""
         self._evaluated_at = None
 
     def on_train_batch_end(
@@ -98,17 +99,17 @@ class AcceptanceEvaluation(DecodingCallback):
     ) -> None:
         """Evaluate every ``every_n_steps`` optimizer steps."""
         step = trainer.global_step
-        if trainer.fit_loop._should_accumulate():  # the step is the one before, which a resumed run has evaluated
+        if is_accumulating(trainer):  # the step is the previous one, which a resumed run has evaluated
             return
         if not self.every_n_steps or step == 0 or step % self.every_n_steps or step == self._evaluated_at:
             return
         pause_clocks(trainer)
         self._evaluate(trainer, pl_module)
         values = self._logged("val")
-        # Lightning passes what is logged here on to loggers every log_every_n_steps alone, so they are told directly.
+        # Lightning passes what is logged here to the loggers only every log_every_n_steps, so they get it directly.
         pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=step - 1)  # where Lightning puts this step's other figures
+            logger.log_metrics(values, step=step - 1)  # Lightning counts logged steps from 0
         self._report(trainer, "val", None)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,20 +136,20 @@ class AcceptanceEvaluation(DecodingCallback):
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
-        together = model.is_sharded
+        sharded = model.is_sharded
         with in_step(model):
-            mine = evaluate_prompts(
+            results = evaluate_prompts(
                 model,
                 self.loaded,
                 self.options,
                 self._progress(trainer),
                 num_lossless=self.num_lossless,
-                num_speed_pairs=0 if together else self.num_speed_pairs,
+                num_speed_pairs=0 if sharded else self.num_speed_pairs,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
             )
-        self.results = [result for share in gather(mine) for result in share]
-        if together and self.num_speed_pairs:  # of one text at a time: another process's steps would be in the timing
+        self.results = [result for share in gather(results) for result in share]
+        if sharded and self.num_speed_pairs:  # one text at a time: the steps of other processes would be in the timing
             with in_step(model):
                 self.results = with_speed_pairs(model, self.loaded, self.options, self.num_speed_pairs, self.results)
         model.clear_decode_cache()  # training needs the memory, and changes the weights
@@ -170,9 +171,8 @@ class AcceptanceEvaluation(DecodingCallback):
     def _logged(self, prefix: str) -> dict[str, float]:
         summary = summarise(self.results)
         values = {f"{prefix}/acceptance_length": summary["overall"]["acceptance_length"]}
-        values |= {
-            f"{prefix}/acceptance_length/{name}": each["acceptance_length"] for name, each in summary["domains"].items()
-        }
+        for domain, figures in summary["domains"].items():
+            values[f"{prefix}/acceptance_length/{domain}"] = figures["acceptance_length"]
         if summary["overall"]["speed_up"] is not None:
             values[f"{prefix}/speed_up"] = summary["overall"]["speed_up"]["median"]
         return values
@@ -180,11 +180,11 @@ class AcceptanceEvaluation(DecodingCallback):
     def _report(self, trainer: Trainer, prefix: str, forced: dict[str, float] | None) -> None:
         folder = run_folder(trainer)
         summary = summarise(self.results, forced)
-        step = trainer.global_step or None  # not known where no checkpoint is evaluated
-        if trainer.state.fn != TrainerFn.FITTING:  # Lightning gives callbacks their state back for training alone
+        step = trainer.global_step or None  # unknown where no checkpoint is evaluated
+        if trainer.state.fn != TrainerFn.FITTING:  # Lightning restores the state of callbacks for training alone
             self.history = saved_history(folder / "acceptance.json") or self.history
         entry = history_entry(summary, prefix, step)
-        # A validation right after an evaluation in training replaces it: the same weights, and more is known.
+        # A validation right after an evaluation in training replaces it: the same weights, and more figures.
         self.history = [old for old in self.history if (old["stage"], old["step"]) != (prefix, step)] + [entry]
         if not trainer.is_global_zero:
             return
@@ -206,18 +206,7 @@ class AcceptanceEvaluation(DecodingCallback):
 def with_speed_pairs(
     model: Any, prompts: list[Prompt], options: DecodingOptions, count: int, results: list[PromptResult]
 ) -> list[PromptResult]:
-    """The results, some of them with a speed-up, timed on the same prompt in all processes at once.
-
-    Args:
-        model: a sharded model.
-        prompts: all prompts.
-        options: how to decode.
-        count: how many to time, evenly from the domains.
-        results: of all prompts.
-
-    Returns:
-        The results in the order of the prompts.
-    """
+    """The results of all prompts, ``count`` of them, evenly from the domains, timed by all processes at once."""
     by_index = {result.prompt_index: result for result in results}
     timed = round_robin([prompt.domain for prompt in prompts])[:count]
     for index, ratio in zip(timed, paired_speed_ups(model, [prompts[i] for i in timed], options), strict=True):
@@ -226,15 +215,7 @@ def with_speed_pairs(
 
 
 def forced_figures(trainer: Trainer, prefix: str) -> dict[str, float] | None:
-    """The module's teacher-forced figures of the loop that has just ended, or None where it logged none.
-
-    Args:
-        trainer: the trainer.
-        prefix: ``val`` or ``test``.
-
-    Returns:
-        ``acceptance_length`` and ``reference``.
-    """
+    """The module's teacher-forced figures of the loop that has just ended, or None if it logged none."""
     logged = trainer.callback_metrics
     names = {"acceptance_length": f"{prefix}/forced_acceptance_length", "reference": f"{prefix}/forced_reference"}
     if not all(name in logged for name in names.values()):
@@ -243,14 +224,7 @@ def forced_figures(trainer: Trainer, prefix: str) -> dict[str, float] | None:
 
 
 def saved_history(path: Path) -> list[dict[str, Any]]:
-    """The history of the run that a folder holds.
-
-    Args:
-        path: its ``acceptance.json``.
-
-    Returns:
-        One entry an evaluation; none where there is no such file or it can't be read.
-    """
+    """The history in an ``acceptance.json``; empty if the file is missing or can't be read."""
     try:
         return list(json.loads(path.read_text())["history"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -258,15 +232,15 @@ def saved_history(path: Path) -> list[dict[str, Any]]:
 
 
 def history_entry(summary: dict[str, Any], stage: str, step: int | None) -> dict[str, Any]:
-    """One line of a run's history.
+    """The main figures of an evaluation, for a run's history.
 
     Args:
         summary: what ``acceptance.summarise`` gives.
         stage: ``val`` or ``test``.
-        step: optimizer steps so far, or None where that is not known.
+        step: optimizer steps so far, or None if unknown.
 
     Returns:
-        The main figures.
+        Plain types.
     """
     overall = summary["overall"]
     return {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callbacks that decode prompts share: reading the prompts in time, and printing beside Lightning's progress bar."""
+"""What callbacks that decode prompts share: reading the prompts early, and printing above Lightning's progress bar."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mtp_lightning.text.prompts import Prompt, read_prompts
 
 
 class DecodingCallback(Callback):
-    """Reads prompts before anything runs, so that what is wrong with them or the options shows at once.
+    """Reads prompts before anything runs, so that errors in them or in the options show at once.
 
     Args:
         prompts: ``.txt`` or ``.jsonl`` file of prompts.
-        num_prompts: at most so many, evenly from the domains; None: all.
-        max_new_tokens: at most so many tokens a prompt.
-        max_steps: at most so many steps a prompt; None: no limit.
+        num_prompts: the most prompts, evenly from the domains; None: all.
+        max_new_tokens: the most tokens a prompt.
+        max_steps: the most steps a prompt; None: no limit.
         decoding: ``quadratic``, ``linear`` or ``autoregressive``.
         num_masks: masks in a block; ``auto``: as many as were trained.
         sampler_head: draft with the sampler head.
@@ -43,29 +43,17 @@ class DecodingCallback(Callback):
         sampler_head: bool,
     ) -> None:
         if prompts == "-":
-            raise UsageError(
-                "a callback's prompts must be a file, got - (standard input), which only one process could read."
-            )
+            raise UsageError("prompts of a callback must be a file, got - (standard input).")
         for name, value in (("num_prompts", num_prompts), ("max_new_tokens", max_new_tokens), ("max_steps", max_steps)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} of {type(self).__name__} must be 1 or more, got {value}.")
         self.prompts = prompts
         self.num_prompts = num_prompts
-        self.options = self.asked = DecodingOptions(decoding, num_masks, sampler_head, max_new_tokens, max_steps)
+        self.options = self.configured = DecodingOptions(decoding, num_masks, sampler_head, max_new_tokens, max_steps)
         self.loaded: list[Prompt] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the prompts.
-
-        Args:
-            trainer: the trainer.
-            pl_module: an ``MTPModule``.
-            stage: what is about to run.
-
-        Raises:
-            UsageError: more masks than the module has.
-            RunError: the prompts can't be read, or one does not fit the base's context.
-        """
+        """Read the prompts, and refuse more masks than the module has or a prompt that does not fit the base's context."""
         if stage == "predict":
             return
         module: Any = pl_module
@@ -81,21 +69,14 @@ class DecodingCallback(Callback):
 
 
 def progress_console(trainer: Trainer) -> Console:
-    """A console whose lines stand above Lightning's progress bar and do not break it.
-
-    Args:
-        trainer: the trainer.
-
-    Returns:
-        The console that Lightning's rich bar uses too, or one that writes past the tqdm bar.
-    """
+    """A console whose lines appear above Lightning's rich or tqdm progress bar and do not break it."""
     if isinstance(trainer.progress_bar_callback, TQDMProgressBar):
-        return Console(file=_BesideTqdm(), force_terminal=sys.stdout.isatty())
+        return Console(file=_AboveTqdm(), force_terminal=sys.stdout.isatty())
     return rich.get_console()
 
 
-class _BesideTqdm(StringIO):
-    """A text file whose lines go to standard output, with the bars out of their way."""
+class _AboveTqdm(StringIO):
+    """A text file whose lines go to standard output, above the bars."""
 
     def flush(self) -> None:
         text = self.getvalue()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SampleText: shows what the model writes at validation, and which of it was drafted and kept."""
+"""SampleText: shows what the model writes at validation, with the accepted draft tokens marked."""
 
 from __future__ import annotations
 
@@ -17,32 +17,27 @@ from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.errors import UsageError
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
-"""Around kept drafts where there is no colour."""
+"""Around accepted drafts where there is no colour."""
 
 
 class Span(NamedTuple):
-    """A piece of generated text.
-
-    Attributes:
-        text: the text.
-        drafted: whether it comes from draft tokens that were kept; else from the base head.
-    """
+    """A piece of generated text."""
 
     text: str
-    drafted: bool
+    drafted: bool  # from accepted draft tokens; else from the base head
 
 
 class SampleText(DecodingCallback):
-    """Prints a few texts at every validation, the drafts that were kept marked, and writes them to loggers that take text.
+    """Prints a few texts at every validation, with the accepted drafts marked, and writes them to loggers that take text.
 
-    In colour the kept drafts are green; elsewhere they stand between double brackets. Everything else is the token that each
+    Accepted drafts are green, or between double brackets where there is no colour. Everything else is the token that each
     step gives for free.
 
     Args:
         prompts: ``.txt`` (one prompt a line) or ``.jsonl`` file (``prompt`` or ``messages``, optional ``domain``), or
             ``package://...`` for one shipped with this package.
-        num_samples: at most so many texts, evenly from the domains.
-        max_new_tokens: at most so many tokens a text.
+        num_samples: the most texts, evenly from the domains.
+        max_new_tokens: the most tokens a text.
         decoding: ``quadratic``, ``linear`` or ``autoregressive``.
         num_masks: masks in a block, at most as many as are trained; ``auto``: all.
         sampler_head: draft with the sampler head; false: from the base head.
@@ -86,17 +81,16 @@ class SampleText(DecodingCallback):
             for logger in trainer.loggers:
                 add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
                 if add_text is not None:
-                    add_text(
-                        f"val/sample_{number}", text, max(0, trainer.global_step - 1)
-                    )  # the step of Lightning's figures
+                    step = max(0, trainer.global_step - 1)  # Lightning counts logged steps from 0
+                    add_text(f"val/sample_{number}", text, step)
         module.model.clear_decode_cache()  # training needs the memory
 
 
 def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:
-    """The text of the tokens of each step, drafted and free tokens apart.
+    """The text of each step's tokens, with drafted and free tokens separated.
 
     Args:
-        steps: the tokens of each step: kept drafts and then one token of the base.
+        steps: the tokens of each step: accepted drafts and then one token of the base.
         tokenizer: the base's tokenizer.
 
     Returns:
@@ -116,10 +110,10 @@ def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:
 
 
 def plain(spans: Iterable[Span]) -> str:
-    """The text with kept drafts in double brackets."""
+    """The text with accepted drafts in double brackets."""
     return "".join(f"{OPEN}{span.text}{CLOSE}" if span.drafted else span.text for span in spans)
 
 
 def colour(prompt: str, spans: Iterable[Span]) -> Text:
-    """The prompt dimmed, and the text with kept drafts in green."""
+    """The prompt dimmed, and the text with accepted drafts in green."""
     return Text.assemble((prompt, "dim"), *((span.text, "green" if span.drafted else "") for span in spans))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""StepsProgressBar: Lightning's rich progress bar for a run whose end is a number of steps. In every command with a bar."""
+"""StepsProgressBar: Lightning's rich progress bar for a run that ends after a number of steps. Used by every command."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ class StepsProgressBar(RichProgressBar):
         description = super()._get_train_description(current_epoch)
         if self.trainer.max_epochs != -1:
             return description
-        # As long as the validation's, so that the bars do not move.
+        # As long as the validation's description, so that the bars do not move.
         return description.replace("/-2", "").ljust(len(self.validation_description))

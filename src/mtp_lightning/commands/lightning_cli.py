@@ -18,18 +18,27 @@ import mtp_lightning.callbacks
 import mtp_lightning.losses
 import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
-from mtp_lightning.callbacks.run_guards import as_text, explain, unwritable
+from mtp_lightning.callbacks.run_guards import as_text
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
 from mtp_lightning.commands.parser import CommandParser, ConfigFile
 from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
+from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import run_of
 from mtp_lightning.trainer import AtomicCheckpointIO, MetricsWriter
-from mtp_lightning.trainer.earlier_run import figures_are_its_own, last_checkpoint, say_what_is_replaced
-from mtp_lightning.trainer.wrong_settings import check_clock, check_nulls, check_states, not_made, wrong_setting
+from mtp_lightning.trainer.earlier_run import appends_metrics, last_checkpoint, warn_of_replacement
+from mtp_lightning.trainer.run_errors import run_error, unwritable_message
+from mtp_lightning.trainer.wrong_settings import (
+    check_nulls,
+    check_training_state,
+    check_validation_interval,
+    setting_error,
+    trainer_error,
+)
 from mtp_lightning.training.distributed import run_folder
+from mtp_lightning.training.lightning_private import set_csv_writer
 from mtp_lightning.training.module import MTPModule
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
@@ -131,21 +140,21 @@ class MTPCLI(LightningCLI):
                 config[self.subcommand].ckpt_path = path
         if path:
             checkpoint = read_checkpoint(path)
-            check_settings(checkpoint, checkpoint_settings(self.model), self.model.whole_config)
-            check_states(path, checkpoint, self.subcommand or "")
-            append = self.subcommand != "fit" or figures_are_its_own(self.trainer, self._folder, checkpoint)
+            check_settings(checkpoint, checkpoint_settings(self.model), self.model.full_config)
+            check_training_state(path, checkpoint, self.subcommand or "")
+            append = self.subcommand != "fit" or appends_metrics(self.trainer, self._folder, checkpoint)
             for each in self.callbacks_of(ResumeExactly):
                 each.run = run_of(checkpoint)
             if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
                 self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
         elif self.subcommand == "fit":
-            say_what_is_replaced(self.trainer)
+            warn_of_replacement(self.trainer)
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 try:
-                    logger._experiment = MetricsWriter(logger.log_dir, append)
+                    set_csv_writer(logger, MetricsWriter(logger.log_dir, append))
                 except OSError as error:
-                    raise RunError(unwritable(Path(logger.log_dir)) or one_line(error)) from error
+                    raise RunError(unwritable_message(Path(logger.log_dir)) or one_line(error)) from error
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for guards in self.callbacks_of(RunGuards):
@@ -163,9 +172,10 @@ class MTPCLI(LightningCLI):
         except MTPError:
             raise
         except Exception as error:
-            known: MTPError | None = explain(error, next(iter(self.callbacks_of(RunGuards)), None), self.trainer)
-            if known is None:
-                known = wrong_setting(error, self._folder)
+            if is_out_of_memory(error):
+                guards = next(iter(self.callbacks_of(RunGuards)), RunGuards())
+                raise RunError(guards.out_of_memory(self.trainer, one_line(error, 200))) from error
+            known: MTPError | None = run_error(error) or setting_error(error, self._folder)
             if known is None:
                 raise
             raise known from error
@@ -188,11 +198,11 @@ class MTPCLI(LightningCLI):
         except UsageError:
             raise
         except Exception as error:
-            known = not_made(error)
+            known = trainer_error(error)
             if known is None:
                 raise
             raise known from error
-        check_clock(trainer, named.get("val_check_interval"))
+        check_validation_interval(trainer, named.get("val_check_interval"))
         return trainer
 
 

@@ -20,13 +20,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
-
-        Args:
-            checkpoint: its content.
-            path: the file.
-            storage_options: refused, as by Lightning's own.
-        """
+        """Write a checkpoint; Lightning's own refuses ``storage_options``."""
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -14,84 +14,70 @@ from mtp_lightning.files import atomic_file
 
 
 class MetricsWriter(ExperimentWriter):
-    """Writes ``metrics.csv``. Lightning's own deletes the file that is there as soon as a trainer is started on its folder.
+    """Writes ``metrics.csv``. Lightning's own deletes an existing file as soon as a trainer starts in its folder.
 
     Args:
         log_dir: the run's folder.
-        append: add to the file that is there, if any; else replace it when the first figures are written.
+        append: add to an existing file; else replace it when the first figures are written.
     """
 
     def __init__(self, log_dir: str, append: bool) -> None:
         self.append = append
         self._opened = False
         super().__init__(log_dir)
+        self._path = Path(self.metrics_file_path)
 
     def _check_log_dir_exists(self) -> None:
         """Delete nothing."""
 
     def _open(self) -> None:
-        """Take over the file that is there, once."""
-        path = Path(self.metrics_file_path)
-        if self._opened or not path.is_file():
-            self._opened = True
+        """Take over an existing file, once."""
+        if self._opened:
             return
         self._opened = True
-        if self.append:
-            with path.open(newline="") as file:
+        if not self.append:
+            self._path.unlink(missing_ok=True)
+        elif self._path.is_file():
+            with self._path.open(newline="") as file:
                 self.metrics_keys = next(csv.reader(file), [])
-        else:
-            path.unlink()
 
     def save(self) -> None:
-        """Write what was logged since the last time. A new name changes the first line, so the file is written anew."""
+        """Write what was logged since the last call. A new name changes the first line, so the file is rewritten."""
         if not self.metrics:
             return
         self._open()
-        path = Path(self.metrics_file_path)
-        new_keys = self._record_new_keys()
-        if new_keys and path.is_file():
-            self._write(self._lines() + self.metrics)
+        names = sorted({*self.metrics_keys, *(name for line in self.metrics for name in line)})
+        if names != self.metrics_keys or not self._path.is_file():
+            self.metrics_keys = names
+            self._rewrite(self._lines() + self.metrics)
         else:
-            there = path.is_file()
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, self.metrics_keys)
-                if not there:
-                    writer.writeheader()
-                writer.writerows(self.metrics)
+            with self._path.open("a", newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
         self.metrics = []
 
     def num_lines(self) -> int:
-        """Lines in the file after everything that was logged is written.
-
-        Returns:
-            Their number, the names not counted.
-        """
+        """Number of lines in the file, without the header, after everything that was logged is written."""
         self.save()
         self._open()
         return len(self._lines())
 
     def keep(self, num_lines: int) -> None:
-        """Drop what a run wrote after the checkpoint that it is resumed from: it is going to be measured again.
-
-        Args:
-            num_lines: lines that the file had when the checkpoint was written.
-        """
+        """Keep the lines that were there at the checkpoint; what a run wrote after it is going to be measured again."""
         self._open()
         lines = self._lines()
         if len(lines) > num_lines:
-            self._write(lines[:num_lines])
+            self._rewrite(lines[:num_lines])
 
     def _lines(self) -> list[dict[str, Any]]:
-        path = Path(self.metrics_file_path)
-        if not path.is_file():
+        if not self._path.is_file():
             return []
-        with path.open(newline="") as file:
+        with self._path.open(newline="") as file:
             return list(csv.DictReader(file))
 
-    def _write(self, lines: list[dict[str, Any]]) -> None:
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()
         writer.writerows(lines)
-        with atomic_file(self.metrics_file_path) as file:
+        with atomic_file(self._path) as file:
             file.write(text.getvalue().encode())

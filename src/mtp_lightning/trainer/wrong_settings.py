@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sentences for settings that Lightning or an optimizer refuses in its own words, or takes and fails at later."""
+"""One-line messages for settings that Lightning or an optimizer refuses in its own words, or accepts and fails at later."""
 
 from __future__ import annotations
 
@@ -16,101 +16,69 @@ from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_re
 
 
 def check_nulls(config: Any, groups: Mapping[str, type]) -> None:
-    """Refuse ``null`` for what has to have a value; the parser takes it for every key.
+    """Refuse ``null`` for a key that must have a value; the parser accepts it for every key.
 
     Args:
         config: a parsed configuration.
         groups: group of keys -> the class whose arguments they are.
 
     Raises:
-        UsageError: a key without its value.
+        UsageError: names the key.
     """
-    for group, kind in groups.items():
-        hints = {} if kind is Trainer else get_type_hints(kind.__init__)  # type: ignore[misc] # Lightning says it itself
+    for group, owner in groups.items():
+        hints = {} if owner is Trainer else get_type_hints(owner.__init__)  # type: ignore[misc] # Lightning checks its own
         for name, hint in hints.items():
             if name != "return" and config.get(f"{group}.{name}", 0) is None and type(None) not in get_args(hint):
-                raise UsageError(f"{group}.{name} must have a value, got null. Change {group}.{name}, or leave it out.")
+                raise UsageError(f"{group}.{name} must have a value, got null. Change it or leave it out.")
 
 
-def check_states(path: str, checkpoint: Mapping[str, Any], command: str) -> None:
-    """Refuse a checkpoint without what Lightning is going to ask of it.
-
-    Args:
-        path: the file.
-        checkpoint: what is in it.
-        command: fit, validate or test.
-
-    Raises:
-        RunError: something is missing.
-    """
+def check_training_state(path: str, checkpoint: Mapping[str, Any], command: str) -> None:
+    """Refuse a checkpoint of weights alone for a command (fit, validate or test) for which Lightning needs more."""
     needed = ["pytorch-lightning_version"]
     needed += ["loops", "optimizer_states", "lr_schedulers"] if command == "fit" else []
     missing = [name for name in needed if name not in checkpoint]
     if missing:
         raise RunError(
-            f"checkpoint {path!r} has no {', '.join(missing)}: it holds weights alone, or was changed, and mtp {command}"
-            " needs the state of a training. Give one that mtp fit wrote."
+            f"checkpoint {path!r} has no {', '.join(missing)}: it holds only weights, or was changed, and mtp {command}"
+            " needs the training state. Give one that mtp fit wrote."
         )
 
 
-def not_made(error: BaseException) -> UsageError | None:
-    """The sentence for a trainer that can't be made.
+def check_validation_interval(trainer: Trainer, interval: Any) -> None:
+    """Refuse validations by the clock with several processes: each has its own clock, and they would wait for each other."""
+    if trainer.world_size > 1 and not isinstance(interval, int | float | None):
+        raise UsageError(
+            f"trainer.val_check_interval must be a number of batches or a share of the epoch with several processes, got"
+            f" the time {interval}."
+        )
 
-    Args:
-        error: what making it raised.
 
-    Returns:
-        The error to raise instead, or None for what is not known.
-    """
-    said = one_line(error)
-    if isinstance(error, RuntimeError) and "more than one stateful callback" in said:
+def trainer_error(error: BaseException) -> UsageError | None:
+    """The error to raise instead of one from the trainer's constructor, or None if it is not known."""
+    reason = one_line(error)
+    if isinstance(error, RuntimeError) and "more than one stateful callback" in reason:
         return UsageError(
             "trainer.callbacks has a callback twice with the same settings, as when a configuration with callbacks+ is given"
             f" twice: leave one out ({one_line(error, 80)})."
         )
     if isinstance(error, MisconfigurationException | ValueError | TypeError | ModuleNotFoundError):
-        return UsageError(f"the trainer can't be made: {said}. Change trainer.* in the configuration.")
+        return UsageError(f"invalid trainer configuration: {reason}. Change trainer.*.")
     return None
 
 
-def check_clock(trainer: Trainer, interval: Any) -> None:
-    """Refuse validations by the clock where several processes train: each has a clock of its own, and validates alone.
-
-    Args:
-        trainer: the trainer.
-        interval: ``trainer.val_check_interval``.
-
-    Raises:
-        UsageError: it is a time, and there are several processes.
-    """
-    if trainer.world_size > 1 and not isinstance(interval, int | float | None):
-        raise UsageError(
-            f"trainer.val_check_interval must be a number with several processes, got the time {interval}: each process"
-            " would ask its own clock. Set it to a number of batches or a share of the epoch."
-        )
-
-
-def wrong_setting(error: BaseException, folder: Path) -> MTPError | None:
-    """The sentence for a setting that Lightning or an optimizer refuses while it starts, or a file that it may not touch.
-
-    Args:
-        error: what was raised.
-        folder: the run's folder.
-
-    Returns:
-        The error to raise instead, or None for what is not known.
-    """
-    said = one_line(error)
+def setting_error(error: BaseException, folder: Path) -> MTPError | None:
+    """The error to raise instead of one about a setting or a file's permissions while a run starts; None if not known."""
+    reason = one_line(error)
     if isinstance(error, ValueError | TypeError):
-        if said.startswith("`val_check_interval`"):
-            return UsageError(f"{said}. Change trainer.val_check_interval.")
+        if reason.startswith("`val_check_interval`"):
+            return UsageError(f"{reason}. Change trainer.val_check_interval.")
         frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
         if "configure_optimizers" in frames and "setup_data" not in frames:  # a schedule may ask how long the data is
-            return UsageError(f"model.optimizer or model.lr_scheduler can't be made: {said}. Change its init_args.")
+            return UsageError(f"model.optimizer or model.lr_scheduler can't be made: {reason}. Change its init_args.")
     if isinstance(error, PermissionError) and error.filename is not None:
         path = Path(os.fsdecode(error.filename))
         instead = " or the loggers' save_dir" if path.absolute().is_relative_to(folder.absolute()) else ""
         return RunError(f"{str(path)!r}: {os_reason(error)}. Change its permissions{instead}.")
     if isinstance(error, MisconfigurationException):
-        return UsageError(f"the trainer can't run so: {said}. Change trainer.* in the configuration.")
+        return UsageError(f"invalid trainer configuration: {reason}. Change trainer.*.")
     return None

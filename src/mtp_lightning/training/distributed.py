@@ -1,44 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What callbacks of long runs share: stopping all processes with one message, and where a run's checkpoints lie."""
+"""What the processes of a run share: sums, values, one error message, and the run's folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch.distributed
 from lightning import Trainer
+from torch import Tensor
 
 from mtp_lightning.errors import RunError
 
 
-def gather(value: Any) -> list[Any]:
-    """A value of every process, in each of them. All processes must call it.
+def all_reduce(value: Tensor, how: Literal["sum", "mean", "max"]) -> Tensor:
+    """Reduce a tensor over all processes. All must call it.
+
+    Lightning's own reduction waits at a barrier first.
 
     Args:
-        value: this process's; plain types.
+        value: the same shape everywhere, of floating point for a mean; it is overwritten.
+        how: sum, mean or max.
 
     Returns:
-        One of each process, by rank.
+        The reduced tensor, in each process.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
+        return value
+    operation = torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM
+    torch.distributed.all_reduce(value, op=operation)
+    return value / torch.distributed.get_world_size() if how == "mean" else value
+
+
+def gather(value: Any) -> list[Any]:
+    """The picklable values of all processes by rank, in each of them. All must call it."""
+    if not is_distributed():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
-def stop_all(trainer: Trainer, message: str) -> NoReturn:
-    """Stop, where all processes know that they must; one of them says why.
+def is_distributed() -> bool:
+    """True if processes are connected."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
-    Args:
-        trainer: the trainer.
-        message: what is wrong.
+
+def stop_all(trainer: Trainer, message: str) -> NoReturn:
+    """Stop the run in all processes, each of which must call it; the first one reports.
 
     Raises:
         RunError: in the first process.
-        SystemExit: in the others, with 0: Lightning kills the first as soon as another one ends with an error, and then
-            nothing would be said.
+        SystemExit: in the others, with 0: Lightning kills the first as soon as another one ends with an error, and the
+            message would be lost.
     """
     if trainer.is_global_zero:
         raise RunError(message)
@@ -51,49 +65,6 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Folders that a run writes checkpoints to; the first one is where ``last.ckpt`` goes. All processes must call it.
-
-    Args:
-        trainer: the trainer.
-
-    Returns:
-        Folders; they may not be there yet.
-    """
-    named = [Path(folder) for each in trainer.checkpoint_callbacks if (folder := getattr(each, "dirpath", None))]
+    """Folders that a run writes checkpoints to, existing or not; ``last.ckpt`` goes to the first. All processes must call it."""
+    named = [Path(folder) for callback in trainer.checkpoint_callbacks if (folder := getattr(callback, "dirpath", None))]
     return [*named, run_folder(trainer) / "checkpoints"]
-
-
-def figures_are_logged(trainer: Trainer) -> bool:
-    """Whether Lightning is about to give the figures of a training step to the loggers.
-
-    It keeps the answer to itself, so it is asked for in this one place. Where it can't be asked any more the answer is yes:
-    figures are then worked out more often than needed.
-
-    Args:
-        trainer: the trainer, in a training batch.
-
-    Returns:
-        Whether, by ``log_every_n_steps`` and by a stop that was asked for so far.
-    """
-    connector = getattr(trainer, "_logger_connector", None)
-    return bool(getattr(connector, "should_update_logs", True))
-
-
-def validation_is_due(trainer: Trainer) -> bool:
-    """Whether a validation follows the training batch that has just ended.
-
-    A checkpoint that is written before it would make a resumed run leave it out. The validation that Lightning adds where a
-    run is stopped early does not count: a run that is not stopped has none there.
-
-    Args:
-        trainer: the trainer, in ``on_train_batch_end``.
-
-    Returns:
-        Whether Lightning is about to validate.
-    """
-    fetcher = trainer.fit_loop._data_fetcher
-    stop, trainer.should_stop = trainer.should_stop, False
-    try:
-        return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
-    finally:
-        trainer.should_stop = stop

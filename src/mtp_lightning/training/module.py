@@ -26,9 +26,9 @@ from mtp_lightning.modeling.network import ForwardOutput
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
 from mtp_lightning.saving.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
 from mtp_lightning.schedules import WarmupConstant, WarmupCosine
-from mtp_lightning.training.collectives import all_reduce
-from mtp_lightning.training.distributed import figures_are_logged
+from mtp_lightning.training.distributed import all_reduce
 from mtp_lightning.training.fully_sharded import FullyShardedStrategy
+from mtp_lightning.training.lightning_private import attached_trainer, is_accumulating
 from mtp_lightning.training.sharding import shard_model
 from mtp_lightning.types import NTP, MaskedInput
 
@@ -48,14 +48,16 @@ class MTPModule(LightningModule):
             and needs a GPU to train.
         quantization: 4bit or 8bit base weights through bitsandbytes, or None.
         gradient_checkpointing: recompute decoder layers in the backward pass to save memory.
-        num_masks: number of mask tokens k; at most so many tokens are drafted a step. The paper: 8.
+        num_masks: number of mask tokens k, the most tokens that a step can draft. The paper: 8.
         lora: settings of the gated LoRA.
         sampler_head: a class of ``mtp_lightning.sampler_heads`` or your own; false: draft from the base head. Not given: the
             paper's ``MLPSamplerHead``.
         losses: name -> loss term. Empty: the paper's three.
-        optimizer: how to make the optimizer from the trained parameters.
-        lr_scheduler: how to make the learning-rate schedule, stepped every optimizer step.
+        optimizer: makes the optimizer from the trained parameters.
+        lr_scheduler: makes the learning-rate schedule, stepped every optimizer step.
     """
+
+    model: MTPModel  # built in configure_model, as sharding needs it
 
     def __init__(
         self,
@@ -76,9 +78,8 @@ class MTPModule(LightningModule):
         if num_masks < 1:
             raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
         parse_dtype(dtype)
-        for name, value, choices in (("attention", attention, ATTENTION), ("quantization", quantization, QUANTIZATION)):
-            if value is not None and value not in choices:
-                raise UsageError(f"{name} must be one of {', '.join(choices)}, or null, got {value!r}. Set model.{name}.")
+        _check_choice("attention", attention, ATTENTION)
+        _check_choice("quantization", quantization, QUANTIZATION)
         self.base_model = base_model
         self.revision = revision
         self.dtype_name = dtype
@@ -89,36 +90,24 @@ class MTPModule(LightningModule):
         self.lora = lora
         # In a tuple, so that the head is registered once: as a part of the model.
         self._head = (MLPSamplerHead() if sampler_head is None else (sampler_head or None),)
-        chosen = losses or self.paper_losses()
-        for name, term in chosen.items():
-            if isinstance(term, TokenLoss) and term.head == "sampler" and self.sampler_head is None:
-                raise UsageError(
-                    f"loss term {name} ({type(term).__name__}) needs a sampler head, and model.sampler_head is false."
-                    f" Remove model.losses.{name} or name a sampler head."
-                )
-        if self.sampler_head is not None and all(
-            isinstance(term, LatentConsistency) or (isinstance(term, TokenLoss) and term.head == "base")
-            for term in chosen.values()
-        ):
-            raise UsageError(
-                "no loss term trains the sampler head, which would draft untrained. Add SamplerCrossEntropy or another term"
-                " of the sampler head to model.losses, or set model.sampler_head: false."
-            )
-        self.losses = nn.ModuleDict(chosen)
+        terms = losses or paper_losses(with_sampler=self.sampler_head is not None)
+        _check_heads(terms, self.sampler_head)
+        self.losses = nn.ModuleDict(terms)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.model: MTPModel = None  # type: ignore[assignment] # built in configure_model, where sharding wants it
+        self.model = None  # type: ignore[assignment]
         self.strict_loading = False  # checkpoints hold trained weights only
-        self._shares: tuple[int, Tensor] | None = None  # of an optimizer step and what its batches so far add up to
-        self._estimate: Tensor | None = None  # what was logged in the place of the mean over all processes
-        self._counted: Tensor | None = None  # labels of this process that are not in the model's counts yet, [V]
-        self.val_terms = nn.ModuleDict({name: TermMean() for name in chosen})
+        self._step_values: Tensor | float = 0.0  # loss and terms of the batches of the current optimizer step so far
+        self._new_label_counts: Tensor | None = None  # labels of this process that the model's counts lack, [V]
+        self.val_terms = nn.ModuleDict({name: TermMean() for name in terms})
         self.val_ntp = MetricCollection(
             # Not the default, which drops NaN and would show a broken model as a perfect one.
             {name: SumMetric(nan_strategy="disable") for name in ("total", "count")}
         ).set_dtype(torch.float64)
         self.val_forced = ForcedAcceptance(num_masks)
         self.val_reference = ForcedAcceptance(num_masks)
+
+    # ---- what the configuration says
 
     @property
     def terms(self) -> dict[str, LossTerm]:
@@ -135,16 +124,9 @@ class MTPModule(LightningModule):
         """The sampler head, built or not."""
         return self._head[0]
 
-    def paper_losses(self) -> dict[str, LossTerm]:
-        """The paper's three terms, without the constant NTP part."""
-        terms: dict[str, LossTerm] = {"base": BaseCrossEntropy(), "lcm": LatentConsistency()}
-        if self.sampler_head is not None:
-            terms["sampler"] = SamplerCrossEntropy()
-        return terms
-
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer, loaded once; the data module uses it before the weights are there."""
+        """The base's tokenizer, loaded once; the data module uses it before the weights are loaded."""
         return load_tokenizer(self.base_model, self.revision)
 
     @cached_property
@@ -152,39 +134,43 @@ class MTPModule(LightningModule):
         """The configuration of the base's text decoder; no weights are read."""
         if self.model is not None:
             return text_config(self.model.base)
-        return self.whole_config().get_text_config(decoder=True)
+        return self.full_config().get_text_config(decoder=True)
 
-    def whole_config(self) -> Any:
-        """The configuration of the base, with what it has beside the decoder; no weights are read."""
+    def full_config(self) -> Any:
+        """The configuration of the whole base, which may have other parts than the decoder; no weights are read."""
         return load_config(self.base_model, self.revision)
 
     @property
     def context(self) -> int:
-        """How many positions the base was made for."""
+        """Number of positions that the base was made for."""
         return context_length(self.base_config)
 
+    # ---- building
+
     def configure_model(self) -> None:
-        """Load the base and put the trained parts on it; once, on the strategy's terms."""
+        """Load the base and add the trained parts, once, where the strategy wants them."""
         if self.model is not None:
             return
-        device: Any = self.device
-        strategy: Any = None if self._trainer is None else self._trainer.strategy
-        if self._trainer is not None:
-            if str(self._trainer.precision) in ("bf16-true", "16-true"):
+        trainer = attached_trainer(self)
+        strategy: Any = None if trainer is None else trainer.strategy
+        if trainer is not None:
+            if str(trainer.precision) in ("bf16-true", "16-true"):
                 raise UsageError(
-                    f"trainer.precision {self._trainer.precision} would round the weights of the losses. Set model.dtype"
+                    f"trainer.precision {trainer.precision} would round the weights of the losses. Set model.dtype"
                     " for the frozen base, and trainer.precision 32-true or bf16-mixed for what is trained."
                 )
-            if isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-                device = strategy.root_device  # straight to where it is used, not through the host's memory
             if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
                 self._check_sharding(strategy)
-        in_turns = isinstance(strategy, FullyShardedStrategy) and strategy.load_in_turns
-        for turn in range(strategy.num_processes if in_turns else 1):
-            if not in_turns or turn == strategy.local_rank:
+        # Straight to the device where that is known, not through host memory.
+        direct = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+        device: Any = strategy.root_device if direct else self.device
+        if not (isinstance(strategy, FullyShardedStrategy) and strategy.load_in_turns):
+            self._build(device, strategy)
+            return
+        for turn in range(strategy.num_processes):
+            if turn == strategy.local_rank:
                 self._build(device, strategy)
-            if in_turns:
-                strategy.barrier("the next process loads the base")
+            strategy.barrier("the next process loads the base")
 
     def _check_sharding(self, strategy: Any) -> None:
         """Refuse what can't be sharded."""
@@ -206,7 +192,7 @@ class MTPModule(LightningModule):
             )
 
     def _build(self, device: Any, strategy: Any) -> None:
-        """Load the base and put the trained parts on it."""
+        """Load the base and add the trained parts."""
         base = load_base(self.base_model, self.revision, self.dtype_name, self.attention, self.quantization, device)
         self.model = MTPModel(base, self.num_masks, self.lora, self.sampler_head, self.tokenizer)
         if self.gradient_checkpointing:
@@ -223,58 +209,56 @@ class MTPModule(LightningModule):
             scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    # ---- training
+
+    def on_train_start(self) -> None:
+        """Drop what an earlier run that failed had counted, perhaps on another device."""
+        self._step_values, self._new_label_counts = 0.0, None
+
     def training_step(self, batch: MaskedInput, batch_idx: int) -> Tensor:
         """The weighted loss of a batch, scaled so that accumulated batches and ranks add up to one sum over counts."""
         # Ranks and accumulated batches are averaged by Lightning; each term divides by the count over all of them.
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         counts = all_reduce(batch.counts.clone(), "sum")
         output: ForwardOutput = self.model(batch, self.terms)
-        if self._counted is None:
-            self._counted = batch.mtp_labels.new_zeros(self.model.unembed.vocab_size)
-        count_labels(self._counted, batch.mtp_labels)
-        values = {name: term_value(sums, counts) * parts for name, sums in output.sums.items()}
+        if self._new_label_counts is None:
+            self._new_label_counts = batch.mtp_labels.new_zeros(self.model.unembed.vocab_size)
+        count_labels(self._new_label_counts, batch.mtp_labels)
+        values = {name: term_value(sums, counts) * num_parts for name, sums in output.sums.items()}
         loss = self.weighted(values)
         self._log_training(torch.stack([loss, *values.values()]).detach())
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: MaskedInput, batch_idx: int) -> None:
-        """A callback may just have ended the run."""
-        self.settle_figures()
-
-    def settle_figures(self) -> None:
-        """Have the mean in the place of an estimate that goes to a logger after all; all processes must call it."""
-        if self._estimate is not None and figures_are_logged(self.trainer):
-            hook, self._current_fx_name = self._current_fx_name, "training_step"  # under the same name: in its place
-            self._log_step(all_reduce(self._estimate.clone(), "mean"))
-            self._current_fx_name, self._estimate = hook, None
-
-    def _log_training(self, shown: Tensor) -> None:
-        """Log the loss of an optimizer step and its terms, [1 + terms]: each process and batch has a share of the sums."""
-        step = self.trainer.global_step
-        before = self._shares[1] if self._shares is not None and self._shares[0] == step else 0.0
-        shown = before + shown / self.trainer.accumulate_grad_batches
-        self._shares, self._estimate = (step, shown), None
-        if self.trainer.fit_loop._should_accumulate():
+    def _log_training(self, values: Tensor) -> None:
+        """Log the loss and its terms, [1 + terms], once an optimizer step: the mean over its batches and all processes."""
+        self._step_values = self._step_values + values / self.trainer.accumulate_grad_batches
+        if is_accumulating(self.trainer):
             return
-        # The processes meet only where the figures go to a logger; in between the progress bar has this process's estimate.
-        if self.trainer.world_size > 1:
-            if figures_are_logged(self.trainer):
-                shown = all_reduce(shown.clone(), "mean")
-            else:
-                self._estimate = shown
-        self._log_step(shown)
-
-    def _log_step(self, shown: Tensor) -> None:
-        """Log the loss of an optimizer step and its terms, [1 + terms]."""
-        self.log("train/loss", shown[0], prog_bar=True)
-        self.log_dict({f"train/loss/{name}": value for name, value in zip(self.losses, shown[1:], strict=True)})
+        # In every step, logged or not: a callback may still end the run with this step, which logs it.
+        mean, self._step_values = all_reduce(self._step_values, "mean"), 0.0
+        self.log("train/loss", mean[0], prog_bar=True)
+        self.log_dict({f"train/loss/{name}": value for name, value in zip(self.losses, mean[1:], strict=True)})
 
     def weighted(self, values: dict[str, Tensor]) -> Tensor:
         """The sum of the terms' values times their weights."""
         return torch.stack([self.terms[name].weight * value for name, value in values.items()]).sum()
 
+    def on_train_end(self) -> None:
+        """Leave a model that knows its labels."""
+        self._gather_label_counts()
+
+    def _gather_label_counts(self) -> None:
+        """Add what all processes have counted since the last call to the model's label counts; all must call it."""
+        if self._new_label_counts is None:
+            return
+        total, self._new_label_counts = all_reduce(self._new_label_counts, "sum").cpu(), None
+        previous = self.model.label_counts
+        self.model.label_counts = LabelCounts(total if previous is None else previous.counts + total)
+
+    # ---- evaluation
+
     def evaluation_step(self, batch: MaskedInput) -> None:
-        """Count one batch of given text into the metrics."""
+        """Update the metrics with a batch of given text."""
         output: ForwardOutput = self.model(batch, self.terms, with_measurement=True)
         for name, sums in output.sums.items():
             self.term_means[name].update(sums, batch.counts)
@@ -286,23 +270,21 @@ class MTPModule(LightningModule):
         self.val_reference.update(measured.reference, measured.valid)
 
     def log_evaluation(self, prefix: str) -> None:
-        """Log what ``evaluation_step`` counted, over all ranks, and start anew."""
+        """Log the metrics of all ranks under ``prefix/``, and reset them."""
         values = {name: metric.compute() for name, metric in self.term_means.items()}
-        figures = {f"{prefix}/loss/{name}": value for name, value in values.items()}
-        figures[f"{prefix}/loss"] = self.weighted(values)
-        figures[f"{prefix}/ntp_loss"] = self.val_ntp["total"].compute() / self.val_ntp["count"].compute()
         forced, reference = self.val_forced.compute(), self.val_reference.compute()
-        figures[f"{prefix}/forced_acceptance_length"] = forced
-        figures[f"{prefix}/forced_reference"] = reference
-        figures[f"{prefix}/share_of_reference"] = torch.tensor(share_of_reference(forced.item(), reference.item()))
-        for j, accuracy in enumerate(self.val_forced.accuracy()):
-            figures[f"{prefix}/accuracy/offset_{j + 2}"] = accuracy
-        self.log_dict(figures)
-        self.val_ntp.reset()
-        for mean in self.term_means.values():
-            mean.reset()
-        self.val_forced.reset()
-        self.val_reference.reset()
+        figures = {
+            **{f"loss/{name}": value for name, value in values.items()},
+            "loss": self.weighted(values),
+            "ntp_loss": self.val_ntp["total"].compute() / self.val_ntp["count"].compute(),
+            "forced_acceptance_length": forced,
+            "forced_reference": reference,
+            "share_of_reference": torch.tensor(share_of_reference(forced.item(), reference.item())),
+            **{f"accuracy/offset_{j + 2}": accuracy for j, accuracy in enumerate(self.val_forced.accuracy())},
+        }
+        self.log_dict({f"{prefix}/{name}": value for name, value in figures.items()})
+        for metric in (self.val_ntp, self.val_forced, self.val_reference, *self.term_means.values()):
+            metric.reset()
 
     def validation_step(self, batch: MaskedInput, batch_idx: int) -> None:
         """Measure a validation batch."""
@@ -320,25 +302,11 @@ class MTPModule(LightningModule):
         """Log the test figures."""
         self.log_evaluation("test")
 
-    def _gather_counts(self) -> None:
-        """Add the labels that all processes have counted since the last time to the model's counts; all must call it."""
-        if self._counted is None:
-            return
-        total, self._counted = all_reduce(self._counted, "sum").cpu(), None
-        known = self.model.label_counts
-        self.model.label_counts = LabelCounts(total if known is None else known.counts + total)
-
-    def on_train_start(self) -> None:
-        """Forget what a run that failed had counted, perhaps on another device."""
-        self._counted = None
-
-    def on_train_end(self) -> None:
-        """Leave a model that knows its labels."""
-        self._gather_counts()
+    # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trained weights only, and say what they belong to."""
-        self._gather_counts()
+        """Keep trained weights only, and record what they belong to."""
+        self._gather_label_counts()
         if self.model.label_counts is not None:
             checkpoint[LABEL_COUNTS] = self.model.label_counts.counts
         checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
@@ -346,7 +314,38 @@ class MTPModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base, number of masks or head, and one that lacks a weight."""
-        check_settings(checkpoint, checkpoint_settings(self), self.whole_config)
+        check_settings(checkpoint, checkpoint_settings(self), self.full_config)
         check_complete(checkpoint, self.state_dict())
-        found, vocab_size = checkpoint.get(LABEL_COUNTS), int(self.base_config.vocab_size)
-        self.model.label_counts, self._counted = parse_label_counts(found, vocab_size, "the checkpoint does not fit"), None
+        vocab_size = int(self.base_config.vocab_size)
+        counts = parse_label_counts(checkpoint.get(LABEL_COUNTS), vocab_size, "the checkpoint does not fit")
+        self.model.label_counts, self._new_label_counts = counts, None
+
+
+def paper_losses(with_sampler: bool) -> dict[str, LossTerm]:
+    """The paper's three terms, without the constant NTP part; two of them without a sampler head."""
+    terms: dict[str, LossTerm] = {"base": BaseCrossEntropy(), "lcm": LatentConsistency()}
+    return {**terms, "sampler": SamplerCrossEntropy()} if with_sampler else terms
+
+
+def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Refuse an unknown value of ``model.<name>``."""
+    if value is not None and value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}, or null, got {value!r}. Set model.{name}.")
+
+
+def _check_heads(terms: dict[str, LossTerm], head: SamplerHead | None) -> None:
+    """Refuse a sampler head that no term trains, and a term that needs the head that is missing."""
+    for name, term in terms.items():
+        if isinstance(term, TokenLoss) and term.head == "sampler" and head is None:
+            raise UsageError(
+                f"loss term {name} ({type(term).__name__}) needs a sampler head, and model.sampler_head is false."
+                f" Remove model.losses.{name} or name a sampler head."
+            )
+    if head is not None and all(
+        isinstance(term, LatentConsistency) or (isinstance(term, TokenLoss) and term.head == "base")
+        for term in terms.values()
+    ):
+        raise UsageError(
+            "no loss term trains the sampler head, which would draft untrained. Add SamplerCrossEntropy or another term"
+            " of the sampler head to model.losses, or set model.sampler_head: false."
+        )

@@ -11,11 +11,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of Python's, numpy's, torch's and all GPUs' global generators in this process.
-
-    Returns:
-        Plain types and tensors; ``torch.load`` reads them with ``weights_only``.
-    """
+    """The state of Python's, numpy's, torch's and all GPUs' global generators, readable with ``weights_only``."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -27,15 +23,11 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators where ``random_state`` found them. GPUs that are not there any more are left out.
-
-    Args:
-        state: what ``random_state`` gave.
-    """
+    """Restore what ``random_state`` returned. States of GPUs that this machine does not have are ignored."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    for number, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(each, number)
+    for number, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, number)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharding with FSDP2: which parts of a model form a shard, and tensors between whole and sharded form. No Lightning."""
+"""Sharding with FSDP2: which parts of a model form a shard, and tensors between full and sharded form. No Lightning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shard_model(model: MTPNetwork, mesh: DeviceMesh, cpu_offload: bool = False) 
     Args:
         model: the model, the same in every process.
         mesh: one dimension, the processes.
-        cpu_offload: keep the shards, gradients and the optimizer's state in the host's memory.
+        cpu_offload: keep the shards, gradients and the optimizer's state in host memory.
     """
     options: dict[str, Any] = {"mesh": mesh}
     if cpu_offload:
@@ -34,26 +34,14 @@ def shard_model(model: MTPNetwork, mesh: DeviceMesh, cpu_offload: bool = False) 
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what a forward pass without a backward pass left gathered.
-
-    Args:
-        model: a model with sharded parts.
-    """
+    """Free the weights that a forward pass without a backward pass left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def whole(value: Any, keep: bool) -> Any:
-    """A whole tensor on the CPU from its shards; anything else as it is. All processes must call it.
-
-    Args:
-        value: a sharded tensor, or anything.
-        keep: whether this process wants it.
-
-    Returns:
-        The tensor, or None in a process that does not want it.
-    """
+def full_value(value: Any, keep: bool) -> Any:
+    """A sharded tensor gathered to the CPU, anything else as it is; None unless ``keep``. All processes must call it."""
     if isinstance(value, DTensor):
         value = value.full_tensor()
     if not keep:
@@ -61,38 +49,22 @@ def whole(value: Any, keep: bool) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
-def part_of(value: Tensor, like: DTensor) -> Tensor:
-    """This process's part of a whole tensor.
-
-    Args:
-        value: the whole tensor, with the shape of ``like``.
-        like: a sharded tensor, split along one dimension as FSDP2 does it.
-
-    Returns:
-        The part, on the device and in the dtype of ``like``.
-    """
+def local_part(value: Tensor, like: DTensor) -> Tensor:
+    """This process's part of a full tensor of the shape of ``like``, on its device and in its dtype."""
     (placement,) = like.placements
     local = like.to_local()
     if not isinstance(placement, Shard):
         return value.to(local)
-    chunks = value.chunk(like.device_mesh.size(), placement.dim)
+    chunks = value.chunk(like.device_mesh.size(), placement.dim)  # as FSDP2 splits: the last ranks may get nothing
     rank = like.device_mesh.get_local_rank()
     part = chunks[rank] if rank < len(chunks) else value.narrow(placement.dim, 0, 0)
     return part.to(local)
 
 
-def as_shards(value: Tensor, like: DTensor) -> DTensor:
-    """A whole tensor, spread as another one is.
-
-    Args:
-        value: the whole tensor, with the shape of ``like``.
-        like: a sharded tensor.
-
-    Returns:
-        The sharded tensor.
-    """
+def shard_like(value: Tensor, like: DTensor) -> DTensor:
+    """A full tensor of the shape of ``like``, sharded in the same way."""
     return DTensor.from_local(
-        part_of(value, like).contiguous(),
+        local_part(value, like).contiguous(),
         like.device_mesh,
         like.placements,
         run_check=False,
@@ -102,22 +74,13 @@ def as_shards(value: Tensor, like: DTensor) -> DTensor:
 
 
 @torch.no_grad()
-def load_whole(module: nn.Module, state: dict[str, Tensor]) -> set[str]:
-    """Load whole tensors into a module whose parameters may be sharded.
-
-    Args:
-        module: the module.
-        state: name -> whole tensor; names that are left out stay as they are.
-
-    Returns:
-        Names in ``state`` that the module does not have.
-    """
+def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load full tensors by name into a module whose parameters may be sharded; other names on either side are ignored."""
     reshard(module)
-    own = dict(module.state_dict(keep_vars=True))
-    for name in state.keys() & own.keys():
-        there = own[name]
-        if isinstance(there, DTensor):
-            there.to_local().copy_(part_of(state[name], there))
+    targets = dict(module.state_dict(keep_vars=True))
+    for name in state.keys() & targets.keys():
+        target = targets[name]
+        if isinstance(target, DTensor):
+            target.to_local().copy_(local_part(state[name], target))
         else:
-            there.copy_(state[name])
-    return set(state.keys() - own.keys())
+            target.copy_(state[name])

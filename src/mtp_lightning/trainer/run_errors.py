@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One-line messages for what fails in a run and is not a bug: memory, workers, other processes, the disk."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from mtp_lightning.errors import RunError, one_line
+from mtp_lightning.paths import why_unwritable
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the operating system reports when nothing can be written any more."""
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was abort")
+RESUME_HINT = " Resume with --ckpt_path last."
+
+
+def run_error(error: BaseException) -> RunError | None:
+    """The error to raise instead of one from outside of this program, or None if it is not known."""
+    text = one_line(error, 200)
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+        return RunError(
+            f"a data loader worker died ({text}). It may have run out of memory or have been killed: lower"
+            f" data.num_workers, or set it to 0 to see its own error.{RESUME_HINT}"
+        )
+    if any(words in text for words in LOST_PROCESS):
+        return RunError(
+            f"another process of this run has ended, and this one can't continue alone ({text}). Its own message is above,"
+            f" unless it was killed.{RESUME_HINT}"
+        )
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        name = "a file" if error.filename is None else repr(str(error.filename))
+        return RunError(f"{name} could not be written: {error.strerror}. Make room or give another folder.{RESUME_HINT}")
+    return None
+
+
+def memory_message(reason: str, step: int | None = None, remedy: str | None = None) -> str:
+    """The message for a run whose memory ran out, in an optimizer step or, for None, before training began."""
+    if step is None:
+        return (
+            f"memory ran out before training began ({reason}). Take a smaller base, model.dtype: bfloat16,"
+            " model.quantization: 4bit, or more processes with --config configs/strategies/fsdp2.yaml."
+        )
+    remedy = remedy or " Lower data.batch_size, data.block_fraction or data.max_length."
+    return f"memory ran out in step {step} ({reason}).{remedy}{RESUME_HINT}"
+
+
+def unwritable_message(folder: Path) -> str | None:
+    """The message for a run's folder that can't be written, or None if it can."""
+    reason = why_unwritable(folder)
+    return reason and f"the run's folder {str(folder)!r} can't be written: {reason}. Change the loggers' save_dir."
