@@ -40,7 +40,7 @@ class AcceptanceEvaluation(DecodingCallback):
         max_new_tokens: the most tokens a prompt.
         max_steps: the most steps a prompt (the paper: 100); None: no limit.
         decoding: ``quadratic``, ``linear`` or ``autoregressive``.
-        num_masks: masks in a block, at most as many as are trained; ``auto``: all, so that steps do not depend on the machine.
+        num_masks: masks in a block, at most as many as are trained; ``auto``: all, so that steps are the same everywhere.
         sampler_head: draft with the sampler head; false: from the base head.
         every_n_steps: also evaluate every N optimizer steps of training; None: only at validation.
         at_validation: evaluate at every validation (not in Lightning's sanity check).

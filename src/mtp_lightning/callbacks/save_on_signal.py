@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SaveOnSignal: save and exit on SIGTERM, and on the signal that SLURM sends before a job's time is up. In every ``mtp fit``."""
+"""SaveOnSignal: save and exit on SIGTERM, and on SLURM's signal before a job's time is up. Part of every ``mtp fit``."""
 
 from __future__ import annotations
 

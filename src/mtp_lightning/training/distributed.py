@@ -65,6 +65,6 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Folders that a run writes checkpoints to, existing or not; ``last.ckpt`` goes to the first. All processes must call it."""
+    """Folders for a run's checkpoints, existing or not; ``last.ckpt`` goes to the first. All processes must call it."""
     named = [Path(folder) for callback in trainer.checkpoint_callbacks if (folder := getattr(callback, "dirpath", None))]
     return [*named, run_folder(trainer) / "checkpoints"]

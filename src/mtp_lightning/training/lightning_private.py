@@ -32,7 +32,8 @@ def is_accumulating(trainer: Trainer) -> bool:
 
 def is_logging_step(trainer: Trainer) -> bool:
     """True in ``on_train_batch_end`` if Lightning will pass the metrics of this optimizer step to the loggers."""
-    interval = trainer.log_every_n_steps
+    untyped: Any = trainer
+    interval = untyped.log_every_n_steps
     return interval > 0 and (trainer.should_stop or trainer.global_step % interval == 0)
 
 
@@ -92,8 +93,16 @@ def watch_fetching(trainer: Trainer, before: Callable[[], None], after: Callable
     start, stop = (getattr(type(loop), name, None) for name in ("_on_before_fetch", "_on_after_fetch"))
     if start is None or stop is None:
         return False
-    loop._on_before_fetch = lambda: (before(), start(loop))
-    loop._on_after_fetch = lambda: (stop(loop), after())
+
+    def before_fetch() -> None:
+        before()
+        start(loop)
+
+    def after_fetch() -> None:
+        stop(loop)
+        after()
+
+    loop._on_before_fetch, loop._on_after_fetch = before_fetch, after_fetch
     return True
 
 

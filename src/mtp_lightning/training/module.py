@@ -283,8 +283,11 @@ class MTPModule(LightningModule):
             **{f"accuracy/offset_{j + 2}": accuracy for j, accuracy in enumerate(self.val_forced.accuracy())},
         }
         self.log_dict({f"{prefix}/{name}": value for name, value in figures.items()})
-        for metric in (self.val_ntp, self.val_forced, self.val_reference, *self.term_means.values()):
-            metric.reset()
+        self.val_ntp.reset()
+        self.val_forced.reset()
+        self.val_reference.reset()
+        for mean in self.term_means.values():
+            mean.reset()
 
     def validation_step(self, batch: MaskedInput, batch_idx: int) -> None:
         """Measure a validation batch."""

@@ -53,7 +53,7 @@ class StepSize:
     block_fraction: float = 1.0  # share of the starts that get a block
     max_blocks: int | None = None  # most blocks in a row
     num_masks: int = 8  # k
-    kernel: str = "sdpa"  # or eager, flex_attention
+    kernel: str | None = "sdpa"  # or eager, flex_attention
     checkpointing: bool = False  # decoder layers are recomputed in the backward pass
     autocast: bool = False  # trained layers multiply in 16 bits, trainer.precision: bf16-mixed
     cuda: bool = False  # chunks of logits have the size for a GPU
@@ -186,7 +186,7 @@ def estimate(size: ModelSize, step: StepSize) -> Estimate:
 
     # The mask once as booleans, and in the kernel's own form, numbers to add, in each layer whose activations are kept.
     added = {"sdpa": size.element_bytes, "eager": size.heads * (4 + size.element_bytes) + size.element_bytes}
-    mask = step.rows * queries * keys * (1 + kept_layers * added.get(step.kernel, 0))
+    mask = step.rows * queries * keys * (1 + kept_layers * added.get(str(step.kernel), 0))
 
     gathered = 0
     if step.shards > 1:
