@@ -106,7 +106,7 @@ def test_lightning_has_the_private_parts_that_are_used(tmp_path: Path) -> None:
     trainer: Any = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     loop, strategy = trainer.fit_loop, ModelParallelStrategy()
     names = {
-        "_logger_connector.metrics": trainer._logger_connector,
+        "_logger_connector.metrics": type(trainer._logger_connector),
         "_accelerator_connector.cluster_environment": trainer._accelerator_connector,
         "_data_fetcher": loop,
         "_should_check_val_fx": loop.epoch_loop,
