@@ -34,15 +34,11 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _drafts_that_are_often_kept(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def new_module(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], MTPModule]:
+    """Makes modules whose drafts are often accepted; the trainer or the test loads their weights."""
     vocab_size = json.loads((base_folder / "config.json").read_text())["vocab_size"]
     monkeypatch.setattr(decoding_step, "draft_block", planted_drafts(vocab_size, vocab_size))
-
-
-@pytest.fixture
-def new_module(base_folder: Path) -> Callable[[], MTPModule]:
-    """Makes modules; their weights are there only once the trainer, or the test, configures them."""
 
     def make() -> MTPModule:
         return MTPModule(str(base_folder), dtype="float64", num_masks=NUM_MASKS, lora=LoRA(rank=2), sampler_head=False)

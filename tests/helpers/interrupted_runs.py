@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 FIT = ("fit", "--config", "config.yaml", "--ckpt_path", "last")
+ACCUMULATED = ("--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5)
+"""Optimizer steps of 4 batches, while a validation comes every 6 and an epoch has 11."""
 
 KILL = """
 import io, os, signal, threading, time
@@ -92,7 +94,8 @@ MTPModule.training_step = training_step
 """
 
 
-def told(at: int, name: str = "SIGTERM") -> str:
+def signal_at(at: int, name: str = "SIGTERM") -> str:
+    """Code after which a process sends itself a signal in the given training batch, counted from 1."""
     return SIGNAL_AT.replace("@AT", str(at)).replace("@NAME", name)
 
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SaveOnSignal: runs that are stopped by a signal save, and resume as the run that was not stopped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from interrupted_runs import ACCUMULATED, FIT, fresh, history, signal_at
+from tiny_run import LAST, assert_same_run
+from zygote import Zygote
+
+WHILE_EVALUATING = """
+import os, signal
+from mtp_lightning.evaluation import acceptance
+from mtp_lightning.callbacks.acceptance_evaluation import AcceptanceEvaluation
+whole, decode, step = AcceptanceEvaluation._evaluate, acceptance._decode, 0
+
+def evaluate(self, trainer, module):
+    global step
+    step = trainer.global_step
+    whole(self, trainer, module)
+
+def decodes(*arguments, **options):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return decode(*arguments, **options)
+
+AcceptanceEvaluation._evaluate, acceptance._decode = evaluate, decodes
+"""
+
+
+def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    """One run that is stopped in a batch, in an evaluation, where a validation is due, and in its last batch."""
+    folder = fresh(whole, tmp_path / "run")
+    # The number of a batch is counted from each start. In step 6 a validation is due: it and the step after it are finished.
+    for prelude, step in ((signal_at(3), 3), (WHILE_EVALUATING, 5), (signal_at(1), 7), (signal_at(7), 14)):
+        ended = zygote.run(folder, *FIT, prelude=prelude)
+        assert ended.code == 143, ended.err
+        assert f"mtp: SIGTERM: saved '{LAST}' after step {step}." in ended.err.splitlines()[-1]
+        assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
+        assert [at for _, at in history(folder)] == [at for _, at in history(whole) if at <= step] if step >= 5 else True
+    assert zygote.run(folder, *FIT).code == 0
+    assert_same_run(folder, whole)
+    assert history(folder) == history(whole) and ("val", 5) in history(whole)
+
+
+def test_no_checkpoint_between_the_batches_of_a_step(zygote: Zygote, whole: Path, accumulated: Path, tmp_path: Path) -> None:
+    """A step takes 4 batches, a validation comes every 6: the signal comes after 5 batches, and a validation in a step."""
+    folder = fresh(whole, tmp_path / "run")
+    for at, step in ((5, 2), (4, 4)):  # the second is counted from the resumed run's first batch; an epoch has 11
+        assert zygote.run(folder, *FIT, *ACCUMULATED, prelude=signal_at(at)).code == 143
+        assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
+    assert zygote.run(folder, *FIT, *ACCUMULATED).code == 0
+    assert_same_run(folder, accumulated)
+
+
+def test_slurm_requeues_the_job(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = fresh(whole, tmp_path / "run")
+    command = folder / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text('#!/bin/sh\necho "$@" > requeued\n')
+    command.chmod(0o755)
+    slurm = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    slurm |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "SLURM_NTASKS_PER_NODE": "1"}
+    slurm["PATH"] = f"{command.parent}:{os.environ['PATH']}"
+    ended = zygote.run(folder, *FIT, prelude=signal_at(3, "SIGUSR1"), **slurm)
+    assert ended.code == 143, ended.err
+    assert f"mtp: SIGUSR1: saved '{LAST}' after step 3, job 77 requeued." in ended.err
+    assert (folder / "requeued").read_text() == "requeue 77\n"

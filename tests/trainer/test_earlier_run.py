@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which run a folder belongs to, and what a start in it takes over, keeps and replaces."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import read_metrics
+from interrupted_runs import FIT, KILL, fresh, run_name
+from ports import free_port
+from tiny_run import LAST, assert_same_run
+from zygote import Zygote
+
+BEST = LAST.replace("last", "best")
+
+
+def test_last_does_not_resume_an_earlier_run(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    """A new run in the folder of an earlier one is killed before its first checkpoint."""
+    folder, named = tmp_path / "run", tmp_path / "named"
+    shutil.copytree(whole, folder)
+    before = {path.name: path.read_bytes() for path in (folder / "run/checkpoints").iterdir()}
+    killed = KILL.replace("@EVENT", "'optimizer'").replace("@NUMBER", "2").replace("@SECONDS", "0")
+    ended = zygote.run(folder, *FIT[:-2], prelude=killed)
+    assert ended.code == -signal.SIGKILL and f"({BEST}, {LAST})" in ended.err
+    assert {path.name: path.read_bytes() for path in (folder / "run/checkpoints").iterdir()} == before
+    assert run_name(folder) != run_name(whole)
+    shutil.copytree(folder, named)
+    ended = zygote.run(folder, *FIT)
+    assert ended.code == 0, ended.err
+    assert all(f"--ckpt_path {path}" in ended.err for path in (BEST, LAST)) and "training begins at step 0" in ended.err
+    assert_same_run(folder, whole)
+    # Named by its path, the earlier run is resumed. The new run's figures are replaced, and the folder is its own again.
+    ended = zygote.run(named, *FIT[:-1], BEST, "--trainer.max_steps", 16)
+    assert ended.code == 0 and "figures of another run" in ended.err
+    assert run_name(named) == run_name(whole)
+    first = int(read_metrics(named / "run")[0]["step"])
+    assert first >= torch.load(whole / BEST, weights_only=True)["global_step"] - 1 > 1
+
+
+FAILING_CHECK = """
+from mtp_lightning.training.module import MTPModule
+
+def validation_step(self, *arguments):
+    raise RuntimeError("in the sanity check")
+
+MTPModule.validation_step = validation_step
+"""
+
+
+@pytest.mark.parametrize("what", ["sanity check", "optimizer state"])
+def test_a_start_that_fails_changes_nothing(zygote: Zygote, whole: Path, tmp_path: Path, what: str) -> None:
+    folder, words, prelude, reason = tmp_path / "run", list(FIT[:-2]), FAILING_CHECK, "in the sanity check"
+    shutil.copytree(whole, folder)
+    if what == "optimizer state":
+        checkpoint = torch.load(folder / LAST, weights_only=True)
+        checkpoint["mtp_resume"]["run"] = "another"
+        checkpoint["optimizer_states"][0]["param_groups"] *= 2
+        torch.save(checkpoint, folder / "other.ckpt")
+        words, prelude, reason = [*words, "--ckpt_path", "other.ckpt"], "", "different number of parameter groups"
+    ended = zygote.run(folder, *words, prelude=prelude)
+    assert ended.code == 1 and reason in ended.err
+    assert run_name(folder) == run_name(whole)
+    assert read_metrics(folder / "run") == read_metrics(whole / "run")
+
+
+FULL_DISK = """
+from mtp_lightning import files
+
+def no_room(folder):
+    raise OSError(28, "No space left on device")
+
+files._sync_folder = no_room
+"""
+
+
+def test_one_process_reports_for_all(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    """A warning, and an error in the first process alone, which ends both."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    words = [*FIT[:-2], "--trainer.strategy", "ddp", "--trainer.devices", 2]
+    started = zygote.ranks(folder, free_port(), words, words, preludes=[FULL_DISK, FULL_DISK])
+    first, second = (process.wait() for process in started)
+    assert (first.code, second.code) == (1, 0)
+    assert "of an earlier run" in first.err and "run_id.txt" in first.error
+    assert "earlier run" not in second.err and "mtp: error" not in second.err
+
+
+def test_a_damaged_checkpoint_is_skipped(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / LAST).write_bytes((folder / LAST).read_bytes()[:-1000])
+    (folder / f"{LAST}.part").write_bytes(b"half")  # what a killed run may leave
+    ended = zygote.run(folder, *FIT)
+    assert ended.code == 0 and f"'{LAST}'" in ended.err
+    assert f"Restoring states from the checkpoint path at {BEST}" in ended.err
+    assert_same_run(folder, whole)
+
+
+def test_commands_that_only_read_need_a_checkpoint(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    ended = zygote.run(fresh(whole, tmp_path / "run"), "validate", *FIT[1:])
+    assert ended.code == 1 and "run/checkpoints" in ended.error and "--ckpt_path" in ended.error
