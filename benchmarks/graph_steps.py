@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a quadratic step takes over a step of one token, as it is and as a graph, for random models of large shapes.
+"""What a quadratic step takes over a step of one token, eager and as a graph, for random models of large shapes.
 
 ``python benchmarks/graph_steps.py --shape qwen3-4b --device cuda`` prints a Markdown table: for k masks a step feeds
 (k + 1)^2 positions, verifies k drafts and draws k new ones with a GRU head; 2,048 tokens are in the cache. Ways take turns,
@@ -17,49 +17,52 @@ import torch
 from large_shapes import random_model, shape_arguments
 
 from mtp_lightning.decoding.execution.decode_cache import decode_cache, rounded_slots
-from mtp_lightning.decoding.execution.step_runner import USES, GraphRunner, StepRunner
-from mtp_lightning.decoding.loop import evaluating
+from mtp_lightning.decoding.execution.step import Drafts
+from mtp_lightning.decoding.executor import EAGER_RUNS, CompiledExecutor, EagerExecutor, token_choice
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.row_cache import RowCache
-from mtp_lightning.decoding.step_plan import StepPlan, prompt_plan, step_plan
-from mtp_lightning.decoding.token_choice import TokenChoice
+from mtp_lightning.decoding.state import DecodeState
 from mtp_lightning.model import MTPModel
 
 
 @torch.inference_mode()
 def measure(model: MTPModel, context: int, masks: list[int], repeats: int, graphs: bool) -> None:
     """Print the table."""
-    device = model.base.device
-    cache, slots = RowCache(model.base, 1), rounded_slots(context + (max(masks) + 1) ** 2)
-    cache.reserve(slots, slots)
-    choice = TokenChoice(DecodingOptions(), [0], device)
-    runners = {"as it is": StepRunner(model, cache, choice, True)}
+    device, options = model.base.device, DecodingOptions()
+    decode_cache(model).prepare(model)
+    choice = token_choice(model, options, [0])
+    executors: dict[str, EagerExecutor] = {"eager": EagerExecutor(model, options, choice)}
     if graphs:
-        USES[device.type] = 0
-        runners["graph"] = GraphRunner(model, cache, choice, True)
-    prompt = torch.randint(model.unembed.vocab_size, (1, context), device=device)
-    runners["as it is"].run(prompt_plan("autoregressive", [context], 0), prompt, None, [context])
-    cache.lengths = [context]
-    plans: dict[int, StepPlan] = {0: step_plan("autoregressive", [0], 0)}
-    plans |= {k: step_plan("quadratic", [k], k) for k in masks}
+        EAGER_RUNS[device.type] = 0
+        executors["graph"] = CompiledExecutor(model, options, choice)
+    prompt = torch.randint(model.unembed.vocab_size, (context,), device=device)
+    slots, plain = rounded_slots(context + (max(masks) + 1) ** 2), Plan(0, 0, "last")
+    cache = RowCache(model.base, 1)
+    cache.reserve(slots, slots)
+    state = DecodeState([prompt], [slots], cache, choice)
+    state.commit(plain, executors["eager"].run(plain, state))
+    (row,) = state.rows
+    plans = {0: plain} | {k: Plan(k, k, "all") for k in masks}
     seconds: dict[tuple[int, str], list[float]] = {}
     for number in range(repeats + 2):
         for k, plan in plans.items():
-            for name, runner in runners.items():
-                tokens = torch.randint(model.unembed.vocab_size, (1, 1 + plan.num_drafts), device=device)
+            for name, executor in executors.items():
+                row.num_drafts = k
+                state.drafts = Drafts(torch.randint(model.unembed.vocab_size, (1, k), device=device), None)
                 begin = time.perf_counter()
-                runner.run(plan, tokens, None, [context + 1])  # reads the tokens, so it waits for the device
-                if number > 1:  # the first two make things ready
+                executor.run(plan, state)  # reads the tokens, so it waits for the device
+                if number > 1:  # the first two compile kernels
                     seconds.setdefault((k, name), []).append(time.perf_counter() - begin)
-    names = list(runners)
+    names = list(executors)
     print("| masks | positions | " + " | ".join(f"{name}, ms | over 1 token" for name in names) + " |")
     print("|---|---|" + "---|---|" * len(names))
-    for k, plan in plans.items():
+    for k in plans:
         cells = []
         for name in names:
             ratios = [a / b for a, b in zip(seconds[k, name], seconds[0, name], strict=True)]
             cells += [f"{1e3 * statistics.median(seconds[k, name]):.2f}", f"{statistics.median(ratios):.2f}"]
-        print(f"| {k} | {plan.layouts[0].size} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {k} | {1 + k + (1 + k) * k} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -75,8 +78,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     model = random_model(args.shape, args.dtype, args.device, args.rank)
     print(f"{args.shape}, {args.dtype}, {args.device}, rank {args.rank}, {args.context} tokens in the cache\n")
-    with evaluating(model), decode_cache(model).use(model):
-        measure(model, args.context, args.masks, args.repeats, args.graphs == "true")
+    measure(model, args.context, args.masks, args.repeats, args.graphs == "true")
 
 
 if __name__ == "__main__":

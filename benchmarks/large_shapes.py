@@ -19,13 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_lightning.decoding.execution.calibration import measure_step_costs
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
-from mtp_lightning.decoding.loop import draft_shortlist, evaluating
+from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
+from mtp_lightning.decoding.executor import token_choice
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import usual_positions
 from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.step_costs import StepCosts
-from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
@@ -118,12 +118,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = random_model(args.shape, args.dtype, args.device, args.rank)
-    base = model.base
     options = DecodingOptions(draft_vocabulary="all" if args.draft_vocabulary is None else args.draft_vocabulary)
-    choice = TokenChoice(options, [0], base.device)
     measured = []
-    with torch.inference_mode(), evaluating(model), decode_cache(model).use(model):
-        choice.shortlist = draft_shortlist(model, options)
+    decode_cache(model).prepare(model)
+    choice = token_choice(model, options, [0])
+    with torch.inference_mode(), DecodingMode(model).active():
         for _ in range(args.repeats):
             measured.append(measure_step_costs(model, choice, usual_positions(8)))
     longest = max((each.positions for each in measured), key=len)

@@ -42,7 +42,7 @@ def pairs(
             break
         ours = time.perf_counter() - begin
         step = fed[-1]
-        size, length = step.layouts[0].size, step.ends[0] - 1
+        size, length = step.layouts[0].size, step.lengths[0] - 1
         if len(fed) == 1:
             continue
         full = max(full, size)

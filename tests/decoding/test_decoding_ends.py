@@ -63,7 +63,7 @@ def test_every_length_limit(agree: str, kind: str, inject: Callable[..., Injecte
         assert out.accepted_per_step[0] == expected_steps(RUNS[agree], 4, kind, limit)
     # No mask is fed that could only speak of tokens past the limit.
     for step in drafts.steps:
-        drafted = step.ends[0] + step.layouts[0].depth
+        drafted = step.lengths[0] + step.layouts[0].depth
         assert drafted <= N + 15
 
 

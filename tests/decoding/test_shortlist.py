@@ -10,12 +10,13 @@ import torch
 from tiny import VOCAB, greedy_text, tiny_model, token_row
 from torch import Tensor, nn
 
-from mtp_lightning.decoding import loop as decoding
+from mtp_lightning.decoding import planner
 from mtp_lightning.decoding.execution import decode_cache as decode_cache_module
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.execution.step import Drafts, draft_block
+from mtp_lightning.decoding.executor import draft_shortlist
 from mtp_lightning.decoding.limits import resolve_auto
-from mtp_lightning.decoding.loop import decode, draft_shortlist
+from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.shortlist import Shortlist, shortlist_size
 from mtp_lightning.decoding.token_choice import TokenChoice
@@ -59,7 +60,7 @@ def test_drafts_are_those_of_the_whole_vocabulary_with_the_rest_ruled_out(
 
     def drafts(shortlist: Shortlist | None) -> Drafts:
         choice = TokenChoice(DecodingOptions(**WAYS[way]), [5, 6, 7], torch.device("cpu"))
-        choice.shortlist, choice.confident = shortlist, True
+        choice.shortlist, choice.return_draft_probs = shortlist, True
         with torch.inference_mode(), decode_cache(model).use(model):
             return draft_block(model, hidden, torch.tensor([3, 50, 9]), torch.tensor([9, 9, 12]), choice, head is not None)
 
@@ -168,9 +169,9 @@ def test_auto_lists_what_had_nearly_all_labels(verification: str) -> None:
 
 def test_costs_are_those_of_the_shortlist_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model, used = tiny_model("llama", 3, sampler_head=GRUSamplerHead()), []
-    original = decoding.measure_step_costs
+    original = planner.measure_step_costs
     monkeypatch.setattr(
-        decoding, "measure_step_costs", lambda m, choice, usual: used.append(choice.shortlist) or original(m, choice, usual)
+        planner, "measure_step_costs", lambda m, choice, usual: used.append(choice.shortlist) or original(m, choice, usual)
     )
     for asked in (5, "all", 5, 7):
         list(decode(model, token_row([4]).input_ids, DecodingOptions(max_new_tokens=4, draft_vocabulary=asked)))

@@ -59,9 +59,9 @@ class InjectedDrafts:
     ) -> Drafts:
         step, drafts = self.steps[-1], []
         for r, at in enumerate(positions.tolist()):
-            layout = step.layouts[0 if step.choice is None else int(step.choice[r])]
+            layout = step.layouts[0 if step.layout_index is None else int(step.layout_index[r])]
             sequence = self.sequences[0 if len(self.sequences) == 1 else int(choice.seeds[r])]
-            J = layout.block_after(at - step.ends[r])[1]
+            J = layout.block_after(at - step.lengths[r])[1]
             drafts.append(self.draft(model, hidden[r, :J], int(verified[r]), at, sequence))
         filled = torch.full(hidden.shape[:2], VOCAB - 1)  # a row without a block after its last token: must not count
         for r, draft in enumerate(drafts):

@@ -18,7 +18,7 @@ from transformers import TextIteratorStreamer, TextStreamer
 
 from mtp_lightning import MTPModel
 from mtp_lightning.commands import arguments as commands
-from mtp_lightning.decoding import loop as decoding
+from mtp_lightning.decoding import planner
 from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.execution.step import Drafts
 from mtp_lightning.decoding.options import DecodingOptions
@@ -181,7 +181,7 @@ def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPa
         clock.now += 1000.0
         return StepCosts((1, 81), (1.0, 1.5), 0.0, 0.0)
 
-    monkeypatch.setattr(decoding, "measure_step_costs", slow_measurement)
+    monkeypatch.setattr(planner, "measure_step_costs", slow_measurement)
     for module in (text_stream, commands, decoded_text):
         monkeypatch.setattr(module, "time", clock)
     prompt, options = Prompt("", [9, 10], ""), {"max_new_tokens": 2}

@@ -15,8 +15,9 @@ import torch
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks
-from mtp_lightning.decoding.loop import calibrate, decode_rows
+from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.text.prompts import Prompt, encode_prompt, read_prompts
@@ -54,7 +55,7 @@ def _stream_together(
     stops = [arguments.stop] if arguments.stop else []
     texts = [GeneratedText(model, prompt, options, stops) for prompt in prompts]
     finished: set[int] = set()
-    steps = decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=finished)
+    steps = decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, stopped=finished)
     seconds = 0.0
     calibrate(model, options)
     while len(finished) < len(prompts):

@@ -13,15 +13,7 @@ from mtp_lightning.modeling.network import MTPNetwork
 
 
 def check_prompt(length: int, context: int) -> None:
-    """Refuse a prompt that can't be decoded.
-
-    Args:
-        length: its tokens.
-        context: the model's context.
-
-    Raises:
-        UsageError: it is empty or leaves no room in the context.
-    """
+    """Refuse a prompt that is empty or leaves no room in the model's context."""
     if length == 0:
         raise UsageError("the prompt is empty: it needs at least one token.")
     if length >= context:
@@ -31,14 +23,7 @@ def check_prompt(length: int, context: int) -> None:
 
 
 def resolve_num_masks(model: MTPNetwork, options: DecodingOptions) -> int:
-    """The largest number of masks J in a block that the options allow.
-
-    Args:
-        model: the model.
-        options: how to decode.
-
-    Returns:
-        J, 0 for autoregressive decoding.
+    """The largest number of masks J in a block that the options allow, 0 for autoregressive decoding.
 
     Raises:
         UsageError: J outside 1..k.
@@ -50,20 +35,15 @@ def resolve_num_masks(model: MTPNetwork, options: DecodingOptions) -> int:
     if type(options.num_masks) is not int or not 1 <= options.num_masks <= model.num_masks:
         raise UsageError(
             f"num_masks must be auto or from 1 to {model.num_masks}, the number this model was trained with,"
-            f" got {options.num_masks}. Change num_masks."
+            f" got {options.num_masks}."
         )
     return options.num_masks
 
 
 def resolve_auto(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions:
-    """The same options with numbers in place of ``auto``: k masks and the whole vocabulary, as the paper's protocol has it.
+    """The options with numbers in place of ``auto``: k masks and the whole vocabulary, as the paper's protocol has it.
 
-    Args:
-        model: the model.
-        options: how to decode.
-
-    Returns:
-        Options whose steps do not depend on the machine.
+    Their steps do not depend on the machine.
 
     Raises:
         UsageError: J outside 1..k.
@@ -75,14 +55,23 @@ def resolve_auto(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions
     return replace(options, num_masks=masks, draft_vocabulary=listed)
 
 
+def uses_auto(model: MTPNetwork, options: DecodingOptions) -> bool:
+    """True if each step is planned by what pays; not for a sharded model, whose processes must plan alike."""
+    return options.num_masks == "auto" and options.decoding != "autoregressive" and not model.is_sharded
+
+
+def uses_prompt_lookup(model: MTPNetwork, options: DecodingOptions) -> bool:
+    """True if drafts may be read off the text."""
+    return options.prompt_lookup and options.coupled and uses_auto(model, options)
+
+
 def end_tokens(model: MTPNetwork, options: DecodingOptions) -> set[int]:
     """The tokens that end a text."""
     chosen: Any = options.eos_token_id
     if chosen is None:
-        generation = getattr(model.base, "generation_config", None)
-        chosen = getattr(generation, "eos_token_id", None)
-        if chosen is None:
-            chosen = text_config(model.base).eos_token_id
+        chosen = getattr(getattr(model.base, "generation_config", None), "eos_token_id", None)
+    if chosen is None:
+        chosen = text_config(model.base).eos_token_id
     if chosen is None:
         return set()
     return {chosen} if isinstance(chosen, int) else set(chosen)

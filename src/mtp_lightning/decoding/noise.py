@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TOKEN_STREAM, KEEP_STREAM, OWN_STREAM = 0, 1, 2
+TOKEN_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM = 0, 1, 2
 
 
 def _signed(value: int) -> int:

@@ -175,7 +175,7 @@ def _together(
     mtp: MTPNetwork, prompts: list[Tensor], options: DecodingOptions, ended: Set[int]
 ) -> Iterator[tuple[int, list[int], bool]]:
     """Row and tokens of every step, and whether the row ends with them. Rows in ``ended`` are not decoded further."""
-    for steps in decode_rows(mtp, prompts, options, finished=ended):
+    for steps in decode_rows(mtp, prompts, options, stopped=ended):
         for row, step, reason in steps:
             yield row, step.tokens, reason is not None
 

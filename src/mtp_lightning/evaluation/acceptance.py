@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtp_lightning.decoding.loop import calibrate
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.evaluation.decoded_text import DecodedText, decode_batch
 from mtp_lightning.evaluation.losslessness import Difference, autoregressive, find_difference
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD, repeated_ngrams, share_of_reference, survival_counts

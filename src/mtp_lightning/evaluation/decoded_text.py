@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from mtp_lightning.decoding.loop import calibrate, decode_rows
+from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.text.prompts import Prompt
 from mtp_lightning.text.stream import stop_token_index
@@ -49,7 +50,7 @@ def decode_batch(
     calibrate(model, options)
     begin = time.perf_counter()
     # Each step ends by reading its tokens from the device, so no work is pending when the clock is read.
-    for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, finished=stopped):
+    for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, stopped=stopped):
         for row, step, _ in steps:
             text, tokens = texts[row], step.tokens
             if stop and (end := stop_token_index(model.tokenizer, text.tokens, tokens, [stop])) is not None:

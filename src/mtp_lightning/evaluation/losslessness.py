@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from mtp_lightning.decoding.loop import evaluating
+from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
@@ -86,7 +86,7 @@ def first_difference(
 @torch.inference_mode()
 def top_two_gap(model: MTPNetwork, tokens: list[int], options: DecodingOptions) -> float | None:
     """Difference of the two largest scores that the token after ``tokens`` is chosen from; None: only one is possible."""
-    with evaluating(model), model.gate.open(0 if model.lora.gated else len(tokens)):
+    with DecodingMode(model, fused=False).active(), model.gate.open(0 if model.lora.gated else len(tokens)):
         ids = torch.tensor([tokens], device=model.base.device)
         hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     choice = TokenChoice(options, row_seeds(options.seed, 1), ids.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -42,14 +42,19 @@ def can_switch_attention(model_class: type[PreTrainedModel]) -> bool:
     return can_set is not None and bool(can_set())
 
 
-@contextlib.contextmanager
-def switched_attention(base: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run the base's decoder with a registered attention function within the ``with`` block.
+def attention_configs(base: PreTrainedModel) -> list[Any]:
+    """The configurations that name the attention function of the base's decoder."""
+    return [*{id(config): config for config in (base.config, base.config.get_text_config(decoder=True))}.values()]
 
-    Only for classes that ``can_switch_attention``. The public ``set_attn_implementation`` does the same, but walks all
-    modules, which costs as much as a decoding step of a small model. A kernel that is set meanwhile is kept.
+
+@contextlib.contextmanager
+def switched_attention(configs: Sequence[Any], name: str | None) -> Iterator[None]:
+    """Run a decoder with another attention function within the ``with`` block.
+
+    Only for classes that ``can_switch_attention``; ``configs`` are its ``attention_configs``. The public
+    ``set_attn_implementation`` does the same, but walks all modules, which costs as much as a decoding step of a small
+    model. A kernel that is set meanwhile is kept.
     """
-    configs = {id(config): config for config in (base.config, base.config.get_text_config(decoder=True))}.values()
     before = [config._attn_implementation for config in configs]
     for config in configs:
         config._attn_implementation_internal = name

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.limits import end_tokens, resolve_num_masks
-from mtp_lightning.decoding.loop import calibrate, decode
+from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.errors import UsageError
 from mtp_lightning.text.prompts import Prompt, encode_prompt, render_messages

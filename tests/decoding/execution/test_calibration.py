@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import CONTEXT, VOCAB, tiny_model, token_row
 
-from mtp_lightning.decoding import loop as decoding
+from mtp_lightning.decoding import planner
 from mtp_lightning.decoding.execution import calibration
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.loop import decode
@@ -42,8 +42,8 @@ def test_a_slow_model_gets_a_curve_of_a_few_points(monkeypatch: pytest.MonkeyPat
 
 def test_costs_are_measured_once_for_a_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = tiny_model("gemma3", 3, sampler_head=GRUSamplerHead()), []
-    measure = decoding.measure_step_costs
-    monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: calls.append(args) or measure(*args))
+    measure = planner.measure_step_costs
+    monkeypatch.setattr(planner, "measure_step_costs", lambda *args: calls.append(args) or measure(*args))
 
     def run(**options: Any) -> None:
         list(decode(model, token_row([4]).input_ids, DecodingOptions(max_new_tokens=4, **options)))

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from hidden import hidden_states
-from tiny import tiny_base, tiny_model, token_row
+from tiny import tiny_model, token_row
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtp_lightning.decoding.execution import grouped_attention
-from mtp_lightning.decoding.execution.grouped_attention import gains, grouped
+from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
+from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel, gains
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.modeling.attention import GROUPED_SDPA
@@ -65,24 +66,21 @@ def test_single_calls(dtype: torch.dtype, groups: int) -> None:
 
 def test_only_while_decoding_and_where_it_gains() -> None:
     model = tiny_model("llama", 3)
+    assert decoding_kernel(model.base) == GROUPED_SDPA
     steps = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
     next(steps)
-    assert model.base.config._attn_implementation == GROUPED_SDPA
-    steps.close()
     assert model.base.config._attn_implementation == "sdpa"
-    with pytest.raises(KeyError), grouped(model.base):
+    with pytest.raises(KeyError), DecodingMode(model).active():
+        assert model.base.config._attn_implementation == GROUPED_SDPA
         raise KeyError
     assert model.base.config._attn_implementation == "sdpa"
-    steps = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
-    next(steps)
-    model.base.set_attn_implementation("eager")  # what somebody sets meanwhile stays
-    steps.close()
-    assert model.base.config._attn_implementation == "eager"
-    base = tiny_base("llama")
-    base.set_attn_implementation("eager")
-    assert not gains(base)
-    with grouped(base):
-        assert base.config._attn_implementation == "eager"
+    for kernel in ("eager", "flex_attention"):
+        model.base.set_attn_implementation(kernel)  # what the user sets meanwhile stays
+        next(steps)
+        assert model.base.config._attn_implementation == kernel
+    assert decoding_kernel(model.base) == GROUPED_SDPA
+    model.base.set_attn_implementation("eager")
+    assert decoding_kernel(model.base) == "eager"
 
 
 def test_training_while_a_reader_has_paused() -> None:

@@ -14,6 +14,7 @@ from tiny import CONTEXT, VOCAB, tiny_model, token_row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtp_lightning.decoding.acceptance import acceptance_rule
 from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.execution.step import StepInput, draft_block, num_accepted
 from mtp_lightning.decoding.options import DecodingOptions
@@ -45,18 +46,31 @@ def make_step(
     B = len(tokens)
     cache = RowCache(model.base, B)
     cache.reserve(20, 20)
-    kinds = tuple(dict.fromkeys(layouts))
-    choice = None if len(kinds) == 1 else torch.tensor([kinds.index(layout) for layout in layouts])
-    positions, mask = StepMasks(model.base, CONTEXT).get(kinds, choice, cache, None)
-    cache.begin_step(kinds[0].size, tokens, None)
-    token_choice = TokenChoice(DecodingOptions(**options), list(range(B)), torch.device("cpu"))
-    if listed:
-        token_choice.shortlist = Shortlist(model.unembed, torch.arange(1, VOCAB, 9))
-    ends = [layout.last + 1 for layout in layouts]
-    scores = torch.randn(B, num_drafts, VOCAB, dtype=torch.float64) if token_choice.rejects else None
+    different = tuple(dict.fromkeys(layouts))
+    layout_index = None if len(different) == 1 else torch.tensor([different.index(layout) for layout in layouts])
+    position_ids, attention_mask = StepMasks(model.base, CONTEXT).get(different, layout_index, cache, None)
+    cache.begin_step(different[0].size, tokens, None)
+    shortlist = Shortlist(model.unembed, torch.arange(1, VOCAB, 9)) if listed else None
+    choice = TokenChoice(DecodingOptions(**options), list(range(B)), torch.device("cpu"), shortlist)
+    lengths = [layout.last + 1 for layout in layouts]
+    scores = torch.randn(B, num_drafts, VOCAB, dtype=torch.float64) if choice.use_rejection_sampling else None
     return StepInput(
-        tokens, num_drafts, None, scores, kinds, choice, positions, mask, ends, torch.tensor(ends), cache, token_choice, True
-    )  # fmt: skip
+        tokens=tokens,
+        num_drafts=num_drafts,
+        verify_mask=None,
+        num_verified=None,
+        draft_scores=scores,
+        layouts=different,
+        layout_index=layout_index,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        lengths=lengths,
+        first_positions=torch.tensor(lengths),
+        cache=cache,
+        choice=choice,
+        acceptance=acceptance_rule(choice),
+        sampler_head=True,
+    )
 
 
 SAMPLING = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
@@ -91,9 +105,9 @@ def test_a_step_never_waits_for_the_device(
         with NoWaiting():
             found = decoding_step.decode_step(model, step)
         monkeypatch.undo()
-    assert torch.equal(found.own, expected.own) and torch.equal(found.num_accepted, expected.num_accepted)
-    assert torch.equal(found.draft.tokens, expected.draft.tokens)
-    assert found.draft.tokens.shape == (2, layout.depth) and found.own.shape == (2, num_drafts + 1)
+    assert torch.equal(found.base_tokens, expected.base_tokens) and torch.equal(found.num_accepted, expected.num_accepted)
+    assert torch.equal(found.drafts.tokens, expected.drafts.tokens)
+    assert found.drafts.tokens.shape == (2, layout.depth) and found.base_tokens.shape == (2, num_drafts + 1)
 
 
 def test_number_of_accepted_tokens() -> None:
@@ -109,7 +123,7 @@ def test_number_of_accepted_tokens() -> None:
 def test_drafts_end_early_below_a_path_probability() -> None:
     model = tiny_model("llama", 8, sampler_head=GRUSamplerHead())
     choice = TokenChoice(DecodingOptions(), [0, 0], torch.device("cpu"))
-    choice.confident = True
+    choice.return_draft_probs = True
     hidden = torch.randn(2, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     arguments = (model, hidden, torch.tensor([3, 4]), torch.tensor([9, 9]), choice, True)
     with torch.inference_mode():
@@ -117,7 +131,7 @@ def test_drafts_end_early_below_a_path_probability() -> None:
         assert full.tokens.shape == (2, 8) and full.probabilities is not None
         path_prob = full.probabilities.cumprod(1).max(0).values  # of the row that continues longest
         for count in (1, 3, 7):
-            choice.least = float(path_prob[count - 1]) * 1.0001
+            choice.min_path_prob = float(path_prob[count - 1]) * 1.0001
             part = draft_block(*arguments)
-            length = int((path_prob >= choice.least).sum()) + 1
+            length = int((path_prob >= choice.min_path_prob).sum()) + 1
             assert 1 <= length <= count and torch.equal(part.tokens, full.tokens[:, :length])

@@ -22,9 +22,9 @@ from tiny import ARCHITECTURES, EXPERTS, greedy_text, tiny_base, tiny_model, tok
 from torch import Tensor
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
-from mtp_lightning.decoding import loop as decoding
+from mtp_lightning.decoding import executor, planner, proposer
 from mtp_lightning.decoding.execution import step as decoding_step
-from mtp_lightning.decoding.execution import step_graph, step_runner
+from mtp_lightning.decoding.execution import step_graph
 from mtp_lightning.decoding.execution.decode_cache import decode_cache, rounded_slots
 from mtp_lightning.decoding.execution.step import Drafts
 from mtp_lightning.decoding.execution.step_graph import StepGraph, recorded
@@ -35,6 +35,7 @@ from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.planning.text_lookup import LookupDraft
 from mtp_lightning.decoding.row_cache import RowCache
+from mtp_lightning.decoding.state import DecodeState
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
 
@@ -55,7 +56,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return lambda: graph(*inputs)
 
     monkeypatch.setitem(step_graph.CAPTURES, "cpu", record)
-    monkeypatch.setitem(step_runner.USES, "cpu", 0)
+    monkeypatch.setitem(executor.EAGER_RUNS, "cpu", 0)
     return found
 
 
@@ -100,7 +101,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, rows: list[Tensor], answers: list[
         J = hidden.shape[1]
         at = (positions[:, None] + torch.arange(1, J + 1)).clamp(max=script.shape[1] - 1)
         tokens = script[: len(positions)].gather(1, at)
-        return Drafts(tokens, None, torch.full(tokens.shape, 0.8) if choice.confident else None)
+        return Drafts(tokens, None, torch.full(tokens.shape, 0.8) if choice.return_draft_probs else None)
 
     monkeypatch.setattr(decoding_step, "draft_block", draft)
 
@@ -188,36 +189,41 @@ def test_drafts_that_the_text_offers(
     expected = texts(model, rows, decoding="autoregressive", **options)
     stop = next(token for token in expected[1][5:] if token not in expected[0] + expected[1][:5] + expected[2])
     expected[1] = expected[1][: expected[1].index(stop) + 1]
-    generator, planted, live = random.Random(0), dict[int, int](), set[tuple[int, ...]]()
+    generator, planted, live = random.Random(0), dict[int, int](), set[int]()
 
-    def choose(self: Budget, room: int, limits: list[int], spare: list[int]) -> Plan:
+    def propose(self: Any, state: DecodeState, plan: Plan, result: Any) -> None:
         planted.clear()
-        for row, most in zip(self.rows, spare, strict=True):
-            assert row.lookup is not None
-            said = row.lookup._text
-            (r,) = [r for r, prompt in enumerate(rows) if said[: len(prompt)] == prompt.tolist()]
-            tokens = expected[r][len(said) - len(rows[r]) :][: generator.randint(0, min(most, self.num_masks))]
-            row.lookup_draft = row.found = None
+        for row in state.active:
+            r, most = row.number, min(row.max_drafts, self.max_drafts)
+            tokens = expected[r][row.length - len(rows[r]) :][: generator.randint(0, most)]
+            row.lookup_draft = None
             if tokens:
                 planted[r] = generator.randint(0, len(tokens))
                 tokens[planted[r] :] = [(token + 1) % 97 for token in tokens[planted[r] :]]
-                row.lookup_draft = row.found = LookupDraft(tokens, 3)
-        live.add(tuple(planted))
+                row.lookup_draft = LookupDraft(tokens, 3)
+
+    def choose(self: Budget, room: int, limits: list[int], offers: list[LookupDraft | None]) -> Plan:
+        for row, offer in zip(self.rows, offers, strict=True):
+            row.found = offer
+        live.add(len(self.rows))
         longest = max([0, *(len(row.found.tokens) for row in self.rows if row.found)])
         c, m = min(size for size in self.sizes if size >= longest), generator.choice([0, self.num_masks])
         return Plan(c, m, self.wheres[-1])
 
     monkeypatch.setattr(Budget, "choose", choose)
-    monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: StepCosts((1, 81), (1.0, 3.0), 0.0, 0.0))
+    monkeypatch.setattr(proposer.NgramProposer, "propose", propose)
+    monkeypatch.setattr(planner, "measure_step_costs", lambda *args: StepCosts((1, 81), (1.0, 3.0), 0.0, 0.0))
     new: list[list[int]] = [[] for _ in rows]
     options |= {"compile": True, "eos_token_id": stop, "max_new_tokens": G}
+    verified = dict[int, int]()
     for steps in decode_rows(model, rows, DecodingOptions(kind, **options)):
         for r, step, _ in steps:
-            if r in planted:
-                assert len(step.tokens) == min(planted[r] + 1, len(expected[r]) - len(new[r]))
+            if r in verified:
+                assert len(step.tokens) == min(verified[r] + 1, len(expected[r]) - len(new[r]))
             new[r] += step.tokens
+        verified = dict(planted)
     assert new == expected
-    assert recordings and {(0, 1, 2), (0, 2)} <= live
+    assert recordings and {3, 2} <= live
 
 
 def test_graphs_are_shared_by_texts_of_one_size(models: dict[str, MTPModel]) -> None:
@@ -356,7 +362,7 @@ def test_a_compiler_that_fails_is_said_once(models: dict[str, MTPModel], monkeyp
     monkeypatch.setitem(step_graph.CAPTURES, "cpu", fail)
     model, row = copy.deepcopy(model_of(models, "llama")), prompts(1)[0]
     expected = [greedy_text(tiny_base("llama"), row, G)]
-    with pytest.warns(UserWarning, match="could not be compiled, decoding goes on without: no compiler here$") as said:
+    with pytest.warns(UserWarning, match="could not be compiled, decoding continues without: no compiler here$") as said:
         assert texts(model, [row], num_masks=2, compile=True) == expected
     assert len(said) == 1
     with warnings.catch_warnings():

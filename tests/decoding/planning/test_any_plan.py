@@ -10,7 +10,7 @@ from sampled_rows import LENGTHS, SEED, SETTINGS, TESTS, G, fitted, p_value, pad
 from step_cost_examples import GENTLE
 from tiny import CONTEXT, VOCAB, greedy_text, tiny_base, tiny_model, token_row
 
-from mtp_lightning.decoding import loop as decoding
+from mtp_lightning.decoding import planner
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import Plan
@@ -22,13 +22,13 @@ def use_random_plans(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Plan]:
     """Draw plans at random; returns the list that they are appended to."""
     generator, plans = random.Random(seed), []
 
-    def choose(self: Budget, max_masks: int, num_waiting: list[int], max_lookup: list[int]) -> Plan:
+    def choose(self: Budget, max_masks: int, num_waiting: list[int], offers: list[LookupDraft | None]) -> Plan:
         sizes = [size for size in self.sizes if size <= max_masks]
-        for row, most in zip(self.rows, max_lookup, strict=True):
+        for row, offer in zip(self.rows, offers, strict=True):
             # Drafts of the text, and some that are nonsense, in place of the block's.
-            row.lookup_draft = row.lookup.draft(min(most, 8)) if row.lookup and most > 0 else None
-            if row.lookup and most > 0 and generator.random() < 0.2:
-                row.lookup_draft = LookupDraft([generator.randrange(VOCAB) for _ in range(generator.randint(1, most))], 3)
+            row.lookup_draft = offer
+            if offer and generator.random() < 0.2:
+                row.lookup_draft = LookupDraft([generator.randrange(VOCAB) for _ in offer.tokens], 3)
             row.found = row.lookup_draft if generator.random() < 0.5 else None
         # Also more drafts than there are: those beyond are not verified.
         most = max([*num_waiting, *(len(row.found.tokens) for row in self.rows if row.found)], default=0)
@@ -38,7 +38,7 @@ def use_random_plans(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Plan]:
         return plans[-1]
 
     monkeypatch.setattr(Budget, "choose", choose)
-    monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: GENTLE)
+    monkeypatch.setattr(planner, "measure_step_costs", lambda *args: GENTLE)
     return plans
 
 

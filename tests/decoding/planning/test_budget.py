@@ -11,7 +11,7 @@ from bigram import bigram_base, bigram_text
 from sampled_rows import LENGTHS, SEED, SETTINGS, G, fitted, padded, prompts, reference, rows_of
 from step_cost_examples import FREE, GENTLE, MIDDLING, STEEP, make_budget
 
-from mtp_lightning.decoding import loop as decoding
+from mtp_lightning.decoding import planner
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
@@ -111,7 +111,7 @@ def test_plans_keep_to_the_masks_and_drafts_that_are_of_use() -> None:
 
 def plan_counts(model: MTPModel, monkeypatch: pytest.MonkeyPatch, costs: StepCosts) -> int:
     """Steps of all rows."""
-    monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: costs)
+    monkeypatch.setattr(planner, "measure_step_costs", lambda *args: costs)
     decode_cache(model).calibrations.clear()
     out = model.generate(*padded(prompts()), seed=SEED, max_new_tokens=G, **SETTINGS[0])
     assert rows_of(out) == [list(text) for text in reference(0)]
@@ -191,9 +191,11 @@ def test_lookup_drafts_do_not_reset_the_backoff_of_probes() -> None:
 def run_text(budget: Budget, text: list[int], new: list[int], head_prob: float = 0.0) -> list[Plan]:
     """Plans while ``new`` is appended to ``text``. Drafts of blocks are always right, or never if ``head_prob`` is 0."""
     plans, at, waiting = [], 0, 0
-    budget.read([text])
+    budget.use_lookup()
+    lookup = TextLookup(text)
     while at < len(new):
-        plan = budget.choose(8, [waiting], [min(8, len(new) - at - 1)])
+        most = min(8, len(new) - at - 1)
+        plan = budget.choose(8, [waiting], [lookup.draft(most) if most else None])
         plans.append(plan)
         row = budget.rows[0]
         if row.found is not None:
@@ -206,6 +208,7 @@ def run_text(budget: Budget, text: list[int], new: list[int], head_prob: float =
         waiting = dict(plan.blocks(verified)).get(accepted, 0)
         gained = new[at : at + accepted + 1]
         at += len(gained)
+        lookup.extend(gained)
         budget.learn(plan, plan.masks, [accepted], [verified], [waiting], [[head_prob or 0.05] * 8], [gained])
     return plans
 
@@ -218,7 +221,7 @@ def test_lookup_drafts_are_verified_where_a_text_quotes_itself(costs: StepCosts)
     plans = run_text(budget, page, page + page)
     assert len(plans) < 70  # of 400 tokens; where positions are expensive, without masks, while drafting is paused
     lookup = budget.rows[0].lookup
-    assert lookup is not None and min(lookup.stats.mean[MAX_MATCH - 1], budget.stats.lookup.mean[MAX_MATCH - 1]) > 0.95
+    assert lookup is not None and min(lookup.mean[MAX_MATCH - 1], budget.stats.lookup.mean[MAX_MATCH - 1]) > 0.95
     if costs is not FREE:  # masks would bring little in addition
         assert Plan(8, 0, "last") in plans and sum(plan.masks for plan in plans[20:]) < len(plans[20:])
     if costs is not STEEP:  # where even certain drafts of blocks do not pay
@@ -247,7 +250,7 @@ def test_probes_continue_where_the_text_offers_drafts_at_every_step() -> None:
 @pytest.mark.usefixtures("untimed")
 def test_prompt_lookup_saves_steps_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MTPModel(bigram_base(21, 7), 3, LoRA(rank=2)).eval()
-    monkeypatch.setattr(decoding, "measure_step_costs", lambda *args: FREE)
+    monkeypatch.setattr(planner, "measure_step_costs", lambda *args: FREE)
     calls: list[int] = []
     lookup = TextLookup.draft
     monkeypatch.setattr(TextLookup, "draft", lambda self, most: calls.append(most) or lookup(self, most))

@@ -9,9 +9,8 @@ Layers of any other kind (quantised, offloaded, sharded, with hooks, with other 
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import gc
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +62,7 @@ class DecodeCache:
     A copied or pickled model makes its own.
 
     Attributes:
+        lock: held while a step runs.
         generation: counts up each time that weights are made.
         no_graphs: whether making a graph of a step has failed.
         calibrations: what steps cost on this device and in this dtype, and how drafts do, by whether steps are graphs and by
@@ -76,6 +76,7 @@ class DecodeCache:
         self._output: nn.Linear | None = None
         self._shortlist: tuple[LabelCounts | None, int, Shortlist] | None = None
         self._depth = 0
+        self.lock = threading.RLock()
         self._place: tuple[torch.device, torch.dtype] | None = None
         self._read: tuple[Any, ...] | None = None
         self._caches: dict[tuple[int, int], RowCache] = {}
@@ -91,19 +92,24 @@ class DecodeCache:
 
     @contextlib.contextmanager
     def use(self, model: MTPNetwork) -> Iterator[None]:
-        """Cover the layers of the model these weights belong to within the ``with`` block."""
-        if self._depth:  # another reader has paused in the middle of a text
-            self._uncover()
-        self._prepare(model)
-        for layer, forward in self._forwards:
-            layer.forward = _Cover(layer, forward)
-        self._depth += 1
-        try:
+        """Prepare the weights, and run the model's layers with them within the ``with`` block."""
+        self.prepare(model)
+        with self.covered():
             yield
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self._uncover()
+
+    @contextlib.contextmanager
+    def covered(self) -> Iterator[None]:
+        """Run the layers with the prepared weights within the ``with`` block; cheap, and one thread at a time."""
+        with self.lock:
+            for layer, forward in self._forwards:
+                vars(layer)["forward"] = forward  # setattr of a module is slow
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._uncover()
 
     def clear(self) -> None:
         """Give the memory back; the next text makes its weights anew."""
@@ -170,7 +176,7 @@ class DecodeCache:
     def chain(self, model: MTPNetwork) -> Chain:
         """The sampler head's chain."""
         assert model.sampler_head is not None
-        if self._depth and self._chain is not None and not is_autocast(model.base.device):
+        if self._chain is not None and not is_autocast(model.base.device):
             return self._chain
         return DraftChain(model.sampler_head, model.base.get_input_embeddings())
 
@@ -194,6 +200,13 @@ class DecodeCache:
             tokens = torch.arange(size) if counts is None else counts.order[:size].sort().values
             self._shortlist = (counts, size, Shortlist(model.unembed, tokens.to(output.weight.device)))
         return self._shortlist[2]
+
+    def prepare(self, model: MTPNetwork) -> None:
+        """Make the weights, unless they are still those of the model. The check is slow: once a text."""
+        with self.lock:
+            if self._depth:  # called within ``covered``
+                self._uncover()
+            self._prepare(model)
 
     def _prepare(self, model: MTPNetwork) -> None:
         device, dtype = model.base.device, model.base.dtype
@@ -235,20 +248,6 @@ def clear_decode_cache(network: MTPNetwork) -> None:
     """Free what decoding keeps for a network; the next text prepares it again."""
     if network.decode_cache is not None:
         network.decode_cache.clear()
-
-
-class _Cover:
-    """What stands in a layer's place of ``forward``. In a copy of the layer it is the layer's own again."""
-
-    def __init__(self, layer: nn.Module, forward: Forward) -> None:
-        self.layer, self.forward = layer, forward
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.forward(x)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        layer = copy.deepcopy(self.layer, memo)
-        return functools.partial(type(layer).forward, layer)
 
 
 def _sample(weights: list[Tensor]) -> bytes:

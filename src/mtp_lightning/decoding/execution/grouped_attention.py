@@ -8,8 +8,6 @@ same bits.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,7 +21,6 @@ from mtp_lightning.modeling.transformers_private import (
     can_switch_attention,
     register_attention,
     sdpa_attention,
-    switched_attention,
 )
 
 OTHERS = ("position_bias", "softcap", "cache", "output_attentions")
@@ -67,17 +64,20 @@ register_attention(GROUPED_SDPA, grouped_sdpa)
 
 
 def gains(base: PreTrainedModel) -> bool:
-    """True if the base's attention can be replaced by ``grouped_sdpa``, and gains by it."""
+    """True if the base's SDPA attention can be replaced by ``grouped_sdpa``, and gains by it."""
     config = text_config(base)
     heads = config.num_attention_heads
     shares = getattr(config, "num_key_value_heads", heads) != heads
-    if attention_kernel(base) != "sdpa" or base.device.type != "cpu" or not shares:
-        return False
-    return can_switch_attention(type(base))
+    return base.device.type == "cpu" and shares and can_switch_attention(type(base))
 
 
-@contextlib.contextmanager
-def grouped(base: PreTrainedModel) -> Iterator[None]:
-    """Use ``grouped_sdpa`` within the ``with`` block where the base gains by it."""
-    with switched_attention(base, GROUPED_SDPA) if gains(base) else contextlib.nullcontext():
-        yield
+def decoding_kernel(base: PreTrainedModel) -> str | None:
+    """The attention implementation that decoding steps use.
+
+    Not ``flex_attention``: a step's few queries gain nothing from it, and every cache length would be compiled.
+    """
+    kernel = attention_kernel(base)
+    if kernel == "flex_attention":
+        capped = getattr(text_config(base), "attn_logit_softcapping", None) is not None
+        kernel = "eager" if capped else "sdpa"
+    return GROUPED_SDPA if kernel == "sdpa" and gains(base) else kernel

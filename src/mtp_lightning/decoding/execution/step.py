@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtp_lightning.decoding.acceptance import Acceptance
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout
@@ -26,34 +27,36 @@ class StepInput(NamedTuple):
     Attributes:
         tokens: the prompts, or each row's last verified token and its draft, [B, T] int64.
         num_drafts: how many of the last tokens are drafts, c.
-        drafted: which of them are to be verified, [B, c] bool; None: all. A row may have fewer than others.
+        verify_mask: which of them are to be verified, [B, c] bool; None: all. A row may have fewer than others.
+        num_verified: the same as a number for each row.
         draft_scores: what drafts were drawn from, [B, c, V], for the rejection rule; else None.
         layouts: layouts of the rows, of one size; a single one is all rows'.
-        choice: which of the layouts each row has, [B] int64; None with a single one.
+        layout_index: which of the layouts each row has, [B] int64; None with a single one.
         position_ids: [B or 1, Q] int64.
         attention_mask: the decoder's mask argument.
-        ends: tokens of each row up to the last verified one, so the absolute position of the first token to choose.
-        first: the same on the device, [B] int64.
+        lengths: verified tokens of each row, so the absolute position of the first token to choose.
+        first_positions: the same on the device, [B] int64.
         cache: keys and values of the verified tokens before ``tokens``.
-        token_choice: how tokens are chosen.
-        sampler_head: whether to draft with the sampler head.
-        counts: drafts of each row that are to be verified, as ``drafted`` says it on the device; None: all.
+        choice: how tokens are chosen.
+        acceptance: how drafts are verified.
+        sampler_head: True to draft with the sampler head.
     """
 
     tokens: Tensor
     num_drafts: int
-    drafted: Tensor | None
+    verify_mask: Tensor | None
+    num_verified: list[int] | None
     draft_scores: Tensor | None
     layouts: tuple[StepLayout, ...]
-    choice: Tensor | None
+    layout_index: Tensor | None
     position_ids: Tensor
     attention_mask: Any
-    ends: list[int]
-    first: Tensor
+    lengths: list[int]
+    first_positions: Tensor
     cache: RowCache
-    token_choice: TokenChoice
+    choice: TokenChoice
+    acceptance: Acceptance
     sampler_head: bool
-    counts: list[int] | None = None
 
     def run(self, network: MTPNetwork) -> StepOutput:
         """See ``decode_step``."""
@@ -64,9 +67,9 @@ class Drafts(NamedTuple):
     """The next draft of each row.
 
     Attributes:
-        tokens: [B, J] int64; fewer where going on was not worth it.
-        scores: what they were chosen from, [B, J, V]; None where nothing will ask.
-        probabilities: the drafting head's probability of each, [B, J]; None where nothing will ask.
+        tokens: [B, J] int64; fewer than masks where more were not worth it.
+        scores: what they were chosen from, [B, J, V]; None if unused.
+        probabilities: the drafting head's probability of each, [B, J]; None if unused.
     """
 
     tokens: Tensor
@@ -74,51 +77,59 @@ class Drafts(NamedTuple):
     probabilities: Tensor | None = None
 
 
-PARTS = 1 << 20
-"""Probabilities travel to the host as whole numbers of this part, beside the tokens."""
+PROBABILITY_UNIT = 1 << 20
+"""Probabilities travel to the host as multiples of 1 / this, next to the tokens."""
+
+
+class RowOutput(NamedTuple):
+    """What the host needs of one row.
+
+    Attributes:
+        tokens: the accepted drafts and the base model's own token.
+        probabilities: the drafting head's probabilities of the next draft; empty if unused.
+    """
+
+    tokens: list[int]
+    probabilities: list[float]
 
 
 class StepOutput(NamedTuple):
     """What one decoding step gives. All on the device: nothing here waits for it.
 
     Attributes:
-        own: the base model's own token after each verified position, [B, c + 1] int64.
-        num_accepted: draft tokens kept in each row, a, [B] int64; ``own[:, : a + 1]`` are the tokens gained.
-        draft: the draft for the next step; as many of a row's tokens hold as the block after its last kept token has masks.
+        base_tokens: the base model's own token after each verified position, [B, c + 1] int64.
+        num_accepted: draft tokens accepted in each row, a, [B] int64; the row gains ``base_tokens[:, : a + 1]``.
+        drafts: the drafts for the next step; of a row as many count as the block after its last accepted token has masks.
     """
 
-    own: Tensor
+    base_tokens: Tensor
     num_accepted: Tensor
-    draft: Drafts
+    drafts: Drafts
 
-    def numbers(self) -> Tensor:
-        """What the host wants to know, in one piece: drafts kept, own tokens, and in ``PARTS`` the drafts' probabilities.
-
-        Returns:
-            [B, 1 + c + 1 (+ J)] int64.
-        """
-        parts = [self.num_accepted[:, None], self.own]
-        if self.draft.probabilities is not None:
-            parts.append((self.draft.probabilities * PARTS).long())
+    def packed(self) -> Tensor:
+        """All that the host needs in one tensor: accepted drafts, base tokens, probabilities; [B, 1 + c + 1 (+ J)] int64."""
+        parts = [self.num_accepted[:, None], self.base_tokens]
+        if self.drafts.probabilities is not None:
+            parts.append((self.drafts.probabilities * PROBABILITY_UNIT).long())
         return torch.cat(parts, dim=1)
 
 
-def num_accepted(draft: Tensor, own: Tensor, drafted: Tensor | None = None) -> Tensor:
-    """How many draft tokens are kept: the run of equal tokens from the front.
+def read_rows(packed: Tensor, num_drafts: int) -> list[RowOutput]:
+    """``StepOutput.packed`` on the host: the one place in a step that waits for the device."""
+    return [
+        RowOutput(tokens[: accepted + 1], [part / PROBABILITY_UNIT for part in tokens[num_drafts + 1 :]])
+        for accepted, *tokens in packed.tolist()
+    ]
 
-    ``draft [[5, 6, 7]], own [[5, 6, 9, 2]] -> [2]``
 
-    Args:
-        draft: [B, c] int64.
-        own: the base model's tokens, [B, c + 1] int64.
-        drafted: which draft tokens count, [B, c] bool; None: all.
+def num_accepted(draft: Tensor, base_tokens: Tensor, verify_mask: Tensor | None = None) -> Tensor:
+    """How many draft tokens are accepted, [B] int64: the run of equal tokens from the front.
 
-    Returns:
-        [B] int64.
+    ``draft [[5, 6, 7]], base_tokens [[5, 6, 9, 2]] -> [2]``; ``verify_mask`` [B, c] says which draft tokens count.
     """
-    equal = draft == own[:, : draft.shape[1]]
-    if drafted is not None:
-        equal = equal & drafted
+    equal = draft == base_tokens[:, : draft.shape[1]]
+    if verify_mask is not None:
+        equal = equal & verify_mask
     return equal.long().cumprod(1).sum(1)
 
 
@@ -130,66 +141,57 @@ def draft_block(
     Args:
         model: the model.
         hidden: hidden states of m_1..m_J, [B, J, D].
-        verified: the token that stands at m_1's position, chosen by the base head, [B] int64.
+        verified: the token at m_1's position, chosen by the base head, [B] int64.
         positions: its absolute position, [B] int64.
         choice: how tokens are chosen.
-        sampler_head: whether to use the sampler head.
+        sampler_head: True to use the sampler head, if the model has one.
 
     Returns:
         The drafts.
     """
-    unembed, head, J = choice.shortlist or model.unembed, model.sampler_head, hidden.shape[1]
+    unembed, J = choice.shortlist or model.unembed, hidden.shape[1]
     at = positions[:, None] + torch.arange(1, J + 1, device=positions.device)
-    if not sampler_head or head is None:
+    if not sampler_head or model.sampler_head is None:
         return _drafts(*choice.draft(unembed(hidden), at), choice)
     chain = decode_cache(model).chain(model)
     chain.begin(hidden)
-    places, chosen_from, previous = [], [], verified
-    reached = torch.ones(len(verified), device=hidden.device)
+    indices, scores, previous = [], [], verified
+    path_prob = torch.ones(len(verified), device=hidden.device)
     for j in range(J):
-        place, score = choice.draft(unembed(chain.next(j, previous))[:, None], at[:, j : j + 1])
-        previous = choice.drafted(place)[:, 0]
-        places.append(place)
-        chosen_from.append(score)
-        if choice.least > 0 and j + 1 < J:
-            reached = reached * _probability(score, place)[:, 0]
-            if float(reached.max()) < choice.least:  # only where nothing has to wait for the number: see TokenChoice
+        index, score = choice.draft(unembed(chain.next(j, previous))[:, None], at[:, j : j + 1])
+        previous = choice.token_ids(index)[:, 0]
+        indices.append(index)
+        scores.append(score)
+        if choice.min_path_prob > 0 and j + 1 < J:
+            path_prob = path_prob * _probability(score, index)[:, 0]
+            if float(path_prob.max()) < choice.min_path_prob:  # waits for the device: see TokenChoice
                 break
-    return _drafts(torch.cat(places, 1), torch.cat(chosen_from, 1), choice)
+    return _drafts(torch.cat(indices, 1), torch.cat(scores, 1), choice)
 
 
-def _probability(scores: Tensor, places: Tensor) -> Tensor:
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    return (wide.gather(-1, places[..., None])[..., 0] - wide.logsumexp(-1)).exp()
+def _probability(scores: Tensor, indices: Tensor) -> Tensor:
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return (scores.gather(-1, indices[..., None])[..., 0] - scores.logsumexp(-1)).exp()
 
 
-def _drafts(places: Tensor, scores: Tensor, choice: TokenChoice) -> Drafts:
-    probabilities = _probability(scores, places) if choice.confident else None
-    if choice.rejects and choice.shortlist is not None:
+def _drafts(indices: Tensor, scores: Tensor, choice: TokenChoice) -> Drafts:
+    probabilities = _probability(scores, indices) if choice.return_draft_probs else None
+    if choice.use_rejection_sampling and choice.shortlist is not None:
         scores = choice.shortlist.spread(scores)
-    return Drafts(choice.drafted(places), scores if choice.rejects else None, probabilities)
+    return Drafts(choice.token_ids(indices), scores if choice.use_rejection_sampling else None, probabilities)
 
 
 def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The base model's own tokens, and how many drafts of each row are kept.
+    """The base model's own tokens [B, c + 1], and how many drafts of each row are accepted [B].
 
-    Args:
-        step: what was fed.
-        logits: at the last verified token and the drafts, [B, c + 1, V].
-
-    Returns:
-        Tokens [B, c + 1] and counts [B].
+    ``logits`` are those at the last verified token and the drafts, [B, c + 1, V].
     """
-    c, choice = step.num_drafts, step.token_choice
-    scores = choice.target(logits, Prefixes(step.cache.tokens, step.ends, step.counts))
+    c, choice = step.num_drafts, step.choice
+    scores = choice.target(logits, Prefixes(step.cache.tokens, step.lengths, step.num_verified))
     draft = step.tokens[:, step.tokens.shape[1] - c :]
-    positions = step.first[:, None] + torch.arange(c + 1, device=step.first.device)
-    if choice.rejects:
-        drafted = torch.ones_like(draft, dtype=torch.bool) if step.drafted is None else step.drafted
-        own = choice.reject(scores, draft, drafted, step.draft_scores, positions)
-    else:
-        own = choice.draw(scores, positions)
-    return own, num_accepted(draft, own, step.drafted) if c else torch.zeros_like(own[:, 0])
+    positions = step.first_positions[:, None] + torch.arange(c + 1, device=step.first_positions.device)
+    base_tokens = step.acceptance.base_tokens(choice, scores, positions, draft, step.verify_mask, step.draft_scores)
+    return base_tokens, num_accepted(draft, base_tokens, step.verify_mask) if c else torch.zeros_like(base_tokens[:, 0])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -200,17 +202,10 @@ def mask_index(layout: StepLayout, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def block_index(layouts: tuple[StepLayout, ...], num_drafts: int, device: torch.device) -> Tensor:
-    """For each layout and number of drafts kept, where the block that drafts on stands among the masks.
+    """Where, for each layout and number of accepted drafts, the next draft's block is among the masks.
 
-    Where there is no block after the last kept token some other one is read, and the draft does not count.
-
-    Args:
-        layouts: layouts with as many masks.
-        num_drafts: c.
-        device: device of the result.
-
-    Returns:
-        [layouts, c + 1, J] int64.
+    Without a block after the last accepted token some other one is read, and the draft does not count. The layouts have
+    the same number of masks; the result is [layouts, c + 1, J] int64.
     """
     depth, last = max(layout.depth for layout in layouts), layouts[0].num_mtp - 1
     begins = [[layout.block_after(a)[0] for a in range(num_drafts + 1)] for layout in layouts]
@@ -218,38 +213,32 @@ def block_index(layouts: tuple[StepLayout, ...], num_drafts: int, device: torch.
 
 
 def decode_step(model: MTPNetwork, step: StepInput) -> StepOutput:
-    """One forward pass of the base: verify the drafts, and draft again from the block after the last kept token.
-
-    Args:
-        model: the model.
-        step: what to feed.
-
-    Returns:
-        Tokens, counts and the next drafts.
-    """
+    """One forward pass of the base: verify the drafts, and draft again from the block after the last accepted token."""
     B, T = step.tokens.shape
     layouts, c = step.layouts, step.num_drafts
     num_mtp, size, depth = layouts[0].num_mtp, layouts[0].size, max(layout.depth for layout in layouts)
+    # 1. Tokens, then masks; all layouts have the same masks, block after block, at the same indices.
     inputs = model.embed(step.tokens)
     if num_mtp:
-        # All layouts have the same masks, block after block, at the same indices.
         masks = model.mask_embeddings.to(inputs.dtype).index_select(0, mask_index(layouts[0], inputs.device))
         inputs = torch.cat([inputs, masks.expand(B, -1, -1)], dim=1)
     with model.gate.open(num_mtp if model.lora.gated else size):
         hidden = run_decoder(model.base, inputs, step.attention_mask, step.position_ids, step.cache)
+    # 2. Verify at the last verified token and the drafts.
     if len({layout.last for layout in layouts}) == 1:
-        verified = hidden[:, layouts[0].last : layouts[0].last + c + 1]
-    else:
-        assert step.choice is not None
-        last = torch.tensor([layout.last for layout in layouts], device=hidden.device).index_select(0, step.choice)
+        states = hidden[:, layouts[0].last : layouts[0].last + c + 1]
+    else:  # prompts of different lengths
+        assert step.layout_index is not None
+        last = torch.tensor([layout.last for layout in layouts], device=hidden.device).index_select(0, step.layout_index)
         rows = torch.arange(B, device=hidden.device)
-        verified = hidden[rows[:, None], last[:, None] + torch.arange(c + 1, device=hidden.device)]
-    own, kept = verify(step, model.unembed(verified))
+        states = hidden[rows[:, None], last[:, None] + torch.arange(c + 1, device=hidden.device)]
+    base_tokens, accepted = verify(step, model.unembed(states))
     if not depth:
-        return StepOutput(own, kept, Drafts(own[:, :0], None))
+        return StepOutput(base_tokens, accepted, Drafts(base_tokens[:, :0], None))
+    # 3. Draft from the block after the last accepted token.
     index = block_index(layouts, c, hidden.device)
-    index = index[0].index_select(0, kept) if step.choice is None else index[step.choice, kept]
+    index = index[0].index_select(0, accepted) if step.layout_index is None else index[step.layout_index, accepted]
     block = hidden[:, T:].gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-    chosen = own.gather(1, kept[:, None])[:, 0]
-    draft = draft_block(model, block, chosen, step.first + kept, step.token_choice, step.sampler_head)
-    return StepOutput(own, kept, draft)
+    verified = base_tokens.gather(1, accepted[:, None])[:, 0]
+    drafts = draft_block(model, block, verified, step.first_positions + accepted, step.choice, step.sampler_head)
+    return StepOutput(base_tokens, accepted, drafts)

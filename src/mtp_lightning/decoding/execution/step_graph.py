@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mtp_lightning.decoding import packed_linear
+from mtp_lightning.decoding.acceptance import Acceptance
 from mtp_lightning.decoding.execution.step import Drafts, StepInput, StepOutput, block_index, decode_step, mask_index
 from mtp_lightning.decoding.row_cache import RowCache
-from mtp_lightning.decoding.step_masks import StepMasks
-from mtp_lightning.decoding.step_plan import StepPlan
+from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.modeling.network import MTPNetwork
 
@@ -122,9 +122,11 @@ class StepGraph:
     Args:
         model: the model, its fused layers in use.
         cache: the batch's keys and values.
-        choice: how tokens are chosen, but for the seeds.
-        sampler_head: whether to draft with the sampler head.
-        plan: a step of this shape.
+        choice: how tokens are chosen, apart from the seeds.
+        acceptance: how drafts are verified.
+        sampler_head: True to draft with the sampler head.
+        layouts: what rows may feed.
+        num_drafts: draft tokens fed for each row, c.
 
     Raises:
         Exception: whatever a compiler or driver raises.
@@ -135,10 +137,13 @@ class StepGraph:
         model: MTPNetwork,
         cache: RowCache,
         choice: TokenChoice,
+        acceptance: Acceptance,
         sampler_head: bool,
-        plan: StepPlan,
+        layouts: tuple[StepLayout, ...],
+        num_drafts: int,
     ) -> None:
-        device, B, c = model.base.device, len(cache.lengths), plan.num_drafts
+        device, B, c = model.base.device, len(cache.lengths), num_drafts
+        # The graph's inputs; for each row: tokens in the cache, verified tokens, layout, drafts to verify.
         self.tokens = torch.zeros(B, 1 + c, dtype=torch.int64, device=device)
         self.rows = torch.zeros(B, 4, dtype=torch.int64, device=device)
         # It is run while it is made: at the rows' ends, so that nothing that counts is written over.
@@ -146,28 +151,43 @@ class StepGraph:
         self.seeds = choice.seeds.clone()
         # The graph reads the tables of masks and of indices: they must stay.
         self.masks, self.choice = (masks := StepMasks(model.base, model.context)), copy.copy(choice)
-        self.choice.least = 0.0
-        layouts, size = plan.layouts, plan.layouts[0].size
-        several = len(layouts) > 1
+        self.choice.min_path_prob = 0.0
+        size, several = layouts[0].size, len(layouts) > 1
 
         def step(tokens: Tensor, rows: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
-            lengths, first, layout, drafted = rows.unbind(1)
+            lengths, first_positions, layout, num_verified = rows.unbind(1)
             self.choice.seeds = seeds
-            layout_of, slots = layout if several else None, lengths[:, None]
-            positions, mask = masks.get(layouts, layout_of, cache, slots)
+            layout_index, slots = layout if several else None, lengths[:, None]
+            position_ids, attention_mask = masks.get(layouts, layout_index, cache, slots)
             cache.begin_step(size, tokens, slots)
-            verifies = torch.arange(c, device=device) < drafted[:, None] if c else None
-            fed = StepInput(
-                tokens, c, verifies, None, layouts, layout_of, positions, mask, [], first, cache, self.choice, sampler_head
-            )  # fmt: skip
-            out = decode_step(model, fed)
-            probabilities = [] if out.draft.probabilities is None else [out.draft.probabilities]
-            return (out.own, out.num_accepted, out.numbers(), out.draft.tokens, *probabilities)
+            output = decode_step(
+                model,
+                StepInput(
+                    tokens=tokens,
+                    num_drafts=c,
+                    verify_mask=torch.arange(c, device=device) < num_verified[:, None] if c else None,
+                    num_verified=None,
+                    draft_scores=None,
+                    layouts=layouts,
+                    layout_index=layout_index,
+                    position_ids=position_ids,
+                    attention_mask=attention_mask,
+                    lengths=[],
+                    first_positions=first_positions,
+                    cache=cache,
+                    choice=self.choice,
+                    acceptance=acceptance,
+                    sampler_head=sampler_head,
+                ),
+            )
+            drafts = output.drafts
+            probabilities = [] if drafts.probabilities is None else [drafts.probabilities]
+            return (output.base_tokens, output.num_accepted, output.packed(), drafts.tokens, *probabilities)
 
         inputs = (self.tokens, self.rows, self.seeds)
         before, cache.fixed = cache.fixed, True
         try:
-            # Once as it is: it makes tables that steps share. The slots that it writes are the next step's own.
+            # Once eagerly: it makes tables that steps share. The slots that it writes are the next step's own.
             step(*inputs)
             if layouts[0].num_mtp:
                 self.indices = mask_index(layouts[0], device), block_index(layouts, c, device)
@@ -176,22 +196,29 @@ class StepGraph:
             cache.fixed = before
 
     def run(
-        self, tokens: Tensor, lengths: list[int], ends: list[int], plan: StepPlan, seeds: Tensor
-    ) -> tuple[StepOutput, list[list[int]]]:
+        self,
+        tokens: Tensor,
+        slots: list[int],
+        lengths: list[int],
+        layout_index: list[int],
+        num_verified: list[int],
+        seeds: Tensor,
+    ) -> tuple[StepOutput, Tensor]:
         """Run the step.
 
         Args:
-            tokens: see ``StepInput``.
-            lengths: tokens of each row in the cache.
-            ends: see ``StepInput``.
-            plan: what to feed, of the graph's shape.
+            tokens: each row's last verified token and its draft, [B, 1 + c] int64.
+            slots: tokens of each row in the cache.
+            lengths: verified tokens of each row.
+            layout_index: which of the layouts each row has.
+            num_verified: drafts of each row that are to be verified.
             seeds: one a row, [B] int64.
 
         Returns:
-            What it gives, good until the next run, and its ``numbers`` as the host reads them.
+            What it gives, overwritten by the next run, and that ``packed`` for the host.
         """
         self.tokens.copy_(tokens)
-        self.rows.copy_(torch.tensor([lengths, ends, plan.choice, plan.drafted]).t())
+        self.rows.copy_(torch.tensor([slots, lengths, layout_index, num_verified]).t())
         self.seeds.copy_(seeds)
-        own, kept, numbers, draft, *probabilities = self.replay()
-        return StepOutput(own, kept, Drafts(draft, None, *probabilities)), numbers.tolist()
+        base_tokens, accepted, packed, drafts, *probabilities = self.replay()
+        return StepOutput(base_tokens, accepted, Drafts(drafts, None, *probabilities)), packed

@@ -28,7 +28,7 @@ from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowStats
 from mtp_lightning.decoding.planning.draft_values import WARMUP_SWEEPS, DraftValues, expected_tokens
 from mtp_lightning.decoding.planning.plan_costs import PlanCosts
 from mtp_lightning.decoding.planning.step_costs import StepCosts
-from mtp_lightning.decoding.planning.text_lookup import TextLookup
+from mtp_lightning.decoding.planning.text_lookup import TEXT_MEMORY, LookupDraft, LookupStats
 
 AVERAGE_WEIGHT = 0.12
 """Least weight of the newest block or step in the moving averages of a row."""
@@ -95,10 +95,10 @@ class Budget:
         self._drafting_paused = False  # plain steps until the next probe
         self._estimates_confirmed = False  # computed again since the last step that was recorded
 
-    def read(self, texts: Sequence[Sequence[int]]) -> None:
-        """Look drafts up in the texts from now on; ``texts`` are the tokens of each row so far."""
-        for row, tokens in zip(self.rows, texts, strict=True):
-            row.lookup = TextLookup(tokens, self.stats.lookup.mean)
+    def use_lookup(self) -> None:
+        """Expect drafts that are looked up in the texts from now on."""
+        for row in self.rows:
+            row.lookup = LookupStats(self.stats.lookup.mean, TEXT_MEMORY)
 
     def select(self, rows: Sequence[int]) -> None:
         """Continue with these rows only."""
@@ -121,20 +121,19 @@ class Budget:
             self._probe_credit = -self._probe_seconds(masks)
         return Plan(0, masks, "last")
 
-    def choose(self, max_masks: int, num_waiting: Sequence[int], max_lookup: Sequence[int] = ()) -> Plan:
+    def choose(self, max_masks: int, num_waiting: Sequence[int], lookup_drafts: Sequence[LookupDraft | None] = ()) -> Plan:
         """The best plan for the next step.
 
         Args:
             max_masks: largest block that is of use.
             num_waiting: drafts of each row's block that may be verified.
-            max_lookup: drafts of each row that may be verified if the text offers them; empty: no lookup.
+            lookup_drafts: the draft that each row's text offers; empty: no lookup.
 
         Returns:
             The plan.
         """
-        for row, most in zip(self.rows, max_lookup, strict=False):
-            row.lookup_draft = row.lookup.draft(min(most, self.num_masks)) if row.lookup is not None and most > 0 else None
-            row.found = row.lookup_draft
+        for row, draft in zip(self.rows, lookup_drafts, strict=False):
+            row.lookup_draft = row.found = draft
         if self._drafting_paused:
             return self._or_probe(max_masks, *self._best_without_masks())
         return self._best(max_masks, num_waiting, self.timed)
@@ -166,11 +165,9 @@ class Budget:
             new_tokens: the tokens that each row gained; only used where drafts are looked up in texts.
         """
         for row, tokens in zip(self.rows, new_tokens, strict=False):
-            if row.lookup is not None:
-                if row.lookup_draft is not None:  # verified or not
-                    self.stats.lookup.learn(row.lookup_draft, tokens)
-                    row.lookup.stats.learn(row.lookup_draft, tokens)
-                row.lookup.extend(tokens)
+            if row.lookup is not None and row.lookup_draft is not None:  # verified or not
+                self.stats.lookup.learn(row.lookup_draft, tokens)
+                row.lookup.learn(row.lookup_draft, tokens)
         if self._drafting_paused:
             return
         self._steps += 1
@@ -284,7 +281,7 @@ class Budget:
             return probs
         lookup_tokens = 0.0
         if row.found is not None:
-            lookup_probs = np.array(row.lookup.stats.accept_probs(row.found))
+            lookup_probs = np.array(row.lookup.accept_probs(row.found))
             lookup_tokens = float(lookup_probs.cumprod().sum())
             if lookup_tokens > probs.cumprod().sum():
                 probs = lookup_probs
@@ -302,7 +299,7 @@ class Budget:
         probs = np.zeros((len(self.rows), self.num_masks))
         for r, row in enumerate(self.rows):
             if row.lookup is not None and row.found is not None:
-                probs[r, : len(row.found.tokens)] = row.lookup.stats.accept_probs(row.found)
+                probs[r, : len(row.found.tokens)] = row.lookup.accept_probs(row.found)
         tokens = np.concatenate([[0.0], probs.cumprod(1).sum(0).cumsum()])[list(self.sizes)]  # accepted, [c]
         seconds = self.costs.without_masks()
         rate = max(self._values().rate, 1.0 / seconds[0]) * len(self.rows)

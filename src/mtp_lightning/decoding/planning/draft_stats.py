@@ -11,7 +11,7 @@ import numpy as np
 from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.draft_values import DraftValues
 from mtp_lightning.decoding.planning.step_costs import CurveCorrection
-from mtp_lightning.decoding.planning.text_lookup import LookupDraft, LookupStats, TextLookup
+from mtp_lightning.decoding.planning.text_lookup import LookupDraft, LookupStats
 
 NUM_BINS = 20
 PRIOR_WEIGHT = 8.0
@@ -77,7 +77,7 @@ class RowStats:
             accepted, [k].
         head_probs: the head's probabilities of the drafts that wait to be verified.
         num_blocks: blocks in the average; the prior counts for one.
-        lookup: the text, where drafts are looked up in it.
+        lookup: how often lookup drafts of this text are right; None: nothing is looked up.
         lookup_draft: the draft that the text offers.
         found: the same where it is to be verified, in place of the block's draft.
         block_need: moving average of the share of a block's expected tokens that lookup drafts do not already provide.
@@ -86,7 +86,7 @@ class RowStats:
     accept_prob: np.ndarray
     head_probs: list[float] = field(default_factory=list)
     num_blocks: int = 1
-    lookup: TextLookup | None = None
+    lookup: LookupStats | None = None
     lookup_draft: LookupDraft | None = None
     found: LookupDraft | None = None
     block_need: float = 1.0

@@ -89,14 +89,9 @@ class TextLookup:
 
     Args:
         tokens: the text so far.
-        prior: statistics of other texts, see ``LookupStats``.
-
-    Attributes:
-        stats: how often this text continued as it had before.
     """
 
-    def __init__(self, tokens: Iterable[int] = (), prior: Sequence[float] | None = None) -> None:
-        self.stats = LookupStats(prior, TEXT_MEMORY)
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
         self._text: list[int] = []
         # For each n-gram size: hash of the n-gram -> position after its last occurrence. Collisions are detected by draft().
         self._next: tuple[dict[int, int], ...] = tuple({} for _ in NGRAM_SIZES)

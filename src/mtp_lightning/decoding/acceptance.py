@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How drafts are verified: the rules that choose the base model's own token at each position of a draft.
+
+A draft token is accepted if it equals that token and all drafts before it are accepted.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mtp_lightning.decoding.noise import ACCEPT_STREAM, RESIDUAL_STREAM, noise_keys, uniform_noise
+from mtp_lightning.decoding.token_choice import TokenChoice
+
+
+class Acceptance(Protocol):
+    """A rule of acceptance."""
+
+    def base_tokens(
+        self,
+        choice: TokenChoice,
+        scores: Tensor,
+        positions: Tensor,
+        draft: Tensor,
+        verify_mask: Tensor | None,
+        draft_scores: Tensor | None,
+    ) -> Tensor:
+        """The base model's own token at each position, each as if all before it were accepted.
+
+        Args:
+            choice: how tokens are chosen.
+            scores: target scores, [B, c + 1, V].
+            positions: absolute positions, [B, c + 1] int64.
+            draft: draft tokens, [B, c] int64.
+            verify_mask: which of them are to be verified, [B, c] bool; None: all.
+            draft_scores: what they were drawn from, [B, c, V]; None where a rule does not need them.
+
+        Returns:
+            [B, c + 1] int64.
+        """
+        ...
+
+
+class MatchAcceptance:
+    """The token is drawn whatever the draft is, so the text is a function of prompt and seed alone."""
+
+    def base_tokens(
+        self,
+        choice: TokenChoice,
+        scores: Tensor,
+        positions: Tensor,
+        draft: Tensor,
+        verify_mask: Tensor | None,
+        draft_scores: Tensor | None,
+    ) -> Tensor:
+        """See ``Acceptance``."""
+        return choice.draw(scores, positions)
+
+
+class RejectionAcceptance:
+    """Speculative sampling (Leviathan et al. 2023): accepts more drafts; only the distribution of the text is the base's.
+
+    A draft token d is accepted with probability min(1, p(d) / q(d)); else the token is drawn from the normalised
+    max(p - q, 0), and where there is no draft from p. Whether there is one must not depend on d.
+    """
+
+    def base_tokens(
+        self,
+        choice: TokenChoice,
+        scores: Tensor,
+        positions: Tensor,
+        draft: Tensor,
+        verify_mask: Tensor | None,
+        draft_scores: Tensor | None,
+    ) -> Tensor:
+        """See ``Acceptance``."""
+        c = draft.shape[1]
+        if verify_mask is None:
+            verify_mask = torch.ones_like(draft, dtype=torch.bool)
+        p = scores.double().softmax(-1)
+        weights = p
+        accept = torch.zeros_like(verify_mask)
+        if draft_scores is not None:
+            q = draft_scores.double().softmax(-1)
+            at = draft[..., None]
+            u = uniform_noise(noise_keys(choice.seeds, positions[:, :c], ACCEPT_STREAM))
+            accept = verify_mask & (u * q.gather(-1, at)[..., 0] < p[:, :c].gather(-1, at)[..., 0])
+            rest = (p[:, :c] - q).clamp_(min=0)
+            # Where p and q are equal nothing is ever rejected, but rounding may leave nothing to draw from.
+            rest = torch.where(verify_mask[..., None] & (rest.sum(-1, keepdim=True) > 0), rest, p[:, :c])
+            weights = torch.cat([rest, p[:, c:]], dim=1)
+        drawn = choice.draw(weights.log(), positions, RESIDUAL_STREAM)
+        return torch.cat([torch.where(accept, draft, drawn[:, :c]), drawn[:, c:]], dim=1)
+
+
+def acceptance_rule(choice: TokenChoice) -> Acceptance:
+    """The rule that goes with a choice of tokens."""
+    return RejectionAcceptance() if choice.use_rejection_sampling else MatchAcceptance()

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DecodingMode: what a step changes in the user's model, and undoes before it returns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from mtp_lightning.decoding.execution.decode_cache import decode_cache
+from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel
+from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.modeling.transformers_private import attention_configs, switched_attention
+
+
+class DecodingMode:
+    """Evaluation mode, an attention kernel for few queries, and the prepared layers.
+
+    Applied around each step, so that a reader who pauses has the model as it was; threads take turns.
+
+    Args:
+        model: the model.
+        fused: True to run the layers that ``DecodeCache.prepare`` has prepared; False: the model's own.
+    """
+
+    def __init__(self, model: MTPNetwork, fused: bool = True) -> None:
+        self._model, self._cache, self._fused = model, decode_cache(model), fused
+        self._kernel, self._configs = decoding_kernel(model.base), attention_configs(model.base)
+        self._partly_training = True  # not known yet: parts may be in training mode while the model is not
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Apply it within the ``with`` block."""
+        model = self._model
+        with self._cache.lock:
+            training = []
+            if self._partly_training or model.training or model.base.training:
+                training = [module for module in model.modules() if module.training]
+                self._partly_training = bool(training)
+            if training:
+                model.eval()
+            try:
+                covered = self._cache.covered() if self._fused else contextlib.nullcontext()
+                with switched_attention(self._configs, self._kernel), covered:
+                    yield
+            finally:
+                for module in training:
+                    module.training = True

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planners: how many drafts the next step verifies, and where it places blocks of masks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from mtp_lightning.decoding.execution.calibration import measure_step_costs
+from mtp_lightning.decoding.execution.decode_cache import decode_cache
+from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
+from mtp_lightning.decoding.executor import can_compile, token_choice
+from mtp_lightning.decoding.limits import resolve_num_masks, uses_auto, uses_prompt_lookup
+from mtp_lightning.decoding.options import Decoding, DecodingOptions
+from mtp_lightning.decoding.planning.budget import Budget
+from mtp_lightning.decoding.planning.draft_plan import Plan, usual_positions
+from mtp_lightning.decoding.planning.draft_stats import DraftStats
+from mtp_lightning.decoding.planning.step_costs import StepCosts
+from mtp_lightning.decoding.state import DecodeState, Row, StepResult
+from mtp_lightning.decoding.token_choice import TokenChoice
+from mtp_lightning.modeling.network import MTPNetwork
+
+
+class Planner(Protocol):
+    """Decides what each step feeds."""
+
+    def plan(self, state: DecodeState) -> Plan:
+        """The plan of the next step; the first one feeds the prompts. May drop ``lookup_draft`` of rows."""
+        ...
+
+    def update(self, state: DecodeState, result: StepResult) -> None:
+        """Learn from a step that has been committed."""
+        ...
+
+
+class FixedPlanner:
+    """Verifies all drafts and places blocks of a fixed number of masks: the paper's decoding.
+
+    Args:
+        decoding: ``quadratic``: a block after every token; ``linear``: one after a row's last draft; ``autoregressive``.
+        num_masks: masks in a block, J; 0 for autoregressive decoding.
+    """
+
+    def __init__(self, decoding: Decoding, num_masks: int) -> None:
+        self.where, self.num_masks = "all" if decoding == "quadratic" else "last", num_masks
+
+    def plan(self, state: DecodeState) -> Plan:
+        """See ``Planner``."""
+        num_drafts = max(row.num_drafts for row in state.rows)
+        if state.fixed_shapes and num_drafts:
+            num_drafts = max(num_drafts, self.num_masks)
+        return Plan(num_drafts, state.max_useful_masks(self.num_masks), self.where)
+
+    def update(self, state: DecodeState, result: StepResult) -> None:
+        """Nothing to learn."""
+
+
+class AutoPlanner:
+    """Plans what gains the most tokens a second, from acceptance statistics and step times.
+
+    Args:
+        budget: values plans.
+        state: the rows.
+        stops_early: True if drafts end once another token costs more than it can bring.
+        prompt_lookup: True if rows may have drafts from the text.
+    """
+
+    def __init__(self, budget: Budget, state: DecodeState, stops_early: bool, prompt_lookup: bool) -> None:
+        self._budget, self._rows = budget, state.rows
+        budget.costs.batch = len(state.rows), state.cache.capacity
+        budget.stops_early = stops_early
+        state.choice.return_draft_probs = budget.coupled
+        if prompt_lookup:
+            budget.use_lookup()
+
+    def plan(self, state: DecodeState) -> Plan:
+        """See ``Planner``."""
+        rows, budget = self._selected(state), self._budget
+        max_masks = state.max_useful_masks(budget.num_masks)
+        if state.num_steps:
+            self._plan = budget.choose(max_masks, [row.num_drafts for row in rows], [row.lookup_draft for row in rows])
+            for row, known in zip(rows, budget.rows, strict=True):
+                row.lookup_draft = known.found
+        else:
+            self._plan = budget.first(max_masks)
+        state.choice.min_path_prob = budget.least
+        self._begin = time.perf_counter()
+        return self._plan
+
+    def _selected(self, state: DecodeState) -> list[Row]:
+        """The rows that are left, to which the budget is narrowed down."""
+        rows = state.active
+        if len(rows) < len(self._rows):
+            self._budget.select([self._rows.index(row) for row in rows])
+            self._rows = rows
+        return rows
+
+    def update(self, state: DecodeState, result: StepResult) -> None:
+        """See ``Planner``."""
+        num_drawn = result.output.drafts.tokens.shape[1]
+        if state.num_steps > 1 and result.from_graph is not None:
+            self._budget.observe(self._plan, num_drawn, time.perf_counter() - self._begin, result.from_graph)
+        rows = state.active
+        self._budget.learn(
+            self._plan,
+            num_drawn,
+            [row.num_accepted for row in rows],
+            [row.num_verified for row in rows],
+            [row.num_drafts for row in rows],
+            [row.draft_probs for row in rows],
+            [row.gained for row in rows],
+        )
+
+
+def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState) -> Planner:
+    """The planner that the options ask for."""
+    if not uses_auto(model, options):
+        return FixedPlanner(options.decoding, resolve_num_masks(model, options))
+    on_cpu, graphs = model.base.device.type == "cpu", state.fixed_shapes
+    costs, stats = calibration(model, options, state.choice, graphs)
+    anywhere, few = options.decoding == "quadratic", graphs and on_cpu  # there each shape takes seconds to compile
+    budget = Budget(costs, stats, model.num_masks, len(state.rows), anywhere, options.coupled, few=few)
+    chained = options.sampler_head and model.sampler_head is not None
+    stops_early = options.coupled and on_cpu and chained and not graphs
+    return AutoPlanner(budget, state, stops_early, uses_prompt_lookup(model, options))
+
+
+def calibration(
+    model: MTPNetwork, options: DecodingOptions, choice: TokenChoice, graphs: bool
+) -> tuple[StepCosts, DraftStats]:
+    """What steps cost, measured once a model, and the acceptance statistics of its drafts."""
+    shortlist = choice.shortlist
+    kind = graphs, model.unembed.vocab_size if shortlist is None else len(shortlist.tokens)
+    known = decode_cache(model).calibrations
+    if kind not in known:
+        plain = replace(options, logits_processor=None, repetition_penalty=1.0)
+        one_row = TokenChoice(plain, [0], model.base.device, shortlist)
+        with DecodingMode(model).active():
+            costs = measure_step_costs(model, one_row, usual_positions(model.num_masks))
+        known[kind] = costs, DraftStats(model.num_masks)
+    return known[kind]
+
+
+@torch.inference_mode()
+def calibrate(model: MTPNetwork, options: DecodingOptions) -> None:
+    """Measure what steps cost if ``auto`` needs it, so that a clock that starts now does not count it.
+
+    Raises:
+        UsageError: J outside 1..k.
+    """
+    resolve_num_masks(model, options)
+    if uses_auto(model, options):
+        decode_cache(model).prepare(model)
+        calibration(model, options, token_choice(model, options, [0]), can_compile(model, options))

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proposers: where the drafts of the next step come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from mtp_lightning.decoding.limits import uses_prompt_lookup
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.planning.draft_plan import Plan
+from mtp_lightning.decoding.planning.text_lookup import TextLookup
+from mtp_lightning.decoding.state import DecodeState, StepResult
+from mtp_lightning.modeling.network import MTPNetwork
+
+
+class Proposer(Protocol):
+    """Offers drafts after each step. How many are verified, and whose, is the planner's decision."""
+
+    def propose(self, state: DecodeState, plan: Plan, result: StepResult) -> None:
+        """Leave drafts in the state after a step has been committed.
+
+        Args:
+            state: gets ``drafts`` and its rows' ``num_drafts``, or its rows' ``lookup_draft``.
+            plan: what the step fed.
+            result: what it gave.
+        """
+        ...
+
+
+class HeadProposer:
+    """The drafts that the step itself made: from its block of masks after the last accepted token."""
+
+    def propose(self, state: DecodeState, plan: Plan, result: StepResult) -> None:
+        """See ``Proposer``."""
+        state.drafts = result.output.drafts
+        num_drawn = state.drafts.tokens.shape[1]
+        for row, read in zip(state.rows, result.rows, strict=True):
+            if row.active:
+                masks = dict(plan.blocks(row.num_verified)).get(row.num_accepted, 0)
+                row.num_drafts, row.draft_probs = min(masks, num_drawn, row.max_drafts), read.probabilities
+
+
+class NgramProposer:
+    """Prompt lookup: what followed the text's last tokens where they occurred before.
+
+    Args:
+        prompts: token ids of each row, by its number.
+        max_drafts: tokens of a draft.
+    """
+
+    def __init__(self, prompts: Sequence[Tensor], max_drafts: int) -> None:
+        self.max_drafts = max_drafts
+        self._texts = [TextLookup(prompt.tolist()) for prompt in prompts]
+
+    def propose(self, state: DecodeState, plan: Plan, result: StepResult) -> None:
+        """See ``Proposer``."""
+        for row in state.active:
+            text, length = self._texts[row.number], min(row.max_drafts, self.max_drafts)
+            text.extend(row.gained)
+            row.lookup_draft = text.draft(length) if length else None
+
+
+def make_proposers(model: MTPNetwork, options: DecodingOptions, prompts: Sequence[Tensor]) -> list[Proposer]:
+    """The proposers that the options ask for."""
+    proposers: list[Proposer] = [HeadProposer()]
+    if uses_prompt_lookup(model, options):
+        proposers.append(NgramProposer(prompts, model.num_masks))
+    return proposers

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DecodeState: the rows in flight, and what a step makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_lightning.decoding.execution.step import Drafts, RowOutput, StepOutput
+from mtp_lightning.decoding.planning.draft_plan import Plan
+from mtp_lightning.decoding.planning.text_lookup import LookupDraft
+from mtp_lightning.decoding.row_cache import RowCache
+from mtp_lightning.decoding.token_choice import TokenChoice
+
+
+class StepTokens(NamedTuple):
+    """What a row gained in a step.
+
+    Attributes:
+        tokens: the accepted drafts and the base model's own token, so at least one; cut after an end token.
+        num_drafts: draft tokens that were verified.
+    """
+
+    tokens: list[int]
+    num_drafts: int
+
+
+class RowStep(NamedTuple):
+    """What a step gained in one row of a batch.
+
+    Attributes:
+        row: number of the row.
+        step: what it gained.
+        finish_reason: ``stop`` after an end token, ``length`` at a limit; None: the row is not finished.
+    """
+
+    row: int
+    step: StepTokens
+    finish_reason: str | None
+
+
+class StepResult(NamedTuple):
+    """What an executor returns.
+
+    Attributes:
+        output: the step's tensors.
+        rows: what the host needs of them, one a row.
+        from_graph: True if the step ran as a graph; None if that graph was made in this step, which takes long.
+    """
+
+    output: StepOutput
+    rows: list[RowOutput]
+    from_graph: bool | None = False
+
+
+@dataclass(eq=False)
+class Row:
+    """A row that is being decoded.
+
+    Attributes:
+        number: its number in the batch that was given.
+        length: verified tokens, the prompt's included.
+        limit: verified tokens that it may have.
+        num_fed: tokens that the next step feeds before its drafts: the prompt's, later the last verified one.
+        num_drafts: draft tokens from its block of masks.
+        draft_probs: the drafting head's probability of each; empty if the head does not tell.
+        lookup_draft: a draft that was read off the text itself, verified in place of the block's; None: there is none.
+        num_verified: draft tokens that the last step verified.
+        gained: tokens of the last step: the accepted drafts and the base model's own.
+        finish_reason: ``stop`` after an end token, ``length`` at a limit; None: not finished.
+        active: False for a finished row that stays in the batch because shapes must not change.
+    """
+
+    number: int
+    length: int
+    limit: int
+    num_fed: int
+    num_drafts: int = 0
+    draft_probs: list[float] = field(default_factory=list)
+    lookup_draft: LookupDraft | None = None
+    num_verified: int = 0
+    gained: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    active: bool = True
+
+    @property
+    def num_accepted(self) -> int:
+        """Draft tokens that the last step accepted."""
+        return len(self.gained) - 1
+
+    @property
+    def num_waiting(self) -> int:
+        """Draft tokens that wait to be verified."""
+        return self.num_drafts if self.lookup_draft is None else len(self.lookup_draft.tokens)
+
+    @property
+    def max_drafts(self) -> int:
+        """Draft tokens that may be verified: the base model adds one more."""
+        return max(0, self.limit - self.length - 1)
+
+
+class DecodeState:
+    """The rows in flight: tokens, lengths, limits, seeds, drafts and KV cache.
+
+    Args:
+        prompts: token ids of each row.
+        limits: tokens that each row may have, the prompt's included.
+        cache: the keys and values of what is not fed again.
+        choice: how tokens are chosen; has the rows' seeds.
+        end_tokens: tokens that end a row.
+        max_steps: steps after which all rows end; None: no limit.
+        fixed_shapes: True if shapes of steps must stay few: finished rows then keep their places.
+
+    Attributes:
+        rows: the rows of the batch.
+        num_steps: steps so far.
+        last_tokens: what the next step feeds before the drafts, [B, n] int64, padded at the end.
+        drafts: the drafts from the blocks of masks.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Tensor],
+        limits: Sequence[int],
+        cache: RowCache,
+        choice: TokenChoice,
+        end_tokens: Set[int] = frozenset(),
+        max_steps: int | None = None,
+        fixed_shapes: bool = False,
+    ) -> None:
+        self.cache, self.choice, self.end_tokens, self.max_steps = cache, choice, end_tokens, max_steps
+        self.fixed_shapes = fixed_shapes
+        self.num_steps = 0
+        device = cache.tokens.device
+        remaining = [prompt[held:].to(device) for prompt, held in zip(prompts, cache.lengths, strict=True)]
+        self.rows = [
+            Row(number, len(prompt), limit, len(rest))
+            for number, (prompt, limit, rest) in enumerate(zip(prompts, limits, remaining, strict=True))
+        ]
+        self.last_tokens = torch.nn.utils.rnn.pad_sequence(remaining, batch_first=True)
+        self.drafts = Drafts(self.last_tokens[:, :0], None)
+
+    @property
+    def active(self) -> list[Row]:
+        """The rows that are not finished."""
+        return [row for row in self.rows if row.active]
+
+    def max_useful_masks(self, num_masks: int) -> int:
+        """The largest block of at most ``num_masks`` masks: those past the last token that a row may gain are useless."""
+        if self.fixed_shapes:
+            return num_masks
+        return max(0, min(num_masks, max(row.limit - row.length for row in self.rows) - 2))
+
+    def fed_tokens(self, num_drafts: int) -> tuple[Tensor, Tensor | None]:
+        """The tokens of a step that verifies ``num_drafts`` drafts, [B, n + c], and what drafts were drawn from, [B, c, V].
+
+        A row with fewer drafts is padded; what is added is not verified.
+        """
+        if not num_drafts:
+            return self.last_tokens, None
+        tokens, scores = self.drafts.tokens[:, :num_drafts], self.drafts.scores
+        missing = num_drafts - tokens.shape[1]
+        if missing > 0:
+            tokens = F.pad(tokens, (0, missing))
+        if scores is not None:
+            scores = F.pad(scores[:, :num_drafts], (0, 0, 0, max(0, missing)))
+        replaced = [
+            [r, *(row.lookup_draft.tokens + [0] * num_drafts)[:num_drafts]]
+            for r, row in enumerate(self.rows)
+            if row.lookup_draft is not None
+        ]
+        if replaced:
+            numbers = torch.tensor(replaced, device=tokens.device)  # one tensor: each copy to the device is waited for
+            tokens = tokens.index_copy(0, numbers[:, 0], numbers[:, 1:])
+        return torch.cat([self.last_tokens, tokens], dim=1), scores
+
+    def commit(self, plan: Plan, result: StepResult) -> list[RowStep]:
+        """Advance every row by its accepted drafts and the base model's own token; returns what each row gained."""
+        self.num_steps += 1
+        output = result.output
+        self.last_tokens = output.base_tokens.gather(1, output.num_accepted[:, None])
+        gained = []
+        for r, (row, read) in enumerate(zip(self.rows, result.rows, strict=True)):
+            if not row.active:
+                continue
+            row.num_verified, row.gained = min(row.num_waiting, plan.num_drafts), read.tokens
+            self.cache.lengths[r] += row.num_fed + row.num_accepted
+            row.num_fed = 1
+            row.length += len(row.gained)
+            end = next((i for i, token in enumerate(row.gained, 1) if token in self.end_tokens), None)
+            at_limit = row.length >= row.limit or self.num_steps == self.max_steps
+            row.finish_reason = "stop" if end else "length" if at_limit else None
+            gained.append(RowStep(row.number, StepTokens(row.gained[:end], row.num_verified), row.finish_reason))
+        return gained
+
+    def compact(self, stopped: Set[int]) -> bool:
+        """Drop finished rows, and those of these numbers, everywhere at once; returns True if rows are left."""
+        kept = [
+            r for r, row in enumerate(self.rows) if row.active and row.finish_reason is None and row.number not in stopped
+        ]
+        if self.fixed_shapes:
+            for r in {*range(len(self.rows))}.difference(kept):
+                self.rows[r].active, self.rows[r].num_drafts, self.rows[r].lookup_draft = False, 0, None
+        elif kept and len(kept) < len(self.rows):
+            self._keep(_filled(kept))
+        return bool(kept)
+
+    def _keep(self, kept: list[int]) -> None:
+        self.cache.keep_rows(kept)
+        self.rows = [self.rows[r] for r in kept]
+        index = torch.tensor(kept, device=self.last_tokens.device)
+        self.choice.select(index)
+        self.last_tokens = self.last_tokens.index_select(0, index)
+        scores = None if self.drafts.scores is None else self.drafts.scores.index_select(0, index)
+        self.drafts = Drafts(self.drafts.tokens.index_select(0, index), scores)
+
+
+def _filled(kept: list[int]) -> list[int]:
+    """Rows that are kept, ordered so that as many as possible stay in their places: ``[0, 3, 4] -> [0, 4, 3]``."""
+    staying = {r for r in kept if r < len(kept)}
+    moving = [r for r in kept if r >= len(kept)]
+    return [r if r in staying else moving.pop() for r in range(len(kept))]
