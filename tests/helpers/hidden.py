@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states of rows with masks behind them. Helpers of the tests, no tests."""
+"""Hidden states of rows with masks behind them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny random Hugging Face models, one an architecture, and MTP models on top of them. Helpers of the tests, no tests."""
+"""Tiny random Hugging Face models, one per architecture, and MTP models on top of them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def tiny_model(
 
 
 def learn(model: MTPModel, texts: Sequence[Tensor], steps: int) -> MTPModel:
-    """The model, trained for so many steps on all of the texts: its drafts are often right and often not."""
+    """The model, trained for ``steps`` on all of the texts: its drafts are often right and often not."""
     batch = build_masked_input([TokenRow(t, t, torch.zeros_like(t), r) for r, t in enumerate(texts)], model.num_masks)
     terms = {"base": BaseCrossEntropy(), "sampler": SamplerCrossEntropy()}
     optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=1e-2)
@@ -130,7 +130,7 @@ def tolerance(base: PreTrainedModel) -> dict[str, float]:
 
 
 def in_one_pass(model: MTPModel) -> MTPModel:
-    """The same model, made to feed NTP and MTP positions together, as it does under gradient checkpointing."""
+    """The same model, changed to feed NTP and MTP positions together, as it does under gradient checkpointing."""
     model._two_passes = model._one_pass  # type: ignore[method-assign]
     return model
 
@@ -163,7 +163,7 @@ def tiny_batch(num_masks: int = 3, **options: Any) -> MaskedInput:
 def naive_states(model: MTPModel, tokens: Tensor, num_masks: int) -> tuple[Tensor, Tensor]:
     """One prompt of the paper alone: ``tokens`` [n], then m_1..m_J, as a plain causal sequence.
 
-    transformers makes mask and position ids itself. Gives the hidden states at the tokens [n, D] and the masks [J, D].
+    transformers builds mask and position ids itself. Returns the hidden states at the tokens [n, D] and the masks [J, D].
     """
     inputs = torch.cat([model.embed(tokens), model.mask_embeddings[:num_masks].to(model.base.dtype)])
     with model.gate.open(num_masks):
@@ -172,7 +172,7 @@ def naive_states(model: MTPModel, tokens: Tensor, num_masks: int) -> tuple[Tenso
 
 
 def greedy_text(base: PreTrainedModel, prompt: Tensor, num_tokens: int, **options: Any) -> list[int]:
-    """What transformers' own ``generate`` says greedily after ``prompt`` [n]; the reference of all exactness tests."""
+    """The greedy text of transformers' own ``generate`` after ``prompt`` [n]; the reference of all exactness tests."""
     # A pad token that is given: else transformers warns on every call.
     settings = {"do_sample": False, "max_new_tokens": num_tokens, "pad_token_id": 0, **options}
     out = base.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None], **settings)

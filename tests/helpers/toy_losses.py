@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small unembedding that is not linear, and a loss term as a user would write one. Helpers of the tests, no tests."""
+"""A small unembedding that is not linear, and a loss term as a user would write one."""
 
 from __future__ import annotations
 

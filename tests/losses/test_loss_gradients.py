@@ -62,7 +62,9 @@ def test_loss_gradients_reach_what_is_trained_and_nothing_else(gated: bool) -> N
 
 def test_block_sampling_is_unbiased_in_value_and_gradient() -> None:
     """The mean over draws of starts is the full-coverage loss and gradient, within its own standard error."""
-    model = in_one_pass(tiny_model(num_masks=K, sampler_head=GRUSamplerHead(hidden_size=8), lora=LoRA(rank=1)))
+    model = in_one_pass(
+        tiny_model(num_masks=K, sampler_head=GRUSamplerHead(hidden_size=8), lora=LoRA(rank=1), num_hidden_layers=1)
+    )
     terms = {
         "base": BaseCrossEntropy(positions="all"),
         "sampler": SamplerCrossEntropy(),

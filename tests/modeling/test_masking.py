@@ -220,7 +220,7 @@ def test_dense_mask_is_the_rule_in_words(num_masks: int, window: int | None) -> 
     real = torch.cat([batch.document_ids >= 0, (batch.starts >= 0).repeat_interleave(num_masks, 1)], 1)
     for row in range(3):
         for query in range(S):
-            if not real[row, query]:  # what padding sees is nobody's business, as long as it sees something
+            if not real[row, query]:  # padding may see anything, but not nothing
                 assert mask[row, 0, query, query]
                 continue
             for key in range(S):
@@ -253,8 +253,8 @@ def test_sliding_window_counts_positions_not_indices() -> None:
         return [key for key in range(11) if bool(sees(zero, zero, torch.tensor(query), torch.tensor(key)))]
 
     assert seen(3) == [2, 3]
-    assert seen(9) == [2, 9]  # m_1 after x_2 stands at 3: of x_0..x_2 only x_2 is nearer than 2
-    assert seen(10) == [9, 10]  # m_2 stands at 4: x_2 is 2 away
+    assert seen(9) == [2, 9]  # m_1 after x_2 is at 3: of x_0..x_2 only x_2 is nearer than 2
+    assert seen(10) == [9, 10]  # m_2 is at 4: x_2 is 2 away
     wide = mask_mod(attention_pattern(batch, 2), 5, window=None)
     assert [key for key in range(11) if bool(wide(zero, zero, torch.tensor(10), torch.tensor(key)))] == [0, 1, 2, 9, 10]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What peft_private.py relies on: each test fails where a release of PEFT changes it."""
+"""The parts of PEFT that peft_private.py relies on: each test fails if a release of PEFT changes it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers_private.py relies on: each test fails where a release of transformers or accelerate changes it."""
+"""The parts that transformers_private.py relies on: each test fails if transformers or accelerate changes it."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ class _ChunkedSum(torch.autograd.Function):
                 value = (losses(chunk, positions).to(dtype) * weights[positions].to(dtype)).sum()
             # The gradient of the hidden states is written chunk by chunk, those of parameters are summed over chunks.
             wanted = [(t, g) for t, g in zip((chunk, *parameters), grads, strict=True) if g is not None]
-            found = torch.autograd.grad(value, [t for t, _ in wanted], allow_unused=True) if wanted else ()
-            for (tensor, accumulated), grad in zip(wanted, found, strict=True):
+            chunk_grads = torch.autograd.grad(value, [t for t, _ in wanted], allow_unused=True) if wanted else ()
+            for (tensor, accumulated), grad in zip(wanted, chunk_grads, strict=True):
                 if grad is not None:
                     accumulated[positions].copy_(grad) if tensor is chunk else accumulated.add_(grad)
             total += value.detach()

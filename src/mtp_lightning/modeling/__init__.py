@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network and what it is made of: base, gated LoRA, masked input."""
+"""The network and its parts: base, gated LoRA, masked input."""

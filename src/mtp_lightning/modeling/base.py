@@ -17,11 +17,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    """A torch dtype from its name; ``auto``, the dtype that the base was saved in, stays ``auto``.
-
-    Raises:
-        UsageError: an unknown name.
-    """
+    """A torch dtype from its name; ``auto`` (the dtype that the base was saved in) stays; UsageError for an unknown name."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     if dtype not in DTYPES:
@@ -30,11 +26,7 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 
 def load_config(base_model: str, revision: str | None = None) -> Any:
-    """The configuration of a model; no weights are read.
-
-    Raises:
-        RunError: it does not exist or can't be read.
-    """
+    """The configuration of a model; no weights are read. RunError if it does not exist or can't be read."""
     try:
         return AutoConfig.from_pretrained(resolve(base_model), revision=revision)
     except Exception as error:  # a damaged file makes transformers raise anything
@@ -82,11 +74,7 @@ def load_base(
 
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
-    """The base model's tokenizer; it need not have a pad token.
-
-    Raises:
-        RunError: it does not exist or can't be read.
-    """
+    """The base model's tokenizer, which need not have a pad token; RunError if it does not exist or can't be read."""
     try:
         return AutoTokenizer.from_pretrained(resolve(base_model), revision=revision)
     except Exception as error:  # a damaged file makes transformers and tokenizers raise anything

@@ -72,5 +72,5 @@ def run_decoder(base: PreTrainedModel, inputs: Tensor, mask: Any, positions: Ten
         The last hidden state, [B, Q, D].
     """
     decoder: Any = base.get_decoder()
-    options = {"use_cache": False} if cache is None else {"use_cache": True, cache_keyword(type(decoder)): cache}
+    options = {"use_cache": False} if cache is None else {"use_cache": True, cache_keyword(decoder.__class__): cache}
     return decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, **options).last_hidden_state

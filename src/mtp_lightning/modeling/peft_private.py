@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one file that touches parts of PEFT that PEFT calls private: LoRA layers and their variants.
 
-Tried with PEFT 0.19 to 0.21. ``tests/modeling/test_peft_private.py`` fails where PEFT changes one of them. There is no
+Tried with PEFT 0.19 to 0.21. ``tests/modeling/test_peft_private.py`` fails if PEFT changes one of them. There is no
 slower path: without its variant a LoRA would act at every position and change the base model's text.
 """
 
@@ -32,11 +32,7 @@ def lora_layers(base: nn.Module) -> list[Any]:
 
 
 def set_variant(layer: Any, variant: LoraVariant) -> None:
-    """Let a variant compute the LoRA layer's forward pass.
-
-    Raises:
-        RunError: this version of PEFT has no place for it.
-    """
+    """Let a variant compute the LoRA layer's forward pass; RunError if this version of PEFT has no place for it."""
     if not isinstance(getattr(layer, "lora_variant", None), dict):
         raise RunError(
             f"peft {peft.__version__} keeps LoRA variants elsewhere, so the LoRA can't be gated;"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one file that touches private parts of transformers, and of accelerate's hooks that transformers puts on modules.
 
-Tried with transformers 5.17 to 5.24 and accelerate 1.10 to 1.15. ``tests/modeling/test_transformers_private.py`` fails
-where a library changes one of them; each function says what it does then.
+Tried with transformers 5.17 to 5.24 and accelerate 1.15. ``tests/modeling/test_transformers_private.py`` fails
+if a library changes one of them; each docstring says what happens then.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
-def attention_kernel(base: PreTrainedModel) -> str | None:
+def attention_kernel(base: PreTrainedModel) -> str:
     """Name of the base's attention implementation (``sdpa``, ``eager``, ..). Without the attribute: AttributeError."""
     return base.config._attn_implementation
 
@@ -36,7 +36,7 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 
 
 @functools.cache
-def can_switch_attention(model_class: type[PreTrainedModel]) -> bool:
+def can_switch_attention(model_class: Any) -> bool:
     """True if models of a class look up their attention function by name; False where transformers does not say."""
     can_set: Any = getattr(model_class, "_can_set_attn_implementation", None)
     return can_set is not None and bool(can_set())
@@ -72,7 +72,7 @@ def is_stateful(base: PreTrainedModel) -> bool:
 
 
 @functools.cache
-def cache_keyword(decoder_class: type[nn.Module]) -> str:
+def cache_keyword(decoder_class: Any) -> str:
     """The name of a decoder's cache argument: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
     return "cache" if "cache" in inspect.signature(decoder_class.forward).parameters else "past_key_values"
 
