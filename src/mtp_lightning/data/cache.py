@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of ``datasets``: where it lies, and its failures (no permission, a full disk) in one line."""
+"""The cache of ``datasets``: where it is, and its failures (no permission, disk full) as one-line errors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from pathlib import Path
 
 from mtp_lightning.errors import RunError, one_line
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def cache_folder() -> Path:
-    """The folder of the data cache, which the environment variable ``HF_DATASETS_CACHE`` moves.
-
-    Returns:
-        The folder; it may not exist yet.
-    """
+    """The ``datasets`` cache, which the environment variable ``HF_DATASETS_CACHE`` moves; it may not exist yet."""
     import datasets
 
     return Path(datasets.config.HF_DATASETS_CACHE)
@@ -27,35 +23,24 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def cache_errors() -> Iterator[None]:
-    """Tell what is wrong with the cache where that is why reading or encoding failed.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RunError: the cache can't be written, or its disk is full.
-    """
+    """Raise a RunError that names the cache where an unwritable cache or a full disk caused the failure."""
     try:
         yield
     except Exception as error:
-        seen: BaseException | None = error
-        while seen is not None:
-            if isinstance(seen, OSError) and seen.errno in _FULL | _CLOSED:
-                folder, reason = cache_folder(), one_line(seen, 200)
-                advice = "Make room there" if seen.errno in _FULL else "Make it a folder that can be written"
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError) and cause.errno in _DISK_FULL | _NOT_WRITABLE:
+                advice = "Free some space there" if cause.errno in _DISK_FULL else "Make it a writable folder"
                 raise RunError(
-                    f"the data cache {folder} can't be written: {reason}. {advice}, or set HF_DATASETS_CACHE to another one."
+                    f"the data cache {cache_folder()} can't be written: {one_line(cause, 200)}. {advice}, or set"
+                    " HF_DATASETS_CACHE to another folder."
                 ) from error
-            seen = seen.__cause__ or seen.__context__
+            cause = cause.__cause__ or cause.__context__
         raise
 
 
 def check_cache() -> None:
-    """Make the cache folder, if it is not there.
-
-    Raises:
-        RunError: it can't be made or written.
-    """
+    """Create the cache folder if needed; a RunError if it can't be created or written."""
     with cache_errors():
         folder = cache_folder() / "mtp_lightning"
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat: messages -> token ids and which of them the assistant wrote, through the base's chat template.
 
-Three ways, the first that fits:
+Three methods, the first that fits:
 
-1. The template has ``{% generation %}`` markers: it says itself what the assistant wrote. Where they leave out the
-   end-of-turn token behind it, that is added.
+1. Markers: the template has ``{% generation %}`` and says itself what the assistant wrote. Where the markers leave out the
+   end-of-turn token that follows, it is added.
 2. Prefixes: the text of the messages before an assistant turn, with the generation prompt, ends where the turn begins;
-   the text up to and with the turn ends where it ends. Both must be prefixes of the whole text, which is checked.
-3. Another content: templates that drop the thinking of earlier turns (Qwen3) write a turn differently once messages
-   follow. The conversation is then rendered with a mark as that turn's content: what stands before the mark and after
-   the turn must be the whole text's beginning and end, which is checked too. What fits none is refused, not mislabelled.
+   the text up to and including the turn ends where it ends. Both must be prefixes of the full text, which is checked.
+3. Placeholder: templates that drop the thinking of earlier turns (Qwen3) write a turn differently once messages follow.
+   The conversation is then rendered with a placeholder as that turn's content: what precedes the placeholder and what
+   follows the turn must be the full text's beginning and end, which is checked too. Anything else is an error.
 
 The text is always the template's own: an earlier turn whose thinking it drops is trained without it. The assistant's
 end-of-turn token carries loss, the newline that some templates put after it does not.
@@ -21,6 +21,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mtp_lightning.errors import RunError, UsageError, one_line
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ Message = dict[str, Any]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"}
-_MARK = "turnmark0turnmark"  # letters only, so that no template trims, splits or escapes it
+_PLACEHOLDER = "turnmark0turnmark"  # letters and a digit only, so that no template trims, splits or escapes it
 _MARKERS = "Give data.chat_template a template with {% generation %} .. {% endgeneration %} around what the assistant says"
 
 
@@ -42,30 +44,37 @@ def encode_messages(
     Args:
         messages: ``{"role": ..., "content": ...}`` in order; roles as the template knows them.
         tokenizer: the base's tokenizer.
-        chat_template: a template's text, or None for the base's own.
+        chat_template: source of a template, or None for the base's own.
 
     Returns:
-        Token ids, and for each whether it carries loss. Without an assistant turn none does.
+        Token ids, and for each True if it carries loss. Without an assistant turn none does.
 
     Raises:
         UsageError: there is no template.
-        RunError: the messages have another form, the template refuses them, or the assistant's part cannot be found.
+        RunError: the messages are malformed, the template rejects them, or the assistant's part cannot be found.
     """
     messages = clean_messages(messages)
     template = template_of(tokenizer, chat_template)
     check_roles(messages, template)
+    text = render(messages, tokenizer, template)
     if _GENERATION.search(template):
-        ids, loss = _encode_marked(messages, tokenizer, template)
-    else:
-        text = render(messages, tokenizer, template)
-        ids, offsets = _tokenize(text, tokenizer)
-        spans = _assistant_spans(messages, text, tokenizer, template)
-        loss = _inside([begin for begin, _ in offsets], spans)
-    if all(loss) and any(message["role"] != "assistant" for message in messages):
-        roles = ", ".join(str(message["role"]) for message in messages)
+        ids, loss = _encode_with_markers(messages, tokenizer, template)
+    elif not tokenizer.is_fast:
         raise RunError(
-            f"every token carries loss, though not all messages are the assistant's (roles: {roles}): the chat template"
-            f" marks all, or writes the assistant's turns alone. {_MARKERS} and nothing else."
+            "finding what the assistant wrote needs a fast tokenizer (with offsets), and the base has a slow one."
+            " Give rows with prompt + completion or input_ids + labels."
+        )
+    else:
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = out["input_ids"]
+        # A token lies in a span if an odd number of span borders is at or before its first character.
+        borders = np.ravel(_assistant_spans(messages, text, tokenizer, template))
+        first_characters = [begin for begin, _ in out["offset_mapping"]]
+        loss = (np.searchsorted(borders, first_characters, side="right") % 2 == 1).tolist()
+    if all(loss) and any(message["role"] != "assistant" for message in messages):
+        raise RunError(
+            f"every token carries loss, though not all messages are the assistant's (roles: {_roles(messages)}): the chat"
+            f" template marks all, or writes the assistant's turns alone. {_MARKERS} and nothing else."
         )
     return ids, loss
 
@@ -73,70 +82,44 @@ def encode_messages(
 def encode_chat_prompt(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> list[int]:
-    """Token ids of a conversation that waits for the assistant, generation prompt included.
-
-    Args:
-        messages: ``{"role": ..., "content": ...}`` in order.
-        tokenizer: the base's tokenizer.
-        chat_template: a template's text, or None for the base's own.
-
-    Returns:
-        Token ids.
-    """
+    """Token ids of a conversation that the assistant is to continue, generation prompt included."""
     text = render(clean_messages(messages), tokenizer, template_of(tokenizer, chat_template), generation_prompt=True)
-    # The template writes the special tokens that the base wants, the first one too: adding them again would double them.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return _tokenize(text, tokenizer)
 
 
 def end_of_turn(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> list[int]:
-    """Token ids that the template writes after an answer of the assistant, as far as they carry loss.
-
-    Args:
-        messages: the conversation before the answer.
-        tokenizer: the base's tokenizer.
-        chat_template: a template's text, or None for the base's own.
-
-    Returns:
-        Token ids, usually one.
+    """Token ids that the template writes after an assistant answer to ``messages`` and that carry loss, usually one.
 
     Raises:
-        RunError: the template does not write the answer as it is.
+        RunError: the template does not write the answer unchanged.
     """
-    answer = {"role": "assistant", "content": _MARK}
+    answer = {"role": "assistant", "content": _PLACEHOLDER}
     text = render(clean_messages([*messages, answer]), tokenizer, template_of(tokenizer, chat_template))
-    if text.count(_MARK) != 1:
-        raise RunError("the chat template does not write the assistant's content once and as it is.")
-    after = text[text.index(_MARK) + len(_MARK) :]
-    return tokenizer(after[: _turn_end(after, tokenizer)], add_special_tokens=False, verbose=False)["input_ids"]
+    if text.count(_PLACEHOLDER) != 1:
+        raise RunError("the chat template does not write the assistant's content once and unchanged.")
+    after = text.split(_PLACEHOLDER)[1]
+    return _tokenize(after[: _turn_length(after, tokenizer)], tokenizer)
 
 
 def clean_messages(messages: Sequence[Message]) -> list[Message]:
-    """The messages without the empty fields that a table fills in, contents as text, checked for their form.
+    """The messages without null fields (tables fill them in), contents as text; a RunError if they are malformed.
 
-    Args:
-        messages: what stands in a row.
-
-    Returns:
-        New dictionaries.
-
-    Raises:
-        RunError: it is not a list of ``{role, content}``; an assistant that calls a tool needs no content.
+    An assistant message that calls a tool needs no content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RunError(f"messages must be a list of {{role, content}}, got {_short(messages)}.")
     cleaned = []
     for message in messages:
         fields = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-        calls = fields.get("role") == "assistant" and any(fields.get(name) for name in ("tool_calls", "function_call"))
-        if "role" not in fields or not ("content" in fields or calls):
-            raise RunError(f"each of messages must be {{role, content}}, got {_short(message)}.")
-        for name, kinds in (("role", str), ("content", str | list)):
-            if name in fields and not isinstance(fields[name], kinds):
-                raise RunError(f"{name} of a message must be text, got {type(fields[name]).__name__}: {_short(message)}.")
-        if isinstance(fields.get("content"), list):
-            fields["content"] = _joined(fields["content"])
+        role, content = fields.get("role"), fields.get("content")
+        calls_tool = role == "assistant" and (fields.get("tool_calls") or fields.get("function_call"))
+        has_content = isinstance(content, str | list) or (content is None and calls_tool)
+        if not isinstance(role, str) or not has_content:
+            raise RunError(f"each of messages must be {{role, content}} with text in both, got {_short(message)}.")
+        if isinstance(content, list):
+            fields["content"] = _joined(content)
         cleaned.append(fields)
     return cleaned
 
@@ -144,30 +127,18 @@ def clean_messages(messages: Sequence[Message]) -> list[Message]:
 def _joined(parts: list[Any]) -> str:
     """The text of a content in parts: many templates would write the list itself."""
     texts = []
-    for part in parts:
-        kind = part.get("type") or "text" if isinstance(part, dict) else "text"
-        text = part.get("text") if isinstance(part, dict) else part
-        if kind != "text" or not isinstance(text, str):
-            raise RunError(f"content of a message must be text or parts of text, got a part {_short(part)}.")
+    for part in parts or [None]:
+        text = part
+        if isinstance(part, dict):
+            text = part.get("text") if (part.get("type") or "text") == "text" else None
+        if not isinstance(text, str):
+            raise RunError(f"content of a message must be text or parts of text, got {_short(part if parts else parts)}.")
         texts.append(text)
-    if not texts:
-        raise RunError("content of a message must be text or parts of text, got an empty list.")
     return "".join(texts)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    """The template's text: the one given, or the base's own.
-
-    Args:
-        tokenizer: the base's tokenizer.
-        chat_template: a template's text, or None.
-
-    Returns:
-        The text.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The source of the template: the given one, or the base's own; a UsageError if there is none."""
     if chat_template is not None:
         return chat_template
     try:
@@ -182,163 +153,124 @@ def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -
 def render(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, generation_prompt: bool = False
 ) -> str:
-    """The conversation as the base's text.
-
-    Args:
-        messages: ``{"role": ..., "content": ...}`` in order.
-        tokenizer: the base's tokenizer.
-        template: the template's text.
-        generation_prompt: end with what stands before an assistant turn.
-
-    Returns:
-        The text, special tokens included.
-
-    Raises:
-        RunError: the template refuses the messages.
-    """
+    """The conversation as text, special tokens included; a RunError if the template rejects the messages."""
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generation_prompt, chat_template=template
         )
     except Exception as error:  # templates raise whatever jinja and their own checks raise
-        roles = ", ".join(str(message["role"]) for message in messages) or "none"
+        roles = _roles(messages) or "none"
         raise RunError(f"the chat template refuses the messages (roles: {roles}): {one_line(error)}") from error
 
 
 def check_roles(messages: Sequence[Message], template: str) -> None:
-    """Refuse a role that nobody uses: most templates write whatever stands there.
-
-    Args:
-        messages: ``{"role": ..., "content": ...}`` in order.
-        template: the template's text; a role that it names is fine.
-
-    Raises:
-        RunError: a role that neither is a usual one nor stands in the template.
-    """
+    """Raise a RunError for an unknown role: most templates would write it without complaint, and it would carry no loss."""
     for number, message in enumerate(messages, 1):
         role = message["role"]
         if role not in _ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
             raise RunError(
                 f"message {number} has the role {role!r}, which the chat template does not name; expected one of"
-                f" {', '.join(sorted(_ROLES))}. Rename it: turns of 'assistant' carry loss."
+                f" {', '.join(sorted(_ROLES))}. Only turns of 'assistant' carry loss."
             )
 
 
-def _encode_marked(
+def _encode_with_markers(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[list[int], list[bool]]:
-    render(messages, tokenizer, template)  # for its error, if there is one
+    """Method 1: the template's own generation markers."""
     out = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=template
     )
     ids, loss = list(out["input_ids"]), [bool(flag) for flag in out["assistant_masks"]]
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+    # Markers in the wrong place.
     if not any(loss) and turns:
-        raise RunError(
-            "the chat template has generation markers, but they mark no token of the assistant. Correct the template."
-        )
+        raise RunError("the chat template has generation markers, but they mark no token of the assistant.")
     before = messages[: turns[0]] if turns else messages
     if any(loss) and before:
-        length = len(tokenizer(render(before, tokenizer, template), add_special_tokens=False, verbose=False)["input_ids"])
-        if loss.index(True) < length - 1:  # the last token may be another one where text follows
+        num_before = len(_tokenize(render(before, tokenizer, template), tokenizer))
+        if loss.index(True) < num_before - 1:  # the last token may be a different one where text follows
             raise RunError(
-                f"the generation markers of the chat template mark token {loss.index(True)}, which stands before the first"
-                " turn of the assistant. Correct the template: they belong around what the assistant says."
+                f"the generation markers of the chat template mark token {loss.index(True)}, which is before the first turn"
+                " of the assistant: they belong around what the assistant says."
             )
-    if turns:
-        _mark_ends(ids, loss, messages[: turns[-1]], tokenizer, template)
-    return ids, loss
 
-
-def _mark_ends(
-    ids: list[int], loss: list[bool], before: list[Message], tokenizer: PreTrainedTokenizerBase, template: str
-) -> None:
-    """Let the end of a turn carry loss where it stands right behind what is marked: else no answer learns to stop."""
+    # The end-of-turn token carries loss even if it follows the marked part: otherwise no answer learns to stop.
     try:
-        end = end_of_turn(before, tokenizer, template)
-    except RunError:  # the template does not write every content as it is: what it marks is all that is known
-        return
+        end = end_of_turn(messages[: turns[-1]], tokenizer, template) if turns else []
+    except RunError:  # the template rewrites contents: there is nothing to go by but its markers
+        end = []
     borders = [place for place in range(1, len(ids)) if loss[place - 1] and not loss[place]]
-    for place in borders:
-        if end and ids[place : place + len(end)] == end and ids[place - len(end) : place] != end:
+    for place in borders if end else []:
+        if ids[place : place + len(end)] == end and ids[place - len(end) : place] != end:
             loss[place : place + len(end)] = [True] * len(end)
+    return ids, loss
 
 
 def _assistant_spans(
     messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> list[tuple[int, int]]:
-    """Where in the text the assistant's turns stand, [begin, end) in characters."""
+    """The assistant's turns in the text, in order and disjoint, as [begin, end) in characters."""
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = render(messages[:index], tokenizer, template, generation_prompt=True)
         through = render(messages[: index + 1], tokenizer, template)
-        if text.startswith(through) and through.startswith(before):
-            turn = through[len(before) :]
-            spans.append((len(before), len(before) + _turn_end(turn, tokenizer)))
+        if text.startswith(through) and through.startswith(before):  # method 2: prefixes
+            spans.append((len(before), len(before) + _turn_length(through[len(before) :], tokenizer)))
         else:
-            spans.append(_marked_span(messages, index, text, before, tokenizer, template))
-    for (_, end), (begin, _) in zip(spans, spans[1:], strict=False):
-        if begin < end:
-            raise _not_found(messages, None)
+            spans.append(_span_by_placeholder(messages, index, text, before, tokenizer, template))
+    if any(begin < end for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)):
+        raise _not_found("the messages")
     return spans
 
 
-def _marked_span(
+def _span_by_placeholder(
     messages: list[Message], index: int, text: str, before: str, tokenizer: PreTrainedTokenizerBase, template: str
 ) -> tuple[int, int]:
-    """Where a turn stands that the template writes differently once messages follow."""
-    marked = [*messages[:index], {**messages[index], "content": _MARK}, *messages[index + 1 :]]
-    whole = render(marked, tokenizer, template)
-    alone = render(marked[: index + 1], tokenizer, template)
-    if _MARK in text or whole.count(_MARK) != 1 or alone.count(_MARK) != 1:
-        raise _not_found(messages, index)
-    head, tail = whole.split(_MARK)
-    turn_end = alone.split(_MARK)[1]
+    """Method 3: a turn that the template writes differently once messages follow."""
+    error = _not_found(f"message {index + 1} of {len(messages)}")
+    marked = [*messages[:index], {**messages[index], "content": _PLACEHOLDER}, *messages[index + 1 :]]
+    full = render(marked, tokenizer, template)
+    alone = render(marked[: index + 1], tokenizer, template)  # without the messages that follow
+    if _PLACEHOLDER in text or full.count(_PLACEHOLDER) != 1 or alone.count(_PLACEHOLDER) != 1:
+        raise error
+
+    # The full text is head, content, turn_end, rest.
+    head, tail = full.split(_PLACEHOLDER)
+    turn_end = alone.split(_PLACEHOLDER)[1]
     rest = tail.removeprefix(turn_end)
     begin = len(before) if text.startswith(before) else len(head)
     end = len(text) - len(rest)
-    proved = tail.startswith(turn_end) and text.startswith(head) and text.endswith(rest) and begin <= end
-    if not (proved and text[:end].endswith(turn_end)):
-        raise _not_found(messages, index)
-    return begin, begin + _turn_end(text[begin:end], tokenizer)
+    pieces_match = tail.startswith(turn_end) and text.startswith(head) and text.endswith(rest) and begin <= end
+    if not pieces_match or not text[:end].endswith(turn_end):
+        raise error
+    return begin, begin + _turn_length(text[begin:end], tokenizer)
 
 
-def _not_found(messages: list[Message], index: int | None) -> RunError:
-    place = "the messages" if index is None else f"message {index + 1} of {len(messages)}"
+def _not_found(place: str) -> RunError:
     return RunError(
         f"the chat template writes {place} in a way that changes when messages follow, so what the assistant wrote cannot be"
         f" found. {_MARKERS}, or make a row of each assistant turn."
     )
 
 
-def _turn_end(turn: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where in the text of a turn its last token with loss ends: white space after an end-of-turn token has none."""
+def _turn_length(turn: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Length of a turn's text up to its last token with loss: white space after an end-of-turn token has none."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     trimmed = turn.rstrip()
     return len(trimmed) if any(trimmed.endswith(token) for token in special if token) else len(turn)
 
 
-def _inside(places: list[int], spans: list[tuple[int, int]]) -> list[bool]:
-    """Which places, in order, lie in one of the spans, in order and apart."""
-    borders = [border for span in spans for border in span]
-    inside, crossed = [], 0
-    for place in places:
-        while crossed < len(borders) and place >= borders[crossed]:
-            crossed += 1
-        inside.append(crossed % 2 == 1)
-    return inside
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    # The template writes the special tokens that the base expects: adding them again would double the first.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
-    if not tokenizer.is_fast:
-        raise RunError(
-            "finding what the assistant wrote needs a fast tokenizer (with offsets), the base has a slow one."
-            " Give rows with prompt + completion or input_ids + labels."
-        )
-    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return out["input_ids"], out["offset_mapping"]
+def _roles(messages: Sequence[Message]) -> str:
+    return ", ".join(str(message["role"]) for message in messages)
 
 
 def _short(value: object) -> str:

@@ -13,10 +13,9 @@ from mtp_lightning.types import MaskedInput
 
 @dataclass(frozen=True)
 class MaskedInputCollator:
-    """Makes a batch of drawn rows. It holds plain values only, so that it travels to worker processes.
+    """Makes a batch of rows drawn in one epoch. It holds plain values only, so that worker processes can receive it.
 
-    The starts depend on the seed, the rows and the epoch they were drawn in, so the same draws give the same batch in any
-    process.
+    The block starts depend on the seed, the rows and their epoch, so the same draws give the same batch in any process.
 
     Args:
         num_masks: K.
@@ -33,14 +32,7 @@ class MaskedInputCollator:
     context: int | None = None
 
     def __call__(self, drawn: Sequence[DrawnRow]) -> MaskedInput:
-        """The batch.
-
-        Args:
-            drawn: rows of one epoch.
-
-        Returns:
-            The masked input.
-        """
+        """The batch."""
         (epoch,) = {item.epoch for item in drawn}
         return build_masked_input(
             [item.row for item in drawn],

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cutting: encoded rows -> documents of at most ``max_length`` tokens. Array arithmetic, no tokenizer, no files.
 
-A document is what a row of fields became. A plain text that is too long becomes several documents, one after another;
-the end of a prompt or chat that is too long is dropped.
+A document is what a row of fields becomes. A plain text that is too long is split into several documents, one after
+another; a prompt or chat that is too long loses its end.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-FITS, CUT, TRUNCATED, PIECE, SHORT, NO_LOSS = range(6)
-"""What became of a row: it fits; it was cut (its first piece) or truncated; a further piece of a row that was cut; left
-out, because it has fewer than two tokens, or because no token after the first carries loss."""
+FITS, SPLIT, TRUNCATED, PIECE, SHORT, NO_LOSS = range(6)
+"""Outcome of a row: it fits; it was split (its first piece) or truncated; a further piece of a row that was split; skipped,
+because it has fewer than two tokens, or because no token after the first carries loss."""
 
 
 class Tokens(NamedTuple):
@@ -21,15 +21,15 @@ class Tokens(NamedTuple):
 
     Attributes:
         ids: token ids of all rows, one after another, [T] int.
-        loss: which carry loss, [T] bool.
+        loss: True where a token carries loss, [T] bool.
         lengths: tokens of each row, [n] int64.
-        cuttable: which rows may be cut into pieces, [n] bool.
+        splittable: rows that may be split into pieces, [n] bool.
     """
 
     ids: np.ndarray
     loss: np.ndarray
     lengths: np.ndarray
-    cuttable: np.ndarray
+    splittable: np.ndarray
 
 
 class Documents(NamedTuple):
@@ -37,13 +37,13 @@ class Documents(NamedTuple):
 
     Attributes:
         ids: token ids of all documents, one after another, [T] int.
-        loss: which carry loss, [T] bool.
+        loss: True where a token carries loss, [T] bool.
         lengths: tokens of each document, [m] int64.
-        rows: number of the row that each comes from, [m] int64.
-        outcomes: ``FITS``, ``CUT``, .., [m] int8.
-        lost: tokens of the row that are in no document, counted at its first one, [m] int64.
-        carried: tokens that carry loss, [m] int64.
-        starts: tokens after the first that carry loss: each makes the token before it an eligible start, [m] int64.
+        rows: index of the row that each comes from, [m] int64.
+        outcomes: ``FITS``, ``SPLIT``, .., [m] int8.
+        tokens_lost: tokens of the row that are in no document, counted at its first one, [m] int64.
+        loss_tokens: tokens that carry loss, [m] int64.
+        eligible_starts: tokens whose next token carries loss, [m] int64.
     """
 
     ids: np.ndarray
@@ -51,43 +51,42 @@ class Documents(NamedTuple):
     lengths: np.ndarray
     rows: np.ndarray
     outcomes: np.ndarray
-    lost: np.ndarray
-    carried: np.ndarray
-    starts: np.ndarray
+    tokens_lost: np.ndarray
+    loss_tokens: np.ndarray
+    eligible_starts: np.ndarray
 
 
 def cut_rows(tokens: Tokens, max_length: int) -> Documents:
-    """Rows cut to documents; a row that is left out stays as a document with its outcome, so that it can be counted.
+    """Rows cut into documents, in order; a skipped row stays a document with its outcome, so that it can be counted.
 
-    With max_length 4 a text of 9 tokens gives documents of 4 and 4, and loses one token: alone it predicts nothing.
-
-    Args:
-        tokens: the rows.
-        max_length: most tokens in a document, 2 or more.
-
-    Returns:
-        The documents, in the order of the rows.
+    With max_length 4 a text of 9 tokens gives documents of 4 and 4 and loses one token: alone it predicts nothing.
     """
-    lengths, M = tokens.lengths, max_length
-    # ceil((length - 1) / M): a tail of one token makes no piece.
-    pieces = np.where(tokens.cuttable, np.maximum(1, -(-(lengths - 1) // M)), 1)
-    rows = np.repeat(np.arange(len(lengths)), pieces)
-    number = np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    kept = np.minimum(lengths[rows] - number * M, M)
-    begins = (np.cumsum(lengths) - lengths)[rows] + number * M
+    lengths = tokens.lengths
+
+    # Which pieces there are. ceil((length - 1) / max_length): a last token alone makes no piece.
+    num_pieces = np.where(tokens.splittable, np.maximum(1, -(-(lengths - 1) // max_length)), 1)
+    rows = np.repeat(np.arange(len(lengths)), num_pieces)
+    piece = np.arange(len(rows)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)  # index within its row
+
+    # Their tokens.
+    kept = np.minimum(lengths[rows] - piece * max_length, max_length)
+    source = (np.cumsum(lengths) - lengths)[rows] + piece * max_length
     first = np.cumsum(kept) - kept
-    index = np.arange(kept.sum()) + np.repeat(begins - first, kept)
+    index = np.arange(kept.sum()) + np.repeat(source - first, kept)
     ids, loss = tokens.ids[index], tokens.loss[index]
 
-    counted = np.concatenate([[0], np.cumsum(loss)])
-    total = counted[first + kept] - counted[first]
-    starts = counted[first + kept] - counted[np.minimum(first + 1, first + kept)]
-    outcomes = np.full(len(rows), FITS, np.int8)
-    longer = lengths[rows] > M
-    outcomes[longer] = np.where(tokens.cuttable[rows[longer]], CUT, TRUNCATED)
-    outcomes[number > 0] = PIECE
-    outcomes[starts == 0] = NO_LOSS
-    outcomes[kept < 2] = SHORT
+    # Counts, as differences of a running sum.
+    running = np.concatenate([[0], np.cumsum(loss)])
+    loss_tokens = running[first + kept] - running[first]
+    eligible_starts = running[first + kept] - running[np.minimum(first + 1, first + kept)]
     covered = np.bincount(rows, kept, minlength=len(lengths)).astype(np.int64)
-    lost = np.where(number == 0, (lengths - covered)[rows], 0)
-    return Documents(ids, loss, kept, rows, outcomes, lost, total, starts)
+    tokens_lost = np.where(piece == 0, (lengths - covered)[rows], 0)
+
+    # Outcomes; a later line overrides an earlier one.
+    outcomes = np.full(len(rows), FITS, np.int8)
+    too_long = lengths[rows] > max_length
+    outcomes[too_long] = np.where(tokens.splittable[rows[too_long]], SPLIT, TRUNCATED)
+    outcomes[piece > 0] = PIECE
+    outcomes[eligible_starts == 0] = NO_LOSS
+    outcomes[kept < 2] = SHORT
+    return Documents(ids, loss, kept, rows, outcomes, tokens_lost, loss_tokens, eligible_starts)

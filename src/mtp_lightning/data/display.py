@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 BLOCK = "▮"
-"""Stands after a token that a block of masks follows."""
+"""Written after a token that a block of masks follows."""
 
 NO_LOSS, LOSS, START = "no loss", "loss", "start of a block"
 STYLES = {NO_LOSS: "dim", LOSS: "green", START: "bold black on yellow"}
@@ -23,8 +23,8 @@ class Piece(NamedTuple):
     """Neighbouring tokens of one role.
 
     Attributes:
-        document: number of their document in the row.
-        loss: the token carries loss: the token before it in the document predicts it, and that counts.
+        document: index of their document in the row.
+        loss: the tokens carry loss: the token before each in the document predicts it, and that counts.
         start: a block follows the (only) token.
         token_ids: the tokens.
     """
@@ -35,62 +35,12 @@ class Piece(NamedTuple):
     token_ids: list[int]
 
 
-def pieces(batch: MaskedInput, row: int) -> list[Piece]:
-    """A row in pieces of one role, in order.
-
-    Args:
-        batch: the masked input.
-        row: number of the row in the batch.
-
-    Returns:
-        The pieces; a start of a block is one of its own.
-    """
-    documents = batch.document_ids[row].tolist()
-    labels = [IGNORE_INDEX, *batch.ntp_labels[row].tolist()]  # the label of a token stands at the token before it
-    starts = set(batch.starts[row].tolist())
-    found: list[Piece] = []
-    for place, (token, document) in enumerate(zip(batch.input_ids[row].tolist(), documents, strict=True)):
-        if document < 0:
-            break  # padding
-        piece = Piece(document, labels[place] != IGNORE_INDEX, place in starts, [token])
-        if found and not piece.start and found[-1][:3] == piece[:3]:
-            found[-1].token_ids.append(token)
-        else:
-            found.append(piece)
-    return found
-
-
-def row_text(batch: MaskedInput, row: int, tokenizer: Any) -> Text:
-    """A row as text, one line a document and role; ``BLOCK`` after each start of a block.
-
-    Args:
-        batch: the masked input.
-        row: number of the row in the batch.
-        tokenizer: the base's tokenizer.
-
-    Returns:
-        Text with styles.
-    """
-    from rich.text import Text
-
-    text, before = Text(), None
-    for piece in pieces(batch, row):
-        if before != piece[:2]:
-            text.append("\n" if before else "")
-            text.append("loss    " if piece.loss else "no loss ", "bold" if piece.loss else "dim")
-            before = piece[:2]
-        words = tokenizer.decode(piece.token_ids).replace("\n", "⏎").replace("\t", "⇥")
-        text.append(words, STYLES[START if piece.start else LOSS if piece.loss else NO_LOSS])
-        text.append(BLOCK if piece.start else "", STYLES[START])
-    return text
-
-
 class StepSize(NamedTuple):
     """What one optimizer step holds on one device.
 
     Attributes:
         rows: rows.
-        tokens: tokens, padding left out.
+        tokens: tokens, without padding.
         loss_tokens: tokens that carry loss.
         blocks: blocks of masks.
         positions: positions that are computed, NTP and MTP, padding included.
@@ -103,15 +53,41 @@ class StepSize(NamedTuple):
     positions: int
 
 
+def row_pieces(batch: MaskedInput, row: int) -> list[Piece]:
+    """A row of the batch in pieces of one role, in order; a start of a block is a piece by itself."""
+    documents = batch.document_ids[row].tolist()
+    labels = [IGNORE_INDEX, *batch.ntp_labels[row].tolist()]  # a token's label is at the token before it
+    starts = set(batch.starts[row].tolist())
+    pieces: list[Piece] = []
+    for position, (token, document) in enumerate(zip(batch.input_ids[row].tolist(), documents, strict=True)):
+        if document < 0:
+            break  # padding
+        piece = Piece(document, labels[position] != IGNORE_INDEX, position in starts, [token])
+        if pieces and not piece.start and pieces[-1][:3] == piece[:3]:
+            pieces[-1].token_ids.append(token)
+        else:
+            pieces.append(piece)
+    return pieces
+
+
+def row_text(batch: MaskedInput, row: int, tokenizer: Any) -> Text:
+    """A row as styled text, one line per document and role; ``BLOCK`` after each start of a block."""
+    from rich.text import Text
+
+    text, line = Text(), None
+    for piece in row_pieces(batch, row):
+        if line != (piece.document, piece.loss):
+            text.append("\n" if line else "")
+            text.append("loss    " if piece.loss else "no loss ", "bold" if piece.loss else "dim")
+            line = (piece.document, piece.loss)
+        words = tokenizer.decode(piece.token_ids).replace("\n", "⏎").replace("\t", "⇥")
+        text.append(words, STYLES[START if piece.start else LOSS if piece.loss else NO_LOSS])
+        text.append(BLOCK if piece.start else "", STYLES[START])
+    return text
+
+
 def step_size(batches: Sequence[MaskedInput]) -> StepSize:
-    """The size of a step.
-
-    Args:
-        batches: the batches that one device accumulates.
-
-    Returns:
-        Sums over them.
-    """
+    """Sums over the batches that one device accumulates."""
     return StepSize(
         rows=sum(len(batch.row_ids) for batch in batches),
         tokens=sum(int((batch.document_ids >= 0).sum()) for batch in batches),
@@ -122,27 +98,20 @@ def step_size(batches: Sequence[MaskedInput]) -> StepSize:
 
 
 def show_rows(batches: Sequence[MaskedInput], tokenizer: Any, console: Console, limit: int) -> None:
-    """Print the first rows of some batches.
-
-    Args:
-        batches: the batches.
-        tokenizer: the base's tokenizer.
-        console: where to.
-        limit: at most so many rows.
-    """
+    """Print the first ``limit`` rows of some batches."""
     from rich.text import Text
 
-    key = Text("roles: ")
+    legend = Text("roles: ")
     for role, style in STYLES.items():
-        key.append(role + (f" ({BLOCK} follows)" if role == START else ""), style).append("  ")
-    console.print(key)
+        legend.append(role + (f" ({BLOCK} follows)" if role == START else ""), style).append("  ")
+    console.print(legend)
     rows = [(batch, row) for batch in batches for row in range(len(batch.row_ids))]
     for batch, row in rows[:limit]:
         size = step_size([MaskedInput(*(field[row : row + 1] if field.ndim else field for field in batch))])
         documents = int(batch.document_ids[row].max()) + 1
         console.print(
             f"\nrow {int(batch.row_ids[row])}: {size.tokens} tokens in {documents} document{'s' * (documents > 1)},"
-            f" {share(size.loss_tokens, size.tokens)} carry loss, {share(size.blocks, size.tokens)} start a block",
+            f" {_share(size.loss_tokens, size.tokens)} carry loss, {_share(size.blocks, size.tokens)} start a block",
             style="bold",
             soft_wrap=not console.is_terminal,
         )
@@ -154,26 +123,28 @@ def show_steps(steps: Sequence[Sequence[MaskedInput]], devices: int, steps_in_ep
 
     Args:
         steps: the batches of some steps, of one device.
-        devices: how many devices share a step.
+        devices: number of devices that share a step.
         steps_in_epoch: optimizer steps of an epoch.
-        console: where to.
+        console: where to print.
     """
     sizes = [step_size(batches) for batches in steps]
     total = StepSize(*(sum(values) for values in zip(*sizes, strict=True)))
     console.print(
-        f"\n{share(total.loss_tokens, total.tokens)} of the tokens carry loss,"
-        f" {share(total.blocks, total.tokens)} start a block of {steps[0][0].mtp_labels.shape[2]} masks",
+        f"\n{_share(total.loss_tokens, total.tokens)} of the tokens carry loss,"
+        f" {_share(total.blocks, total.tokens)} start a block of {steps[0][0].mtp_labels.shape[2]} masks",
         soft_wrap=not console.is_terminal,
     )
     names = {"rows": "rows", "tokens": "tokens", "blocks": "blocks", "positions": "positions (masks and padding included)"}
-    each = ", ".join(f"{_range([getattr(size, field) * devices for size in sizes])} {name}" for field, name in names.items())
+    per_step = ", ".join(
+        f"{_range([getattr(size, field) * devices for size in sizes])} {name}" for field, name in names.items()
+    )
     where = f"{devices} devices" if devices > 1 else "one device"
-    console.print(f"a step on {where}: {each}; {steps_in_epoch:,} steps an epoch", soft_wrap=not console.is_terminal)
+    console.print(f"a step on {where}: {per_step}; {steps_in_epoch:,} steps an epoch", soft_wrap=not console.is_terminal)
 
 
-def share(part: int, whole: int) -> str:
+def _share(part: int, total: int) -> str:
     """``3, 12 -> 3 (25 %)``."""
-    return f"{part:,} ({part / max(1, whole):.0%})".replace("%", " %")
+    return f"{part:,} ({part / max(1, total):.0%})".replace("%", " %")
 
 
 def _range(values: list[int]) -> str:

@@ -10,8 +10,8 @@
 | ``messages`` | the base's chat template | assistant turns with their end-of-turn token |
 | ``input_ids`` (+ ``labels``) | as they are | all, or where the label is not -100 |
 
-Prompt and completion are encoded apart because together a token could span the border between them; so write the space
-between the two into one of them. A ``prompt`` may be a list of messages: it is rendered with the generation prompt.
+Prompt and completion are encoded separately because together a token could span the border between them; so write the
+space between the two into one of them. A ``prompt`` may be a list of messages: it is rendered with the generation prompt.
 The length is not limited here.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mtp_lightning.data.chat import encode_chat_prompt, encode_messages
-from mtp_lightning.data.reading import ROW_KINDS, row_kind
+from mtp_lightning.data.reading import ROW_TYPES, row_type
 from mtp_lightning.errors import RunError
 from mtp_lightning.types import IGNORE_INDEX
 
@@ -34,13 +34,13 @@ class EncodedRow(NamedTuple):
 
     Attributes:
         input_ids: token ids.
-        loss: for each token whether it carries loss.
-        cuttable: a row that is too long may be cut into pieces (plain text); otherwise its end is dropped.
+        loss: for each token, True if it carries loss.
+        splittable: True if a row that is too long may be cut into pieces (plain text); otherwise its end is dropped.
     """
 
     input_ids: list[int]
     loss: list[bool]
-    cuttable: bool
+    splittable: bool
 
     @property
     def labels(self) -> list[int]:
@@ -49,128 +49,93 @@ class EncodedRow(NamedTuple):
 
 
 def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> EncodedRow:
-    """The row as tokens, by the first kind that its fields fit: messages, prompt, text, input_ids.
+    """The row as tokens, by the first type that its fields fit: messages, prompt, text, input_ids.
 
     Args:
         row: its fields; a field that is None counts as absent.
         tokenizer: the base's tokenizer.
-        chat_template: text of a chat template, or None for the base's own.
+        chat_template: source of a chat template, or None for the base's own.
 
     Returns:
         Token ids and loss.
 
     Raises:
-        RunError: the row has none of the fields needed, or one of them has a wrong type.
+        RunError: the row has none of the fields needed, or one of them has the wrong type.
         UsageError: the row needs a chat template and there is none.
     """
     fields = {name for name, value in row.items() if value is not None}
-    kind = row_kind(fields)
-    if kind == "messages":
+    type_ = row_type(fields)
+    if type_ == "messages":
         ids, loss = encode_messages(row["messages"], tokenizer, chat_template)
-        return EncodedRow(ids, loss, cuttable=False)
-    if kind == "prompt":
-        return encode_completion(row, tokenizer, chat_template)
-    if kind == "text":
-        ids = encode_text(_string(row, "text"), tokenizer)
-        return EncodedRow(ids, [True] * len(ids), cuttable=True)
-    if kind == "input_ids":
-        return encode_ids(row["input_ids"], row.get("labels"))
-    raise RunError(f"expected {ROW_KINDS}, got {', '.join(sorted(fields)) or 'no field'}.")
+        return EncodedRow(ids, loss, splittable=False)
+    if type_ == "prompt":
+        return _encode_completion(row, tokenizer, chat_template)
+    if type_ == "text":
+        text = _text(row, "text")
+        ids = _with_end_token(tokenizer(text, verbose=False)["input_ids"], tokenizer) if text else []
+        return EncodedRow(ids, [True] * len(ids), splittable=True)
+    if type_ == "input_ids":
+        return _encode_ids(row)
+    raise RunError(f"expected {ROW_TYPES}, got {', '.join(sorted(fields)) or 'no field'}.")
 
 
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A whole document: the tokenizer's own first token, the text, the end token.
-
-    Args:
-        text: the document.
-        tokenizer: the base's tokenizer.
-
-    Returns:
-        Token ids; none for an empty text.
-    """
-    if not text:
-        return []
-    return _ended(tokenizer(text, verbose=False)["input_ids"], tokenizer)
-
-
-def encode_completion(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
-) -> EncodedRow:
-    """A prompt without loss and its completion with loss.
-
-    Args:
-        row: ``prompt`` (text, or messages) with ``completion`` (text) or ``completion_ids`` (token ids); or both as ids.
-        tokenizer: the base's tokenizer.
-        chat_template: text of a chat template, for a prompt of messages.
-
-    Returns:
-        Token ids and loss.
-    """
-    if row.get("prompt_ids") is not None and row.get("completion_ids") is not None:
-        prompt = _token_ids(row["prompt_ids"], "prompt_ids")
+def _encode_completion(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> EncodedRow:
+    """A prompt without loss and its completion with loss."""
+    has_completion_ids = row.get("completion_ids") is not None
+    if has_completion_ids and row.get("prompt_ids") is not None:
+        prompt = _token_ids(row, "prompt_ids")
     elif isinstance(row["prompt"], list):
         prompt = encode_chat_prompt(row["prompt"], tokenizer, chat_template)
     else:
-        text = _string(row, "prompt")
+        text = _text(row, "prompt")
         prompt = list(tokenizer(text, verbose=False)["input_ids"])
-        # Some tokenizers end every text; the completion would then follow an end token.
+        # Some tokenizers append an end token to every text; the completion would then follow an end token.
         end = tokenizer.eos_token_id
         if end is not None and prompt and prompt[-1] == end and not text.endswith(tokenizer.eos_token):
             prompt.pop()
-    if row.get("completion_ids") is not None:
-        completion = _token_ids(row["completion_ids"], "completion_ids")
+    if has_completion_ids:
+        completion = _token_ids(row, "completion_ids")
     else:
-        text = _string(row, "completion")
-        completion = _ended(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
-    return EncodedRow(prompt + completion, [False] * len(prompt) + [True] * len(completion), cuttable=False)
+        ids = tokenizer(_text(row, "completion"), add_special_tokens=False, verbose=False)["input_ids"]
+        completion = _with_end_token(ids, tokenizer)
+    return EncodedRow(prompt + completion, [False] * len(prompt) + [True] * len(completion), splittable=False)
 
 
-def encode_ids(input_ids: Sequence[int], labels: Sequence[int] | None = None) -> EncodedRow:
-    """A row that is tokens already.
-
-    Args:
-        input_ids: token ids.
-        labels: the same ids where they carry loss, ``IGNORE_INDEX`` elsewhere; None: all carry loss.
-
-    Returns:
-        Token ids and loss. Without labels it may be cut, like text.
-
-    Raises:
-        RunError: the labels differ from the ids (they might be shifted already), or in length.
-    """
-    ids = _token_ids(input_ids, "input_ids")
-    if labels is None:
-        return EncodedRow(ids, [True] * len(ids), cuttable=True)
-    given = _token_ids(labels, "labels")
-    if len(given) != len(ids):
-        raise RunError(f"labels must be as long as input_ids ({len(ids)}), got {len(given)}.")
-    for position, (token, label) in enumerate(zip(ids, given, strict=True)):
+def _encode_ids(row: Mapping[str, Any]) -> EncodedRow:
+    """A row that is tokens already; without labels it may be split, like text."""
+    ids = _token_ids(row, "input_ids")
+    if row.get("labels") is None:
+        return EncodedRow(ids, [True] * len(ids), splittable=True)
+    labels = _token_ids(row, "labels")
+    if len(labels) != len(ids):
+        raise RunError(f"labels must be as long as input_ids ({len(ids)}), got {len(labels)}.")
+    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
         if label not in (token, IGNORE_INDEX):
-            raise RunError(label_message(position, token, label))
-    return EncodedRow(ids, [label != IGNORE_INDEX for label in given], cuttable=False)
+            raise RunError(wrong_label(position, token, label))
+    return EncodedRow(ids, [label != IGNORE_INDEX for label in labels], splittable=False)
 
 
-def label_message(position: int, token: int, label: int) -> str:
-    """What is wrong with a label that is neither its token nor ignored."""
+def wrong_label(position: int, token: int, label: int) -> str:
+    """The error message for a label that is neither its token nor ignored."""
     return (
         f"labels must be the token of the same position or {IGNORE_INDEX}, got {label} at position {position} where"
         f" input_ids has {token}. Do not shift the labels."
     )
 
 
-def _ended(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _with_end_token(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     end = tokenizer.eos_token_id
     return list(ids) if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
-def _string(row: Mapping[str, Any], field: str) -> str:
+def _text(row: Mapping[str, Any], field: str) -> str:
     if not isinstance(row[field], str):
         raise RunError(f"{field} must be text, got {type(row[field]).__name__}.")
     return row[field]
 
 
-def _token_ids(values: Sequence[int], field: str) -> list[int]:
-    ids = list(values)
+def _token_ids(row: Mapping[str, Any], field: str) -> list[int]:
+    ids = list(row[field])
     if not all(isinstance(value, int) for value in ids):
         raise RunError(f"{field} must be a list of token ids, got {ids[:3]!r}...")
     return ids

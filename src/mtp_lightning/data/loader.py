@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading: which rows form which batch, on which rank and when; exact resume; one denominator for an optimizer step."""
+"""Loading: which rows form which batch, on which rank and when; exact resume; one denominator per optimizer step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mtp_lightning.data.packing import padding_share
 from mtp_lightning.data.rows import Draw, DrawnRow, TokenRows
 from mtp_lightning.types import MaskedInput
 
-BUCKET = 50
-"""Most batches whose rows are sorted by length together."""
+MAX_BUCKET_BATCHES = 50
+"""Maximum number of batches whose rows are sorted by length together."""
 
 
 class RowSampler(Sampler[list[Draw]]):
@@ -29,14 +29,14 @@ class RowSampler(Sampler[list[Draw]]):
 
     Args:
         lengths: tokens of each row, [n] int.
-        batch_size: rows a rank draws at once.
+        batch_size: rows per batch and rank.
         seed: seed of the order.
-        rank: number of this rank.
+        rank: index of this rank.
         world: number of ranks.
-        bucketed: form batches of rows of similar length, within windows of at most ``BUCKET`` shuffled batches.
+        bucketed: form batches of rows of similar length, within windows of at most ``MAX_BUCKET_BATCHES`` batches.
 
     Attributes:
-        epoch: the epoch that the next iterator walks through.
+        epoch: the epoch of the next iterator.
         begin: the batch that it begins with.
     """
 
@@ -56,21 +56,14 @@ class RowSampler(Sampler[list[Draw]]):
         return -(-len(self.lengths) // (self.batch_size * self.world))
 
     def global_batches(self, epoch: int) -> list[np.ndarray]:
-        """Numbers of the rows of each global batch, the same on all ranks.
-
-        Args:
-            epoch: the epoch.
-
-        Returns:
-            Arrays of at most ``batch_size * world`` numbers.
-        """
+        """Indices of the rows of each global batch, at most ``batch_size * world`` each, the same on all ranks."""
         size = self.batch_size * self.world
         generator = np.random.default_rng([self.seed, epoch])
         order = generator.permutation(len(self.lengths))
         if not self.bucketed:
             return [order[begin : begin + size] for begin in range(0, len(order), size)]
-        # At least four windows: one alone would put the same rows together in every epoch.
-        window = max(1, min(BUCKET, len(self) // 4)) * size
+        # At least four windows: a single one would put the same rows together in every epoch.
+        window = max(1, min(MAX_BUCKET_BATCHES, len(self) // 4)) * size
         batches = []
         for first in range(0, len(order), window):
             rows = order[first : first + window]
@@ -79,43 +72,33 @@ class RowSampler(Sampler[list[Draw]]):
         return [batches[number] for number in generator.permutation(len(batches))]
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        # Epoch and begin are read now, not when the first batch is asked for: by then they may be another iterator's.
+        # Epoch and begin are read now, not when the first batch is requested: by then they may be another iterator's.
         return self._draws(self.global_batches(self.epoch)[self.begin :], self.epoch)
 
     def _draws(self, batches: list[np.ndarray], epoch: int) -> Iterator[list[Draw]]:
         for batch in batches:
-            mine = batch[self.rank :: self.world]
-            if len(mine):
-                yield [Draw(int(index), epoch) for index in mine]
-            else:
-                yield [Draw(int(batch[0]), epoch, blank=True)]
+            share = batch[self.rank :: self.world]
+            yield [Draw(int(row), epoch) for row in share] or [Draw(int(batch[0]), epoch, blank=True)]
 
-    def padding_share(self, batches: int = 1000) -> float:
-        """The share of positions that are padding in this rank's first batches of epoch 0.
-
-        Args:
-            batches: how many to look at.
-
-        Returns:
-            A number from 0 to below 1.
-        """
-        mine = [rows[self.rank :: self.world] for rows in self.global_batches(0)[:batches]]
-        return padding_share([self.lengths[rows] for rows in mine if len(rows)])
+    def padding_share(self, max_batches: int = 1000) -> float:
+        """The share of positions that is padding in this rank's first batches of epoch 0."""
+        shares = [rows[self.rank :: self.world] for rows in self.global_batches(0)[:max_batches]]
+        return padding_share([self.lengths[rows] for rows in shares if len(rows)])
 
 
 class WindowedLoader:
-    """Batches for Lightning, with the counts of a whole optimizer step in each, and exact resume within an epoch.
+    """Batches for Lightning, each with the counts of its whole optimizer step, and exact resume within an epoch.
 
     Each window of ``accumulate`` consecutive batches forms one optimizer step; every batch of it gets the window's summed
     counts, so that its losses divide by one denominator however the rows fall into batches.
 
     An epoch begins at the start of ``__iter__``: Lightning never exhausts an iterator of known length. The state is the
-    epoch and the number of batches delivered, the same on all ranks. Batches delivered before are skipped by the sampler,
-    not read; only the open window is read again, for its counts.
+    epoch and the number of batches delivered, the same on all ranks. The sampler skips batches delivered before without
+    reading them; only the open window is read again, for its counts.
 
     Args:
         loader: loads batches; its batch sampler is a ``RowSampler``.
-        accumulate: batches in an optimizer step, or a function that says so at the start of each epoch.
+        accumulate: batches in an optimizer step, or a function that returns it at the start of each epoch.
         limit: batches used of an epoch, or None for all. The length stays that of the whole epoch.
         constant: every epoch is epoch 0, from its beginning: for validation.
         epoch: the epoch to begin with.
@@ -131,11 +114,11 @@ class WindowedLoader:
     ) -> None:
         self.loader = loader
         self.accumulate = accumulate
-        self.used = len(loader) if limit is None else min(limit, len(loader))
+        self.num_batches = len(loader) if limit is None else min(limit, len(loader))
         self.constant = constant
         self.epoch = epoch
         self.delivered = 0
-        self._moved = False  # whether a batch was delivered since the position was last set
+        self._advanced = False  # True once a batch was delivered since the position was last set
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -146,46 +129,33 @@ class WindowedLoader:
         assert isinstance(sampler, RowSampler)
         return sampler
 
-    def set_epoch(self, epoch: int) -> None:
-        """Make ``epoch`` the next one, from its beginning; a position just loaded within this epoch stays.
-
-        Args:
-            epoch: the epoch.
-        """
-        if epoch != self.epoch or self._moved:
-            self.epoch, self.delivered, self._moved = epoch, 0, False
-
     def state_dict(self) -> dict[str, int]:
         """Epoch and number of batches delivered."""
         return {"epoch": self.epoch, "delivered": self.delivered}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where the state was taken.
-
-        Args:
-            state: what ``state_dict`` gave, on any rank.
-        """
-        self.epoch, self.delivered, self._moved = state["epoch"], state["delivered"], False
+        """Continue from a state, taken on any rank."""
+        self.epoch, self.delivered, self._advanced = state["epoch"], state["delivered"], False
 
     def __iter__(self) -> Iterator[MaskedInput]:
-        if self._moved or self.delivered >= self.used:
+        if self._advanced or self.delivered >= self.num_batches:
             self.epoch, self.delivered = self.epoch + 1, 0
         if self.constant:
             self.epoch, self.delivered = 0, 0
-        self._moved = False
+        self._advanced = False
         return self._deliver()
 
     def _deliver(self) -> Iterator[MaskedInput]:
         accumulate = self.accumulate if isinstance(self.accumulate, int) else self.accumulate()
-        begin = self.delivered - self.delivered % accumulate
-        skip = self.delivered - begin
+        skip = self.delivered % accumulate  # batches of the open window delivered before
+        begin = self.delivered - skip
         sampler = self.row_sampler()
         sampler.epoch, sampler.begin = self.epoch, begin
-        batches = islice(self.loader, self.used - begin)
+        batches = islice(self.loader, self.num_batches - begin)
         while window := list(islice(batches, accumulate)):
             counts = torch.stack([batch.counts for batch in window]).sum(0)
             for batch in window[skip:]:
-                self.delivered, self._moved = self.delivered + 1, True
+                self.delivered, self._advanced = self.delivered + 1, True
                 yield batch._replace(counts=counts.clone())
             skip = 0
 
@@ -200,20 +170,9 @@ def build_dataloader(
     bucketed: bool = True,
     num_workers: int = 0,
 ) -> DataLoader[DrawnRow]:
-    """A loader of the rows of one rank, for ``WindowedLoader``.
+    """A loader of the rows of one rank, for ``WindowedLoader``; the other arguments are those of ``RowSampler``.
 
-    Args:
-        rows: the rows.
-        collator: makes a batch of them.
-        batch_size: rows a rank draws at once.
-        seed: seed of the order.
-        rank: number of this rank.
-        world: number of ranks.
-        bucketed: form batches of rows of similar length.
-        num_workers: processes that make batches ahead; 0: this one makes them. The batches are the same.
-
-    Returns:
-        The loader.
+    ``num_workers`` processes prepare batches in advance; the batches are the same.
     """
     return DataLoader(
         rows,

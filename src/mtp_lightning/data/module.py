@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
-from torch.utils.data import DataLoader
 
 from mtp_lightning.data.collator import MaskedInputCollator
-from mtp_lightning.data.loader import RowSampler, WindowedLoader, build_dataloader
+from mtp_lightning.data.documents import Encoder
+from mtp_lightning.data.loader import WindowedLoader, build_dataloader
 from mtp_lightning.data.preparing import Prepared, Sources, prepare
 from mtp_lightning.data.rows import TokenRows
-from mtp_lightning.data.streaming import RowStream, StreamedLoader
+from mtp_lightning.data.streaming import RowStream, StreamingLoader
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.paths import resolve
 
@@ -32,30 +32,30 @@ class MTPDataModule(LightningDataModule):
 
     Args:
         train: a source, a list of sources, or a weighted mix: source -> share of the rows drawn in an epoch, before long
-            rows are cut; a source with too few is repeated.
+            rows are cut; a source with too few rows is repeated.
         validation: the same, for validation. None: see validation_fraction.
         test: the same, for testing.
         validation_fraction: without a validation source, hold out this share of the training rows for it: the same rows in
             every run.
-        max_length: most tokens in a row; at most the base's context. Longer texts are cut into rows one after another, of
-            longer prompts and chats the end is dropped.
+        max_length: maximum tokens in a row; at most the base's context. Longer texts are split into several rows, longer
+            prompts and chats lose their end.
         batch_size: rows in a batch, for each device.
         eval_batch_size: the same for validation and testing. None: batch_size.
         block_fraction: share of the eligible starts that get a block in training; 1.0 is the paper's full coverage.
-        max_blocks_per_row: at most so many blocks in a row in training, or None.
-        eval_max_blocks_per_row: at most so many blocks in a row in validation and testing, or None; always the same ones.
+        max_blocks_per_row: maximum number of blocks in a row in training, or None.
+        eval_max_blocks_per_row: maximum number of blocks in a row in validation and testing, or None; always the same ones.
         packing: put several documents in a row of up to max_length tokens. They do not see each other.
-        num_workers: processes that make batches ahead; 0 makes them in the training process. The batches are the same.
+        num_workers: processes that prepare batches in advance; 0: the training process does. The batches are the same.
         seed: seed of the order of the rows, of the mix and of the block starts.
-        max_rows: read at most so many training rows, evenly spaced over the sources. For quick runs.
+        max_rows: maximum number of training rows to read, evenly spaced over the sources. For quick runs.
         eval_max_rows: the same for validation and testing.
         chat_template: a jinja file for rows with messages, best with {% generation %} markers. None: the base's own.
-        streaming_rows: read the training data as a stream that is never whole in memory or on disk; so many rows form an
-            epoch, shuffled among themselves, and the next epoch goes on where it ended. None: read all of it first.
+        streaming_rows: read the training data as a stream that is never whole in memory or on disk; this number of rows
+            forms an epoch, shuffled among themselves, and the next epoch continues where it ended. None: read all first.
 
     Attributes:
         rows: split -> its token rows, after ``setup``.
-        report: split -> what became of what was read, after ``setup``: plain numbers, see ``preparing.Report``.
+        report: split -> what became of the rows read, after ``setup``: plain numbers, see ``preparing.Report``.
     """
 
     def __init__(
@@ -96,30 +96,26 @@ class MTPDataModule(LightningDataModule):
         self.eval_max_rows = eval_max_rows
         self.chat_template = chat_template
         self.streaming_rows = streaming_rows
-        self._streamed: StreamedLoader | None = None
         self.rows: dict[str, TokenRows] = {}
         self.report: dict[str, dict[str, Any]] = {}
-        self._ready: set[str] = set()
+        self._prepared_stages: set[str] = set()
+        self._streaming_loader: StreamingLoader | None = None
         self._check()
 
     def _check(self) -> None:
-        at_least = {"max_length": 2, "batch_size": 1, "eval_batch_size": 1, "num_workers": 0, "seed": 0}
-        at_least |= dict.fromkeys(
-            ("max_blocks_per_row", "eval_max_blocks_per_row", "max_rows", "eval_max_rows", "streaming_rows"), 1
+        minimum = {"max_length": 2, "num_workers": 0, "seed": 0}
+        positive = (
+            "batch_size eval_batch_size max_blocks_per_row eval_max_blocks_per_row max_rows eval_max_rows streaming_rows"
         )
-        for name, least in at_least.items():
+        minimum |= dict.fromkeys(positive.split(), 1)
+        for name, least in minimum.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise UsageError(f"{name} must be {least} or more, got {value}. Set data.{name}.")
+                raise UsageError(f"data.{name} must be {least} or more, got {value}.")
         if not 0 < self.block_fraction <= 1:
-            raise UsageError(
-                f"block_fraction must be above 0 and at most 1, got {self.block_fraction}. Set data.block_fraction."
-            )
+            raise UsageError(f"data.block_fraction must be above 0 and at most 1, got {self.block_fraction}.")
         if not 0 <= self.validation_fraction < 1:
-            raise UsageError(
-                f"validation_fraction must be from 0 to below 1, got {self.validation_fraction}."
-                " Set data.validation_fraction."
-            )
+            raise UsageError(f"data.validation_fraction must be from 0 to below 1, got {self.validation_fraction}.")
         if self.validation is not None and self.validation_fraction:
             raise UsageError("data.validation and data.validation_fraction are both set: leave one of them out.")
         for name in ("validation_fraction", "max_rows"):
@@ -131,52 +127,42 @@ class MTPDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Read and encode everything once, on one process of each machine; ``setup`` then finds it in the cache."""
         trainer, _ = self._attached()
-        if trainer.world_size > 1 and trainer.state.fn is not None:  # alone, setup does it
+        if trainer.world_size > 1 and trainer.state.fn is not None:  # a single process does it in setup
             self._prepare(trainer.state.fn.value)
 
     def setup(self, stage: str) -> None:
-        """Make the token rows of a stage.
-
-        Args:
-            stage: fit, validate, test or predict.
-        """
-        if stage in self._ready:
+        """Make the token rows of a stage: fit, validate, test or predict."""
+        if stage in self._prepared_stages:
             return
-        trainer, _ = self._attached()
-        for split, (rows, report) in self._prepare(stage).items():
-            self.rows[split] = rows
-            report.padding_share = self._loader(split).row_sampler().padding_share()
-            self.report[split] = report.as_dict()
-            if trainer.is_global_zero:
-                print(f"data.{split}: {report}", file=sys.stderr)
-        self._ready.add(stage)
+        for split, prepared in self._prepare(stage).items():
+            self._open(split, prepared, f"data.{split}")
+        self._prepared_stages.add(stage)
 
     def _prepare(self, stage: str) -> dict[str, Prepared]:
-        wanted = _SPLITS.get(stage, ())
+        """Split -> its rows, of the splits that the stage needs."""
+        splits = _SPLITS.get(stage, ())
         if self.streaming_rows is not None:
-            wanted = tuple(split for split in wanted if split != "train")
-        hold_out = self.validation_fraction > 0 and "validation" in wanted
-        prepared = {}
-        if "train" in wanted or hold_out:
-            held_out = self.validation_fraction if hold_out else 0.0
-            prepared["train"], apart = self._rows_of("train", self.max_rows, held_out)
-            if apart is not None:
-                prepared["validation"] = apart
-        for split in wanted:
-            # Training without validation is fine; nothing else is without its source.
+            splits = tuple(split for split in splits if split != "train")
+        holds_out = self.validation_fraction > 0 and "validation" in splits
+        prepared: dict[str, Prepared] = {}
+        if "train" in splits or holds_out:
+            held_out = self.validation_fraction if holds_out else 0.0
+            prepared["train"], validation = self._read("train", self.max_rows, held_out)
+            if validation is not None:
+                prepared["validation"] = validation
+        for split in splits:
+            # Training without validation is allowed; every other split needs its source.
             if split not in prepared and (getattr(self, split) is not None or stage != "fit"):
-                prepared[split], _ = self._rows_of(split, self.eval_max_rows)
-        return {split: prepared[split] for split in wanted if split in prepared}
+                prepared[split], _ = self._read(split, self.eval_max_rows)
+        return {split: prepared[split] for split in splits if split in prepared}
 
-    def _rows_of(self, split: str, max_rows: int | None, held_out: float = 0.0) -> tuple[Prepared, Prepared | None]:
-        sources = self._check_source(split)
-        _, module = self._attached()
+    def _read(self, split: str, max_rows: int | None, held_out: float = 0.0) -> tuple[Prepared, Prepared | None]:
         return prepare(
-            sources,
-            module.tokenizer,
+            self._sources(split),
+            self._attached()[1].tokenizer,
             max_length=self.max_length,
             name=f"data.{split}",
-            chat_template=self._template_text(),
+            chat_template=self._template_source(),
             packing=self.packing,
             max_rows=max_rows,
             seed=self.seed,
@@ -185,32 +171,16 @@ class MTPDataModule(LightningDataModule):
             workers=self.num_workers,
         )
 
-    def _check_source(self, split: str) -> Sources:
+    def _sources(self, split: str) -> Sources:
         sources: Sources | None = getattr(self, split)
         if sources is None:
-            raise UsageError(f"data.{split} must name a source for this command, got nothing. Set data.{split}.")
-        _, module = self._attached()
-        if module.context is not None and self.max_length > module.context:
-            raise UsageError(
-                f"max_length must be at most the base's context, {module.context}, got {self.max_length}."
-                " Set data.max_length."
-            )
+            raise UsageError(f"data.{split} must name a source for this command, got nothing.")
+        context = self._attached()[1].context
+        if context is not None and self.max_length > context:
+            raise UsageError(f"data.max_length must be at most the base's context, {context}, got {self.max_length}.")
         return sources
 
-    def _ranks(self) -> tuple[int, int]:
-        """Number of this rank and how many there are."""
-        trainer, _ = self._attached()
-        # The strategy knows better than rank and world size where several devices share the work on one batch.
-        ranks = trainer.distributed_sampler_kwargs or {"rank": trainer.global_rank, "num_replicas": trainer.world_size}
-        return ranks["rank"], ranks["num_replicas"]
-
-    def _attached(self) -> tuple[Trainer, Any]:
-        """The trainer and its module, which owns tokenizer, num_masks and context: none of them is an argument here."""
-        if self.trainer is None:
-            raise UsageError("MTPDataModule takes the tokenizer from the module: attach both to a Trainer before setup.")
-        return self.trainer, self.trainer.lightning_module
-
-    def _template_text(self) -> str | None:
+    def _template_source(self) -> str | None:
         if self.chat_template is None:
             return None
         try:
@@ -218,26 +188,49 @@ class MTPDataModule(LightningDataModule):
         except (OSError, UnicodeDecodeError) as error:
             reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
             raise RunError(
-                f"chat_template must be a jinja file, {self.chat_template!r} cannot be read: {reason}."
-                " Check data.chat_template."
+                f"data.chat_template must be a jinja file, {self.chat_template!r} cannot be read: {reason}."
             ) from error
+
+    def _attached(self) -> tuple[Trainer, Any]:
+        """The trainer and its module, which owns tokenizer, num_masks and context: none of them is an argument here."""
+        if self.trainer is None:
+            raise UsageError("MTPDataModule takes the tokenizer from the module: attach both to a Trainer before setup.")
+        return self.trainer, self.trainer.lightning_module
+
+    def _open(self, split: str, prepared: Prepared, title: str) -> WindowedLoader:
+        """Take over the rows of a split, and print their report."""
+        self.rows[split] = prepared.rows
+        loader = self._loader(split)
+        prepared.report.padding_share = loader.row_sampler().padding_share()
+        self.report[split] = prepared.report.as_dict()
+        if self._attached()[0].is_global_zero:
+            print(f"{title}: {prepared.report}", file=sys.stderr)
+        return loader
+
+    def _ranks(self) -> tuple[int, int]:
+        """Index of this rank and number of ranks."""
+        trainer, _ = self._attached()
+        # The strategy's word counts where several devices share the work on one batch.
+        ranks = trainer.distributed_sampler_kwargs or {"rank": trainer.global_rank, "num_replicas": trainer.world_size}
+        return ranks["rank"], ranks["num_replicas"]
 
     def _loader(self, split: str) -> WindowedLoader:
         trainer, module = self._attached()
         training = split == "train"
+        seed = self.seed if training else _EVALUATION_SEED
         rank, world = self._ranks()
         collator = MaskedInputCollator(
             num_masks=module.num_masks,
             block_fraction=self.block_fraction if training else 1.0,
             max_blocks_per_row=self.max_blocks_per_row if training else self.eval_max_blocks_per_row,
-            seed=self.seed if training else _EVALUATION_SEED,
+            seed=seed,
             context=module.context,
         )
         loader = build_dataloader(
             self.rows[split],
             collator,
             self.batch_size if training else self.eval_batch_size,
-            seed=self.seed if training else _EVALUATION_SEED,
+            seed=seed,
             rank=rank,
             world=world,
             bucketed=not self.packing,
@@ -254,38 +247,19 @@ class MTPDataModule(LightningDataModule):
             epoch=trainer.current_epoch,
         )
 
-    def train_dataloader(self) -> WindowedLoader | StreamedLoader:
+    def train_dataloader(self) -> WindowedLoader | StreamingLoader:
         """Training batches, a new order and new block starts every epoch."""
         if self.streaming_rows is None:
             return self._loader("train")
-        if self._streamed is None:  # it holds the position, so there is one
-            self._streamed = self._stream(self.streaming_rows)
-        return self._streamed
-
-    def _stream(self, rows: int) -> StreamedLoader:
-        _, module = self._attached()
-        self._check_source("train")
-        stream = RowStream(
-            self.train or [],
-            module.tokenizer,
-            max_length=self.max_length,
-            chat_template=self._template_text(),
-            packing=self.packing,
-        )
-
-        def windowed(token_rows: TokenRows) -> WindowedLoader:
-            self.rows["train"] = token_rows
-            return self._loader("train")
-
-        def started(epoch: int, prepared: Prepared, loader: DataLoader[Any]) -> None:
-            sampler = loader.batch_sampler
-            assert isinstance(sampler, RowSampler)
-            prepared.report.padding_share = sampler.padding_share()
-            self.report["train"] = prepared.report.as_dict()
-            if self._attached()[0].is_global_zero:
-                print(f"data.train, epoch {epoch}: {prepared.report}", file=sys.stderr)
-
-        return StreamedLoader(stream, rows, windowed, -(-rows // (self.batch_size * self._ranks()[1])), started)
+        if self._streaming_loader is None:  # it holds the position, so there is only one
+            encoder = Encoder(self._attached()[1].tokenizer, self.max_length, self._template_source())
+            self._streaming_loader = StreamingLoader(
+                RowStream(self._sources("train"), encoder, packing=self.packing),
+                rows=self.streaming_rows,
+                length=-(-self.streaming_rows // (self.batch_size * self._ranks()[1])),
+                open_epoch=lambda epoch, prepared: self._open("train", prepared, f"data.train, epoch {epoch}"),
+            )
+        return self._streaming_loader
 
     def val_dataloader(self) -> WindowedLoader | list[Any]:
         """Validation batches, the same every time; none where there is no validation source."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 WINDOW = 1024
-"""Documents that are looked at together: with lengths spread evenly up to ``max_length`` they fill 97 % of their rows."""
+"""Documents that are packed together: with lengths spread evenly up to ``max_length`` they fill 97 % of their rows."""
 
 
 def pack(lengths: np.ndarray, max_length: int, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray]:
@@ -17,21 +17,14 @@ def pack(lengths: np.ndarray, max_length: int, window: int = WINDOW) -> tuple[np
     ``lengths [3, 5, 2, 4], max_length 7 -> order [1, 2, 0, 3], offsets [0, 2, 4]``: documents 1 and 2, then 0 and 3.
 
     Args:
-        lengths: tokens of each document, [n] int.
-        max_length: most tokens in a row.
-        window: documents that are looked at together.
+        lengths: tokens of each document, at most ``max_length``, [n] int.
+        max_length: maximum tokens in a row.
+        window: documents that are packed together.
 
     Returns:
         The documents in the order of the rows, [n] int64, and where each row begins and the last one ends,
         [rows + 1] int64. Documents of a row keep their order.
-
-    Raises:
-        ValueError: a document is longer than a row.
     """
-    if len(lengths) and lengths.max() > max_length:
-        raise ValueError(
-            f"a document of {lengths.max()} tokens does not fit a row of {max_length}: cut documents before packing."
-        )
     order: list[int] = []
     offsets = [0]
     for begin in range(0, len(lengths), window):
@@ -42,24 +35,14 @@ def pack(lengths: np.ndarray, max_length: int, window: int = WINDOW) -> tuple[np
             row = int(np.argmax(space >= chunk[document]))  # there are as many rows as documents, so one always fits
             space[row] -= chunk[document]
             rows[row].append(begin + int(document))
-        for row_documents in rows:
-            if row_documents:
-                order += sorted(row_documents)
-                offsets.append(len(order))
+        for documents in filter(None, rows):
+            order += sorted(documents)
+            offsets.append(len(order))
     return np.array(order, np.int64), np.array(offsets, np.int64)
 
 
 def padding_share(batches: Sequence[np.ndarray]) -> float:
-    """The share of positions that are padding when each batch is padded to its longest row.
-
-    ``[[3, 1], [2, 2]] -> 0.2``
-
-    Args:
-        batches: lengths of the rows of each batch, each [b] int.
-
-    Returns:
-        A number from 0 to below 1; 0 without batches.
-    """
+    """The share of positions that is padding, from the row lengths of each batch: ``[[3, 1], [2, 2]] -> 0.2``."""
     tokens = sum(int(lengths.sum()) for lengths in batches)
     positions = sum(int(lengths.max()) * len(lengths) for lengths in batches)
     return 1 - tokens / positions if positions else 0.0

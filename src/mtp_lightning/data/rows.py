@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows: the data set that a loader draws from, each row one document or several packed ones."""
+"""Rows: the dataset that a loader draws from, each row one document or several packed ones."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from mtp_lightning.types import IGNORE_INDEX, TokenRow
 if TYPE_CHECKING:
     from datasets import Dataset
 
+FINGERPRINT_ROWS = 64
+"""Rows whose tokens enter the fingerprint, evenly spaced; the lengths of all rows do."""
+
 
 class Draw(NamedTuple):
     """What a sampler asks for. It carries the epoch, because worker processes have no other way to learn it.
 
     Attributes:
-        number: number of the row.
-        epoch: the epoch it is drawn in.
-        blank: a copy of the row without any loss, to give a rank a batch when the rows do not go round.
+        row: index of the row.
+        epoch: the epoch in which it is drawn.
+        blank: without any loss: gives a rank a batch when there are no rows left for it.
     """
 
-    number: int
+    row: int
     epoch: int = 0
     blank: bool = False
 
 
 class DrawnRow(NamedTuple):
-    """A row and the epoch it was drawn in."""
+    """A row and the epoch in which it was drawn."""
 
     row: TokenRow
     epoch: int
@@ -42,9 +45,9 @@ class TokenRows(TorchDataset[DrawnRow]):
     """Rows of tokens.
 
     Args:
-        documents: what ``documents.encode_rows`` gave, of one or of several sources.
+        documents: output of ``documents.encode_dataset``, of one or of several sources.
         order: documents of all rows, one row after another, [n] int64.
-        offsets: where each row begins in ``order`` and the last one ends, [rows + 1] int64; None: one document a row.
+        offsets: where each row begins in ``order`` and the last one ends, [rows + 1] int64; None: one document per row.
 
     Attributes:
         lengths: tokens of each row, [rows] int64.
@@ -61,88 +64,31 @@ class TokenRows(TorchDataset[DrawnRow]):
         return len(self.lengths)
 
     def documents_of(self, index: int) -> np.ndarray:
-        """Numbers of the documents in a row.
-
-        Args:
-            index: number of the row.
-
-        Returns:
-            Numbers, [d] int64.
-        """
+        """Indices of the documents in a row, [d] int64."""
         if self.offsets is None:
             return self.order[index : index + 1]
         return self.order[self.offsets[index] : self.offsets[index + 1]]
 
     def row(self, index: int) -> TokenRow:
-        """A row. Packed documents of different domains give a row without domain.
-
-        Args:
-            index: number of the row, which is its ``row_id`` too.
-
-        Returns:
-            Tokens, labels and documents.
-        """
-        parts = [self.documents[int(number)] for number in self.documents_of(index)]
-        ids = np.concatenate([part["input_ids"] for part in parts]).astype(np.int64)
-        loss = np.concatenate([part["loss"] for part in parts]).astype(bool)
-        lengths = [len(part["input_ids"]) for part in parts]
-        domains = {str(part["domain"]) for part in parts}
+        """A row; its index is its ``row_id``. Packed documents of different domains give a row without domain."""
+        documents = [self.documents[int(document)] for document in self.documents_of(index)]
+        ids = np.concatenate([document["input_ids"] for document in documents]).astype(np.int64)
+        loss = np.concatenate([document["loss"] for document in documents]).astype(bool)
+        lengths = [len(document["input_ids"]) for document in documents]
+        domains = {str(document["domain"]) for document in documents}
         return TokenRow(
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(np.where(loss, ids, IGNORE_INDEX)),
-            document_ids=torch.from_numpy(np.repeat(np.arange(len(parts)), lengths)),
+            document_ids=torch.from_numpy(np.repeat(np.arange(len(documents)), lengths)),
             row_id=index,
             domain=domains.pop() if len(domains) == 1 else "",
         )
 
     def __getitem__(self, draw: Draw) -> DrawnRow:
-        row = self.row(draw.number)
+        row = self.row(draw.row)
         if draw.blank:
             row = row._replace(labels=torch.full_like(row.labels, IGNORE_INDEX))
         return DrawnRow(row, draw.epoch)
-
-
-def column(documents: Dataset, name: str) -> np.ndarray:
-    """A column of numbers of a data set of documents, all rows.
-
-    Args:
-        documents: what ``documents.encode_rows`` gave, or several of them concatenated.
-        name: the column.
-
-    Returns:
-        Numbers, [n].
-    """
-    return np.asarray(documents.select_columns([name]).with_format("arrow")[:][name])
-
-
-def mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
-    """Numbers of the items of a weighted mix, so many of each source as its share asks for.
-
-    The mix is as long as it takes until every item is in it once; sources with fewer items than their share are repeated,
-    whole copies first and then a seeded draw.
-
-    ``sizes [2, 3], weights [1, 1] -> [0, 1, x, 2, 3, 4]`` with x one of 0 and 1.
-
-    Args:
-        sizes: items of each source; they are numbered through, source after source.
-        weights: share of each source, above 0, of any sum.
-        seed: seed of the draws.
-
-    Returns:
-        Numbers, [n] int64, source after source.
-    """
-    shares = np.asarray(weights, float) / sum(weights)
-    counts = np.round(shares * (np.asarray(sizes) / shares).max()).astype(np.int64)
-    begins = np.cumsum(sizes) - sizes
-    drawn = []
-    for number, (begin, size, count) in enumerate(zip(begins, sizes, counts, strict=True)):
-        rest = np.sort(np.random.default_rng([seed, number]).permutation(size)[: count % size])
-        drawn.append(begin + np.concatenate([np.tile(np.arange(size), count // size), rest]))
-    return np.concatenate(drawn).astype(np.int64)
-
-
-FINGERPRINT_ROWS = 64
-"""Rows whose tokens enter the fingerprint, evenly spaced; the lengths of all rows do."""
 
 
 def fingerprint(rows: TokenRows) -> str:
@@ -153,3 +99,33 @@ def fingerprint(rows: TokenRows) -> str:
         digest.update(row.input_ids.numpy().tobytes())
         digest.update(row.labels.numpy().tobytes())
     return f"{len(rows)} rows, {int(np.sum(rows.lengths))} tokens, hash {digest.hexdigest()[:12]}"
+
+
+def column(documents: Dataset, name: str) -> np.ndarray:
+    """A numeric column of encoded documents, [n]."""
+    return np.asarray(documents.select_columns([name]).with_format("arrow")[:][name])
+
+
+def weighted_mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
+    """Indices of the items of a weighted mix that holds every item at least once.
+
+    Sources with fewer items than their share are repeated, whole copies first and then a seeded draw.
+
+    ``sizes [2, 3], weights [1, 1] -> [0, 1, x, 2, 3, 4]`` with x one of 0 and 1.
+
+    Args:
+        sizes: items of each source; they are numbered source after source.
+        weights: share of each source, above 0, of any sum.
+        seed: seed of the draws.
+
+    Returns:
+        Indices, [n] int64, source after source.
+    """
+    shares = np.asarray(weights, float) / sum(weights)
+    counts = np.round(shares * (np.asarray(sizes) / shares).max()).astype(np.int64)
+    firsts = np.cumsum(sizes) - sizes
+    drawn = []
+    for source, (first, size, count) in enumerate(zip(firsts, sizes, counts, strict=True)):
+        rest = np.sort(np.random.default_rng([seed, source]).permutation(size)[: count % size])
+        drawn.append(first + np.concatenate([np.tile(np.arange(size), count // size), rest]))
+    return np.concatenate(drawn).astype(np.int64)

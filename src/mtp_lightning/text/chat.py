@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation: messages, and the cache that is kept from turn to turn. No input, no printing."""
+"""A conversation: its messages, and the key-value cache that is kept between turns. No input, no printing."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ PLAIN_TEMPLATE = (
     "{{ 'User' if m.role == 'user' else 'Assistant' }}: {{ m.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""A template for bases that have none: names before lines."""
+"""A chat template for bases without one: each line begins with the speaker's name."""
 PLAIN_STOP = "\nUser:"
+"""The stop string of ``PLAIN_TEMPLATE``."""
 
 
 class Conversation:
-    """Messages and answers. The keys and values of what was said stay in the cache, so that a turn feeds what is new.
+    """Messages and answers; a turn feeds only what is new, because the cache keeps the keys and values of earlier turns.
 
     Args:
         model: the model, with a tokenizer that has a chat template.
         options: how to decode.
-        stops: texts that end an answer.
-        system: what the system message says; None: there is none.
+        stops: stop strings that end an answer.
+        system: the system message, or None.
 
     Attributes:
-        messages: what was said so far.
-        dropped: messages that no longer fit the context and were forgotten in the last turn.
+        messages: the messages so far, without the system message.
+        dropped: messages dropped in the last turn because they no longer fit the context.
+        generated: the last answer with its counts, or None.
     """
 
     def __init__(
@@ -45,64 +47,58 @@ class Conversation:
         self.model, self.stops, self.system = model, list(stops), system
         self.messages: list[dict[str, str]] = []
         self.dropped = 0
-        self.cache = RowCache(model.base, 1)
-        ends = end_tokens(model, options) | {model.tokenizer.eos_token_id} | {end_of_turn_token(model.tokenizer)}
-        self.options = replace(options, eos_token_id=sorted(token for token in ends if token is not None))
         self.generated: GeneratedText | None = None
+        self.cache = RowCache(model.base, 1)
+        ends = end_tokens(model, options) | {model.tokenizer.eos_token_id, end_of_turn_token(model.tokenizer)}
+        self.options = replace(options, eos_token_id=sorted(token for token in ends if token is not None))
 
     def reset(self) -> None:
-        """Forget what was said; the system message stays."""
+        """Forget all messages but the system message."""
         self.messages = []
 
     def undo(self) -> bool:
-        """Forget the last message and its answer; whether there was one."""
+        """Forget the last user message and its answer; False if there is none."""
         last = max((i for i, message in enumerate(self.messages) if message["role"] == "user"), default=None)
         if last is not None:
             del self.messages[last:]
         return last is not None
 
     def say(self, text: str) -> Iterator[str]:
-        """Say something and get the answer, piece by piece. An answer that is cut off is kept as far as it came.
-
-        Args:
-            text: the user's message.
-
-        Yields:
-            Pieces of the answer.
+        """Send a user message and yield the answer in pieces; an interrupted answer is kept up to that point.
 
         Raises:
             UsageError: the message alone does not fit the context. It is not kept.
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            prompt = self._fitting()
-        except Exception:  # also what the template raises: the conversation goes on without this message
+            prompt = self._prompt()
+        except Exception:  # also whatever the template raises: the conversation continues without this message
             self.messages.pop()
             raise
-        pieces = TextStream(self.model, prompt, self.options, self.stops, self.cache)
-        self.generated = pieces.generated
+        stream = TextStream(self.model, prompt, self.options, self.stops, self.cache)
+        self.generated = stream.generated
         try:
-            yield from pieces
+            yield from stream
         finally:
-            if pieces.token_ids:
-                self.messages.append({"role": "assistant", "content": pieces.text.strip()})
-            else:  # cut off before it began
+            if stream.token_ids:
+                self.messages.append({"role": "assistant", "content": stream.text.strip()})
+            else:  # interrupted before the first token
                 self.messages.pop()
 
-    def _fitting(self) -> Prompt:
-        """The conversation as a prompt, less the oldest turns where they leave too little room for an answer."""
+    def _prompt(self) -> Prompt:
+        """The conversation as a prompt; the oldest turns are dropped where they leave too little space for an answer."""
         context, tokenizer = self.model.context, self.model.tokenizer
-        room = min(self.options.max_new_tokens, context // 4)
+        answer_space = min(self.options.max_new_tokens, context // 4)
         system = [{"role": "system", "content": self.system}] if self.system else []
         turns = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         for first in turns:
             prompt = render_messages(system + self.messages[first:], tokenizer)
-            if len(prompt.input_ids) + room <= context:
+            if len(prompt.input_ids) + answer_space <= context:
                 break
         if len(prompt.input_ids) >= context:
             raise UsageError(
                 f"the message makes a prompt of {len(prompt.input_ids)} tokens and the model's context is {context}:"
-                " say it shorter."
+                " shorten it."
             )
         self.dropped = first
         del self.messages[:first]
@@ -110,13 +106,9 @@ class Conversation:
 
 
 def end_of_turn_token(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes after an answer; a base's own end tokens need not have it.
+    """The special token that the chat template writes after an answer (the base's end tokens may not include it).
 
-    Args:
-        tokenizer: the base's tokenizer, with a chat template.
-
-    Returns:
-        The token, or None if the template writes plain text there, or no answer as it is.
+    None if the template writes plain text there, or rewrites the answer.
     """
     try:
         ids = end_of_turn([{"role": "user", "content": "question"}], tokenizer)
