@@ -108,7 +108,6 @@ def says(role: str, content: object = None, **more: object) -> dict:
 
 ONE = [says("user", "hi ab"), says("assistant", "ab.\nyes")]
 TWO = [*ONE, says("user", "more"), says("assistant", "no")]
-FIVE = [message for n in range(1, 6) for message in (says("user", f"q{n}"), says("assistant", f"a{n}"))]
 SYSTEM = [says("system", "be"), *ONE]
 TOOL = [says("user", "sum"), says("assistant", "look"), says("tool", "4"), says("assistant", "four")]
 
@@ -117,11 +116,6 @@ EXPECTED = {
     "<|im_start|>assistant\n[[<think>\n\n</think>\n\nab.\nyes<|im_end|>]]\n",
     ("qwen", "two"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n"
     "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\nno<|im_end|>]]\n",
-    ("qwen", "five"): "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n[[a1<|im_end|>]]\n"
-    "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n[[a2<|im_end|>]]\n"
-    "<|im_start|>user\nq3<|im_end|>\n<|im_start|>assistant\n[[a3<|im_end|>]]\n"
-    "<|im_start|>user\nq4<|im_end|>\n<|im_start|>assistant\n[[a4<|im_end|>]]\n"
-    "<|im_start|>user\nq5<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\na5<|im_end|>]]\n",
     ("qwen", "system"): "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi ab<|im_end|>\n"
     "<|im_start|>assistant\n[[<think>\n\n</think>\n\nab.\nyes<|im_end|>]]\n",
     ("qwen", "tool"): "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\n[[look<|im_end|>]]\n"
@@ -133,16 +127,6 @@ EXPECTED = {
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[ab.\nyes<|eot_id|>]]"
     "<|start_header_id|>user<|end_header_id|>\n\nmore<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[no<|eot_id|>]]",
-    ("llama3", "five"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq1<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a1<|eot_id|>]]"
-    "<|start_header_id|>user<|end_header_id|>\n\nq2<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a2<|eot_id|>]]"
-    "<|start_header_id|>user<|end_header_id|>\n\nq3<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a3<|eot_id|>]]"
-    "<|start_header_id|>user<|end_header_id|>\n\nq4<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a4<|eot_id|>]]"
-    "<|start_header_id|>user<|end_header_id|>\n\nq5<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[a5<|eot_id|>]]",
     ("llama3", "system"): "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nhi ab<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[ab.\nyes<|eot_id|>]]",
@@ -152,34 +136,22 @@ EXPECTED = {
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[four<|eot_id|>]]",
     ("mistral", "one"): "<s>[INST] hi ab[/INST][[ ab.\nyes</s>]]",
     ("mistral", "two"): "<s>[INST] hi ab[/INST][[ ab.\nyes</s>]][INST] more[/INST][[ no</s>]]",
-    ("mistral", "five"): "<s>[INST] q1[/INST][[ a1</s>]][INST] q2[/INST][[ a2</s>]][INST] q3[/INST][[ a3</s>]]"
-    "[INST] q4[/INST][[ a4</s>]][INST] q5[/INST][[ a5</s>]]",
     ("mistral", "system"): "<s>[INST] be\n\nhi ab[/INST][[ ab.\nyes</s>]]",
     ("mistral", "tool"): "<s>[INST] sum[/INST][[ look</s>]][TOOL_RESULTS] 4[/TOOL_RESULTS][[ four</s>]]",
     ("gemma", "one"): "<bos><start_of_turn>user\nhi ab<end_of_turn>\n<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n",
     ("gemma", "two"): "<bos><start_of_turn>user\nhi ab<end_of_turn>\n<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n"
     "<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\n[[no<end_of_turn>]]\n",
-    ("gemma", "five"): "<bos><start_of_turn>user\nq1<end_of_turn>\n<start_of_turn>model\n[[a1<end_of_turn>]]\n"
-    "<start_of_turn>user\nq2<end_of_turn>\n<start_of_turn>model\n[[a2<end_of_turn>]]\n"
-    "<start_of_turn>user\nq3<end_of_turn>\n<start_of_turn>model\n[[a3<end_of_turn>]]\n"
-    "<start_of_turn>user\nq4<end_of_turn>\n<start_of_turn>model\n[[a4<end_of_turn>]]\n"
-    "<start_of_turn>user\nq5<end_of_turn>\n<start_of_turn>model\n[[a5<end_of_turn>]]\n",
     ("gemma", "system"): "<bos><start_of_turn>user\nbe\n\nhi ab<end_of_turn>\n"
     "<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n",
     ("chatml", "one"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n",
     ("chatml", "two"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n"
     "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n[[no<|im_end|>]]\n",
-    ("chatml", "five"): "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n[[a1<|im_end|>]]\n"
-    "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n[[a2<|im_end|>]]\n"
-    "<|im_start|>user\nq3<|im_end|>\n<|im_start|>assistant\n[[a3<|im_end|>]]\n"
-    "<|im_start|>user\nq4<|im_end|>\n<|im_start|>assistant\n[[a4<|im_end|>]]\n"
-    "<|im_start|>user\nq5<|im_end|>\n<|im_start|>assistant\n[[a5<|im_end|>]]\n",
     ("chatml", "system"): "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi ab<|im_end|>\n"
     "<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n",
     ("chatml", "tool"): "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\n[[look<|im_end|>]]\n"
     "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n[[four<|im_end|>]]\n",
 }
-CONVERSATIONS = {"one": ONE, "two": TWO, "five": FIVE, "system": SYSTEM, "tool": TOOL}
+CONVERSATIONS = {"one": ONE, "two": TWO, "system": SYSTEM, "tool": TOOL}
 
 
 @pytest.mark.parametrize(("family", "conversation"), EXPECTED)
@@ -188,7 +160,7 @@ def test_what_carries_loss(family: str, conversation: str) -> None:
 
 
 def test_a_template_without_tools_says_so() -> None:
-    with pytest.raises(RunError, match=r"refuses the messages \(roles: user, assistant, tool, assistant\): Tools are not"):
+    with pytest.raises(RunError, match="roles: user, assistant, tool, assistant.*: Tools are not"):
         encoded("gemma", TOOL)
 
 
@@ -206,15 +178,9 @@ def test_truncation_in_the_middle_of_an_answer(family: str, write) -> None:
     assert (rows.report.truncated, rows.report.loss_tokens) == (1, 2)
 
 
-# ---------------------------------------------------------------------------------------------- thinking, as Qwen 3 has it
+# thinking, as Qwen 3 has it
 
 THOUGHT = "<think>\nwhy\n</think>\n\nab"
-
-
-def test_the_last_turn_keeps_its_thinking() -> None:
-    assert encoded("qwen", [says("user", "q"), says("assistant", THOUGHT)]) == (
-        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[<think>\nwhy\n</think>\n\nab<|im_end|>]]\n"
-    )
 
 
 def test_earlier_thinking_is_dropped_as_the_template_drops_it() -> None:
@@ -262,7 +228,7 @@ def test_an_empty_answer_carries_loss_on_its_end() -> None:
     assert "assistant\n[[<|im_end|>]]\n<|im_start|>user" in encoded("qwen", [says("user", ""), says("assistant", ""), *ONE])
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# refusals
 
 
 @pytest.mark.parametrize(
@@ -275,48 +241,37 @@ def test_an_empty_answer_carries_loss_on_its_end() -> None:
     ],
 )
 def test_templates_that_rewrite_earlier_turns_are_refused(template: str) -> None:
-    with pytest.raises(
-        RunError, match=r"^the chat template writes message 2 of 4 in a way that changes when messages follow"
-    ):
+    with pytest.raises(RunError, match="message 2 of 4"):
         encode_row({"messages": TWO}, tokenizer_of("chatml"), template)
 
 
 def test_a_template_that_marks_everything_is_an_error() -> None:
     start = "{% generation %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    with pytest.raises(RunError, match="mark token 0, which stands before the first turn of the assistant. Correct the"):
+    with pytest.raises(RunError, match="token 0"):
         encode_row({"messages": TWO}, tokenizer_of("chatml"), start + "{% endgeneration %}")
-    with pytest.raises(RunError, match="mark token 1, which stands before the first turn of the assistant. Correct the"):
+    with pytest.raises(RunError, match="token 1"):
         encode_row({"messages": TWO}, tokenizer_of("chatml"), "<|im_start|>" + start + "{% endgeneration %}")
 
 
 def test_all_loss_where_there_are_user_turns_is_an_error() -> None:
     template = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-    with pytest.raises(
-        RunError, match=r"^every token carries loss, though not all messages are the assistant's \(roles: user, assistant\)"
-    ):
+    with pytest.raises(RunError, match="roles: user, assistant"):
         encode_row({"messages": ONE}, tokenizer_of("chatml"), template)
 
 
 @pytest.mark.parametrize(
-    ("message", "error"),
+    ("message", "named"),
     [
-        (
-            says("gtp4", "x"),
-            "^message 2 has the role 'gtp4', which the chat template does not name; expected one of",
-        ),
-        (says("gpt", "x"), "^message 2 has the role 'gpt', .* Rename it: turns of 'assistant' carry loss.$"),
-        ({"role": 3, "content": "x"}, "^role of a message must be text, got int: {'role': 3, 'content': 'x'}.$"),
-        (says("assistant", 5), "^content of a message must be text, got int: {'role': 'assistant', 'content': 5}.$"),
-        (
-            says("assistant", None),
-            r"^each of messages must be \{role, content\}, got {'role': 'assistant', 'content': None}",
-        ),
-        ({"content": "x"}, r"^each of messages must be \{role, content\}, got {'content': 'x'}"),
-        ("assistant: x", r"^each of messages must be \{role, content\}, got 'assistant: x'"),
+        (says("gpt", "x"), "message 2 .*'gpt'.*'assistant'"),
+        ({"role": 3, "content": "x"}, "'role': 3"),
+        (says("assistant", 5), "'content': 5"),
+        (says("assistant", None), "'content': None"),
+        ({"content": "x"}, "'content': 'x'"),
+        ("assistant: x", "'assistant: x'"),
     ],
 )
-def test_messages_that_are_refused(message: object, error: str) -> None:
-    with pytest.raises(RunError, match=error):
+def test_rejected_messages(message: object, named: str) -> None:
+    with pytest.raises(RunError, match=named):
         encode_row({"messages": [says("user", "q"), message]}, tokenizer_of("chatml"))
 
 
@@ -326,7 +281,7 @@ def test_a_role_that_the_template_names_is_taken() -> None:
     assert sum(row.loss) == len("ab.\nyes") - 1 + 1  # ab is one token; the end-of-turn token counts
 
 
-# ---------------------------------------------------------------------------------------------- prompts and ends
+# prompts and ends
 
 
 @pytest.mark.parametrize("family", FAMILIES)

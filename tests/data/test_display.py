@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny import token_row
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning.data.display import pieces, row_text, show_steps, step_size
+from mtp_lightning.data.display import row_pieces, row_text, show_steps, step_size
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.types import TokenRow
 
@@ -29,28 +29,25 @@ def batch_of(ids: list[int], loss: list[int], documents: list[int] | None = None
 def test_roles_by_hand() -> None:
     # one two | three four five: the last token of the question starts a block, the last but one of the answer has no label
     batch = batch_of([9, 10, 11, 12, 13], [2, 3, 4])
-    assert [piece[1:] for piece in pieces(batch, 0)] == [
+    assert [piece[1:] for piece in row_pieces(batch, 0)] == [
         (False, False, [9]),
         (False, True, [10]),
         (True, True, [11]),
         (True, False, [12, 13]),
     ]
     assert row_text(batch, 0, word_tokenizer()).plain == "no loss onetwo▮\nloss    three▮four five"
+    assert row_text(batch_of([9, 5, 9], []), 0, word_tokenizer()).plain == "no loss one ⏎ one"
 
 
 def test_the_first_token_of_each_document_carries_no_loss() -> None:
     batch = batch_of([9, 10, 11, 12], [0, 1, 2, 3], [0, 0, 1, 1])
-    assert [piece[:3] for piece in pieces(batch, 0)] == [
+    assert [piece[:3] for piece in row_pieces(batch, 0)] == [
         (0, False, False),
         (0, True, False),
         (1, False, False),
         (1, True, False),
     ]
     assert row_text(batch, 0, word_tokenizer()).plain == "no loss one\nloss    two\nno loss three\nloss    four"
-
-
-def test_line_ends_are_shown() -> None:
-    assert row_text(batch_of([9, 5, 9], []), 0, word_tokenizer()).plain == "no loss one ⏎ one"
 
 
 def test_what_a_step_holds() -> None:
@@ -83,7 +80,7 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "c.yaml"
 
 
-def test_command(config: Path, capsys) -> None:
+def test_command(config: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mtp("data", "--config", config, "--rows", 1) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
@@ -94,19 +91,13 @@ def test_command(config: Path, capsys) -> None:
     assert out.count("carry loss, ") == 2  # one row, and the shares of all
     # 8 rows for training: one global batch of 4 devices with 2 rows each, an epoch of one step
     assert "a step on 4 devices: 8 rows, 112 tokens, 24 blocks, 160 positions (masks and padding included); 1 steps" in out
-    assert mtp("data", "--config", config, "--split", "validation") == 0
-    assert "a step on 4 devices: " in capsys.readouterr().out
-
-
-def test_colour_in_a_terminal(config: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert mtp("data", "--config", config, "--rows", 1) == 0
-    assert "\x1b[32m" in capsys.readouterr().out
+    assert mtp("data", "--config", config, "--split", "validation") == 0
+    out = capsys.readouterr().out
+    assert "a step on 4 devices: " in out and "\x1b[32m" in out
 
 
-def test_mistakes(config: Path, capsys) -> None:
-    assert "rows must be 1 or more, got 0. Change --rows." in error_of(capsys, 2, "data", "--config", config, "--rows", 0)
-    message = error_of(capsys, 2, "data", "--config", config, "--split", "test")
-    assert message == "data.test must name a source for this command, got nothing. Set data.test."
-    assert "split" in error_of(capsys, 2, "data", "--config", config, "--split", "training")
+def test_wrong_options(config: Path, capsys) -> None:
+    for words, named in ((("--rows", 0), "rows"), (("--split", "test"), "data.test"), (("--split", "training"), "split")):
+        assert named in error_of(capsys, 2, "data", "--config", config, *words)

@@ -23,35 +23,25 @@ def says(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-# ---------------------------------------------------------------------------------------------- text, prompt, ids
+# text, prompt, ids
 
 
 def test_text_carries_loss_everywhere(tokenizer) -> None:
     check({"text": "one two", "prompt": None}, tokenizer, [BOS, ONE, TWO, EOS], [BOS, ONE, TWO, EOS])
-    assert encode_row({"text": "one"}, tokenizer).cuttable
-
-
-def test_text_without_first_or_end_token() -> None:
-    check({"text": "one two"}, word_tokenizer(bos=False, eos=False), [ONE, TWO], [ONE, TWO])
-    check({"text": ""}, word_tokenizer(), [], [])
-
-
-def test_an_end_token_in_the_text_is_not_doubled(tokenizer) -> None:
+    assert encode_row({"text": "one"}, tokenizer).splittable
     check({"text": "one <eos>"}, tokenizer, [BOS, ONE, EOS], [BOS, ONE, EOS])
+    check({"text": ""}, tokenizer, [], [])
+    check({"text": "one two"}, word_tokenizer(bos=False, eos=False), [ONE, TWO], [ONE, TWO])
 
 
 def test_prompt_carries_no_loss(tokenizer) -> None:
     row = {"prompt": "one two", "completion": "three"}
     check(row, tokenizer, [BOS, ONE, TWO, THREE, EOS], [X, X, X, THREE, EOS])
-    assert not encode_row(row, tokenizer).cuttable
+    assert not encode_row(row, tokenizer).splittable
 
 
-def test_completion_ids_are_taken_as_they_are(tokenizer) -> None:
-    check({"prompt": "one", "completion_ids": [THREE, EOS]}, tokenizer, [BOS, ONE, THREE, EOS], [X, X, THREE, EOS])
+def test_completion_ids_and_prompt_ids_are_used_unchanged(tokenizer) -> None:
     check({"prompt": "one", "completion_ids": [THREE, FOUR]}, tokenizer, [BOS, ONE, THREE, FOUR], [X, X, THREE, FOUR])
-
-
-def test_prompt_and_completion_that_are_tokens_are_taken_as_they_are(tokenizer) -> None:
     row = {"prompt_ids": [ONE, TWO], "completion_ids": [THREE, FOUR], "messages": [says("user", "x")], "prompt": "one"}
     check(row | {"completion": "six"}, tokenizer, [ONE, TWO, THREE, FOUR], [X, X, THREE, FOUR])
     check({"prompt": "one", "prompt_ids": None, "completion_ids": [THREE]}, tokenizer, [BOS, ONE, THREE], [X, X, THREE])
@@ -84,34 +74,29 @@ def test_an_end_token_that_the_tokenizer_adds_does_not_end_the_prompt() -> None:
 def test_ids(tokenizer) -> None:
     check({"input_ids": [3, 9, 4]}, tokenizer, [3, 9, 4], [3, 9, 4])
     check({"input_ids": [3, 9, 4], "labels": [X, 9, 4]}, tokenizer, [3, 9, 4], [X, 9, 4])
-    assert encode_row({"input_ids": [3]}, tokenizer).cuttable
-    assert not encode_row({"input_ids": [3], "labels": [3]}, tokenizer).cuttable
+    assert encode_row({"input_ids": [3]}, tokenizer).splittable
+    assert not encode_row({"input_ids": [3], "labels": [3]}, tokenizer).splittable
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "named"),
     [
-        ({"prompt": "one", "text": None}, r"^expected messages \| prompt \+ completion .*, got prompt\.$"),
-        ({}, "got no field."),
-        ({"text": 3}, "^text must be text, got int.$"),
-        ({"prompt": "one", "completion": ["two"]}, "^completion must be text, got list.$"),
-        ({"prompt": "one", "completion_ids": ["two"]}, r"^completion_ids must be a list of token ids, got \['two'\]"),
-        ({"input_ids": [1, 2], "labels": [1]}, r"^labels must be as long as input_ids \(2\), got 1.$"),
-        (
-            {"input_ids": [5, 6, 7], "labels": [X, 7, X]},
-            r"got 7 at position 1 where input_ids has 6. Do not shift the labels.$",
-        ),
-        ({"messages": "one"}, r"^messages must be a list of \{role, content\}, got 'one'.$"),
-        ({"messages": []}, r"^messages must be a list of \{role, content\}, got \[\].$"),
-        ({"messages": [{"from": "gpt", "value": "x"}]}, r"^each of messages must be \{role, content\}, got \{'from'"),
+        ({"prompt": "one", "text": None}, "messages .* got prompt"),
+        ({}, "no field"),
+        ({"text": 3}, "text .* int"),
+        ({"prompt": "one", "completion": ["two"]}, "completion .* list"),
+        ({"prompt": "one", "completion_ids": ["two"]}, "completion_ids .*'two'"),
+        ({"input_ids": [1, 2], "labels": [1]}, r"labels .* input_ids \(2\), got 1"),
+        ({"input_ids": [5, 6, 7], "labels": [X, 7, X]}, "labels .* 7 at position 1 .* shift"),
+        ({"messages": [{"from": "gpt", "value": "x"}]}, "messages .*'from'"),
     ],
 )
-def test_rows_that_are_refused(tokenizer, row: dict, message: str) -> None:
-    with pytest.raises(RunError, match=message):
+def test_rejected_rows(tokenizer, row: dict, named: str) -> None:
+    with pytest.raises(RunError, match=named):
         encode_row(row, tokenizer)
 
 
-# ---------------------------------------------------------------------------------------------- chat
+# chat
 
 TWO_TURNS = [says("user", "one"), says("assistant", "two three"), says("user", "four"), says("assistant", "one")]
 TWO_TURNS_IDS = [
@@ -132,35 +117,30 @@ def test_fields_that_a_table_filled_with_nothing(tokenizer) -> None:
     check({"messages": messages}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS, template)
 
 
-def test_generation_markers_by_hand(tokenizer) -> None:
-    marked = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
-    )
-    check({"messages": TWO_TURNS}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS, marked)
-    trimmed = marked.replace("{% generation %}", "{%- generation -%}")
-    check({"messages": TWO_TURNS}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS, trimmed)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+)
 
 
-@pytest.mark.parametrize("messages", [TWO_TURNS, TWO_TURNS[1:2]])
-def test_markers_before_the_end_of_the_turn(tokenizer, messages: list[dict]) -> None:
-    """The token that ends the turn carries loss wherever endgeneration stands."""
-    behind = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
-    )
-    before = behind.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
-    assert before != behind
-    row = encode_row({"messages": messages}, tokenizer, before)
-    assert row == encode_row({"messages": messages}, tokenizer, behind)
-    assert sum(row.loss) == sum(len(m["content"].split()) + 1 for m in messages if m["role"] == "assistant")
+@pytest.mark.parametrize(
+    "template",
+    [
+        MARKED,
+        MARKED.replace("{% generation %}", "{%- generation -%}"),
+        # The token that ends the turn carries loss wherever endgeneration is.
+        MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"),
+    ],
+)
+def test_generation_markers_by_hand(tokenizer, template: str) -> None:
+    check({"messages": TWO_TURNS}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS, template)
+    first = [START, ASSISTANT, NEWLINE, TWO, THREE, END, NEWLINE]  # the assistant's turn alone
+    check({"messages": TWO_TURNS[1:2]}, tokenizer, first, [X, X, X, TWO, THREE, END, X], template)
 
 
 def test_markers_that_mark_nothing_are_an_error(tokenizer) -> None:
     template = CHATML + "{% generation %}{% endgeneration %}"
-    with pytest.raises(
-        RunError, match="has generation markers, but they mark no token of the assistant. Correct the template."
-    ):
+    with pytest.raises(RunError, match="generation markers"):
         encode_row({"messages": TWO_TURNS}, tokenizer, template)
 
 
@@ -180,32 +160,24 @@ def test_earlier_thinking_that_the_template_drops(tokenizer) -> None:
     ids = [*TWO_TURNS_IDS[:22], think, unthink, *TWO_TURNS_IDS[22:]]
     labels = [*TWO_TURNS_LABELS[:22], think, unthink, *TWO_TURNS_LABELS[22:]]
     check({"messages": TWO_TURNS}, tokenizer, ids, labels, THINKING)
-
-
-def test_a_single_turn_of_such_a_template_is_fine(tokenizer) -> None:
-    think, unthink = 15, 16
     ids = [START, USER, NEWLINE, ONE, END, NEWLINE, START, ASSISTANT, NEWLINE, think, unthink, TWO, THREE, END, NEWLINE]
     check({"messages": TWO_TURNS[:2]}, tokenizer, ids, [X] * 9 + [think, unthink, TWO, THREE, END, X], THINKING)
 
 
 def test_messages_that_the_template_refuses(tokenizer) -> None:
     template = CHATML + "{{ raise_exception('Only user and assistant roles!') }}"
-    with pytest.raises(
-        RunError, match=r"^the chat template refuses the messages \(roles: system, user\): Only user and assistant"
-    ):
+    with pytest.raises(RunError, match="roles: system, user.*: Only user and assistant"):
         encode_row({"messages": [says("system", "x"), says("user", "y")]}, tokenizer, template)
 
 
 def test_no_template() -> None:
     tokenizer = byte_tokenizer(["<eos>"], "<eos>")
-    with pytest.raises(UsageError, match="need a chat template, and the base's tokenizer has none. Set data.chat_template"):
+    with pytest.raises(UsageError, match="data.chat_template"):
         encode_row({"messages": TWO_TURNS}, tokenizer)
 
 
 def test_slow_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = word_tokenizer()
     monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: False))
-    with pytest.raises(
-        RunError, match=r"needs a fast tokenizer \(with offsets\), the base has a slow one. Give rows with prompt"
-    ):
+    with pytest.raises(RunError, match="fast tokenizer"):
         encode_row({"messages": TWO_TURNS}, tokenizer)

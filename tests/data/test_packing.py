@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mtp_lightning.data.cutting import CUT, FITS, NO_LOSS, PIECE, SHORT, TRUNCATED, Tokens, cut_rows
+from mtp_lightning.data.cutting import FITS, NO_LOSS, PIECE, SHORT, SPLIT, TRUNCATED, Tokens, cut_rows
 from mtp_lightning.data.packing import pack, padding_share
-from mtp_lightning.data.rows import mix
+from mtp_lightning.data.rows import weighted_mix
 
 
 def packed(lengths: list[int], max_length: int, **options: int) -> list[list[int]]:
@@ -39,25 +39,20 @@ def test_every_document_is_whole_and_in_one_row() -> None:
     assert packed(lengths.tolist(), 100) == rows
 
 
-def test_a_document_longer_than_a_row_is_an_error() -> None:
-    with pytest.raises(ValueError, match="a document of 8 tokens does not fit a row of 7: cut documents before packing"):
-        packed([3, 8], 7)
-
-
 def test_padding_share() -> None:
     assert padding_share([np.array([3, 1]), np.array([2, 2])]) == pytest.approx(0.2)  # 8 tokens at 10 positions
     assert padding_share([np.array([5])]) == 0
     assert padding_share([]) == 0
 
 
-def cut(rows: list[list[int]], loss: list[list[bool]] | None, cuttable: list[bool], max_length: int):
+def cut(rows: list[list[int]], loss: list[list[bool]] | None, splittable: list[bool], max_length: int):
     loss = loss or [[True] * len(row) for row in rows]
     return cut_rows(
         Tokens(
             np.array([token for row in rows for token in row], int),
             np.array([flag for row in loss for flag in row], bool),
             np.array([len(row) for row in rows], int),
-            np.array(cuttable, bool),
+            np.array(splittable, bool),
         ),
         max_length,
     )
@@ -69,10 +64,10 @@ def test_text_is_cut_into_pieces() -> None:
     assert documents.ids.tolist() == [10, 11, 12, 13, 20, 21, 22, 23, 24, 25, 26, 27, 30, 31, 32, 33, 34, 35, 40]
     assert documents.lengths.tolist() == [4, 4, 4, 4, 2, 1, 0]
     assert documents.rows.tolist() == [0, 1, 1, 2, 2, 3, 4]
-    assert documents.outcomes.tolist() == [FITS, CUT, PIECE, CUT, PIECE, SHORT, SHORT]
-    assert documents.lost.tolist() == [0, 1, 0, 0, 0, 0, 0]  # 28 alone would predict nothing
-    assert documents.starts.tolist() == [3, 3, 3, 3, 1, 0, 0]
-    assert documents.carried.tolist() == [4, 4, 4, 4, 2, 1, 0]
+    assert documents.outcomes.tolist() == [FITS, SPLIT, PIECE, SPLIT, PIECE, SHORT, SHORT]
+    assert documents.tokens_lost.tolist() == [0, 1, 0, 0, 0, 0, 0]  # 28 alone would predict nothing
+    assert documents.eligible_starts.tolist() == [3, 3, 3, 3, 1, 0, 0]
+    assert documents.loss_tokens.tolist() == [4, 4, 4, 4, 2, 1, 0]
 
 
 def test_the_end_of_other_rows_is_dropped() -> None:
@@ -84,22 +79,22 @@ def test_the_end_of_other_rows_is_dropped() -> None:
     assert documents.loss.tolist() == [no, no, yes, yes, no, no, no, no, yes, no, no, no, yes]
     # The second row's answer is past the end; in the third only the first token carries loss, and nothing predicts it.
     assert documents.outcomes.tolist() == [TRUNCATED, NO_LOSS, NO_LOSS, FITS]
-    assert documents.lost.tolist() == [2, 2, 0, 0]
-    assert documents.starts.tolist() == [2, 0, 0, 1]
+    assert documents.tokens_lost.tolist() == [2, 2, 0, 0]
+    assert documents.eligible_starts.tolist() == [2, 0, 0, 1]
 
 
 def test_mix_by_hand() -> None:
-    even = mix([2, 3], [1, 1], seed=0)
+    even = weighted_mix([2, 3], [1, 1], seed=0)
     assert len(even) == 6 and even[:2].tolist() == [0, 1] and even[2] in (0, 1) and even[3:].tolist() == [2, 3, 4]
-    assert mix([2, 3], [2, 3], seed=0).tolist() == [0, 1, 2, 3, 4]
-    assert mix([4], [0.1], seed=0).tolist() == [0, 1, 2, 3]
+    assert weighted_mix([2, 3], [2, 3], seed=0).tolist() == [0, 1, 2, 3, 4]
+    assert weighted_mix([4], [0.1], seed=0).tolist() == [0, 1, 2, 3]
 
 
 def test_mix_has_the_shares_and_every_document() -> None:
-    drawn = mix([100, 37, 250], [0.5, 0.3, 0.2], seed=1)
+    drawn = weighted_mix([100, 37, 250], [0.5, 0.3, 0.2], seed=1)
     counts = np.bincount(drawn, minlength=387)
     assert counts.min() == 1  # the third source is used once, the others are repeated evenly
     assert [int(part.sum()) for part in np.split(counts, [100, 137])] == [625, 375, 250]
     assert counts[:100].max() - counts[:100].min() == 1 and counts[100:137].max() - counts[100:137].min() == 1
-    assert (mix([100, 37, 250], [5, 3, 2], seed=1) == drawn).all()
-    assert (mix([100, 37, 250], [5, 3, 2], seed=2) != drawn).any()
+    assert (weighted_mix([100, 37, 250], [5, 3, 2], seed=1) == drawn).all()
+    assert (weighted_mix([100, 37, 250], [5, 3, 2], seed=2) != drawn).any()

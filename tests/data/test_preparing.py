@@ -59,7 +59,7 @@ def test_report_by_hand(write, tokenizer) -> None:
     assert rows.rows.row(3).labels.tolist() == [-100, -100, 10, 11, 12]
 
 
-def test_tokens_take_the_fast_way_to_the_same_rows(write, tmp_path: Path, tokenizer) -> None:
+def test_token_columns_give_the_same_rows(write, tmp_path: Path, tokenizer) -> None:
     generator = np.random.default_rng(0)
     ids = [generator.integers(0, 17, length).tolist() for length in (0, 1, 2, 7, 8, 9, 16, 17, 30)]
     labels = [[token if generator.random() < 0.5 else -100 for token in row] for row in ids]
@@ -76,49 +76,39 @@ def test_tokens_take_the_fast_way_to_the_same_rows(write, tmp_path: Path, tokeni
             assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels) and a.domain == b.domain
 
 
-def test_tokens_are_encoded_many_at_a_time(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_columns_are_not_encoded_row_by_row(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*arguments: object) -> None:
         raise AssertionError("one row at a time")
 
     monkeypatch.setattr(documents, "encode_row", never)
-    ids = np.random.default_rng(0).integers(0, 17, (20_000, 64)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, 17, (5_000, 64)).astype(np.int32)
     pq.write_table(pa.table({"input_ids": list(ids)}), tmp_path / "a.parquet")
-    assert prepare(str(tmp_path / "a.parquet"), tokenizer, max_length=64)[0].report.tokens == 20_000 * 64
+    assert prepare(str(tmp_path / "a.parquet"), tokenizer, max_length=64)[0].report.tokens == 5_000 * 64
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"),
+    ("columns", "named"),
     [
-        (
-            {"input_ids": [[1, 2], [5, 6]], "labels": [[1, 2], [6, 6]]},
-            "row 2: labels must be the token of the same position or -100",
-        ),
-        ({"input_ids": [[1, 2], [5, 6]], "labels": [[1, 2], [6]]}, "row 2: labels must be as long as input_ids"),
-        ({"input_ids": [[1, 2], None]}, "row 2: expected a list of token ids in input_ids, got nothing"),
-        ({"input_ids": ["a", "b"]}, "input_ids must be lists of token ids, got string"),
-        (
-            {"input_ids": [[1, 2], [3, 17]]},
-            "row 2: expected token ids from 0 to 16, the base's vocabulary, got 17. The rows were",
-        ),
-        ({"input_ids": [[-1, 2]]}, "row 1: expected token ids from 0 to 16, the base's vocabulary, got -1. The rows were"),
-        ({"text": [3, 4]}, "row 1: text must be text, got int."),
-        ({"text": ["one", None]}, r"row 2: expected messages \| prompt .*, got no field."),
+        ({"input_ids": [[1, 2], [5, 6]], "labels": [[1, 2], [6, 6]]}, ", row 2: labels .* 6 at position 0"),
+        ({"input_ids": [[1, 2], [5, 6]], "labels": [[1, 2], [6]]}, ", row 2: labels .* input_ids"),
+        ({"input_ids": [[1, 2], None]}, ", row 2: .* input_ids"),
+        ({"input_ids": ["a", "b"]}, ": input_ids .* string"),
+        ({"input_ids": [[1, 2], [3, 17]]}, ", row 2: .* 16, .* 17"),
+        ({"input_ids": [[-1, 2]]}, ", row 1: .* -1"),
+        ({"text": [3, 4]}, ", row 1: text .* int"),
+        ({"text": ["one", None]}, ", row 2: .* no field"),
     ],
 )
-def test_rows_that_are_refused_are_named(tmp_path: Path, tokenizer, columns: dict, message: str) -> None:
+def test_rejected_rows_are_named(tmp_path: Path, tokenizer, columns: dict, named: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(RunError, match=rf"^{re.escape(str(tmp_path / 'a.parquet'))}(, |: ){message}"):
+    with pytest.raises(RunError, match=f"^{re.escape(str(tmp_path / 'a.parquet'))}{named}"):
         prepare(str(tmp_path / "a.parquet"), tokenizer, max_length=8)
 
 
 def test_no_usable_row(write, tokenizer) -> None:
     path = write("a.jsonl", [{"text": ""}, {"text": ""}, {"prompt": "one two three", "completion": "four"}])
-    with pytest.raises(RunError) as error:
+    with pytest.raises(RunError, match="^data.validation: none of the 3 rows .*: 2 shorter .*, 1 no token with loss"):
         prepare(path, tokenizer, max_length=3, name="data.validation")
-    assert str(error.value) == (
-        "data.validation: none of the 3 rows can be used: 2 shorter than two tokens, 1 no token with loss after the first."
-        " Expected rows of two tokens or more with loss after the first; check the fields, max_length and the chat template."
-    )
 
 
 def test_encoding_is_cached_by_content_and_settings(write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +127,10 @@ def test_encoding_is_cached_by_content_and_settings(write, monkeypatch: pytest.M
     assert encodes(packing=True, seed=3, held_out=0.4) == 0  # what is made of documents later
     assert encodes(max_length=9) == 5
     assert encodes(chat_template="x") == 5
-    assert encodes(tokenizer=word_tokenizer(bos=False)) == 5
+    assert encodes(tokenizer=word_tokenizer(bos=False)) == encodes(tokenizer=word_tokenizer(eos=False)) == 5
+    other = word_tokenizer()
+    other.chat_template = "y"
+    assert encodes(tokenizer=other) == 5
     used = word_tokenizer()
     used("one", truncation=True, max_length=1)
     assert encodes(tokenizer=used) == 0
@@ -160,25 +153,15 @@ def test_list_and_mix(write, tokenizer) -> None:
     assert prepare({a: 1, text: 1}, tokenizer, max_length=8)[0].report.rows == 8  # sources of different kinds
 
 
-@pytest.mark.parametrize(
-    ("sources", "message"),
-    [
-        ([], r"^data.train must name at least one source, got \[\].$"),
-        ({}, r"^data.train must name at least one source, got \{\}.$"),
-        ({"a.jsonl": 0.0}, r"^data.train: the weight of a.jsonl must be above 0, got 0.0. Leave the source out instead.$"),
-    ],
-)
-def test_wrong_sources(tokenizer, sources, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        prepare(sources, tokenizer, max_length=8)
-
-
-def test_a_source_of_a_mix_without_usable_rows(write, tokenizer) -> None:
+def test_wrong_sources(write, tokenizer) -> None:
     a, b = write("a.jsonl", [{"text": "one"}]), write("b.jsonl", [{"text": ""}])
-    with pytest.raises(
-        RunError, match=r"^data.train: none of the rows of .*b.jsonl can be used. Leave the source out of the mix"
+    for sources, error, named in (
+        ([], UsageError, "at least one source"),
+        ({"a.jsonl": 0.0}, UsageError, "weight of a.jsonl .* 0.0"),
+        ({a: 1, b: 1}, RunError, "none of the rows of .*b.jsonl"),
     ):
-        prepare({a: 1, b: 1}, tokenizer, max_length=8)
+        with pytest.raises(error, match=f"^data.train.* {named}"):
+            prepare(sources, tokenizer, max_length=8)
 
 
 def test_max_rows_spreads_over_the_sources(write, tokenizer) -> None:
@@ -214,17 +197,5 @@ def test_held_out_rows(write, tokenizer) -> None:
 
 
 def test_holding_out_of_too_few(write, tokenizer) -> None:
-    path = write("a.jsonl", [{"text": "one"}])
-    with pytest.raises(
-        RunError, match="data.train: holding out 0.5 of 1 rows leaves no usable row on one side. Give more rows"
-    ):
-        prepare(path, tokenizer, max_length=8, held_out=0.5)
-
-
-def test_tokenizer_digest() -> None:
-    digest = documents.tokenizer_digest
-    assert digest(word_tokenizer()) == digest(word_tokenizer())
-    other = word_tokenizer()
-    other.chat_template = "x"
-    digests = {digest(word_tokenizer()), digest(word_tokenizer(eos=False)), digest(word_tokenizer(bos=False)), digest(other)}
-    assert len(digests) == 4
+    with pytest.raises(RunError, match="^data.train: .*data.validation_fraction"):
+        prepare(write("a.jsonl", [{"text": "one"}]), tokenizer, max_length=8, held_out=0.5)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
 
 import datasets
@@ -16,16 +15,17 @@ from resume_runs import checkpoints, fit
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.data import MTPDataModule, streaming
+from mtp_lightning.data.documents import Encoder
 from mtp_lightning.data.preparing import Prepared, prepare
 from mtp_lightning.data.streaming import RowStream
-from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.errors import RunError
 
 WORDS = "one two three four five six".split()
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "READ", 8)
+    monkeypatch.setattr(streaming, "READ_ROWS", 8)
 
 
 def texts(number: int, first: int = 0) -> list[dict]:
@@ -36,7 +36,7 @@ def texts(number: int, first: int = 0) -> list[dict]:
 
 
 def stream(sources, **options) -> RowStream:
-    return RowStream(sources, word_tokenizer(), **({"max_length": 16} | options))
+    return RowStream(sources, Encoder(word_tokenizer(), max_length=16), **options)
 
 
 def ids(prepared: Prepared) -> list[list[int]]:
@@ -83,7 +83,7 @@ def test_a_cycle_holds_what_reading_everything_holds(folder: str, packing: bool)
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("kind", ["folder", "list", "mix"])
-def test_any_position_can_be_gone_on_from(folder: str, write, kind: str, packing: bool) -> None:
+def test_resume_from_any_position(folder: str, write, kind: str, packing: bool) -> None:
     """Amounts that end in the middle of batches, files and cycles; positions are what a checkpoint can keep."""
     other = write("f.jsonl", texts(5, 100))
     sources = {"folder": folder, "list": [other, folder], "mix": {folder: 3, other: 1}}[kind]
@@ -137,20 +137,18 @@ def test_no_more_is_read_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "named"),
     [
-        ('{"text": "one"}\n{"text": 5}\n', ", row 2: text must be text, got int."),
-        ('{"text": "one"}\n{"text": "two"\n', ", line 2: expected JSON, got Expecting ',' delimiter at column 15."),
-        ('{"question": "one"}\n', ", row 1: expected messages | prompt + completion (or completion_ids) | text"),
-        ('{"text": ""}\n' * 20, "data.train: none of the last 20 rows can be used, and the sources have come to their end."),
-        ("", ": expected at least one row, it is empty."),
+        ('{"text": "one"}\n{"text": 5}\n', "a.jsonl, row 2: text .* int"),
+        ('{"text": "one"}\n{"text": "two"\n', "a.jsonl, line 2: expected JSON"),
+        ('{"question": "one"}\n', "a.jsonl, row 1: expected messages"),
+        ('{"text": ""}\n' * 20, "data.train: none of the last 20 rows"),
+        ("", "a.jsonl: .* is empty"),
     ],
 )
-def test_rows_that_are_refused(write, rows: str, message: str) -> None:
-    path = write("a.jsonl", rows)
-    expected = message if message.startswith("data") else path + message
-    with pytest.raises(RunError, match="^" + re.escape(expected)):
-        stream(path).take(3)
+def test_rejected_rows_are_named(write, rows: str, named: str) -> None:
+    with pytest.raises(RunError, match=named):
+        stream(write("a.jsonl", rows)).take(3)
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning's, about small machines and few batches
@@ -169,11 +167,3 @@ def test_fit_and_resume(tmp_path: Path, folder: str, workers: int, capsys) -> No
             continue
         resumed = fit(tmp_path, MTPDataModule(**arguments), ckpt_path=str(checkpoint), **options)
         assert resumed.seen == whole.seen[2 * number :], checkpoint.name
-
-
-def test_wrong_arguments() -> None:
-    for name, value in (("validation_fraction", 0.1), ("max_rows", 3)):
-        with pytest.raises(UsageError, match=f"data.{name} needs all rows, and data.streaming_rows reads a stream"):
-            MTPDataModule(train="a", streaming_rows=5, **{name: value})
-    with pytest.raises(UsageError, match="streaming_rows must be 1 or more, got 0. Set data.streaming_rows."):
-        MTPDataModule(train="a", streaming_rows=0)

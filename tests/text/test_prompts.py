@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,11 @@ def test_jsonl_with_prompts_and_messages(write) -> None:
     assert read_prompts(source, word_tokenizer()) == expected
 
 
-def test_an_answer_at_the_end_is_left_out(write) -> None:
-    with_answer, without = (
-        write([{"messages": chat("one", "two")}], "a.jsonl"),
-        write([{"messages": chat("one")}], "b.jsonl"),
+def test_an_answer_at_the_end_is_dropped(write) -> None:
+    answered, unanswered = read_prompts(
+        write([{"messages": chat("one", "two")}, {"messages": chat("one")}]), word_tokenizer()
     )
-    assert read_prompts(with_answer, word_tokenizer()) == read_prompts(without, word_tokenizer())
+    assert answered == unanswered
 
 
 def test_line_separators_inside_json_strings_do_not_split(write) -> None:
@@ -73,7 +73,7 @@ def test_line_separators_inside_json_strings_do_not_split(write) -> None:
     assert [p.text for p in read_prompts(write([{"prompt": text}]), word_tokenizer())] == [text]
 
 
-def test_byte_order_mark_is_no_token(write) -> None:
+def test_byte_order_mark_is_dropped(write) -> None:
     assert read_prompts(write("\ufeffone\n", "p.txt"), word_tokenizer())[0].input_ids == [BOS, ONE]
 
 
@@ -115,55 +115,42 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
     assert sorted(taken(99)) == list(range(7))
 
 
+def user(content: object) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": content}]})
+
+
 @pytest.mark.parametrize(
-    "content, message",
+    "content, named",
     [
-        ("", "expected at least one prompt, it is empty"),
-        ("\n\n", "expected at least one prompt, it is empty"),
-        ('{"prompt": "one"}\n\n{"prompt"\n', "line 3: expected JSON, got Expecting ':' delimiter at column 10"),
-        ("[1]\n", "line 1: expected an object with prompt or messages, got list"),
-        ('{"text": "one", "domain": "code"}\n', "line 1: expected prompt or messages, got the fields: text, domain"),
-        ('{"prompt": null}\n', "line 1: expected prompt or messages, got the fields: prompt (null)"),
-        ("{}\n", "line 1: expected prompt or messages, got the fields: none"),
-        ('{"prompt": 3}\n', "line 1: expected prompt as text or messages as a list, got int"),
-        ('{"messages": "one"}\n', "line 1: expected prompt as text or messages as a list, got str"),
-        ('{"messages": []}\n', "line 1: expected messages of which one is to be answered, got none."),
-        ('{"messages": ["one"]}\n', "line 1: each of messages must be {role, content}, got 'one'."),
-        ('{"prompt": "one", "domain": 3}\n', "line 1: expected domain as text, got int"),
-        ('{"prompt": "one", "id": "\\ud800"}\n', "line 1: expected id as UTF-8 text, got half a character or other bytes"),
-        ('{"prompt": "\\ud800"}\n', "line 1: expected UTF-8 text, got half a character or other bytes"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "line 1: expected UTF-8 text, got half a character"),
-        ("[" * 100_000, "line 1: expected JSON, got brackets in one another without end"),
-        (
-            '{"prompt": "one"}\n{"prompt": "one", "id": ' + "9" * 5_000 + "}\n",
-            "line 2: expected numbers of at most 4300 digits, got one of 5000. Correct or delete the line.",
-        ),
-        ('{"messages": [{"role": "user"}]}\n', "line 1: each of messages must be {role, content}, got {'role': 'user'}"),
-        (
-            '{"messages": [{"role": "user", "content": null, "name": "a"}]}\n',
-            "line 1: each of messages must be {role, content}, got {'role': 'user', 'content': None, 'name': 'a'}",
-        ),
-        (
-            '{"messages": [{"role": "assistant", "tool_calls": []}, {"role": "user", "content": "one"}]}\n',
-            "line 1: each of messages must be {role, content}, got {'role': 'assistant', 'tool_calls': []}",
-        ),
-        ('{"messages": [{"role": "user", "content": " "}]}\n', "line 1: message 1 is the user's and empty. Add text, or"),
-        ('{"messages": [{"role": "user", "content": []}]}\n', "line 1: content of a message must be text or parts of text"),
-        (
-            '{"messages": [{"role": "user", "content": [{"type": "image_url", "text": "one"}]}]}\n',
-            "line 1: content of a message must be text or parts of text, got a part {'type': 'image_url', 'text': 'one'}.",
-        ),
-        ('{"messages": [{"role": 1, "content": "one"}]}\n', "line 1: role of a message must be text, got int"),
-        ('{"messages": [{"role": "user", "content": 3}]}\n', "line 1: content of a message must be text, got int"),
-        ('{"messages": [{"role": "usr", "content": "one"}]}\n', "line 1: message 1 has the role 'usr', which the chat"),
-        ('{"prompt": "one"}\n{"prompt": "  "}\n', "line 2: expected at least one token, the prompt has none"),
+        ("\n\n", ": .* is empty"),
+        ('{"prompt": "one"}\n\n{"prompt"\n', ", line 3: .* JSON"),
+        ("[1]\n", ", line 1: .* list"),
+        ('{"text": "one", "domain": null}\n', r", line 1: .* text, domain \(null\)"),
+        ("{}\n", ", line 1: .* none"),
+        ('{"prompt": 3}\n', ", line 1: .* int"),
+        ('{"messages": "one"}\n', ", line 1: .* str"),
+        ('{"messages": []}\n', r", line 1: messages .* \[\]"),
+        ('{"messages": ["one"]}\n', ", line 1: .*messages .*'one'"),
+        ('{"prompt": "one", "domain": 3}\n', ", line 1: .*domain .* int"),
+        ('{"prompt": "one", "id": "\\ud800"}\n', ", line 1: .*id .*ud800"),
+        ('{"prompt": "\\ud800"}\n', ", line 1: .*surrogate"),
+        (user("\ud800"), ", line 1: .*surrogate"),
+        ("[" * 100_000, ", line 1: .* JSON"),
+        ('{"prompt": "one"}\n{"prompt": "one", "id": ' + "9" * 5_000 + "}\n", ", line 2: .* digits"),
+        (user(None), ", line 1: .*messages .*'content': None"),
+        ('{"messages": [{"role": "assistant", "tool_calls": []}, {"role": "user", "content": "one"}]}', ".*'tool_calls'"),
+        (user(" "), ", line 1: message 1 .* empty"),
+        (user([]), r", line 1: content .* \[\]"),
+        (user([{"type": "image_url", "text": "one"}]), ", line 1: content .*'image_url'"),
+        (user(3), ", line 1: .*messages .*'content': 3"),
+        ('{"messages": [{"role": "usr", "content": "one"}]}\n', ", line 1: message 1 .*'usr'"),
+        ('{"prompt": "one"}\n{"prompt": "  "}\n', ", line 2: .* token"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(write, content: str, message: str) -> None:
+def test_rejected_lines_are_named(write, content: str, named: str) -> None:
     source = write(content)
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(RunError, match="^" + re.escape(source) + named):
         read_prompts(source, word_tokenizer(bos=False))
-    assert message in str(caught.value) and str(caught.value).startswith(source) and "\n" not in str(caught.value)
 
 
 def test_a_content_in_parts_is_their_text(write) -> None:
@@ -175,48 +162,35 @@ def test_a_content_in_parts_is_their_text(write) -> None:
 
 def test_messages_without_a_template_or_refused_by_it(write) -> None:
     source = write([{"messages": chat("one")}])
-    with pytest.raises(RunError, match="line 1: there are messages, and the base's tokenizer has no chat template"):
-        read_prompts(source, AppendingTokenizer())
     strict = word_tokenizer()
     strict.chat_template = "{{ raise_exception('only systems') }}"
-    with pytest.raises(RunError, match="line 1: the chat template refuses the messages .*: only systems"):
-        read_prompts(source, strict)
+    for tokenizer, named in ((AppendingTokenizer(), "no chat template"), (strict, "only systems")):
+        with pytest.raises(RunError, match=f"line 1: .*{named}"):
+            read_prompts(source, tokenizer)
 
 
 def test_wrong_sources(write, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("one\n\xe9t\xe9".encode("latin-1"))
     wrong: list[tuple[str, type[MTPError], str]] = [
-        (str(tmp_path / "none.jsonl"), RunError, "expected a file of prompts, nothing is there"),
-        (write("one", "p.csv"), UsageError, "expected prompts in a .txt or .jsonl file"),
-        (str(tmp_path), RunError, "expected a .txt or .jsonl file of prompts, it is a folder. Name a file in it."),
+        (str(tmp_path / "none.jsonl"), RunError, "nothing is there"),
+        (write("one", "p.csv"), UsageError, ".jsonl"),
+        (str(tmp_path), RunError, "folder"),
+        (str(tmp_path / "latin.txt"), RunError, "line 2: .*UTF-8"),
     ]
-    for source, kind, message in wrong:
-        with pytest.raises(kind, match=message):
+    for source, error, named in wrong:
+        with pytest.raises(error, match=f"^{source}.* {named}"):
             read_prompts(source, word_tokenizer())
-    latin = tmp_path / "latin.txt"
-    latin.write_bytes("one\n\xe9t\xe9".encode("latin-1"))
-    with pytest.raises(RunError, match="latin.txt, line 2: expected UTF-8 text, .* Save it as UTF-8"):
-        read_prompts(str(latin), word_tokenizer())
-    with pytest.raises(UsageError, match="must be 1 or more, got 0. Change num_prompts."):
+    with pytest.raises(UsageError, match="num_prompts .* 0"):
         read_prompts(write("one", "p.txt"), word_tokenizer(), 0)
 
 
-def test_a_model_without_a_tokenizer() -> None:
+def test_prompts_that_cannot_be_encoded(write) -> None:
     for content in ("one", [{"role": "user", "content": "one"}]):
-        with pytest.raises(UsageError, match="a prompt needs a tokenizer, and the model was saved without one"):
+        with pytest.raises(UsageError, match="tokenizer"):
             encode_prompt_row(PromptRow("here", content, "", 1), None)
-    with pytest.raises(UsageError, match="a prompt needs a tokenizer"):
-        encode_prompt("one", None)
-
-
-def test_a_prompt_that_leaves_no_room_in_the_context(write) -> None:
+    with pytest.raises(UsageError, match="surrogate"):
+        encode_prompt("\udcff", word_tokenizer())
     source = write("one\none one one\n", "p.txt")
     assert len(read_prompts(source, word_tokenizer(), context=5)) == 2
-    with pytest.raises(
-        RunError, match="p.txt, line 2: the prompt has 4 tokens and the model's context is 4: shorten it to 3"
-    ):
+    with pytest.raises(RunError, match="p.txt, line 2: .* 4 tokens"):
         read_prompts(source, word_tokenizer(), context=4)
-
-
-def test_a_prompt_that_is_no_text() -> None:
-    with pytest.raises(UsageError, match="the prompt must be UTF-8 text, got half a character or other bytes. Change"):
-        encode_prompt("\udcff", word_tokenizer())
