@@ -17,7 +17,8 @@ from toy_tokenizers import byte_tokenizer, word_tokenizer
 from transformers import TextIteratorStreamer, TextStreamer
 
 from mtp_lightning import MTPModel
-from mtp_lightning.commands import arguments as commands
+from mtp_lightning.commands import generate
+from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.decoding import planner
 from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.execution.step import Drafts
@@ -104,14 +105,14 @@ def test_an_unfinished_character_waits() -> None:
 
 
 def test_what_can_not_be_streamed(model: MTPModel) -> None:
-    with pytest.raises(UsageError, match="num_masks must be auto or from 1 to 3"):
+    with pytest.raises(UsageError, match="num_masks"):
         model.stream("one", num_masks=4)  # before the first piece is asked for
     with pytest.raises(UsageError, match="streaming text needs a tokenizer"):
         tiny_model().stream("one")
     bare = tiny_model(vocab_size=17)
     bare.tokenizer = word_tokenizer()
     bare.tokenizer.chat_template = None
-    with pytest.raises(RunError, match="messages: there are messages, and the base's tokenizer has no chat template"):
+    with pytest.raises(RunError, match="no chat template"):
         bare.stream([{"role": "user", "content": "one"}])
 
 
@@ -182,7 +183,7 @@ def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPa
         return StepCosts((1, 81), (1.0, 1.5), 0.0, 0.0)
 
     monkeypatch.setattr(planner, "measure_step_costs", slow_measurement)
-    for module in (text_stream, commands, decoded_text):
+    for module in (text_stream, generate, decoded_text):
         monkeypatch.setattr(module, "time", clock)
     prompt, options = Prompt("", [9, 10], ""), {"max_new_tokens": 2}
 
@@ -195,7 +196,7 @@ def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPa
     list(stream)
     record: dict[str, Any] = {}
     with pytest.raises(ZeroDivisionError):  # tokens over no time
-        list(commands.stream(fresh(), prompt, commands.DecodingArguments(**options), record))
+        list(generate.stream(fresh(), prompt, DecodingArguments(**options), record))
     (result,) = acceptance.evaluate_prompts(fresh(), [prompt], DecodingOptions(**options))
     _, seconds = decoded_text.decode_batch(fresh(), [prompt], DecodingOptions(**options))
     assert clock.now == 4000.0 and stream.generated.seconds == result.seconds == seconds == 0.0
