@@ -68,7 +68,7 @@ def gains(base: PreTrainedModel) -> bool:
     config = text_config(base)
     heads = config.num_attention_heads
     shares = getattr(config, "num_key_value_heads", heads) != heads
-    return base.device.type == "cpu" and shares and can_switch_attention(type(base))
+    return base.device.type == "cpu" and shares and can_switch_attention(base.__class__)
 
 
 def decoding_kernel(base: PreTrainedModel) -> str | None:
