@@ -62,7 +62,7 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     for name in ("instantiate_classes", "after_instantiate_classes"):
         monkeypatch.setattr(MTPCLI, name, lambda self: None)
     monkeypatch.setattr(MTPCLI, "_run_subcommand", lambda self, subcommand: reached.append(subcommand))
-    monkeypatch.setattr("mtp_lightning.commands.predict.load_model", lambda *args, **options: torch.nn.Identity())
+    monkeypatch.setattr(predict_command.PredictCLI, "load_model", lambda *args: torch.nn.Identity())
     monkeypatch.setattr("mtp_lightning.commands.export.export_checkpoint", lambda *args: reached.append("export"))
     monkeypatch.setattr("mtp_lightning.commands.benchmark.measure", lambda *args: reached.append("benchmark"))
     monkeypatch.setattr("mtp_lightning.commands.chat.open_conversation", lambda *args: None)

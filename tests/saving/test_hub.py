@@ -42,12 +42,9 @@ def test_a_hub_id_and_the_revision_of_its_base(hub: Path) -> None:
         assert (model.base_model, model.revision) == ("owner/base", "a" * 40)
     (hub / "models--owner--base" / "refs" / "main").write_text("b" * 40)
     assert MTPModel.from_pretrained("owner/mtp").revision == "a" * 40  # the base moved on, the folder's commit is loaded
-    message = f"belongs to revision {'a' * 40} of its base, and revision {'b' * 40} of 'owner/base' was given"
-    with pytest.raises(RunError, match=message):
-        MTPModel.from_pretrained("owner/mtp", revision="b" * 40)
-    with pytest.raises(RunError, match=message):
-        MTPModel.from_pretrained("owner/mtp", revision="main")
-    with pytest.raises(RunError, match="no hub id that this machine can reach"):
+    with pytest.warns(UserWarning, match=f"revision {'a' * 40} of 'owner/base', and revision {'b' * 40} is used"):
+        assert MTPModel.from_pretrained("owner/mtp", revision="main").revision == "b" * 40
+    with pytest.raises(RunError, match="nor a hub id that this machine can reach"):
         MTPModel.from_pretrained(f"owner/mtp@{'d' * 40}")
 
 
@@ -67,9 +64,7 @@ def test_push_to_hub(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(exporting, "HfApi", Api)
     model = MTPModel.from_pretrained(kept / "saved")
-    with pytest.raises(
-        UsageError, match="the base model is /.*base, which nobody else has: name its hub id with base_model"
-    ):
+    with pytest.raises(UsageError, match="the base model is /.*base, only on this machine"):
         model.push_to_hub("owner/mtp")
     assert calls == []
     options = {"base_model": "owner/base", "revision": "a" * 40, "private": True, "token": "t"}
@@ -85,5 +80,5 @@ def test_push_to_hub(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no such token")
 
     monkeypatch.setattr(Api, "create_repo", refuse)
-    with pytest.raises(RunError, match="owner/mtp can't be uploaded: no such token. Check the name, the token"):
+    with pytest.raises(RunError, match="owner/mtp can't be uploaded: no such token"):
         model.push_to_hub("owner/mtp", **options)

@@ -22,7 +22,8 @@ from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import PACKAGE, resolve
-from mtp_lightning.saving.checkpoint import SETTINGS, check_device, named_base, read_checkpoint
+from mtp_lightning.saving.checkpoint import SETTINGS, named_base, read_checkpoint
+from mtp_lightning.saving.load import check_device
 from mtp_lightning.text.prompts import Prompt, PromptRow, drop_final_answer, encode_prompt_row, read_prompt_rows
 
 

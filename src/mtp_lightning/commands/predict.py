@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jsonargparse import ArgumentParser
 
 from mtp_lightning.commands.arguments import DecodingArguments
@@ -12,7 +10,8 @@ from mtp_lightning.commands.generate import print_generations
 from mtp_lightning.commands.settings_cli import SettingsCLI
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.saving.checkpoint import load_model, part_settings
+from mtp_lightning.saving.checkpoint import SETTINGS, check_settings, checkpoint_parts, part_settings, read_checkpoint
+from mtp_lightning.saving.load import build_network
 from mtp_lightning.text.prompts import read_prompts
 
 
@@ -21,12 +20,27 @@ class PredictCLI(SettingsCLI):
 
     USAGE = "mtp predict --config F [--config G ...] --ckpt_path C [--prompts P] [options]"
 
-    def named_parts(self, args: list[str]) -> dict[str, Any]:
-        """``part_settings`` as far as the options and the configuration name them: defaults are not a user's words."""
-        given = self.parser.parse_args(args, defaults=False).get("model") or {}
-        own, lora = part_settings(self.model), given.get("lora") or {}
-        named = {name: value for name, value in own.items() if name in given}
-        return {**named, "lora": {name: value for name, value in own["lora"].items() if name in lora}}
+    def load_model(self, args: list[str], arguments: DecodingArguments) -> MTPModel:
+        """Load the checkpoint, checked against the settings that the user named; defaults do not count."""
+        checkpoint = read_checkpoint(self.config.ckpt_path)
+        expected = {**checkpoint[SETTINGS], "lora": dict(checkpoint[SETTINGS]["lora"])}
+        named = self.parser.parse_args(args, defaults=False).get("model") or {}
+        for name, value in part_settings(self.model).items():
+            if name == "lora":
+                expected["lora"] |= {key: value[key] for key in value if key in (named.get("lora") or {})}
+            elif name in named:
+                expected[name] = value
+        check_settings(checkpoint, expected, self.model.full_config)
+        return build_network(
+            MTPModel,
+            checkpoint_parts(checkpoint, self.config.ckpt_path),
+            base_model=arguments.base_model or self.config.model.base_model,
+            revision=arguments.revision or self.config.model.revision,
+            dtype=arguments.dtype or self.config.model.dtype,
+            device=arguments.chosen_device(),
+            attention=self.config.model.attention,
+            quantization=self.config.model.quantization,
+        )
 
     def add_arguments_to_parser(self, parser: ArgumentParser) -> None:
         """Options of predict beside the configuration."""
@@ -54,15 +68,5 @@ def run_predict(args: list[str]) -> None:
     source = config.prompts or config.data.test
     if not isinstance(source, str) or not source:
         raise UsageError("mtp predict needs prompts: give --prompts FILE or set data.test to one file of prompts.")
-    model = load_model(
-        MTPModel,
-        config.ckpt_path,
-        arguments.base_model or config.model.base_model,
-        arguments.revision or config.model.revision,
-        arguments.dtype or config.model.dtype,
-        arguments.chosen_device(),
-        config.model.attention,
-        config.model.quantization,
-        named=cli.named_parts(args),
-    )
+    model = cli.load_model(args, arguments)
     print_generations(model, read_prompts(source, model.tokenizer, context=model.context), arguments, as_json=True)

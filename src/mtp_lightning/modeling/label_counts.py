@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.errors import RunError
@@ -61,7 +62,7 @@ def count_labels(counts: Tensor, labels: Tensor) -> None:
 
 
 def parse_label_counts(value: Any, vocab_size: int, complaint: str) -> LabelCounts | None:
-    """Validate counts read from a file.
+    """Validate counts read from a file, and fit them to a vocabulary with another number of padding rows.
 
     Args:
         value: the file's value; None: it was written without counts.
@@ -72,19 +73,10 @@ def parse_label_counts(value: Any, vocab_size: int, complaint: str) -> LabelCoun
         The counts, or None.
 
     Raises:
-        RunError: another shape or dtype, or a negative number.
+        RunError: not a vector of int64, or a negative number.
     """
     if value is None:
         return None
-    is_well_formed = (
-        isinstance(value, Tensor)
-        and (value.dtype, value.layout, value.device.type) == (torch.int64, torch.strided, "cpu")
-        and tuple(value.shape) == (vocab_size,)
-    )
-    if not is_well_formed or bool((value < 0).any()):
-        actual = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        actual += ", with a number below 0" if is_well_formed else ""
-        raise RunError(
-            f"{complaint}: {LABEL_COUNTS} should be {vocab_size} int64 numbers from 0 on and is {actual}. It is damaged."
-        )
-    return LabelCounts(value)
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.ndim != 1 or bool((value < 0).any()):
+        raise RunError(f"{complaint}: {LABEL_COUNTS} should be a vector of int64 numbers from 0 on.")
+    return LabelCounts(F.pad(value[:vocab_size], (0, max(0, vocab_size - len(value)))))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving what is trained as a folder of safetensors and JSON, whole or not at all. ``saved_folder.py`` opens it."""
+"""Saving what is trained as a folder of safetensors and JSON. ``saved_folder.py`` reads it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ from torch import Tensor
 
 from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.files import atomic_folder
+from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.label_counts import LABEL_COUNTS
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.paths import PACKAGE, absolute_name, why_unwritable
-from mtp_lightning.saving.base_identity import describe
-from mtp_lightning.saving.checkpoint import class_path, init_args, load_model, read_checkpoint
+from mtp_lightning.saving.base_identity import layer_shape
+from mtp_lightning.saving.checkpoint import checkpoint_parts, read_checkpoint
+from mtp_lightning.saving.load import build_network
 from mtp_lightning.saving.model_card import card, read_figures
 from mtp_lightning.saving.saved_folder import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    CONFIG,
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CONFIG_FILE,
     FORMAT,
-    HEADS,
+    HEADS_FILE,
     PEFT_PREFIX,
     VERSION,
     file_digest,
     read_config,
 )
+from mtp_lightning.saving.trained_parts import head_settings
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 _GENERATE = '''# SPDX-License-Identifier: Apache-2.0
-"""transformers' door: base.generate(**inputs, custom_generate=HERE, mtp_model=HERE, trust_remote_code=True)."""
+"""For transformers: base.generate(**inputs, custom_generate=HERE, mtp_model=HERE, trust_remote_code=True)."""
 
 from mtp_lightning.custom_generate import generate_from
 
@@ -60,49 +63,49 @@ def save_model(
     weights: dict[str, Tensor] | None = None,
     hub_name: str = "",
 ) -> None:
-    """Write a saved folder: to the side first, then renamed.
+    """Write a saved folder; see ``MTPModel.save_pretrained``.
 
     Args:
         model: the model.
-        folder: where to; one that was saved before is replaced, with files of others in it kept.
+        folder: where to; a saved folder is replaced, and files of others in it are kept.
         base_model: what to call the base; None: what it was loaded from.
         revision: its hub commit; None: the one that was loaded.
         acceptance: figures for the card, of ``model_card.card_figures``; None: those that the model came with.
-        weights: trained weights by name; None: the model's own.
+        weights: trained weights by name, to save instead of the model's.
         hub_name: the hub repository that the folder goes to.
 
     Raises:
         RunError: the folder is something else, or can't be written.
-        UsageError: nothing says what the base is called.
+        UsageError: the base has no name.
     """
     name = absolute_name(base_model or model.base_model)
     if not name:
-        raise UsageError("the base model was not loaded from anywhere: say what it is called with base_model.")
+        raise UsageError("the base model was not loaded from a folder or the hub: name it with base_model.")
     if model.is_sharded:
         raise UsageError("the model is sharded over processes. Save a checkpoint and use mtp export.")
     path = Path(folder)
     check_target(path)
-    revision = revision or (None if base_model else model.revision)
-    head = model.sampler_head
     config: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "base_model": name,
-        "revision": revision,
-        "base": describe(model.base, model.tokenizer),
+        "revision": revision or (None if base_model else model.revision),
+        "base": {"shape": layer_shape(text_config(model.base))},
         "num_masks": model.num_masks,
         "lora": asdict(model.lora),
-        "sampler_head": None if head is None else {"class_path": class_path(head), "init_args": init_args(head)},
+        "sampler_head": head_settings(model.sampler_head),
         "acceptance": acceptance or model.acceptance,
         "files": {},
     }
     trained = trained_weights(model) if weights is None else weights
+    adapter = {name: value for name, value in trained.items() if ".lora_" in name}
+    heads = {name: value for name, value in trained.items() if ".lora_" not in name}
+    if model.label_counts is not None:
+        heads[LABEL_COUNTS] = model.label_counts.counts
     with atomic_folder(path) as target:
-        _write_adapter(model, trained, target, name, revision)
-        heads = {k: v for k, v in trained.items() if ".lora_" not in k}
-        if model.label_counts is not None:
-            heads[LABEL_COUNTS] = model.label_counts.counts
-        _write_tensors(heads, target / HEADS)
+        _write_json(_adapter_config(model, name, config["revision"]), target / ADAPTER_CONFIG_FILE)
+        _write_tensors({_peft_name(name): value for name, value in adapter.items()}, target / ADAPTER_FILE)
+        _write_tensors(heads, target / HEADS_FILE)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(target)
         (target / "custom_generate").mkdir()
@@ -110,14 +113,13 @@ def save_model(
         (target / "custom_generate" / "requirements.txt").write_text("mtp-lightning\n")
         files = sorted(file for file in target.rglob("*") if file.is_file())
         config["files"] = {file.relative_to(target).as_posix(): file_digest(file) for file in files}
-        _write_json(config, target / CONFIG)
-        (target / CARD).write_text(card(config), encoding="utf-8")
-        if path.exists():
-            _keep_others(path, target)
+        _write_json(config, target / CONFIG_FILE)
+        (target / CARD_FILE).write_text(card(config), encoding="utf-8")
+        _keep_foreign_files(path, target)
 
 
 def trained_weights(model: MTPNetwork) -> dict[str, Tensor]:
-    """Trained weights by their names in ``MTPModel``, and what else the sampler head keeps."""
+    """Trained weights by their names in ``MTPNetwork``, and the sampler head's buffers."""
     weights = {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
     weights["mask_embeddings"] = model.mask_embeddings.detach()
     if model.sampler_head is not None:
@@ -126,58 +128,45 @@ def trained_weights(model: MTPNetwork) -> dict[str, Tensor]:
 
 
 def check_target(path: Path) -> None:
-    """Refuse to write over what is no saved folder.
-
-    Args:
-        path: the folder to be.
+    """Refuse to write over anything but a saved folder or an empty one.
 
     Raises:
-        RunError: something else is there.
+        RunError: something else is there, or the folder can't be created.
     """
-    if not path.exists():
-        if (reason := why_unwritable(path)) is not None:
-            raise RunError(f"{path} can't be written: {reason}. Choose another folder.")
-        return
     if path.is_dir():
-        if not any(path.iterdir()):
-            return
-        try:
-            read_config(path)
-            return
-        except RunError as error:
-            raise RunError(
-                f"{path} is there and was not written by mtp export: {str(error).split('. ')[0]}. Choose another folder."
-            ) from error
-    raise RunError(f"{path} is a file. Choose a folder for the saved model.")
+        if any(path.iterdir()):
+            try:
+                read_config(path)
+            except RunError as error:
+                raise RunError(f"{path} exists and was not written by mtp export. Choose another folder.") from error
+    elif (reason := why_unwritable(path)) is not None:
+        raise RunError(f"{path} can't be written: {reason}. Choose another folder.")
 
 
-def _keep_others(path: Path, aside: Path) -> None:
-    """Copy what a saved folder holds beside what was saved."""
-    ours = {*(read_config(path)["files"] if (path / CONFIG).is_file() else ()), CONFIG, CARD}
+def _keep_foreign_files(path: Path, target: Path) -> None:
+    """Copy what others have put into the saved folder that is replaced."""
+    ours = {*(read_config(path)["files"] if (path / CONFIG_FILE).is_file() else ()), CONFIG_FILE, CARD_FILE}
     for file in path.rglob("*"):
         name = file.relative_to(path)
-        if file.is_file() and name.as_posix() not in ours and not (aside / name).exists():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, aside / name)
+        if file.is_file() and name.as_posix() not in ours and not (target / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target / name)
 
 
-def _write_adapter(model: MTPNetwork, trained: dict[str, Tensor], folder: Path, name: str, revision: str | None) -> None:
-    """PEFT's two files."""
+def _adapter_config(model: MTPNetwork, base_model: str, revision: str | None) -> dict[str, Any]:
+    """Content of PEFT's ``adapter_config.json``."""
     settings = model.adapter_config.to_dict()
-    settings |= {"base_model_name_or_path": name, "revision": revision, "inference_mode": True}
+    settings |= {"base_model_name_or_path": base_model, "revision": revision, "inference_mode": True}
     if model.lora.gated:
         # PEFT's "activated LoRA" acts behind a token that calls it. This one does not exist, so that PEFT, which knows no
         # gate, gives the base model.
         settings["alora_invocation_tokens"] = [int(model.unembed.vocab_size)]
     settings = LoraConfig(**settings).to_dict()
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    _write_json(plain, folder / ADAPTER_CONFIG)
-    adapter = {
-        PEFT_PREFIX + key.removeprefix("base.").replace(".default.weight", ".weight"): value
-        for key, value in trained.items()
-        if ".lora_" in key
-    }
-    _write_tensors(adapter, folder / ADAPTER)
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+
+def _peft_name(name: str) -> str:
+    return PEFT_PREFIX + name.removeprefix("base.").replace(".default.weight", ".weight")
 
 
 def _write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -199,31 +188,31 @@ def export_checkpoint(
     dtype: str | torch.dtype | None = None,
     acceptance: str | Path | None = None,
 ) -> None:
-    """Make a saved folder of a checkpoint. Weights keep the dtype that they were trained in, unless another is named.
+    """Save a checkpoint as a folder.
 
     Args:
         checkpoint: a ``.ckpt`` file.
         folder: where to.
         base_model: where the base lies now, if it moved; the folder names this.
         revision: its hub revision.
-        dtype: dtype of the saved weights; None: the checkpoint's.
-        acceptance: an ``acceptance.json``; None: the run's own, beside the checkpoint's folder, if there is one.
+        dtype: dtype of the saved weights; None: the one they were trained in.
+        acceptance: an ``acceptance.json``; None: the run's own, if there is one.
 
     Raises:
         RunError: a file can't be used, or the folder is something else.
     """
     path = Path(checkpoint)
     if acceptance is not None and not Path(acceptance).is_file():
-        raise RunError(f"{acceptance}: expected an acceptance.json, nothing is there. Check the path.")
+        raise RunError(f"{acceptance}: no such file. Give an acceptance.json.")
     check_target(Path(folder))
-    state = read_checkpoint(path)
-    source = Path(acceptance) if acceptance is not None else path.absolute().parents[1] / "acceptance.json"
-    figures = read_figures(source, state.get("global_step"))
-    model = load_model(MTPNetwork, path, base_model, revision)
-    prefix = "model."
-    weights = {k[len(prefix) :]: v for k, v in state["state_dict"].items() if k.startswith(prefix)}
+    content = read_checkpoint(path)
+    figures_file = Path(acceptance) if acceptance is not None else path.absolute().parents[1] / "acceptance.json"
+    figures = read_figures(figures_file, content.get("global_step"))
+    parts = checkpoint_parts(content, path)
+    weights = parts.weights
     if dtype is not None:
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    model = build_network(MTPNetwork, parts, base_model=base_model, revision=revision)
     save_model(model, folder, model.base_model, model.revision, figures, weights)
 
 
@@ -235,28 +224,10 @@ def push_model(
     commit_message: str = "Upload with mtp-lightning",
     **options: Any,
 ) -> str:
-    """Upload a saved folder to the hub.
-
-    Args:
-        model: the model.
-        name: the repository's id; it is made if it is not there.
-        private: whether a new repository is private.
-        token: the hub's token; None: the one that is logged in.
-        commit_message: message of the commit.
-        **options: those of ``save_model``.
-
-    Returns:
-        Address of the commit.
-
-    Raises:
-        RunError: the hub refuses or can't be reached.
-        UsageError: the base is a folder of this machine.
-    """
+    """Upload a saved folder to the hub; see ``MTPModel.push_to_hub``."""
     base = absolute_name(options.get("base_model") or model.base_model)
     if Path(base).is_absolute() or base.startswith(PACKAGE):
-        raise UsageError(
-            f"the base model is {base}, which nobody else has: name its hub id with base_model, its commit with revision."
-        )
+        raise UsageError(f"the base model is {base}, only on this machine: give its hub id as base_model, and its revision.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "saved"
         save_model(model, folder, hub_name=name, **options)

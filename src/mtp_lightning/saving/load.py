@@ -1,30 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a trained model, whatever it was saved as: a checkpoint file, a saved folder or a hub id."""
+"""Loading a trained model for use without Lightning, from a checkpoint file, a saved folder or a hub id."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer
+from mtp_lightning.modeling.decoder import text_config
+from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.label_counts import parse_label_counts
+from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.paths import resolve
-from mtp_lightning.saving.checkpoint import Network, load_model
-from mtp_lightning.saving.saved_folder import load_folder
+from mtp_lightning.saving.base_identity import check_layer_shape, hub_commit, warn_if_other_base
+from mtp_lightning.saving.checkpoint import checkpoint_parts, read_checkpoint
+from mtp_lightning.saving.saved_folder import check_head, find_folder, read_folder
+from mtp_lightning.saving.trained_parts import TrainedParts, build_head, shape_mismatch
+
+Network = TypeVar("Network", bound=MTPNetwork)
 
 
-def load_pretrained(network_class: type[Network], name: str | Path, **options: Any) -> Network:
+def load_pretrained(
+    network_class: type[Network], name: str | Path, trust_remote_code: bool = False, **options: Any
+) -> Network:
     """Load a trained model; see ``MTPModel.from_pretrained``.
 
     Args:
         network_class: the class to build.
         name: a checkpoint file, a saved folder or a hub id.
-        **options: those of ``load_model`` or ``load_folder``.
+        trust_remote_code: let a folder's sampler head be imported from any package.
+        **options: those of ``build_network``.
 
     Returns:
         The model in evaluation mode.
     """
     name = resolve(str(name))
     path = Path(name)
+    check_placement(options.get("device"), options.get("device_map"), options.get("base"))
     if path.is_file() or (path.suffix == ".ckpt" and not path.is_dir()):
-        options.pop("trust_remote_code", None)  # a checkpoint is the user's own
-        return load_model(network_class, path, **options)
-    return load_folder(network_class, name, **options)
+        parts = checkpoint_parts(read_checkpoint(path), path)
+    else:
+        parts = read_folder(find_folder(name))
+        if not trust_remote_code:
+            check_head(parts.sampler_head, path if path.is_dir() else None)
+    return build_network(network_class, parts, **options)
+
+
+def build_network(
+    network_class: type[Network],
+    parts: TrainedParts,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    base: PreTrainedModel | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    attention: str | None = None,
+    quantization: str | None = None,
+) -> Network:
+    """Load the base, and build a model of it and the trained parts.
+
+    Args:
+        network_class: the class to build.
+        parts: what was trained.
+        base_model: where the base lies now, if it moved.
+        revision: hub revision of the base; None: the one that was trained on.
+        base: the base model, loaded already; it gets the adapters in place.
+        dtype: dtype of the base; trained weights follow it.
+        device: where to put the model.
+        device_map: transformers' placement of the base on several devices, ``auto`` or a dict, instead of ``device``.
+        attention: ``sdpa``, ``eager``, or None for the architecture's own choice.
+        quantization: ``4bit``, ``8bit``, or None.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        RunError: the base can't be loaded, or the trained parts do not fit it.
+        UsageError: arguments that exclude each other, or a device that does not exist.
+    """
+    check_placement(device, device_map, base)
+    try:
+        lora = LoRA(**parts.lora)
+    except (TypeError, UsageError) as error:
+        raise RunError(f"{parts.source} is damaged: its LoRA can't be built: {one_line(error)}.") from error
+    name = base_model or (base.name_or_path if base is not None else "") or parts.base_model
+    if revision is None and name == parts.base_model:
+        revision = parts.revision
+    config = load_config(name, revision).get_text_config(decoder=True) if base is None else text_config(base)
+    check_layer_shape(parts.base_shape, config, name)
+    revision = hub_commit(name, revision) or revision
+    warn_if_other_base(parts.base_model, parts.revision, name, revision)
+    head, tokenizer = build_head(parts.sampler_head), _tokenizer(parts, name, revision)
+    if base is None:
+        base = load_base(name, revision, dtype, attention, quantization, device if device_map is None else device_map)
+    model = network_class(base, parts.num_masks, lora, head, tokenizer)
+    _load_weights(model, parts)
+    model.base_model, model.revision, model.acceptance = name, revision, parts.acceptance
+    return _prepare_for_decoding(model)
+
+
+def _tokenizer(parts: TrainedParts, base_model: str, revision: str | None) -> Any:
+    """The base's tokenizer. A saved folder has a copy, for the base that it names and for one without a tokenizer."""
+    copied = parts.folder is not None and (parts.folder / "tokenizer_config.json").is_file()
+    if copied and base_model == parts.base_model:
+        return load_tokenizer(str(parts.folder))
+    try:
+        return load_tokenizer(base_model, revision)
+    except RunError:
+        if parts.folder is None:
+            raise
+        return load_tokenizer(str(parts.folder)) if copied else None
+
+
+def _load_weights(model: MTPNetwork, parts: TrainedParts) -> None:
+    expected: dict[str, Tensor] = dict(model.trained_parameters())
+    if model.sampler_head is not None:  # its buffers too
+        expected |= {f"sampler_head.{name}": value for name, value in model.sampler_head.state_dict().items()}
+    if (mismatch := shape_mismatch(expected, parts.weights)) is not None:
+        raise RunError(f"{parts.source} does not fit its own settings or the base: {mismatch}.")
+    model.load_state_dict(parts.weights, strict=False)
+    model.label_counts = parse_label_counts(parts.label_counts, model.unembed.vocab_size, f"{parts.source} is damaged")
+
+
+def _prepare_for_decoding(model: Network) -> Network:
+    """Trained weights in the base's dtype, evaluation mode."""
+    for _, parameter in model.trained_parameters():
+        parameter.data = parameter.data.to(model.base.dtype)
+    for module in model.modules():
+        if isinstance(module, torch.nn.RNNBase):
+            module.flatten_parameters()  # a new dtype broke up cuDNN's one block of weights
+    return model.eval()
+
+
+def check_placement(device: str | torch.device | None, device_map: Any, base: PreTrainedModel | None) -> None:
+    """Refuse a device that does not exist, or two answers to where the model goes, before anything is loaded.
+
+    Raises:
+        UsageError: what is wrong.
+    """
+    if device is not None and device_map is not None:
+        raise UsageError("give device or device_map, not both.")
+    if base is not None and (device is not None or device_map is not None):
+        raise UsageError("base is loaded already: leave device and device_map out.")
+    if base is not None and lora_layers(base):
+        raise UsageError("base has LoRA layers already: load it again without an adapter.")
+    check_device(device)
+
+
+def check_device(device: str | torch.device | None) -> None:
+    """Refuse a device that can't hold tensors.
+
+    Raises:
+        UsageError: the device does not exist here.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UsageError(
+            f"device must be cpu, cuda or another of this machine, got {device!r}: {one_line(error)}."
+        ) from error

@@ -320,7 +320,7 @@ class MTPModule(LightningModule):
         check_settings(checkpoint, checkpoint_settings(self), self.full_config)
         check_complete(checkpoint, self.state_dict())
         vocab_size = int(self.base_config.vocab_size)
-        counts = parse_label_counts(checkpoint.get(LABEL_COUNTS), vocab_size, "the checkpoint does not fit")
+        counts = parse_label_counts(checkpoint.get(LABEL_COUNTS), vocab_size, "the checkpoint is damaged")
         self.model.label_counts, self._new_label_counts = counts, None
 
 

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TrainedParts: what a checkpoint or a saved folder holds. Also how a sampler head is named in a file and built from it."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.sampler_heads import SamplerHead
+
+
+class TrainedParts(NamedTuple):
+    """Trained weights, and the settings of the network that takes them.
+
+    Attributes:
+        source: the file or folder, for messages.
+        base_model: the base that was trained on.
+        revision: its hub revision.
+        base_shape: its ``layer_shape``.
+        num_masks: masks in a block.
+        lora: arguments of ``LoRA``.
+        sampler_head: ``class_path`` and ``init_args``, or None.
+        weights: trained weights by their names in ``MTPNetwork``.
+        label_counts: how often each token was a label in training, as it was read; None: not counted.
+        acceptance: figures for the model card.
+        folder: the saved folder; None: a checkpoint.
+    """
+
+    source: str
+    base_model: str
+    revision: str | None
+    base_shape: dict[str, Any]
+    num_masks: int
+    lora: dict[str, Any]
+    sampler_head: dict[str, Any] | None
+    weights: dict[str, Tensor]
+    label_counts: Any
+    acceptance: dict[str, Any] | None = None
+    folder: Path | None = None
+
+
+def shape_mismatch(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> str | None:
+    """The first weight, by name, that is missing, unexpected or of another shape, in words; None if there is none."""
+    shapes, others = ({name: tuple(value.shape) for name, value in tensors.items()} for tensors in (expected, weights))
+    for name in sorted(shapes.keys() | others.keys()):
+        if shapes.get(name) != others.get(name):
+            return f"{name} should be {shapes.get(name, 'absent')} and is {others.get(name, 'absent')}"
+    return None
+
+
+def head_settings(head: SamplerHead | None) -> dict[str, Any] | None:
+    """Class path and arguments of a sampler head; each argument is an attribute of the same name.
+
+    Raises:
+        UsageError: an argument is not kept as an attribute.
+    """
+    if head is None:
+        return None
+    path = f"{type(head).__module__}.{type(head).__qualname__}"
+    names = [name for name in inspect.signature(type(head).__init__).parameters if name not in ("self", "args", "kwargs")]
+    missing = [name for name in names if not hasattr(head, name)]
+    if missing:
+        raise UsageError(
+            f"sampler head {path} must keep its arguments as attributes of the same name, so that a checkpoint can name"
+            f" them; missing: {', '.join(missing)}. Set self.{missing[0]} in __init__."
+        )
+    return {"class_path": path, "init_args": {name: getattr(head, name) for name in names}}
+
+
+def build_head(settings: dict[str, Any] | None) -> SamplerHead | None:
+    """A sampler head from its class path and arguments. Importing the class runs its module: check the source first.
+
+    Raises:
+        RunError: it can't be imported or built.
+    """
+    if settings is None:
+        return None
+    try:
+        path = settings["class_path"]
+        module, _, name = path.rpartition(".")
+        head_class = getattr(import_module(module), name)
+        if not issubclass(head_class, SamplerHead):
+            raise TypeError("it is not a SamplerHead")
+        head: SamplerHead = head_class(**settings["init_args"])
+    except (ImportError, AttributeError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"sampler head {settings} can't be built: {one_line(error)}.") from error
+    return head
