@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damaged, foreign and unreadable files: checkpoints, saved folders, bases. What is said, and that nothing is lost."""
+"""Damaged, foreign and unreadable files: the error names the file or key, and nothing that was there is lost."""
 
 from __future__ import annotations
 
@@ -23,55 +23,75 @@ from mtp_lightning.errors import UsageError
 from mtp_lightning.trainer.wrong_settings import setting_error
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "predict", "generate"])
-def test_files_that_are_no_checkpoint(run: Path, capsys, command: str) -> None:
-    whole = Path(LAST).read_bytes()
-    unreadable = "checkpoint '{}' can't be read; it may be cut short or no checkpoint. Use another one."
-    cases = {
-        "truncated.ckpt": (whole[: len(whole) // 2], unreadable),
-        "empty.ckpt": (b"", unreadable),
-        "text.ckpt": (b"hello\n", unreadable),
-        "code.ckpt": (b"cos\nsystem\n(S'echo run'\ntR.", unreadable),
-    }
-    for name, (content, _) in cases.items():
-        Path(name).write_bytes(content)
-    torch.save({"state_dict": {}}, "other.ckpt")
-    cases["other.ckpt"] = (
-        b"",
-        "checkpoint '{}' was not written by mtp fit: it has no entry 'mtp_settings'. Use another one.",
-    )
-    before = contents(run)
-    for name, (_, message) in cases.items():
-        words = [name, "--prompt", "one"] if command == "generate" else ["--config", "config.yaml", "--ckpt_path", name]
-        extra = ["--prompts", "prompts.jsonl"] if command == "predict" else []
-        assert error_of(capsys, 1, command, *words, *extra) == message.format(name)
-    assert contents(run) == before
+def change(path: str, alter: Callable[[dict[str, Any]], object]) -> None:
+    """Change what is in a checkpoint."""
+    checkpoint = torch.load(path, weights_only=True)
+    alter(checkpoint)
+    torch.save(checkpoint, path)
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
-def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: str) -> None:
+CHANGES: dict[str, Callable[[], object]] = {
+    "truncated": lambda: os.truncate(LAST, 1000),
+    "pickle": lambda: Path(LAST).write_bytes(b"cos\nsystem\n(S'echo run'\ntR."),
+    "another program": lambda: torch.save({"state_dict": {}}, LAST),
+    "num_masks": lambda: change(LAST, lambda checkpoint: checkpoint["mtp_settings"].pop("num_masks")),
+    "state_dict": lambda: change(LAST, lambda checkpoint: checkpoint.pop("state_dict")),
+    "mask_embeddings": lambda: change(LAST, lambda checkpoint: checkpoint["state_dict"].pop("model.mask_embeddings")),
+    "mtp_label_counts": lambda: change(LAST, lambda checkpoint: checkpoint.update(mtp_label_counts=torch.zeros(3))),
+    "optimizer_states": lambda: change(LAST, lambda checkpoint: checkpoint.pop("optimizer_states")),
+    "loops": lambda: change(LAST, lambda checkpoint: checkpoint.pop("loops")),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "damage", "message"),
+    [
+        ("fit", "truncated", f"'{LAST}' can't be read"),
+        ("generate", "pickle", f"'{LAST}' can't be read"),
+        ("validate", "another program", f"'{LAST}' was not written by mtp fit"),
+        ("predict", "num_masks", f"'{LAST}' is damaged"),
+        ("export", "num_masks", f"'{LAST}' is damaged"),
+        ("distill", "state_dict", f"'{LAST}' is damaged"),
+        ("fit", "mask_embeddings", "model.mask_embeddings should be (3, 32) and is absent"),
+        ("validate", "mask_embeddings", "model.mask_embeddings should be (3, 32) and is absent"),
+        ("generate", "mask_embeddings", "mask_embeddings should be (3, 32) and is absent"),
+        ("validate", "mtp_label_counts", "the checkpoint is damaged"),
+        ("generate", "mtp_label_counts", f"'{LAST}' is damaged"),
+        ("fit", "optimizer_states", f"'{LAST}' has no optimizer_states"),
+        ("fit", "loops", f"'{LAST}' has no loops"),
+    ],
+)
+def test_a_damaged_checkpoint(run: Path, here: Path, capsys, command: str, damage: str, message: str) -> None:
+    CHANGES[damage]()
+    before = contents(here)
+    configured = ["--config", "config.yaml", "--ckpt_path", LAST]
+    words = {
+        "generate": [LAST, "--prompt", "one"],
+        "export": ["--ckpt_path", LAST, "--output", "saved"],
+        "distill": [LAST, "--prompts", "prompts.jsonl", "--output", "a.jsonl"],
+        "predict": [*configured, "--prompts", "prompts.jsonl"],
+    }.get(command, configured)
+    assert message in error_of(capsys, 1, command, *words)
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "value"),
+    [
+        ("fit", "model.num_masks", "4"),
+        ("validate", "model.lora.rank", "4"),
+        ("validate", "model.sampler_head.hidden_size", "16"),
+        ("test", "model.base_model", "wider"),
+        ("predict", "model.num_masks", "4"),
+    ],
+)
+def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: str, key: str, value: str) -> None:
     save_base(here / "wider", "llama", word_tokenizer(), torch.float32, max_position_embeddings=CONTEXT, hidden_size=40)
     before = contents(run)
-    path = "mtp_lightning.sampler_heads.GRUSamplerHead"
-    head = "{'class_path': '" + path + "', 'init_args': {'hidden_size': %s, 'read_hidden': False}}"
-    shape = "{'model_type': 'llama', 'hidden_size': %s, 'num_hidden_layers': 2, 'vocab_size': 17}"
-    for key, value, name, there, here_ in (
-        ("model.num_masks", 4, "num_masks", 3, 4),
-        ("model.lora.rank", 4, "LoRA rank", 2, 4),
-        ("model.sampler_head.hidden_size", 16, "sampler head", head % 8, head % 16),
-        ("model.base_model", "wider", "base model", shape % 32, shape % 40),
-    ):
-        words = ["--config", "config.yaml", "--ckpt_path", LAST, f"--{key}", value]
-        # Seen before the data is read.
-        no_data = [word for split in ("train", "validation", "test") for word in (f"--data.{split}", "no.jsonl")]
-        found = error_of(capsys, 1, command, *words, *no_data)
-        if command == "predict" and value == "wider":  # it reads the base itself, which may have moved
-            assert found.startswith("the checkpoint belongs to a base with hidden_size 32, and 'wider' has 40.")
-            continue
-        changed = key.removesuffix(".hidden_size")
-        assert found == (
-            f"the checkpoint's {name} is {there}, the configuration's is {here_}. Change {changed} or --ckpt_path."
-        )
+    # Seen before the data is read.
+    no_data = [word for split in ("train", "validation", "test") for word in (f"--data.{split}", "no.jsonl")]
+    message = error_of(capsys, 1, command, "--config", "config.yaml", "--ckpt_path", LAST, f"--{key}", value, *no_data)
+    assert f"Change {key.removesuffix('.hidden_size')} or --ckpt_path." in message
     assert contents(run) == before
 
 
@@ -100,74 +120,13 @@ def test_predict_asks_for_no_more_than_is_named(run: Path, here: Path, capsys) -
     assert mtp(*words, "--config", "logger.yaml") == 0
 
 
-def change(path: str, alter: Callable[[dict[str, Any]], object]) -> None:
-    """Change what is in a checkpoint."""
-    checkpoint = torch.load(path, weights_only=True)
-    alter(checkpoint)
-    torch.save(checkpoint, path)
-
-
-@pytest.mark.parametrize("command", ["fit", "validate", "predict", "generate", "export", "distill"])
-@pytest.mark.parametrize("missing", ["num_masks", "state_dict"])
-def test_a_checkpoint_without_an_entry(run: Path, here: Path, capsys, command: str, missing: str) -> None:
-    change(LAST, lambda checkpoint: (checkpoint if missing == "state_dict" else checkpoint["mtp_settings"]).pop(missing))
-    words = {
-        "generate": [LAST, "--prompt", "one"],
-        "export": ["--ckpt_path", LAST, "--output", "saved"],
-        "distill": [LAST, "--prompts", "prompts.jsonl", "--output", "a.jsonl"],
-        "predict": ["--config", "config.yaml", "--ckpt_path", LAST, "--prompts", "prompts.jsonl"],
-    }.get(command, ["--config", "config.yaml", "--ckpt_path", LAST])
-    before = contents(here)
-    assert error_of(capsys, 1, command, *words) == f"checkpoint '{LAST}' is damaged: it has no {missing}. Use another one."
-    assert contents(here) == before
-
-
-def test_a_checkpoint_without_a_weight_is_not_measured_without_it(run: Path, here: Path, capsys) -> None:
-    name = "model.mask_embeddings"
-    change(LAST, lambda checkpoint: checkpoint["state_dict"].pop(name))
-    before = contents(here)
-    for command in ("fit", "validate"):
-        found = error_of(capsys, 1, command, "--config", "config.yaml", "--ckpt_path", LAST)
-        assert found == (f"the checkpoint is damaged: {name} should be (3, 32) and is absent. Give another --ckpt_path.")
-    assert contents(here) == before
-
-
-def test_a_checkpoint_of_damaged_counts(run: Path, here: Path, capsys) -> None:
-    change(LAST, lambda checkpoint: checkpoint.update(mtp_label_counts=torch.zeros(3)))
-    before = contents(here)
-    said = "mtp_label_counts should be 17 int64 numbers from 0 on and is (3,) torch.float32. It is damaged."
-    for command in ("fit", "validate"):
-        found = error_of(capsys, 1, command, "--config", "config.yaml", "--ckpt_path", LAST)
-        assert found == f"the checkpoint does not fit: {said}"
-    found = error_of(capsys, 1, "generate", LAST, "--prompt", "one")
-    assert found == f"checkpoint '{LAST}' does not fit its own settings: {said}"
-    assert contents(here) == before
-
-
-@pytest.mark.parametrize("missing", ["optimizer_states", "loops", "pytorch-lightning_version"])
-def test_a_checkpoint_that_training_cannot_go_on_from(run: Path, here: Path, capsys, missing: str) -> None:
-    change(LAST, lambda checkpoint: checkpoint.pop(missing))
-    before = contents(here)
-    found = error_of(capsys, 1, "fit", "--config", "config.yaml", "--ckpt_path", LAST)
-    assert found.startswith(f"checkpoint '{LAST}' has no {missing}: it holds weights alone, or was changed, and mtp fit")
-    assert contents(here) == before
-
-
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("config.json", "{", "base model 'base' could not be loaded: "),
-        ("config.json", "[]", "base model 'base' could not be loaded: "),
-        (
-            "config.json",
-            {"hidden_size": 64},
-            "base model 'base' could not be loaded: the shapes of its weights are not those",
-        ),
-        ("config.json", {"num_attention_heads": 0}, "base model 'base' could not be loaded: ZeroDivisionError: "),
-        ("model.safetensors", None, "base model 'base' could not be loaded: SafetensorError: "),
-        ("model.safetensors", "", "base model 'base' could not be loaded: SafetensorError: "),
-        ("tokenizer.json", "{}", "no tokenizer could be loaded from 'base': KeyError: "),
-        ("tokenizer.json", "{", "no tokenizer could be loaded from 'base': "),
+        ("config.json", "[]", "base model 'base' could not be loaded"),
+        ("config.json", {"hidden_size": 64}, "base model 'base' could not be loaded"),
+        ("model.safetensors", None, "base model 'base' could not be loaded"),
+        ("tokenizer.json", "{}", "no tokenizer could be loaded from 'base'"),
     ],
 )
 def test_a_damaged_base(
@@ -180,44 +139,24 @@ def test_a_damaged_base(
     else:
         path.write_text(content if isinstance(content, str) else json.dumps(json.loads(whole) | content))
     before = contents(here)
-    for words in (
-        ["fit", "--config", "config.yaml"],
-        ["distill", "base", "--prompts", "prompts.jsonl", "--output", "a.jsonl"],
-    ):
-        assert error_of(capsys, 1, *words).startswith(expected)
+    assert error_of(capsys, 1, "fit", "--config", "config.yaml").startswith(expected)
+    assert error_of(capsys, 1, "distill", "base", "--prompts", "prompts.jsonl", "--output", "a.jsonl").startswith(expected)
     assert contents(here) == before
 
 
 @pytest.mark.parametrize(
-    ("file", "words", "expected"),
+    ("file", "words", "message"),
     [
-        ("config.yaml", "fit --config config.yaml", "configuration file 'config.yaml' can't be read: Permission denied."),
-        (
-            "train.jsonl",
-            "fit --config config.yaml",
-            "train.jsonl: it can't be read: Permission denied. Change its permissions.",
-        ),
-        (LAST, "validate --config config.yaml --ckpt_path {last}", "checkpoint '{last}' can't be read: Permission denied."),
-        ("prompts.jsonl", "generate {last} --prompts prompts.jsonl", "prompts.jsonl: it can't be read: Permission denied."),
-        ("run", "validate --config config.yaml --ckpt_path last.ckpt", "'run/metrics.csv': Permission denied. Change"),
-        (
-            ".",
-            "distill base --prompts prompts.jsonl --output a.jsonl",
-            "a.jsonl: expected a file that can be written: '.' can't",
-        ),
-        (
-            ".",
-            "benchmark {last} --prompts prompts.jsonl --output new",
-            "new can't be written: '.' can't be written to. Give",
-        ),
-        (
-            ".",
-            "export --ckpt_path {last} --output new",
-            "new can't be written: '.' can't be written to. Choose another folder.",
-        ),
+        ("config.yaml", "fit --config config.yaml", "'config.yaml' can't be read: Permission denied"),
+        ("train.jsonl", "fit --config config.yaml", "train.jsonl: it can't be read: Permission denied"),
+        (LAST, "validate --config config.yaml --ckpt_path {last}", "'{last}' can't be read: Permission denied"),
+        ("prompts.jsonl", "generate {last} --prompts prompts.jsonl", "prompts.jsonl: it can't be read: Permission denied"),
+        ("run", "validate --config config.yaml --ckpt_path last.ckpt", "'run/metrics.csv': Permission denied"),
+        (".", "distill base --prompts prompts.jsonl --output a.jsonl", "a.jsonl: '.' can't be written to"),
+        (".", "export --ckpt_path {last} --output new", "new can't be written: '.' can't be written to"),
     ],
 )
-def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, expected: str) -> None:
+def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, message: str) -> None:
     Path("last.ckpt").write_bytes(Path(LAST).read_bytes())
     places = [Path(file), *Path(file).glob("metrics.csv")]
     before = contents(here)
@@ -227,7 +166,7 @@ def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, exp
     try:
         if any(os.access(place, os.W_OK) for place in places):
             pytest.skip("this user may read and write everything")
-        assert error_of(capsys, 1, *words.format(last=LAST).split()).startswith(expected.format(last=LAST))
+        assert message.format(last=LAST) in error_of(capsys, 1, *words.format(last=LAST).split())
     finally:
         for place, mode in zip(places, modes, strict=True):
             place.chmod(mode)
@@ -235,47 +174,35 @@ def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, exp
 
 
 @pytest.mark.parametrize(
-    ("option", "expected"),
+    ("option", "name"),
     [
-        ("--trainer.val_check_interval 0", "trainer.val_check_interval must be above 0, got 0. Change trainer.val_check"),
-        ("--trainer.val_check_interval 1000", "`val_check_interval` (1000) must be less than or equal to the number"),
+        ("--trainer.val_check_interval 0", "trainer.val_check_interval"),
+        ("--trainer.val_check_interval 1000", "`val_check_interval`"),
         (
             "--model.lr_scheduler mtp_lightning.schedules.WarmupCosine --trainer.max_steps -1 --trainer.max_epochs 1"
             " --trainer.val_check_interval 1000",
-            "`val_check_interval` (1000) must be less than or equal to the number",  # found while the schedule is made
+            "`val_check_interval`",  # found while the schedule is built
         ),
-        (
-            "--model.optimizer.lr -1",
-            "model.optimizer or model.lr_scheduler can't be made: Invalid learning rate: -1.0. Change",
-        ),
-        (
-            "--model.lr_scheduler.warmup_steps -1",
-            "warmup_steps must be 0 or more, got -1.",
-        ),
-        ("--config config.yaml", "trainer.callbacks has a callback twice with the same settings, as when a configuration"),
-        ("--seed_everything -1", "seed_everything must be from 0 to 4294967295, got -1. Change seed_everything."),
+        ("--model.optimizer.lr -1", "model.optimizer"),
+        ("--config config.yaml", "trainer.callbacks"),
+        ("--seed_everything -1", "seed_everything"),
     ],
 )
-def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, capsys, option: str, expected: str) -> None:
+def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, capsys, option: str, name: str) -> None:
     before = contents(here)
-    assert error_of(capsys, 2, "fit", "--config", "config.yaml", *option.split()).startswith(expected)
+    assert name in error_of(capsys, 2, "fit", "--config", "config.yaml", *option.split())
     assert contents(here) == before
 
 
 @pytest.mark.parametrize(
-    ("path", "expected"),
+    ("path", "message"),
     [
         ("run/metrics.csv", "'run/metrics.csv': Permission denied. Change its permissions or the loggers' save_dir."),
-        (Path("run/a.csv").absolute(), "a.csv': Permission denied. Change its permissions or the loggers' save_dir."),
         ("train.jsonl", "'train.jsonl': Permission denied. Change its permissions."),
     ],
 )
-def test_a_file_that_may_not_be_touched(path: str | Path, expected: str) -> None:
-    found = setting_error(PermissionError(errno.EACCES, "Permission denied", path), Path("run"))
-    assert str(found).endswith(expected)
-
-
-def test_no_permission_for_what_is_no_file() -> None:
+def test_a_file_that_may_not_be_touched(path: str, message: str) -> None:
+    assert str(setting_error(PermissionError(errno.EACCES, "Permission denied", path), Path("run"))) == message
     assert setting_error(PermissionError(errno.EPERM, "Operation not permitted"), Path("run")) is None
 
 

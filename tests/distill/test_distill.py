@@ -167,7 +167,7 @@ def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> 
             2,
             "endpoint must be an address like http://localhost:8000/v1, got 'localhost:8000'.",
         ),
-        (["--device", "nothing"], 2, "device must be cpu, cuda or another one of this machine"),
+        (["--device", "nothing"], 2, "device must be cpu, cuda or another of this machine"),
     ],
 )
 def test_mistakes(tmp_path: Path, base: str, capsys, words: list[str], code: int, message: str) -> None:
