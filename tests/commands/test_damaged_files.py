@@ -185,7 +185,6 @@ def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, mes
         ),
         ("--model.optimizer.lr -1", "model.optimizer"),
         ("--config config.yaml", "trainer.callbacks"),
-        ("--seed_everything -1", "seed_everything"),
     ],
 )
 def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, capsys, option: str, name: str) -> None:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks
 from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
+from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
@@ -24,103 +24,55 @@ from mtp_lightning.text.prompts import Prompt, encode_prompt, read_prompts
 from mtp_lightning.text.stream import GeneratedText
 
 
-def stream(
-    model: MTPModel, prompt: Prompt, arguments: DecodingArguments, record: dict[str, Any], seed: int | None = None
-) -> Iterator[str]:
-    """Generate for one prompt and yield text as it is verified.
-
-    Args:
-        model: the model.
-        prompt: the prompt.
-        arguments: how to decode.
-        record: filled with the fields of the JSON line.
-        seed: seed of this prompt's draws; None: the arguments'.
-
-    Yields:
-        Pieces of text.
-    """
-    for pieces in _stream_together(model, [prompt], arguments, [record], None if seed is None else [seed]):
-        yield pieces[0]
-
-
-def _stream_together(
-    model: MTPModel,
-    prompts: list[Prompt],
-    arguments: DecodingArguments,
-    records: list[dict[str, Any]],
-    seeds: list[int] | None,
-) -> Iterator[list[str]]:
-    """The same for several prompts; one piece a prompt each time."""
-    options = arguments.options() if seeds is None else replace(arguments.options(), seed=seeds)
-    stops = [arguments.stop] if arguments.stop else []
-    texts = [GeneratedText(model, prompt, options, stops) for prompt in prompts]
-    finished: set[int] = set()
-    steps = decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, stopped=finished)
-    seconds = 0.0
-    calibrate(model, options)
-    while len(finished) < len(prompts):
-        # Decoding alone is timed, not the text made of it nor what the reader does with it.
-        begin = time.perf_counter()
-        gained = next(steps)
-        seconds += time.perf_counter() - begin
-        pieces = [""] * len(prompts)
-        for row, step, reason in gained:
-            text = texts[row]
-            pieces[row] = text.add(step.tokens)
-            text.seconds = seconds
-            if reason is not None or text.stopped:
-                pieces[row] += text.flush()
-                finished.add(row)
-        yield pieces
-    for text, record in zip(texts, records, strict=True):
-        record.update(text.record())
-
-
 def print_generations(model: MTPModel, prompts: list[Prompt], arguments: DecodingArguments, as_json: bool) -> None:
-    """Generate for each prompt and print text as it comes, or one JSON line a prompt.
-
-    Args:
-        model: the model.
-        prompts: the prompts.
-        arguments: how to decode.
-        as_json: JSON lines instead of text.
-
-    Raises:
-        UsageError: more masks than are trained.
-    """
-    resolve_num_masks(model, arguments.options())  # what is wrong shows before anything is printed
+    """Generate for each prompt and print text as it is decoded, or one JSON line a prompt."""
+    options, stops = arguments.options(), [arguments.stop] if arguments.stop else []
+    resolve_num_masks(model, options)  # an error shows before anything is printed
     seeds = row_seeds(arguments.seed, len(prompts))
+    calibrate(model, options)
     for begin in range(0, len(prompts), arguments.batch_size):
         batch = prompts[begin : begin + arguments.batch_size]
-        records: list[dict[str, Any]] = [{} for _ in batch]
-        if not as_json and len(batch) == 1:
+        batch_options = replace(options, seed=seeds[begin : begin + len(batch)])
+        texts = [GeneratedText(model, prompt, batch_options, stops) for prompt in batch]
+        streamed = not as_json and len(batch) == 1  # several texts at a time can't be shown as they grow
+        if streamed:
             print(("\n\n" if begin else "") + batch[0].text, end="", flush=True)
-        for pieces in _stream_together(model, batch, arguments, records, seeds[begin : begin + len(batch)]):
-            if not as_json and len(batch) == 1:
-                print(pieces[0], end="", flush=True)
-        for number, record in enumerate(records, begin):
+        for piece in _decode_texts(model, texts, batch_options):
+            if streamed:
+                print(piece, end="", flush=True)
+        for number, text in enumerate(texts, begin):
             if as_json:
-                line = json.dumps(record, ensure_ascii=False) + "\n"
-                print(line, end="", flush=True)  # at once, so that Ctrl-C leaves whole lines
+                line = json.dumps(text.record(), ensure_ascii=False) + "\n"
+                print(line, end="", flush=True)  # in one write, so that Ctrl-C leaves whole lines
                 continue
-            if len(batch) > 1:  # several texts at a time can't be shown as they grow
-                print(("\n\n" if number else "") + record["prompt"] + record["text"], end="", flush=True)
-            print(
-                f"\n[{len(record['token_ids'])} tokens in {record['num_steps']} steps, acceptance length"
-                f" {record['acceptance_length']:.2f}, {record['tokens_per_second']:.1f} tokens/s]",
-                file=sys.stderr,
-            )
+            if not streamed:
+                print(("\n\n" if number else "") + text.prompt.text + text.shown, end="", flush=True)
+            print(f"\n{text.summary()}", file=sys.stderr)
+
+
+def _decode_texts(model: MTPModel, texts: list[GeneratedText], options: DecodingOptions) -> Iterator[str]:
+    """Decode a batch of texts to their ends; yields the first one's pieces."""
+    finished: set[int] = set()
+    steps = decode_rows(model, [torch.tensor(text.prompt.input_ids) for text in texts], options, stopped=finished)
+    seconds = 0.0
+    while len(finished) < len(texts):
+        # Only decoding is timed: neither making text of tokens nor printing it.
+        begin = time.perf_counter()
+        results = next(steps)
+        seconds += time.perf_counter() - begin
+        for row, step, reason in results:
+            text = texts[row]
+            piece = text.add(step.tokens)
+            text.seconds = seconds
+            if reason is not None or text.stopped:
+                piece += text.flush()
+                finished.add(row)
+            if row == 0:
+                yield piece
 
 
 def run_generate(args: list[str]) -> None:
-    """``mtp generate MODEL --prompt TEXT``.
-
-    Args:
-        args: options.
-
-    Raises:
-        UsageError: no prompt, or both kinds of prompt.
-    """
+    """``mtp generate MODEL --prompt TEXT``."""
     parser = CommandParser(prog="mtp generate", description="Generates text with a trained model.")
     parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
     parser.add_argument("--prompt", type=str, default=None, help="the prompt")

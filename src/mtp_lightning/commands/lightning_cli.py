@@ -44,29 +44,29 @@ from mtp_lightning.training.module import MTPModule
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
-class ConfigurationParser(CommandParser, LightningArgumentParser):
-    """Lightning's parser, with one-line errors."""
-
-
 GROUPS: dict[str, type] = {"model": MTPModule, "model.lora": LoRA, "data": MTPDataModule, "trainer": Trainer}
 """Classes whose arguments are keys of every configuration."""
 
 
+class ConfigurationParser(CommandParser, LightningArgumentParser):
+    """Lightning's parser, with one-line errors."""
+
+
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration of a training run, once all that it names was loaded and fits together."""
+    """Saves the configuration once training starts: a failed start does not replace that of an earlier run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: what a failed start or ``mtp validate`` was given must not replace a run's configuration."""
+        """Nothing: here the trainer's limits have not been compared with the data, and ``mtp validate`` calls it too."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save: by now Lightning has compared the trainer's limits with the data, too."""
+        """Save."""
         super().setup(trainer, pl_module, "fit")
 
 
 class MTPCLI(LightningCLI):
     """LightningCLI over ``MTPModule`` and ``MTPDataModule``."""
 
-    def __init__(self, args: list[str], **options: Any) -> None:
+    def __init__(self, args: list[str], **kwargs: Any) -> None:
         super().__init__(
             MTPModule,
             MTPDataModule,
@@ -74,11 +74,11 @@ class MTPCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={"callbacks": [RunGuards(), ResumeExactly(), SaveOnSignal()]},
             auto_configure_optimizers=False,
-            **{"save_config_callback": SaveConfig, "save_config_kwargs": {"overwrite": True}, **options},
+            **{"save_config_callback": SaveConfig, "save_config_kwargs": {"overwrite": True}, **kwargs},
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Lightning's parser, with one-line errors."""
+        """A parser with one-line errors."""
         parser = ConfigurationParser(**kwargs)
         parser.add_argument("-c", "--config", action=ConfigFile, help="a YAML file; give several to add to the first")
         return parser
@@ -89,64 +89,58 @@ class MTPCLI(LightningCLI):
         parser.usage = f"mtp {subcommand} --config F [--config G ...] [--ckpt_path C] [options]"
         return parser
 
-    def _set_seed(self) -> None:
-        """Seed everything, with a one-line error."""
-        seed = self._get(self.config, "seed_everything")
-        if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 2**32:
-            raise UsageError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}. Change seed_everything.")
-        super()._set_seed()
-
-    def before_instantiate_classes(self) -> None:
-        """Refuse what no class can be made of."""
-        check_nulls(self.config if self.subcommand is None else self.config[self.subcommand], GROUPS)
-
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands but predict, which is ours."""
+        """Lightning's subcommands without predict, which is a command of its own."""
         return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: settings stored in a checkpoint must not override the YAML and the command line."""
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse ``null`` where a class needs a value."""
+        check_nulls(self.config if self.subcommand is None else self.config[self.subcommand], GROUPS)
+
     def instantiate_classes(self) -> None:
-        """What the configuration names, with one line where a class of it needs a package that is not there."""
+        """Lightning's, with a one-line error if a class needs a package that is not installed."""
         try:
             super().instantiate_classes()
         except ValueError as error:
             missing = re.search(r"class_path '([\w.]+)': Requirement '([^']+)' not met", " ".join(str(error).split()))
             if missing is None:
                 raise
-            raise UsageError(
-                f"{missing[1]} needs {missing[2]}, which is not installed. Run pip install '{missing[2]}', or leave it out"
-                " of the configuration."
-            ) from error
+            raise UsageError(f"{missing[1]} needs {missing[2]}, which is not installed.") from error
 
-    def after_fit(self) -> None:
-        """Say where the result lies."""
-        best = [getattr(each, "best_model_path", "") for each in self.trainer.checkpoint_callbacks]
-        if any(best) and self.trainer.is_global_zero:
-            path = os.path.relpath(next(filter(None, best)))
-            print(f"\nbest checkpoint: {path}\ntry it: mtp generate {path} --prompt TEXT", flush=True)
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with one-line errors; by default with CSV and TensorBoard loggers in one folder."""
+        given = self._get(self.config_init, "trainer", default={})
+        if given.get("logger") in (None, True):  # Lightning's own would begin a new folder at each start
+            folder = Path(given.get("default_root_dir") or ".") / "lightning_logs"
+            kwargs["logger"] = [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
+        if given.get("val_check_interval") == 0:
+            raise UsageError("trainer.val_check_interval must be above 0, got 0.")
+        callbacks = given.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        silent = given.get("enable_progress_bar") is False or given.get("barebones")
+        if not silent and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            kwargs["callbacks"] = [*callbacks, StepsProgressBar()]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except UsageError:
+            raise
+        except Exception as error:
+            if (known := trainer_error(error)) is None:
+                raise
+            raise known from error
+        check_validation_interval(trainer, given.get("val_check_interval"))
+        return trainer
 
     def after_instantiate_classes(self) -> None:
-        """Look at the checkpoint before data and weights are loaded, and keep the figures that a run has logged."""
-        path, append = self._get(self.config, "ckpt_path"), self.subcommand != "fit"
-        self._folder = run_folder(self.trainer)  # asked for while all processes do
-        if path in ("", "best", "hpc", "registry"):  # Lightning's own words for what another command does not have
-            raise UsageError(f"ckpt_path must be the path of a .ckpt file, or last, got {path!r}. Change --ckpt_path.")
-        if path == "last":
-            path = last_checkpoint(self.trainer, self._folder, self.subcommand == "fit")
-            for config in (self.config, self.config_init):
-                config[self.subcommand].ckpt_path = path
+        """Check the checkpoint before data and weights are loaded, and prepare what the run writes."""
+        self._run_folder = run_folder(self.trainer)  # a collective call, made by all processes
+        path, append = self._checkpoint_path(), self.subcommand != "fit"
         if path:
-            checkpoint = read_checkpoint(path)
-            check_settings(checkpoint, checkpoint_settings(self.model), self.model.full_config)
-            check_training_state(path, checkpoint, self.subcommand or "")
-            append = self.subcommand != "fit" or appends_metrics(self.trainer, self._folder, checkpoint)
-            for each in self.callbacks_of(ResumeExactly):
-                each.run = run_of(checkpoint)
-            if self.subcommand != "fit" and (loops := checkpoint.get("loops")):
-                self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
+            append = self._check_checkpoint(path)
         elif self.subcommand == "fit":
             warn_of_replacement(self.trainer)
         for logger in self.trainer.loggers:
@@ -155,18 +149,42 @@ class MTPCLI(LightningCLI):
                     set_csv_writer(logger, MetricsWriter(logger.log_dir, append))
                 except OSError as error:
                     raise RunError(unwritable_message(Path(logger.log_dir)) or one_line(error)) from error
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user named stays
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # Lightning's default, not one that a user named
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for guards in self.callbacks_of(RunGuards):
             guards.configuration = as_text(self.config[self.subcommand]) | {"ckpt_path": str(path)}
 
-    def callbacks_of(self, kind: type[AnyCallback]) -> list[AnyCallback]:
-        """The trainer's callbacks of a kind."""
+    def _checkpoint_path(self) -> str | None:
+        """``ckpt_path``, with ``last`` replaced by the file that it stands for."""
+        path: str | None = self._get(self.config, "ckpt_path")
+        if path in ("", "best", "hpc", "registry"):  # Lightning's words, which need a trainer that has trained
+            raise UsageError(f"ckpt_path must be the path of a .ckpt file, or last, got {path!r}.")
+        if path == "last":
+            path = last_checkpoint(self.trainer, self._run_folder, self.subcommand == "fit")
+            for config in (self.config, self.config_init):
+                config[self.subcommand].ckpt_path = path
+        return path
+
+    def _check_checkpoint(self, path: str) -> bool:
+        """Refuse a checkpoint that does not fit; returns whether metrics.csv is continued."""
+        checkpoint = read_checkpoint(path)
+        check_settings(checkpoint, checkpoint_settings(self.model), self.model.full_config)
+        check_training_state(path, checkpoint, self.subcommand or "")
+        for callback in self.callbacks_of(ResumeExactly):
+            callback.run = run_of(checkpoint)
+        if self.subcommand == "fit":
+            return appends_metrics(self.trainer, self._run_folder, checkpoint)
+        if loops := checkpoint.get("loops"):
+            self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
+        return True
+
+    def callbacks_of(self, callback_class: type[AnyCallback]) -> list[AnyCallback]:
+        """The trainer's callbacks of a class."""
         trainer: Any = self.trainer
-        return [each for each in trainer.callbacks if isinstance(each, kind)]
+        return [callback for callback in trainer.callbacks if isinstance(callback, callback_class)]
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run, with a sentence for what may happen to any long run."""
+        """Run, with a one-line error for what may happen to any long run."""
         try:
             super()._run_subcommand(subcommand)
         except MTPError:
@@ -175,41 +193,19 @@ class MTPCLI(LightningCLI):
             if is_out_of_memory(error):
                 guards = next(iter(self.callbacks_of(RunGuards)), RunGuards())
                 raise RunError(guards.out_of_memory(self.trainer, one_line(error, 200))) from error
-            known: MTPError | None = run_error(error) or setting_error(error, self._folder)
+            known: MTPError | None = run_error(error) or setting_error(error, self._run_folder)
             if known is None:
                 raise
             raise known from error
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with one-line errors; where no logger is named, with CSV and TensorBoard in one folder."""
-        named = self._get(self.config_init, "trainer", default={})
-        if named.get("logger") in (None, True):  # Lightning's own would begin a new folder at each start
-            folder = Path(named.get("default_root_dir") or ".") / "lightning_logs"
-            kwargs["logger"] = [kind(folder, name="", version="") for kind in (CSVLogger, TensorBoardLogger)]
-        if named.get("val_check_interval") == 0:
-            raise UsageError("trainer.val_check_interval must be above 0, got 0. Change trainer.val_check_interval.")
-        callbacks = named.get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        silent = named.get("enable_progress_bar") is False or named.get("barebones")
-        if not silent and not any(isinstance(each, ProgressBar) for each in callbacks):
-            kwargs["callbacks"] = [*callbacks, StepsProgressBar()]
-        try:
-            trainer = super().instantiate_trainer(**kwargs)
-        except UsageError:
-            raise
-        except Exception as error:
-            known = trainer_error(error)
-            if known is None:
-                raise
-            raise known from error
-        check_validation_interval(trainer, named.get("val_check_interval"))
-        return trainer
+    def after_fit(self) -> None:
+        """Print where the best checkpoint is."""
+        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
+        if any(paths) and self.trainer.is_global_zero:
+            path = os.path.relpath(next(filter(None, paths)))
+            print(f"\nbest checkpoint: {path}\ntry it: mtp generate {path} --prompt TEXT", flush=True)
 
 
 def run_trainer(args: list[str]) -> None:
-    """``mtp fit | validate | test``.
-
-    Args:
-        args: the command and its options.
-    """
+    """``mtp fit | validate | test``, with the command as the first argument."""
     MTPCLI(args)

@@ -16,7 +16,7 @@ from mtp_lightning.text.prompts import read_prompts
 
 
 class PredictCLI(SettingsCLI):
-    """The same configuration files, read for their settings alone, with the options of decoding."""
+    """The configuration files of training with the options of decoding."""
 
     USAGE = "mtp predict --config F [--config G ...] --ckpt_path C [--prompts P] [options]"
 
@@ -43,27 +43,20 @@ class PredictCLI(SettingsCLI):
         )
 
     def add_arguments_to_parser(self, parser: ArgumentParser) -> None:
-        """Options of predict beside the configuration."""
+        """Options in addition to the configuration."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--ckpt_path", type=str, required=True, help="path of a checkpoint that mtp fit wrote")
-        parser.add_argument("--prompts", type=str, default=None, help="prompts file; not given: data.test")
+        parser.add_argument("--prompts", type=str, default=None, help="prompts file. Default: data.test")
         parser.add_argument("--json", action="store_true", help="one JSON line a prompt, which is what this command prints")
         parser.add_class_arguments(DecodingArguments, None)
 
 
 def run_predict(args: list[str]) -> None:
-    """``mtp predict``: decode the test prompts with a checkpoint, one JSON line a prompt.
-
-    Args:
-        args: options.
-
-    Raises:
-        UsageError: no prompts are named, or no checkpoint file.
-    """
+    """``mtp predict``: decode the test prompts with a checkpoint, one JSON line a prompt."""
     cli = PredictCLI(args)
     config = cli.config
     if config.ckpt_path == "last":
-        raise UsageError("mtp predict needs the path of a .ckpt file, got 'last'. Change --ckpt_path.")
+        raise UsageError("--ckpt_path must be the path of a .ckpt file, got 'last'.")
     arguments = DecodingArguments(**{name: config[name] for name in DecodingArguments.__dataclass_fields__})
     source = config.prompts or config.data.test
     if not isinstance(source, str) or not source:

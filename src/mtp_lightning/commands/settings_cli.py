@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same configuration files for commands that do not train: read for their settings alone. No weights, no trainer."""
+"""The configuration files of training, read for their settings alone by commands that do not train."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from mtp_lightning.commands.lightning_cli import MTPCLI
 
 
 class SettingsCLI(MTPCLI):
-    """``MTPCLI`` up to the module and the data module, with the options of one command.
-
-    Args:
-        args: the options.
-    """
+    """``MTPCLI`` up to the module and the data module, with the options of one command: no weights, no trainer."""
 
     USAGE = ""
 
@@ -29,15 +25,15 @@ class SettingsCLI(MTPCLI):
         return parser
 
     def instantiate_classes(self) -> None:
-        """The module and the data module; no weights, and no trainer, which would want the devices that are named."""
+        """Build the module and the data module; a trainer would want the devices that are named."""
         config = self.config.clone()
         config.pop("trainer", None)  # its loggers and callbacks may need packages that only training has
-        made = self.parser.instantiate_classes(config)
-        self.model, self.datamodule = self._get(made, "model"), self._get(made, "data")
+        instances = self.parser.instantiate_classes(config)
+        self.model, self.datamodule = self._get(instances, "model"), self._get(instances, "data")
 
     def after_instantiate_classes(self) -> None:
         """Nothing: there is no trainer."""
 
     def add_arguments_to_parser(self, parser: ArgumentParser) -> None:
-        """What a run's ``config.yaml`` has beside the settings."""
+        """Keys of a run's ``config.yaml`` in addition to the settings."""
         parser.add_argument("--weights_only", type=bool | None, default=None, help="not used; a run's config.yaml has it")
