@@ -3,8 +3,8 @@
 
     python scripts/demo_base/average.py --states early middle late --prose TALES.jsonl STORIES.txt --output base
 
-States of one run lie close enough for that. Here each later one knew its training text better and held-out text worse; their
-mean was better on held-out code and prose than any of them.
+Each later state fitted its training text better and held-out text worse; their mean was better on held-out code and prose than any
+of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--states", nargs="+", type=Path, required=True, help="folders that train.py wrote")
     parser.add_argument("--prose", nargs="+", required=True, help="as for train.py")
     parser.add_argument("--code", help="as for train.py")
-    parser.add_argument("--tokens", type=int, required=True, help="tokens that the last state was trained on in all")
+    parser.add_argument("--tokens", type=int, required=True, help="total tokens that the last state was trained on")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in args.states]

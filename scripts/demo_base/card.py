@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the model card of the demo's base model: what it is, held-out perplexity, and what it writes.
+"""Writes the model card of the demo's base model: what it is, held-out perplexity, and samples.
 
 python scripts/demo_base/card.py --base src/mtp_lightning/demo/base
 """
@@ -16,30 +16,31 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 CARD = """# The demo's base model
 
 A Llama of {parameters:,} parameters ({layers} layers of width {width}, vocabulary {vocabulary}, context {context} tokens), trained from scratch on
-a CPU for the demo of mtp-lightning: small enough to ship and to train on in minutes, real enough to write code-, maths- and
-prose-shaped text. It is fluent for a clause or two, knows nothing, and its sums are often wrong; it is of use for the demo alone.
+a CPU for the demo of mtp-lightning: small enough to ship and to train on in minutes, large enough to write text that looks like code,
+maths and prose. It is fluent for a clause or two, knows nothing, and its sums are often wrong. Use it for the demo only.
 
-Made by `scripts/demo_base/train.py` from {tokens:,} tokens (code and prose about seven times over, which is more than they bear: later states
-knew their training text better and held-out text worse), then `scripts/demo_base/average.py`: the mean of the weights after 9.3, 17.9 and 29.0 million tokens,
-better on held-out code and prose than each of them. The tokens are of:
+Made by `scripts/demo_base/train.py` from {tokens:,} tokens (about seven epochs of code and prose, which
+overfits), then `scripts/demo_base/average.py`: the mean of the weights after 9.3, 17.9 and 29.0 million
+tokens, which is better on held-out code and prose than each of them. Sources:
 
 | domain | text | licence |
 |---|---|---|
 | code | functions of the Python 3.11 standard library, normalised, one file in twenty held out | PSF-2.0 |
-| maths | arithmetic word problems by rule, `scripts/demo_base/maths_problems.py`, one in twenty held out | Apache-2.0, ours |
+| maths | rule-based arithmetic word problems, `scripts/demo_base/maths_problems.py`, one in twenty held out | Apache-2.0, ours |
 | prose | 232 fairy tales of Project Gutenberg, collected in FairytaleQA (46 more held out); short stories of TinyStories | Apache-2.0 (the tales: public domain); CDLA-Sharing-1.0 |
 
-Weights (bfloat16), tokenizer and the sampled text beside it (`../train.parquet`, `../validation.parquet`) are licensed
-Apache-2.0. `../train.parquet` also holds excerpts of the corpus, at most 150 kB (`source` = `corpus`), and its sampled rows begin with 4 to 12 tokens
-of it: code PSF-2.0, maths ours, prose from the fairy tales. `../prompts.jsonl`: openings of held-out functions (PSF-2.0) and tales (public domain), and our problems.
+Weights (bfloat16), tokenizer and the sampled text (`../train.parquet`, `../validation.parquet`) are licensed
+Apache-2.0. `../train.parquet` also holds excerpts of the corpus, at most 150 kB (`source` = `corpus`), and its sampled rows begin with 4
+to 12 tokens of it: code PSF-2.0, maths ours, prose from the fairy tales. `../prompts.jsonl`: openings of held-out functions (PSF-2.0)
+and tales (public domain), and our problems.
 
-Perplexity per token on held-out documents, each alone and cut at {context} tokens (printed by `average.py`):
+Perplexity per token on held-out documents, each truncated to {context} tokens (printed by `average.py`):
 
 | code | maths | prose |
 |---|---|---|
 | {code:.2f} | {maths:.2f} | {prose:.2f} |
 
-What it writes, sampled at temperature 0.7, first draw of seed 0, prompt in bold (printed by `scripts/demo_base/card.py`):
+Samples at temperature 0.7, first draw of seed 0, prompt in bold (printed by `scripts/demo_base/card.py`):
 
 {samples}
 """

@@ -25,7 +25,7 @@ ROWS = {"code": 0.55, "maths": 0.15, "prose": 0.3}
 
 @torch.inference_mode()
 def continuations(model, eos: int, openings: list[list[int]], length: int, batch_size: int, name: str) -> list[list[int]]:
-    """Rows of at most ``length`` tokens: each opening and what the model goes on with at temperature 1."""
+    """Rows of at most ``length`` tokens: each opening and its continuation at temperature 1."""
     rows: list[list[int]] = []
     by_length: dict[int, list[list[int]]] = {}
     for opening in openings:
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--train_rows", type=int, default=6600)
     parser.add_argument("--validation_rows", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=40, help="per domain")
-    parser.add_argument("--opening", type=int, default=64, help="most tokens of a prompt; at most half of its document")
+    parser.add_argument("--opening", type=int, default=64, help="maximum tokens of a prompt; at most half of its document")
     parser.add_argument("--length", type=int, default=192)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--excerpts", type=int, default=150_000, help="bytes of corpus text among the training rows")
@@ -98,7 +98,7 @@ def main() -> None:
                 opening = tokenizer.decode(ids[: min(args.opening, len(ids) // 2)])
             ids = tokenizer(opening)["input_ids"]
             (row,) = continuations(model, eos, [ids], len(ids) + args.length // 2, 1, "prompt")
-            # The completion makes it a test row too: what the base itself goes on with.
+            # The completion, the base's own continuation, makes it a test row too.
             prompts.append({"prompt": opening, "domain": domain, "completion_ids": row[len(ids) :]})
     (args.output / "prompts.jsonl").write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts), "utf-8")
 

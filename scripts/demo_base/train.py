@@ -40,7 +40,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def rows(docs: list[list[int]], rng: random.Random):
-    """Sent a length, gives a row of so many tokens that begins at a document's start: prompts need no special token."""
+    """Generator that is sent a length and yields a row of that many tokens, starting with a document: no special token needed."""
     order: list[int] = []
     row: list[int] = []
     while True:
@@ -55,7 +55,7 @@ def rows(docs: list[list[int]], rng: random.Random):
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, docs: list[list[int]], length: int) -> float:
-    """exp of the mean next-token loss per token over the documents, each alone and cut at ``length``."""
+    """exp of the mean next-token loss per token over the documents, each truncated to ``length``."""
     total, count = 0.0, 0
     for doc in docs:
         ids = torch.tensor([doc[:length]])
@@ -76,11 +76,11 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--num_layers", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="longest row: the model's context")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows of the longest; of shorter ones more")
-    parser.add_argument("--short", type=float, default=0.75, help="share of steps with rows of half the length: cheaper")
+    parser.add_argument("--batch_size", type=int, default=16, help="rows of full length; twice as many of half length")
+    parser.add_argument("--short", type=float, default=0.75, help="share of steps with rows of half the length, which is cheaper")
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="folder of an earlier run to go on from, tokenizer included")
+    parser.add_argument("--resume", type=Path, help="folder of an earlier run to continue, tokenizer included")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
