@@ -3,8 +3,8 @@
 
     python scripts/demo_base/average.py --states early middle late --prose TALES.jsonl STORIES.txt --output base
 
-Each later state fitted its training text better and held-out text worse; their mean was better on held-out code and prose than any
-of them.
+Each later state fitted its training text better and held-out text worse; their mean was better on held-out
+code and prose than any of them.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def rows(docs: list[list[int]], rng: random.Random):
-    """Generator that is sent a length and yields a row of that many tokens, starting with a document: no special token needed."""
+    """Generator that is sent a length and yields a row of that many tokens, which starts with a document."""
     order: list[int] = []
     row: list[int] = []
     while True:
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--num_layers", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="longest row: the model's context")
     parser.add_argument("--batch_size", type=int, default=16, help="rows of full length; twice as many of half length")
-    parser.add_argument("--short", type=float, default=0.75, help="share of steps with rows of half the length, which is cheaper")
+    parser.add_argument("--short", type=float, default=0.75, help="share of steps with rows of half the length")
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", type=Path, help="folder of an earlier run to continue, tokenizer included")
