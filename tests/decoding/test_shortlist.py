@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hidden import fused
 from tiny import VOCAB, greedy_text, tiny_model, token_row
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ def test_drafts_are_those_of_the_whole_vocabulary_with_the_rest_ruled_out(
     def drafts(shortlist: Shortlist | None) -> Drafts:
         choice = TokenChoice(DecodingOptions(**WAYS[way]), [5, 6, 7], torch.device("cpu"))
         choice.shortlist, choice.return_draft_probs = shortlist, True
-        with torch.inference_mode(), decode_cache(model).use(model):
+        with torch.inference_mode(), fused(model):
             return draft_block(model, hidden, torch.tensor([3, 50, 9]), torch.tensor([9, 9, 12]), choice, head is not None)
 
     found, free = drafts(Shortlist(model.unembed, LISTED)), drafts(None)
@@ -97,7 +98,7 @@ def test_logits_of_the_listed_tokens(dtype: torch.dtype) -> None:
 
 
 def listed(model: MTPModel, size: int) -> Shortlist | None:
-    with torch.inference_mode(), decode_cache(model).use(model):
+    with torch.inference_mode(), fused(model):
         return decode_cache(model).shortlist(model, size)
 
 
@@ -127,7 +128,7 @@ def test_a_shortlist_is_made_once_and_anew_when_something_changed() -> None:
 
 def test_where_there_can_be_none_drafts_are_of_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(model: MTPModel, asked: Any = 5) -> Shortlist | None:
-        with torch.inference_mode(), decode_cache(model).use(model):
+        with torch.inference_mode(), fused(model):
             return draft_shortlist(model, DecodingOptions(draft_vocabulary=asked))
 
     model = tiny_model("llama", 3, sampler_head=GRUSamplerHead())
@@ -143,7 +144,7 @@ def test_where_there_can_be_none_drafts_are_of_the_whole_vocabulary(monkeypatch:
     head.__class__ = type("Linear8bitLt", (nn.Linear,), {})
     assert made(model) is None
     head.__class__ = nn.Linear
-    monkeypatch.setattr(decode_cache_module, "LARGEST_COPY", 5 * 32 * 8 - 1)
+    monkeypatch.setattr(decode_cache_module, "MAX_COPY_BYTES", 5 * 32 * 8 - 1)
     assert made(model) is None and made(model, 4) is not None
     monkeypatch.undo()
     monkeypatch.setattr(MTPNetwork, "is_sharded", True)
@@ -155,7 +156,7 @@ def test_auto_lists_what_had_nearly_all_labels(verification: str) -> None:
     model = tiny_model("llama", 3, sampler_head=GRUSamplerHead(), vocab_size=256)
     frequent = torch.arange(100, 150)
     model.label_counts = LabelCounts(torch.zeros(256, dtype=torch.int64).index_fill_(0, frequent, 1000))
-    with torch.inference_mode(), decode_cache(model).use(model):
+    with torch.inference_mode(), fused(model):
         shortlist = draft_shortlist(model, DecodingOptions())
     assert shortlist is not None and shortlist.tokens.tolist() == [*range(14), *range(100, 150)]
     prompt = token_row([6]).input_ids

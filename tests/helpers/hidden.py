@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from tiny import token_row
 from torch import Tensor
 
+from mtp_lightning.decoding.execution.decode_cache import DecodeCache, decode_cache
 from mtp_lightning.model import MTPModel
 
 
@@ -16,3 +20,12 @@ def hidden_states(model: MTPModel, num_mtp: int, rows: int) -> Tensor:
     inputs = torch.cat([model.embed(ids), model.mask_embeddings.expand(rows, -1, -1)], dim=1)
     with model.gate.open(num_mtp):
         return model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+
+@contextlib.contextmanager
+def fused(model: MTPModel) -> Iterator[DecodeCache]:
+    """Run the model's layers as in decoding."""
+    cache = decode_cache(model)
+    cache.prepare(model)
+    with cache.fused():
+        yield cache

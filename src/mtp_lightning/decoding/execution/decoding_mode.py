@@ -39,8 +39,8 @@ class DecodingMode:
             if training:
                 model.eval()
             try:
-                covered = self._cache.covered() if self._fused else contextlib.nullcontext()
-                with switched_attention(self._configs, self._kernel), covered:
+                fused = self._cache.fused() if self._fused else contextlib.nullcontext()
+                with switched_attention(self._configs, self._kernel), fused:
                     yield
             finally:
                 for module in training:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused layers compute what PEFT's layers do, and the base's bits before the tail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hidden import fused, hidden_states
+from tiny import ARCHITECTURES, FEW, tiny_model
+from torch import nn
+
+from mtp_lightning.decoding.execution import fused_lora
+from mtp_lightning.decoding.execution.fused_lora import can_fuse
+from mtp_lightning.decoding.packed_linear import packed_dtypes
+from mtp_lightning.model import MTPModel
+from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.peft_private import lora_layers
+
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
+"""float64 sums in another order, through a few layers."""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "joined"), [*((name, True) for name in ARCHITECTURES), *((name, False) for name in FEW)]
+)
+def test_fused_layers_compute_what_pefts_do(architecture: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not joined:
+        monkeypatch.setattr(fused_lora, "MAX_COPY_BYTES", 0)
+    model = tiny_model(architecture, 4)
+    for rows, num_mtp in ((1, 4), (3, 4), (2, 13), (2, 0)):
+        expected = hidden_states(model, num_mtp, rows)
+        with fused(model):
+            assert all("forward" in vars(layer) for layer in lora_layers(model.base))
+            torch.testing.assert_close(hidden_states(model, num_mtp, rows), expected, **EXACT)
+        if num_mtp == 4:  # and the adapters do something
+            assert (hidden_states(model, 0, rows) - expected)[:, -4:].abs().max() > 1e-3
+
+
+def test_adapters_multiplied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_lora, "MAX_BLOCK_DIAGONAL", 0)
+    model = tiny_model("qwen2", 4)
+    expected = hidden_states(model, 4, 2)
+    with fused(model):
+        torch.testing.assert_close(hidden_states(model, 4, 2), expected, **EXACT)
+
+
+def test_packed_layers_compute_what_pefts_do() -> None:
+    """float32 on a CPU, where weights are packed and sums are rounded differently."""
+    model = tiny_model("qwen2", 4, dtype=torch.float32)
+    for rows in (1, 3):
+        expected = hidden_states(model, 4, rows)
+        with fused(model), torch.inference_mode():
+            found = hidden_states(model, 4, rows)
+            packs = torch.float32 in packed_dtypes()
+            assert ("forward" in vars(model.base.get_output_embeddings())) == packs
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            logits = model.unembed(found)
+        torch.testing.assert_close(logits, model.unembed(expected).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_keep_the_bits_of_the_base(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", 4, dtype=dtype)
+    model.mask_embeddings.data = model.mask_embeddings.data.to(dtype)
+    with fused(model):
+        assert torch.equal(hidden_states(model, 4, 2)[:, :9], hidden_states(model, 0, 2)[:, :9])
+
+
+def test_layers_that_cannot_be_fused_keep_pefts_forward() -> None:
+    def layers(**options: Any) -> tuple[MTPModel, list[Any]]:
+        model = tiny_model("llama", 3, **options)
+        return model, lora_layers(model.base)
+
+    model, found = layers()
+    assert all(can_fuse(layer, model.gate) for layer in found)
+    found[0].register_forward_hook(lambda *_: None)
+    found[1].base_layer.register_forward_pre_hook(lambda *_: None)
+    found[2].base_layer.__class__ = type("Linear4bit", (nn.Linear,), {})
+    found[3].base_layer.forward = found[3].base_layer.forward  # as accelerate does to load weights late
+    found[4].enable_adapters(False)
+    assert [can_fuse(layer, model.gate) for layer in found[:6]] == [False] * 5 + [True]
+    assert not can_fuse(found[6], tiny_model("llama", 3).gate)
+    expected = hidden_states(model, 3, 2)
+    with fused(model):
+        torch.testing.assert_close(hidden_states(model, 3, 2), expected, **EXACT)
+    always, found = layers(lora=LoRA(rank=4, gated=False))
+    assert all(can_fuse(layer, always.gate) for layer in found)
