@@ -76,13 +76,13 @@ def sample_starts(eligible: Tensor, num_blocks: int, generator: torch.Generator)
 
 
 class _RowBlocks(NamedTuple):
-    """The blocks of one row; see ``MaskedInput`` for the fields."""
+    """The blocks of one row, not padded; see ``MaskedInput`` for the fields."""
 
     ntp_labels: Tensor
     starts: Tensor
     mtp_labels: Tensor
     anchor_weights: Tensor
-    block_weight: float
+    block_weights: Tensor
     counts: Tensor
 
 
@@ -110,7 +110,16 @@ def _row_blocks(
     labels = labels_after[starts]
     shared_by = positions_per_anchor[starts[:, None] + offsets].clamp_min(1)
     anchor_weights = torch.where(labels != IGNORE_INDEX, 1 / shared_by, 0.0)
-    return _RowBlocks(ntp_labels, starts, labels, anchor_weights, len(useful) / max(1, len(starts)), counts)
+    block_weights = torch.full((len(starts),), len(useful) / max(1, len(starts)))
+    return _RowBlocks(ntp_labels, starts, labels, anchor_weights, block_weights, counts)
+
+
+def _pad_and_stack(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:
+    """Stack tensors [n, ...] whose n differ to [B, length, ...]."""
+    out = tensors[0].new_full((len(tensors), length, *tensors[0].shape[1:]), value)
+    for padded, tensor in zip(out, tensors, strict=True):
+        padded[: len(tensor)] = tensor
+    return out
 
 
 def build_masked_input(
@@ -147,39 +156,27 @@ def build_masked_input(
         wanted = max(1, round(num_useful * block_fraction))
         return wanted if max_blocks_per_row is None else min(wanted, max_blocks_per_row)
 
-    blocks_by_row = []
+    blocks = []
     for row in rows:
         state = np.random.SeedSequence([seed, epoch, row.row_id]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state) >> 1)
-        blocks_by_row.append(_row_blocks(row, num_masks, num_blocks, generator, context))
+        blocks.append(_row_blocks(row, num_masks, num_blocks, generator, context))
 
-    B, K = len(rows), num_masks
-    L = max(len(row.input_ids) for row in rows)
-    L = -(-L // pad_to_multiple_of) * pad_to_multiple_of
-    P = max(1, max(len(blocks.starts) for blocks in blocks_by_row))
-    out = MaskedInput(
-        input_ids=torch.zeros(B, L, dtype=torch.int64),
-        position_ids=torch.zeros(B, L, dtype=torch.int64),
-        document_ids=torch.full((B, L), -1),
-        ntp_labels=torch.full((B, L), IGNORE_INDEX),
-        starts=torch.full((B, P), -1),
-        mtp_labels=torch.full((B, P, K), IGNORE_INDEX),
-        anchor_weights=torch.zeros(B, P, K),
-        block_weights=torch.zeros(B, P),
-        counts=torch.stack([blocks.counts for blocks in blocks_by_row]).sum(0),
+    longest = max(len(row.input_ids) for row in rows)
+    L = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    P = max(1, max(len(b.starts) for b in blocks))
+    return MaskedInput(
+        input_ids=_pad_and_stack([row.input_ids for row in rows], L, 0),
+        position_ids=_pad_and_stack([document_positions(row.document_ids) for row in rows], L, 0),
+        document_ids=_pad_and_stack([row.document_ids for row in rows], L, -1),
+        ntp_labels=_pad_and_stack([b.ntp_labels for b in blocks], L, IGNORE_INDEX),
+        starts=_pad_and_stack([b.starts for b in blocks], P, -1),
+        mtp_labels=_pad_and_stack([b.mtp_labels for b in blocks], P, IGNORE_INDEX),
+        anchor_weights=_pad_and_stack([b.anchor_weights for b in blocks], P, 0),
+        block_weights=_pad_and_stack([b.block_weights for b in blocks], P, 0),
+        counts=torch.stack([b.counts for b in blocks]).sum(0),
         row_ids=torch.tensor([row.row_id for row in rows]),
     )
-    for r, (row, blocks) in enumerate(zip(rows, blocks_by_row, strict=True)):
-        n, p = len(row.input_ids), len(blocks.starts)
-        out.input_ids[r, :n] = row.input_ids
-        out.position_ids[r, :n] = document_positions(row.document_ids)
-        out.document_ids[r, :n] = row.document_ids
-        out.ntp_labels[r, :n] = blocks.ntp_labels
-        out.starts[r, :p] = blocks.starts
-        out.mtp_labels[r, :p] = blocks.mtp_labels
-        out.anchor_weights[r, :p] = blocks.anchor_weights
-        out.block_weights[r, :p] = blocks.block_weight
-    return out
 
 
 class AttentionPattern(NamedTuple):
