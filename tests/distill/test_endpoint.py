@@ -39,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_file, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(endpoint_file, "MAX_BACKOFF", 0.02)
 
 
 def usual(path: str, body: dict) -> dict:
@@ -225,20 +225,8 @@ def test_giving_up_keeps_what_was_answered(tmp_path: Path, base: str, serve, cap
 
     server = serve(down_after_five)
     message = error_of(capsys, 1, "distill", *words(base, tmp_path, server.url, concurrency=1, retries=2))
-    assert message == (
-        f"{server.url}: row 'q5' was not answered in 3 tries, at last: status 500: out of memory. Look at the server, then"
-        " run the same command again to go on."
-    )
+    assert message.startswith(f"{server.url}: no answer to row 'q5' after 3 attempts: status 500: out of memory.")
     assert [row["id"] for row in read(tmp_path / "a.jsonl")] == [0, "q1", 2, "q3", 4] and len(server.requests) == 8
-
-
-def test_going_on_asks_only_what_is_missing(tmp_path: Path, base: str, serve) -> None:
-    write_rows(tmp_path / "q.jsonl", questions(3))
-    server = serve()
-    assert mtp("distill", *words(base, tmp_path, server.url)) == 0
-    write_rows(tmp_path / "q.jsonl", questions(5))
-    assert mtp("distill", *words(base, tmp_path, server.url)) == 0
-    assert len(server.requests) == 5 and len(read(tmp_path / "a.jsonl")) == 5
 
 
 def test_a_server_that_refuses(tmp_path: Path, base: str, serve, capsys) -> None:
@@ -251,8 +239,8 @@ def test_a_server_that_refuses(tmp_path: Path, base: str, serve, capsys) -> None
     server = serve(refuse)
     message = error_of(capsys, 1, "distill", *words(base, tmp_path, server.url, endpoint_model="x", concurrency=1))
     assert message.startswith(f"{server.url}/chat/completions: the server refuses row 0 with status 404: ")
-    assert "The model `x` does not exist." in message and "Check --endpoint, --endpoint_model (x), MTP_API_KEY" in message
-    assert len(server.requests) == 1  # such a thing does not pass
+    assert "The model `x` does not exist." in message and "--endpoint_model (x)" in message
+    assert len(server.requests) == 1  # not a transient failure
 
 
 def test_an_error_comes_after_what_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,20 +249,20 @@ def test_an_error_comes_after_what_was_answered(monkeypatch: pytest.MonkeyPatch)
     threads: dict[int, threading.Thread] = {}
 
     def ask(question: Question) -> Reply:
-        threads[question.name] = threading.current_thread()
-        begun[question.name].set()
-        assert begun[1].wait(10) and begun[2].wait(10) and question.name < 3  # a fourth is never asked
-        if question.name:
-            threads[question.name - 1].join(10)  # in order
-        if question.name == 1:
+        threads[question.row_id] = threading.current_thread()
+        begun[question.row_id].set()
+        assert begun[1].wait(10) and begun[2].wait(10) and question.row_id < 3  # a fourth is never asked
+        if question.row_id:
+            threads[question.row_id - 1].join(10)  # in order
+        if question.row_id == 1:
             raise RunError("refused")
-        return Reply(question.name, "one", True, None, None)
+        return Reply(question.row_id, "one", True, None, None)
 
     monkeypatch.setattr(server, "ask", ask)
     replies = server.replies(Question(name, "one", 3) for name in range(3))
-    assert next(replies).name == 0
+    assert next(replies).row_id == 0
     threads[2].join(10)
-    assert next(replies).name == 2
+    assert next(replies).row_id == 2
     with pytest.raises(RunError, match="refused"):
         next(replies)
 
@@ -306,33 +294,26 @@ def test_a_server_of_another_kind(serve) -> None:
         server.ask(Question(1, "one", 3))
 
 
-def test_nobody_answers() -> None:
+def test_no_server_answers() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = Endpoint(EndpointOptions(f"http://127.0.0.1:{port}/v1", retries=1), "m", AnswerOptions())
-    with pytest.raises(RunError, match=r"row 1 was not answered in 2 tries, at last: .*[Cc]onnection refused"):
+    with pytest.raises(RunError, match="row 1 after 2 attempts: .*[Cc]onnection refused"):
         server.ask(Question(1, "one", 3))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"concurrency": 0}, "concurrency must be 1 or more, got 0. Change --concurrency."),
-        ({"retries": -1}, "retries must be 0 or more, got -1. Change --retries."),
-        ({"timeout": 0}, "timeout must be above 0, got 0. Change --timeout."),
-    ],
-)
-def test_wrong_options(options: dict, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        EndpointOptions("http://localhost:1/v1", **options)
+@pytest.mark.parametrize("options", [{"concurrency": 0}, {"retries": -1}, {"timeout": 0}, {"endpoint": "localhost:8000"}])
+def test_wrong_options(options: dict) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        EndpointOptions(**{"endpoint": "http://localhost:1/v1", **options})
 
 
 def test_killed_while_asking(tmp_path: Path, base: str, serve, processes) -> None:
-    write_rows(tmp_path / "q.jsonl", questions(60))
+    write_rows(tmp_path / "q.jsonl", questions(30))
     server = serve(lambda number, handler: time.sleep(0.005))
     kills = 0
-    for number in range(6):
+    for number in range(3):
         process = processes.Process(target=distill, args=(words(base, tmp_path, server.url, concurrency=4),))
         process.start()
         while process.is_alive() and len(server.requests) < 8 * (number + 1):
@@ -340,10 +321,10 @@ def test_killed_while_asking(tmp_path: Path, base: str, serve, processes) -> Non
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
-    assert kills == 6
+    assert kills == 3
     assert mtp("distill", *words(base, tmp_path, server.url)) == 0
     rows = read(tmp_path / "a.jsonl")
-    assert len(rows) == 60 == len({row["id"] for row in rows})
+    assert len(rows) == 30 == len({row["id"] for row in rows})
 
 
 # ---------------------------------------------------------------------------------------------- transformers serve

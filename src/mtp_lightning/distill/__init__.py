@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-distillation: the base model's own answers to prompts, as training data. No Lightning here.
+"""Self-distillation: the base model's own answers to prompts, as training data. Imports no Lightning.
 
-``answer_file`` the JSONL file that survives a kill; ``base_answers`` the base model decodes; ``endpoint`` a server does;
-``command`` the command ``mtp distill``.
+``answer_file``: the JSONL file, intact after a kill; ``base_answers``: answers of the base model itself; ``endpoint``:
+answers of a server.
 """

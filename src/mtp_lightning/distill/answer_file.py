@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AnswerFile: a JSONL file of answers that is whole after a kill at any moment, and goes on where it ended."""
+"""AnswerFile: a JSONL file of answers that is intact after a kill at any moment and can be resumed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mtp_lightning.files import atomic_file
 from mtp_lightning.paths import why_unwritable
 
 SETTINGS_SUFFIX = ".settings"
-"""The settings of ``G.jsonl`` stand in ``G.jsonl.settings``; no suffix that the data layer reads."""
+"""The settings of ``G.jsonl`` are in ``G.jsonl.settings``, a suffix that the data layer does not read."""
 
 
 class AnswerFile:
     """The rows answered so far, and how to add to them. Use it as a context manager.
 
-    Every ``append`` writes whole lines and waits until the disk has them. What a kill left of a line is cut off at the next
-    start. A second process on the same file is refused, and so are other settings than those it was begun with.
+    Every ``append`` writes complete lines and waits until they are on the disk. A line that a kill left incomplete is cut
+    off at the next start. A second process on the same file is refused, and so are other settings than it was started with.
 
     Args:
-        path: the file; it is made where there is none, and so is its folder.
+        path: the file; it and its folder are created if needed.
         settings: what the answers depend on, plain values.
 
     Attributes:
@@ -36,66 +36,62 @@ class AnswerFile:
 
     Raises:
         UsageError: the settings differ from those of the file.
-        RunError: the file can't be written, is in use, damaged, or not of ``mtp distill``.
+        RunError: the file can't be written, is in use, damaged, or was not written by ``mtp distill``.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.done: dict[str | int, int] = {}
-        self._begun = False
+        self._settings_path = path.with_name(path.name + SETTINGS_SUFFIX)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # An empty file of the user's stays; one with settings beside it was left by a process that was killed.
-            self._made = not path.exists() or self._beside.exists()
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            reason = why_unwritable(path.parent) or os_reason(error)
-            raise RunError(f"{path}: expected a file that can be written: {reason}. Change --output.") from error
+            raise RunError(f"can't write {path}: {why_unwritable(path.parent) or os_reason(error)}.") from error
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(self._file).st_ino != path.stat().st_ino:
-                    raise OSError("it was deleted by the process that had begun it")
-            except OSError as error:
-                raise RunError(f"{path}: another process writes to it. Wait for it, end it, or change --output.") from error
-            self._settle(dict(settings))
-            self._recover()
+            self._lock()
+            self._check_settings(dict(settings))
+            self._read_rows()
         except BaseException:
-            self._leave_nothing_empty()
-            os.close(self._file)
+            self._close()
             raise
 
     def __enter__(self) -> AnswerFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._leave_nothing_empty()
+        self._close()
+
+    def _lock(self) -> None:
+        self._locked = False
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(self._file).st_ino != self.path.stat().st_ino:
+                raise OSError("the process that held the lock has deleted the file")
+        except OSError as error:
+            raise RunError(f"{self.path}: another process writes to it. Wait for it, or change --output.") from error
+        self._locked = True
+
+    def _close(self) -> None:
+        """Close the file; without an answer delete it, so that the next start may have other settings."""
+        if self._locked and not os.fstat(self._file).st_size:
+            for path in (self._settings_path, self.path):
+                path.unlink(missing_ok=True)
         os.close(self._file)
 
-    def _leave_nothing_empty(self) -> None:
-        """Where nothing was answered, delete what was begun: a start with other settings is not to be refused."""
-        if not self._begun or os.fstat(self._file).st_size:
-            return
-        for path in (self._beside, *([self.path] if self._made else [])):
-            path.unlink(missing_ok=True)
-
-    @property
-    def _beside(self) -> Path:
-        return self.path.with_name(self.path.name + SETTINGS_SUFFIX)
-
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows, and return when the disk has them.
+        """Add rows, and return when they are on the disk.
 
         Args:
             rows: rows with ``id`` and ``prompt``, none of them in the file yet.
 
         Raises:
-            RunError: the disk is full or fails; the file then ends with its last whole row.
+            RunError: the disk is full or fails; the file then ends with its last complete row.
         """
         rows = list(rows)
-        # A server may send half a character; what counts in training are the ids.
+        # A server may send an unpaired surrogate; what training reads are the ids.
         data = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace"))
         end = os.fstat(self._file).st_size
         try:
@@ -108,43 +104,34 @@ class AnswerFile:
             if not isinstance(error, OSError):
                 raise
             raise RunError(
-                f"{self.path}: writing failed: {os_reason(error)}. Its {len(self.done)} rows are whole; make room and run"
-                " the same command again to go on."
+                f"{self.path} could not be written: {os_reason(error)}. Its {len(self.done)} rows are intact: free disk"
+                " space and run the same command again to resume."
             ) from error
         self.done.update((row["id"], checksum(row["prompt"])) for row in rows)
 
-    def _settle(self, settings: dict[str, Any]) -> None:
-        """Compare the settings with those of the file, or write them where it is new."""
-        beside = self._beside
-        empty = not os.fstat(self._file).st_size
-        try:
-            found = None if empty else json.loads(beside.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RunError(
-                f"{self.path}: it has rows, and {beside.name} is not beside it: mtp distill did not write it."
-                " Change --output."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{beside}: expected the settings of {self.path.name}, they can't be read. Change --output."
-            ) from error
-        if empty:
-            self._begun = True
-            with atomic_file(beside) as file:
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        """Compare the settings with those of the file, or write them if it is new."""
+        if not os.fstat(self._file).st_size:
+            with atomic_file(self._settings_path) as file:
                 file.write((json.dumps(settings, indent=1) + "\n").encode())
             return
-        if not isinstance(found, dict):
-            raise RunError(f"{beside}: expected the settings of {self.path.name}, got something else. Change --output.")
+        try:
+            found = dict(json.loads(self._settings_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(
+                f"{self.path} has rows, and no settings can be read from {self._settings_path.name}: it was not written by"
+                " mtp distill. Change --output."
+            ) from error
         for name in sorted(set(settings) | set(found)):
             if settings.get(name) != found.get(name):
                 raise UsageError(
-                    f"{self.path} was begun with {name} {found.get(name)!r}, and this command has {settings.get(name)!r}:"
+                    f"{self.path} was started with {name} {found.get(name)!r}, and this command has {settings.get(name)!r}:"
                     " change it back, or give another --output."
                 )
 
-    def _recover(self) -> None:
-        """Read the ids of the rows, and cut off what follows the last whole line."""
-        whole = 0
+    def _read_rows(self) -> None:
+        """Read the ids of the rows, and cut off an incomplete last line."""
+        length = 0
         with os.fdopen(os.dup(self._file), "rb") as lines:
             lines.seek(0)
             for number, line in enumerate(lines, 1):
@@ -152,24 +139,20 @@ class AnswerFile:
                     break
                 try:
                     row = json.loads(line)
-                    name, prompt = row["id"], row["prompt"]
-                    if not isinstance(name, str | int) or not isinstance(prompt, str):
-                        raise TypeError("an id or prompt of another kind")
-                except (ValueError, KeyError, TypeError) as error:
+                    name, prompt_checksum = row["id"], checksum(row["prompt"])
+                    if name in self.done:
+                        raise ValueError(f"row {name!r} is in it twice")
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise RunError(
                         f"{self.path}, line {number}: expected a row of mtp distill. Delete the line, or change --output."
                     ) from error
-                if name in self.done:
-                    raise RunError(
-                        f"{self.path}, line {number}: row {name!r} stands in it twice. Delete the line, or change --output."
-                    )
-                self.done[name] = checksum(prompt)
-                whole += len(line)
-        if whole != os.fstat(self._file).st_size:
-            os.ftruncate(self._file, whole)
+                self.done[name] = prompt_checksum
+                length += len(line)
+        if length != os.fstat(self._file).st_size:
+            os.ftruncate(self._file, length)
             os.fsync(self._file)
 
 
 def checksum(prompt: str) -> int:
-    """A number that tells prompts apart, to notice that a prompts file was changed between two runs."""
+    """A checksum of a prompt, to notice that a prompts file was changed between two runs."""
     return zlib.crc32(prompt.encode("utf-8", "surrogatepass"))

@@ -2,14 +2,14 @@
 """The base model answers prompts: batched, greedy or sampled, by transformers' own ``generate``. No mask, no adapter.
 
 The noise of a sampled answer comes from the row's own seed, and the batches are the same in every run over the same
-prompts, so an interrupted run that goes on writes what an uninterrupted one would have written.
+prompts, so an interrupted and resumed run writes what an uninterrupted one would have written.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +21,8 @@ from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.decoder import context_length, text_config
 from mtp_lightning.text.prompts import Prompt
 
-SORTED = 32
-"""Batches whose prompts are sorted by length together, so that few positions are padding."""
+BATCHES_SORTED_TOGETHER = 32
+"""Prompts are sorted by length within this many batches, so that few positions are padding."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class AnswerOptions:
     """How answers are drawn.
 
     Args:
-        max_new_tokens: at most so many tokens an answer.
+        max_new_tokens: maximum number of tokens in an answer.
         temperature: 0: greedy; above: sampled at this temperature.
-        top_k: sample from the k likeliest tokens only.
-        top_p: sample from the likeliest tokens only that together have this probability.
-        seed: with a row's id it gives the row's own seed.
+        top_k: sample from the k most likely tokens only.
+        top_p: sample from the smallest set of most likely tokens with this total probability.
+        seed: each row's seed is derived from this one and the row's id.
     """
 
     max_new_tokens: int = 1024
@@ -47,59 +47,48 @@ class AnswerOptions:
         for name in ("max_new_tokens", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"{name} must be 1 or more, got {value}. Change --{name}.")
+                raise UsageError(f"{name} must be 1 or more, got {value}.")
         if self.temperature < 0:
-            raise UsageError(f"temperature must be 0 (greedy) or above, got {self.temperature}. Change --temperature.")
+            raise UsageError(f"temperature must be 0 (greedy) or above, got {self.temperature}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}. Change --top_p.")
+            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise UsageError("top_k and top_p are for sampling, and temperature is 0 (greedy): set --temperature 1.")
+            raise UsageError("top_k and top_p need a temperature above 0: set --temperature 1.")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self)
-
-    def row_seed(self, name: str | int) -> int:
-        """The seed of a row, 0 to 2^31 - 1: what every server takes.
-
-        Args:
-            name: the row's id.
-
-        Returns:
-            A number that depends on the seed and the id alone.
-        """
-        digest = hashlib.sha256(f"{self.seed} {name!r}".encode()).digest()
+    def row_seed(self, row_id: str | int) -> int:
+        """The seed of the row with an id, 0 to 2^31 - 1: what every server accepts."""
+        digest = hashlib.sha256(f"{self.seed} {row_id!r}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
 
 class NamedPrompt(NamedTuple):
     """A prompt and the id of its row."""
 
-    name: str | int
+    row_id: str | int
     prompt: Prompt
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt.input_ids)
 
 
 class Answer(NamedTuple):
-    """An answer.
+    """An answer to the prompt of a row.
 
     Attributes:
-        name: id of the row.
+        row_id: id of the row.
         token_ids: the answer's tokens, its end token included.
-        ended: it ends in an end token; else it was cut at the limit.
+        ended: True if it ends in an end token, False if it was cut at the limit.
     """
 
-    name: str | int
+    row_id: str | int
     token_ids: list[int]
     ended: bool
 
 
 class SeededNoise(LogitsProcessor):
-    """Gumbel noise from a generator a row: the argmax of the sum is a draw from the row's distribution.
-
-    Args:
-        seeds: one a row.
-        device: where the logits are.
-    """
+    """Gumbel noise from one generator per row: the argmax of the sum is a sample from the row's distribution."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -113,25 +102,16 @@ class SeededNoise(LogitsProcessor):
 
 
 def base_batches(prompts: Sequence[NamedPrompt], batch_size: int, context: int, new_tokens: int) -> list[list[NamedPrompt]]:
-    """Batches of prompts of similar length, the same in every run.
+    """Batches of prompts of similar length, the same in every run; each prompt leaves room for at least one token.
 
-    A prompt that leaves less than ``new_tokens`` of the context is a batch of its own: it may not shorten others' answers.
-
-    Args:
-        prompts: prompts that leave room for one token at least.
-        batch_size: most prompts in a batch.
-        context: positions of the base.
-        new_tokens: most tokens in an answer.
-
-    Returns:
-        The batches.
+    A prompt that leaves less than ``new_tokens`` of the context is a batch by itself: it may not shorten others' answers.
     """
-    batches, window = [], SORTED * batch_size
+    batches, window = [], BATCHES_SORTED_TOGETHER * batch_size
     for first in range(0, len(prompts), window):
-        ordered = sorted(prompts[first : first + window], key=lambda item: len(item.prompt.input_ids))
-        roomy = [item for item in ordered if len(item.prompt.input_ids) + new_tokens <= context]
-        batches += [roomy[begin : begin + batch_size] for begin in range(0, len(roomy), batch_size)]
-        batches += [[item] for item in ordered[len(roomy) :]]
+        ordered = sorted(prompts[first : first + window], key=lambda prompt: prompt.length)
+        short = [prompt for prompt in ordered if prompt.length + new_tokens <= context]
+        batches += [short[start : start + batch_size] for start in range(0, len(short), batch_size)]
+        batches += [[prompt] for prompt in ordered[len(short) :]]
     return batches
 
 
@@ -143,11 +123,11 @@ def base_answers(
     batch_size: int,
     done: Collection[str | int] = (),
 ) -> Iterator[list[Answer]]:
-    """The base model's answers, batch after batch, without those that are done.
+    """The base model's answers, batch by batch, without those that are done.
 
     Args:
         base: the base model.
-        prompts: all prompts of this process, in the same order in every run; each leaves room for one token at least.
+        prompts: all prompts of this process, in the same order in every run; each leaves room for at least one token.
         options: how answers are drawn.
         batch_size: prompts that are answered together.
         done: ids of the rows that have an answer.
@@ -156,20 +136,20 @@ def base_answers(
         The answers of a batch.
 
     Raises:
-        RunError: the memory is not enough for a batch.
+        RunError: a batch does not fit in memory.
     """
     context, ends = context_length(text_config(base)), end_ids(base)
     pad = next((token for token in (text_config(base).pad_token_id, *ends) if token is not None), 0)
     base.generation_config = GenerationConfig()  # the base's own may hold a temperature or a penalty
     for batch in base_batches(prompts, batch_size, context, options.max_new_tokens):
-        if all(item.name in done for item in batch):
+        if all(prompt.row_id in done for prompt in batch):
             continue
-        longest = max(len(item.prompt.input_ids) for item in batch)
+        longest = max(prompt.length for prompt in batch)
         ids = torch.full((len(batch), longest), pad)
         mask = torch.zeros_like(ids)
-        for row, item in enumerate(batch):  # on the left: all answers begin at the same place
-            ids[row, longest - len(item.prompt.input_ids) :] = torch.tensor(item.prompt.input_ids)
-            mask[row, longest - len(item.prompt.input_ids) :] = 1
+        for row, prompt in enumerate(batch):  # padding on the left: all answers begin at the same position
+            ids[row, longest - prompt.length :] = torch.tensor(prompt.prompt.input_ids)
+            mask[row, longest - prompt.length :] = 1
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=min(options.max_new_tokens, context - longest),
@@ -181,42 +161,36 @@ def base_answers(
                 ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 generation_config=config,
-                logits_processor=_processors(options, [item.name for item in batch], base.device),
+                logits_processor=_processors(options, [prompt.row_id for prompt in batch], base.device),
             )
         except torch.OutOfMemoryError as error:
             raise RunError(
-                f"the device's memory is not enough for a batch of {len(batch)} prompts: lower --batch_size"
-                f" ({batch_size}) or --max_new_tokens ({options.max_new_tokens}), and run the command again to go on."
+                f"a batch of {len(batch)} prompts does not fit in the device's memory: lower --batch_size ({batch_size}) or"
+                f" --max_new_tokens ({options.max_new_tokens}), and run the command again to resume."
             ) from error
-        answers = []
-        for item, tokens in zip(batch, out[:, longest:].tolist(), strict=True):
-            end = next((place for place, token in enumerate(tokens) if token in ends), None)
-            kept = tokens if end is None else tokens[: end + 1]
-            if item.name not in done:
-                answers.append(Answer(item.name, kept, end is not None))
-        yield answers
+        texts = zip(batch, out[:, longest:].tolist(), strict=True)
+        yield [_answer(prompt.row_id, tokens, ends) for prompt, tokens in texts if prompt.row_id not in done]
 
 
-def _processors(options: AnswerOptions, names: list[str | int], device: torch.device) -> LogitsProcessorList:
+def _answer(row_id: str | int, tokens: list[int], ends: set[int]) -> Answer:
+    """An answer up to its first end token."""
+    end = next((index for index, token in enumerate(tokens) if token in ends), None)
+    return Answer(row_id, tokens if end is None else tokens[: end + 1], end is not None)
+
+
+def _processors(options: AnswerOptions, row_ids: list[str | int], device: torch.device) -> LogitsProcessorList:
     if options.temperature == 0:
         return LogitsProcessorList()
     chain: list[Any] = [TemperatureLogitsWarper(float(options.temperature))]
     chain += [TopKLogitsWarper(options.top_k)] if options.top_k is not None else []
     chain += [TopPLogitsWarper(options.top_p)] if options.top_p is not None else []
-    return LogitsProcessorList([*chain, SeededNoise([options.row_seed(name) for name in names], device)])
+    return LogitsProcessorList([*chain, SeededNoise([options.row_seed(row_id) for row_id in row_ids], device)])
 
 
 def end_ids(base: PreTrainedModel) -> set[int]:
-    """The tokens that end an answer.
-
-    Args:
-        base: the base model.
-
-    Returns:
-        Token ids; none where the base names none.
-    """
-    chosen = getattr(base.generation_config, "eos_token_id", None)
-    chosen = text_config(base).eos_token_id if chosen is None else chosen
-    if chosen is None:
+    """Ids of the tokens that end an answer; empty if the base names none."""
+    ids = getattr(base.generation_config, "eos_token_id", None)
+    ids = text_config(base).eos_token_id if ids is None else ids
+    if ids is None:
         return set()
-    return {chosen} if isinstance(chosen, int) else set(chosen)
+    return {ids} if isinstance(ids, int) else set(ids)

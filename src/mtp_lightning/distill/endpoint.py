@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers from a server that speaks OpenAI's protocol (vLLM, SGLang, ``transformers serve``). Standard library only.
+"""Answers from an OpenAI-compatible server (vLLM, SGLang, ``transformers serve``). Standard library only.
 
-A prompt of messages goes to ``chat/completions``, a text to ``completions``. What may pass by itself (no connection, a cut
-one, a timeout, status 408, 409, 425, 429 or 5xx, an answer that is no JSON) is tried again, waiting twice as long each time.
+Messages go to ``chat/completions``, a text to ``completions``. Transient failures (connection refused or lost, a timeout,
+status 408, 409, 425, 429 or 5xx, an answer that is not JSON) are retried with exponential backoff.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from typing import Any, NamedTuple
 from mtp_lightning.distill.base_answers import AnswerOptions
 from mtp_lightning.errors import RunError, UsageError, one_line
 
-KEY = "MTP_API_KEY"
-"""The environment variable with the server's key, if it wants one."""
+API_KEY_VARIABLE = "MTP_API_KEY"
+"""The environment variable with the server's API key, if it requires one."""
 
-LONGEST_WAIT = 60.0
-_AGAIN = {408, 409, 425, 429}
+MAX_BACKOFF = 60.0
+"""Seconds between two attempts, at most."""
+_TRANSIENT_STATUS = {408, 409, 425, 429}
 
 
 @dataclass(frozen=True)
 class EndpointOptions:
-    """Which server, and how it is asked.
+    """Which server answers, and how requests are made.
 
     Args:
-        endpoint: address of an OpenAI-compatible server, as http://localhost:8000/v1. Not given: MODEL itself answers.
-        endpoint_model: the model's name on the server. Not given: MODEL.
-        concurrency: requests under way at once.
-        retries: how often a request is tried again before the command gives up.
+        endpoint: address of an OpenAI-compatible server, as http://localhost:8000/v1. Default: MODEL itself answers.
+        endpoint_model: the model's name on the server. Default: MODEL.
+        concurrency: number of concurrent requests.
+        retries: how often a request is retried before the command gives up.
         timeout: seconds to wait for an answer.
-        token_ids: ask the server for token ids (vLLM: return_token_ids). Not asked, the base's tokenizer makes them.
+        token_ids: ask the server for token ids (vLLM: return_token_ids). Default: tokenize its text.
     """
 
     endpoint: str | None = None
@@ -55,62 +56,54 @@ class EndpointOptions:
         if self.endpoint is not None:
             parts = urllib.parse.urlsplit(self.endpoint)
             if parts.scheme not in ("http", "https") or not parts.netloc:
-                raise UsageError(
-                    f"endpoint must be an address like http://localhost:8000/v1, got {self.endpoint!r}. Change --endpoint."
-                )
-        for name, least in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} must be {least} or more, got {getattr(self, name)}. Change --{name}.")
+                raise UsageError(f"endpoint must be an address like http://localhost:8000/v1, got {self.endpoint!r}.")
+        for name, minimum in (("concurrency", 1), ("retries", 0)):
+            if getattr(self, name) < minimum:
+                raise UsageError(f"{name} must be {minimum} or more, got {getattr(self, name)}.")
         if not self.timeout > 0:
-            raise UsageError(f"timeout must be above 0, got {self.timeout}. Change --timeout.")
+            raise UsageError(f"timeout must be above 0, got {self.timeout}.")
 
 
 class Question(NamedTuple):
-    """What is sent.
+    """The prompt of a row, text or messages."""
 
-    Attributes:
-        name: id of the row.
-        content: text, or messages.
-        room: most tokens in the answer.
-    """
-
-    name: str | int
+    row_id: str | int
     content: str | list[Any]
-    room: int
+    max_tokens: int
 
 
 class Reply(NamedTuple):
-    """What came back.
+    """The server's answer to the prompt of a row.
 
     Attributes:
-        name: id of the row.
+        row_id: id of the row.
         text: the answer.
-        ended: the model ended it; else it was cut at the limit.
-        token_ids: the answer's tokens, if the server gave them.
-        prompt_ids: the prompt's tokens, if the server gave them.
+        ended: True if the model ended it, False if it was cut at the limit.
+        token_ids: the answer's tokens, if the server returned them.
+        prompt_ids: the prompt's tokens, if the server returned them.
     """
 
-    name: str | int
+    row_id: str | int
     text: str
     ended: bool
     token_ids: list[int] | None
     prompt_ids: list[int] | None
 
 
-class _Again(Exception):
-    """A request that may go better next time; ``after``: seconds that the server asks for."""
+class _Transient(Exception):
+    """A request failed in a way that may pass; the server may ask to wait ``retry_after`` seconds."""
 
-    def __init__(self, reason: str, after: float | None = None) -> None:
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
         super().__init__(reason)
-        self.after = after
+        self.retry_after = retry_after
 
 
 class Endpoint:
-    """Asks a server.
+    """A server that answers prompts.
 
     Args:
-        options: which server.
-        model: the model's name on it.
+        options: its address and how requests are made.
+        model: the model's name on the server.
         answers: how answers are drawn.
     """
 
@@ -120,21 +113,14 @@ class Endpoint:
         self.url = options.endpoint.rstrip("/")
         self.model = model
         self.answers = answers
-        self.num_retries = 0
         self._stopped = threading.Event()
 
     def replies(self, questions: Iterable[Question]) -> Iterator[Reply]:
-        """Ask all questions, at most ``concurrency`` at once.
-
-        Args:
-            questions: what to ask.
-
-        Yields:
-            Replies in the order in which they come.
+        """Send all questions, at most ``concurrency`` at once, and yield replies as they come.
 
         Raises:
             RunError: the server refuses a question, or does not answer it after all retries; what was answered by then
-                is yielded before.
+                is yielded first.
         """
         waiting = iter(questions)
         finished: SimpleQueue[Reply | BaseException] = SimpleQueue()
@@ -149,7 +135,7 @@ class Endpoint:
         try:
             while True:
                 for question in islice(waiting, self.options.concurrency - running):
-                    # A daemon: the process ends without waiting for the requests under way, after an error and Ctrl-C.
+                    # A daemon: after an error or Ctrl-C the process ends without waiting for its pending requests.
                     threading.Thread(target=answer, args=(question,), daemon=True).start()
                     running += 1
                 if not running:
@@ -163,16 +149,10 @@ class Endpoint:
                     raise reply
                 yield reply
         finally:
-            self._stopped.set()  # whoever waits for another try gives up
+            self._stopped.set()  # no thread retries any more
 
     def ask(self, question: Question) -> Reply:
-        """Ask one question until it is answered.
-
-        Args:
-            question: what to ask.
-
-        Returns:
-            The reply.
+        """Send one question, with retries.
 
         Raises:
             RunError: the server refuses it, or does not answer after all retries.
@@ -180,18 +160,16 @@ class Endpoint:
         for attempt in range(self.options.retries + 1):
             try:
                 return self._ask_once(question)
-            except _Again as error:
+            except _Transient as error:
                 if attempt == self.options.retries or self._stopped.is_set():
                     raise RunError(
-                        f"{self.url}: row {question.name!r} was not answered in {attempt + 1}"
-                        f" {'try' if attempt == 0 else 'tries'}, at last: {error}."
-                        " Look at the server, then run the same command again to go on."
+                        f"{self.url}: no answer to row {question.row_id!r} after {attempt + 1} attempts: {error}."
+                        " Check the server, then run the same command again to resume."
                     ) from error
-                self.num_retries += 1
-                # Random, so that the requests that failed together do not come back together.
-                pause = min(LONGEST_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
-                self._stopped.wait(max(pause, min(error.after or 0.0, LONGEST_WAIT)))
-        raise AssertionError("the last try returns or raises")
+                # Random, so that requests that failed together are not retried together.
+                pause = min(MAX_BACKOFF, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+                self._stopped.wait(max(pause, min(error.retry_after or 0.0, MAX_BACKOFF)))
+        raise AssertionError("the last attempt returns or raises")
 
     def _ask_once(self, question: Question) -> Reply:
         chat = not isinstance(question.content, str)
@@ -199,13 +177,13 @@ class Endpoint:
         body: dict[str, Any] = {
             "model": self.model,
             "messages" if chat else "prompt": question.content,
-            "max_tokens": question.room,
+            "max_tokens": question.max_tokens,
             "temperature": self.answers.temperature,
             "stream": False,
         }
         if self.answers.temperature > 0:
-            # Where no top_p is sent, a server uses that of the model's own settings. top_k is no field of OpenAI's.
-            body |= {"seed": self.answers.row_seed(question.name), "top_p": self.answers.top_p or 1.0}
+            # Without a top_p a server uses that of the model's generation config. top_k is not a field of OpenAI's.
+            body |= {"seed": self.answers.row_seed(question.row_id), "top_p": self.answers.top_p or 1.0}
         if self.answers.top_k is not None:
             body["top_k"] = self.answers.top_k
         if self.options.token_ids:
@@ -221,44 +199,44 @@ class Endpoint:
                 " Is it an OpenAI-compatible server?"
             ) from error
         prompt_ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
-        return Reply(question.name, text or "", reason != "length", choice.get("token_ids"), prompt_ids)
+        return Reply(question.row_id, text or "", reason != "length", choice.get("token_ids"), prompt_ids)
 
     def _post(self, path: str, body: dict[str, Any], question: Question) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
+        if os.environ.get(API_KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {os.environ[API_KEY_VARIABLE]}"
         request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode(), headers, method="POST")
         try:
             with urllib.request.urlopen(request, timeout=self.options.timeout) as response:
                 answer = json.loads(response.read())
         except urllib.error.HTTPError as error:
-            said = one_line(Exception(_body(error)), 200)
-            if error.code in _AGAIN or error.code >= 500:
-                raise _Again(f"status {error.code}: {said}", _seconds(error.headers.get("Retry-After"))) from error
+            reason = one_line(Exception(_error_body(error)), 200)
+            if error.code in _TRANSIENT_STATUS or error.code >= 500:
+                raise _Transient(f"status {error.code}: {reason}", _retry_after(error.headers.get("Retry-After"))) from error
             raise RunError(
-                f"{self.url}/{path}: the server refuses row {question.name!r} with status {error.code}: {said}."
-                f" Check --endpoint, --endpoint_model ({self.model}), {KEY} and the prompt."
+                f"{self.url}/{path}: the server refuses row {question.row_id!r} with status {error.code}: {reason}."
+                f" Check --endpoint, --endpoint_model ({self.model}), {API_KEY_VARIABLE} and the prompt."
             ) from error
         except TimeoutError as error:
-            raise _Again(f"no answer in {self.options.timeout:g} seconds") from error
-        except (OSError, http.client.HTTPException) as error:  # no connection, or one that was cut
-            raise _Again(one_line(error, 200)) from error
+            raise _Transient(f"no answer in {self.options.timeout:g} seconds") from error
+        except (OSError, http.client.HTTPException) as error:  # connection refused or lost
+            raise _Transient(one_line(error, 200)) from error
         except ValueError as error:
-            raise _Again(f"the answer is no JSON: {one_line(error, 100)}") from error
+            raise _Transient(f"the answer is not JSON: {one_line(error, 100)}") from error
         if not isinstance(answer, dict):
-            raise _Again(f"expected a JSON object, got {type(answer).__name__}")
+            raise _Transient(f"expected a JSON object, got {type(answer).__name__}")
         return answer
 
 
-def _body(error: urllib.error.HTTPError) -> str:
+def _error_body(error: urllib.error.HTTPError) -> str:
     try:
         return error.read(2000).decode("utf-8", "replace") or error.reason
     except (OSError, http.client.HTTPException):
         return str(error.reason)
 
 
-def _seconds(value: str | None) -> float | None:
+def _retry_after(value: str | None) -> float | None:
     try:
         return float(value) if value is not None else None
-    except ValueError:  # a date: the growing pause serves too
+    except ValueError:  # a date: the backoff will do
         return None
