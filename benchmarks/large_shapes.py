@@ -23,8 +23,8 @@ from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
 from mtp_lightning.decoding.executor import token_choice
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
-from mtp_lightning.decoding.planning.draft_plan import usual_positions
-from mtp_lightning.decoding.planning.draft_stats import DraftStats
+from mtp_lightning.decoding.planning.draft_plan import plan_positions
+from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowOutcome
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
@@ -90,7 +90,7 @@ def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: in
         while kept < drafted and generator.uniform() < chance[kept]:
             kept += 1
         waiting = dict(plan.blocks(drafted)).get(kept, 0)
-        budget.learn(plan, plan.masks, [kept], [drafted], [waiting], [chance.tolist()])
+        budget.learn([RowOutcome(kept, drafted, waiting, chance.tolist())])
         if number >= steps // 5:  # once the planner knows the text
             tokens += kept + 1
             seconds += budget.costs.plan(plan, plan.masks)
@@ -124,7 +124,7 @@ def main() -> None:
     choice = token_choice(model, options, [0])
     with torch.inference_mode(), DecodingMode(model).active():
         for _ in range(args.repeats):
-            measured.append(measure_step_costs(model, choice, usual_positions(8)))
+            measured.append(measure_step_costs(model, choice, plan_positions(8)))
     longest = max((each.positions for each in measured), key=len)
     best = {n: min(e.seconds[e.positions.index(n)] for e in measured if n in e.positions) for n in longest}
     verified, drafted, begun = (min(getattr(e, name) for e in measured) for name in ("verified", "drafted", "begun"))

@@ -16,8 +16,8 @@ from mtp_lightning.decoding.executor import can_compile, token_choice
 from mtp_lightning.decoding.limits import resolve_num_masks, uses_auto, uses_prompt_lookup
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
-from mtp_lightning.decoding.planning.draft_plan import Plan, usual_positions
-from mtp_lightning.decoding.planning.draft_stats import DraftStats
+from mtp_lightning.decoding.planning.draft_plan import Plan, plan_positions
+from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowOutcome
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.state import DecodeState, Row, StepResult
 from mtp_lightning.decoding.token_choice import TokenChoice
@@ -64,14 +64,12 @@ class AutoPlanner:
     Args:
         budget: values plans.
         state: the rows.
-        stops_early: True if drafts end once another token costs more than it can bring.
         prompt_lookup: True if rows may have drafts from the text.
     """
 
-    def __init__(self, budget: Budget, state: DecodeState, stops_early: bool, prompt_lookup: bool) -> None:
+    def __init__(self, budget: Budget, state: DecodeState, prompt_lookup: bool) -> None:
         self._budget, self._rows = budget, state.rows
         budget.costs.batch = len(state.rows), state.cache.capacity
-        budget.stops_early = stops_early
         state.choice.return_draft_probs = budget.coupled
         if prompt_lookup:
             budget.use_lookup()
@@ -83,10 +81,10 @@ class AutoPlanner:
         if state.num_steps:
             self._plan = budget.choose(max_masks, [row.num_drafts for row in rows], [row.lookup_draft for row in rows])
             for row, known in zip(rows, budget.rows, strict=True):
-                row.lookup_draft = known.found
+                row.lookup_draft = known.chosen_lookup
         else:
             self._plan = budget.first(max_masks)
-        state.choice.min_path_prob = budget.least
+        state.choice.min_path_prob = budget.min_path_prob
         self._begin = time.perf_counter()
         return self._plan
 
@@ -105,13 +103,7 @@ class AutoPlanner:
             self._budget.observe(self._plan, num_drawn, time.perf_counter() - self._begin, result.from_graph)
         rows = state.active
         self._budget.learn(
-            self._plan,
-            num_drawn,
-            [row.num_accepted for row in rows],
-            [row.num_verified for row in rows],
-            [row.num_drafts for row in rows],
-            [row.draft_probs for row in rows],
-            [row.gained for row in rows],
+            [RowOutcome(row.num_accepted, row.num_verified, row.num_drafts, row.draft_probs, row.gained) for row in rows]
         )
 
 
@@ -121,11 +113,18 @@ def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState
         return FixedPlanner(options.decoding, resolve_num_masks(model, options))
     on_cpu, graphs = model.base.device.type == "cpu", state.fixed_shapes
     costs, stats = calibration(model, options, state.choice, graphs)
-    anywhere, few = options.decoding == "quadratic", graphs and on_cpu  # there each shape takes seconds to compile
-    budget = Budget(costs, stats, model.num_masks, len(state.rows), anywhere, options.coupled, few=few)
-    chained = options.sampler_head and model.sampler_head is not None
-    stops_early = options.coupled and on_cpu and chained and not graphs
-    return AutoPlanner(budget, state, stops_early, uses_prompt_lookup(model, options))
+    uses_head = options.sampler_head and model.sampler_head is not None
+    budget = Budget(
+        costs,
+        stats,
+        model.num_masks,
+        len(state.rows),
+        blocks_anywhere=options.decoding == "quadratic",
+        coupled=options.coupled,
+        few_shapes=graphs and on_cpu,  # there each shape takes seconds to compile
+        stops_early=options.coupled and on_cpu and uses_head and not graphs,
+    )
+    return AutoPlanner(budget, state, uses_prompt_lookup(model, options))
 
 
 def calibration(
@@ -139,7 +138,7 @@ def calibration(
         plain = replace(options, logits_processor=None, repetition_penalty=1.0)
         one_row = TokenChoice(plain, [0], model.base.device, shortlist)
         with DecodingMode(model).active():
-            costs = measure_step_costs(model, one_row, usual_positions(model.num_masks))
+            costs = measure_step_costs(model, one_row, plan_positions(model.num_masks))
         known[kind] = costs, DraftStats(model.num_masks)
     return known[kind]
 

@@ -204,9 +204,9 @@ def test_drafts_that_the_text_offers(
 
     def choose(self: Budget, room: int, limits: list[int], offers: list[LookupDraft | None]) -> Plan:
         for row, offer in zip(self.rows, offers, strict=True):
-            row.found = offer
+            row.chosen_lookup = offer
         live.add(len(self.rows))
-        longest = max([0, *(len(row.found.tokens) for row in self.rows if row.found)])
+        longest = max([0, *(len(row.chosen_lookup.tokens) for row in self.rows if row.chosen_lookup)])
         c, m = min(size for size in self.sizes if size >= longest), generator.choice([0, self.num_masks])
         return Plan(c, m, self.wheres[-1])
 

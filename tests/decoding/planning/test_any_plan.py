@@ -29,11 +29,11 @@ def use_random_plans(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Plan]:
             row.lookup_draft = offer
             if offer and generator.random() < 0.2:
                 row.lookup_draft = LookupDraft([generator.randrange(VOCAB) for _ in offer.tokens], 3)
-            row.found = row.lookup_draft if generator.random() < 0.5 else None
+            row.chosen_lookup = row.lookup_draft if generator.random() < 0.5 else None
         # Also more drafts than there are: those beyond are not verified.
-        most = max([*num_waiting, *(len(row.found.tokens) for row in self.rows if row.found)], default=0)
+        most = max([*num_waiting, *(len(row.chosen_lookup.tokens) for row in self.rows if row.chosen_lookup)], default=0)
         c, m = generator.choice([size for size in self.sizes if size <= most + 2]), generator.choice(sizes)
-        self.least = generator.choice([0.0, 0.05, 0.5]) if self.coupled else 0.0  # drafts also end early
+        self.min_path_prob = generator.choice([0.0, 0.05, 0.5]) if self.coupled else 0.0  # drafts also end early
         plans.append(Plan(c, m, generator.choice(self.wheres)))
         return plans[-1]
 

@@ -18,7 +18,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning import budget as budget_module
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan, draft_sizes, few_sizes
-from mtp_lightning.decoding.planning.draft_stats import DraftStats
+from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowOutcome
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.planning.text_lookup import MAX_MATCH, LookupDraft, TextLookup
 from mtp_lightning.model import MTPModel
@@ -35,7 +35,7 @@ def run_steps(budget: Budget, probability: float, num_right: int, steps: int = 6
         accepted = [min(num_right, count) for count in verified]
         depth = dict(plan.blocks())
         waiting = [depth.get(a, 0) for a in accepted]
-        budget.learn(plan, plan.masks, accepted, verified, waiting, [[probability] * 8 for _ in waiting])
+        budget.learn([RowOutcome(a, c, n, [probability] * 8) for a, c, n in zip(accepted, verified, waiting, strict=True)])
     return plans
 
 
@@ -75,8 +75,8 @@ def test_rates_are_those_of_the_whole_batch(num_rows: int) -> None:
     plans = run_steps(budget, 0.9, 8)
     if num_rows <= 4:
         assert sum(plan.num_drafts for plan in plans[20:]) > 2 * len(plans[20:])
-        assert 0 < budget.least < 0.1
-    assert make_budget(GENTLE).least == 0
+        assert 0 < budget.min_path_prob < 0.1
+    assert make_budget(GENTLE).min_path_prob == 0
 
 
 def test_drafting_is_resumed_when_it_pays_again() -> None:
@@ -88,9 +88,9 @@ def test_drafting_is_resumed_when_it_pays_again() -> None:
 def test_the_heads_probabilities_decide_what_is_verified() -> None:
     budget = make_budget(MIDDLING)
     run_steps(budget, 0.95, 8, 100)
-    budget.learn(PLAIN, 0, [0], [0], [8], [[0.97, 0.97, 0.97, 0.03, 0.9, 0.9, 0.9, 0.9]])
+    budget.learn([RowOutcome(0, 0, 8, [0.97, 0.97, 0.97, 0.03, 0.9, 0.9, 0.9, 0.9])])
     assert budget.choose(8, [8]).num_drafts in (2, 4)  # the sizes next to 3
-    budget.learn(PLAIN, 0, [0], [0], [8], [[0.03] * 8])
+    budget.learn([RowOutcome(0, 0, 8, [0.03] * 8)])
     assert budget.choose(8, [8]).num_drafts == 0
 
 
@@ -147,7 +147,7 @@ def test_plain_steps_are_measured_again_across_short_texts() -> None:
             budget.observe(plan, plan.masks, 10.0 if slow else 1.0)
             accepted = min(waiting[0], plan.num_drafts)
             verified, waiting = accepted, [dict(plan.blocks()).get(accepted, 0)]
-            budget.learn(plan, plan.masks, [accepted], [verified], waiting, [[0.9] * 8])
+            budget.learn([RowOutcome(accepted, verified, waiting[0], [0.9] * 8)])
     assert 6 < plain < 0.05 * steps
     assert stats.correction.factors(1)[0, 1] < 3.5  # was 10, of which a log is an average
 
@@ -171,20 +171,20 @@ def test_the_prior_is_learned_from_blocks_alone() -> None:
     prior = budget.stats.prior_accept_prob.copy()
     budget.rows[0].accept_prob[:] = 0.01
     for _ in range(50):
-        budget.learn(PLAIN, 0, [0], [0], [0], [[]])
+        budget.learn([RowOutcome(0, 0, 0, [])])
     assert (budget.stats.prior_accept_prob == prior).all()
-    budget.learn(Plan(0, 2, "last"), 2, [0], [0], [2], [[0.1, 0.1]])
+    budget.learn([RowOutcome(0, 0, 2, [0.1, 0.1])])
     assert (budget.stats.prior_accept_prob < prior).all()
 
 
 def test_lookup_drafts_do_not_reset_the_backoff_of_probes() -> None:
     budget = make_budget(STEEP)
     budget._probe_backoff = 4
-    budget.rows[0].found = LookupDraft([5], 3)
-    budget.learn(Plan(1, 0, "last"), 0, [1], [1], [0], [[]])
+    budget.rows[0].chosen_lookup = LookupDraft([5], 3)
+    budget.learn([RowOutcome(1, 1, 0, [])])
     assert budget._probe_backoff == 4
-    budget.rows[0].found, budget.rows[0].head_probs = None, [0.5]
-    budget.learn(Plan(1, 0, "last"), 0, [1], [1], [0], [[]])
+    budget.rows[0].chosen_lookup, budget.rows[0].head_probs = None, [0.5]
+    budget.learn([RowOutcome(1, 1, 0, [])])
     assert budget._probe_backoff == 1
 
 
@@ -198,8 +198,8 @@ def run_text(budget: Budget, text: list[int], new: list[int], head_prob: float =
         plan = budget.choose(8, [waiting], [lookup.draft(most) if most else None])
         plans.append(plan)
         row = budget.rows[0]
-        if row.found is not None:
-            tokens = row.found.tokens[: plan.num_drafts]
+        if row.chosen_lookup is not None:
+            tokens = row.chosen_lookup.tokens[: plan.num_drafts]
             accepted = next((j for j, token in enumerate(tokens) if new[at + j] != token), len(tokens))
             verified = len(tokens)
         else:
@@ -209,7 +209,7 @@ def run_text(budget: Budget, text: list[int], new: list[int], head_prob: float =
         gained = new[at : at + accepted + 1]
         at += len(gained)
         lookup.extend(gained)
-        budget.learn(plan, plan.masks, [accepted], [verified], [waiting], [[head_prob or 0.05] * 8], [gained])
+        budget.learn([RowOutcome(accepted, verified, waiting, [head_prob or 0.05] * 8, gained)])
     return plans
 
 

@@ -40,7 +40,7 @@ def test_a_block_has_a_fixed_cost() -> None:
 
 
 def test_measured_times_of_graphs_replace_the_curve() -> None:
-    budget = Budget(GENTLE, DraftStats(8), 8, 1, True, True, timed=False, few=True)
+    budget = Budget(GENTLE, DraftStats(8), 8, 1, True, True, timed=False, few_shapes=True)
     assert budget.sizes == (0, 2, 4)
     budget.costs.batch = 1, 256
     for plan, seconds in ((PLAIN, 1.0), (Plan(2, 0, "last"), 5.0)):

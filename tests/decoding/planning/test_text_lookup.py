@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mtp_lightning.decoding.planning.text_lookup import MAX_MATCH, NGRAM_SIZES, LookupDraft, LookupStats, TextLookup
+from mtp_lightning.decoding.planning.text_lookup import (
+    MAX_MATCH,
+    NGRAM_SIZES,
+    TEXT_MEMORY,
+    LookupDraft,
+    LookupStats,
+    TextLookup,
+)
 
 
 def search(text: list[int], num_tokens: int) -> LookupDraft | None:
@@ -100,7 +107,7 @@ def test_rates_are_lowered_by_a_standard_error() -> None:
             stats.learn(LookupDraft([5], 3), [5 if i % 10 < 7 else 4])
         assert stats.mean[2] == pytest.approx(0.7)
         assert stats.lower[2] == pytest.approx(0.7 - np.sqrt(0.7 * 0.3 / (4.0 + total)))  # the prior counts for four
-    of_text = TextLookup(prior=stats.mean).stats  # a text begins with the rates of others
+    of_text = LookupStats(stats.mean, TEXT_MEMORY)  # a text begins with the rates of others
     assert of_text.mean == stats.mean and of_text.lower[2] < stats.lower[2]
     for _ in range(20):
         of_text.learn(LookupDraft([5], 3), [4])

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan, draft_sizes, few_sizes
-from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowStats
+from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowOutcome, RowStats
 from mtp_lightning.decoding.planning.draft_values import WARMUP_SWEEPS, DraftValues, expected_tokens
 from mtp_lightning.decoding.planning.plan_costs import PlanCosts
 from mtp_lightning.decoding.planning.step_costs import StepCosts
@@ -54,40 +54,41 @@ class Budget:
 
     Args:
         costs: calibrated costs of the parts of a step.
-        record: acceptance and timing statistics, updated in place.
+        stats: acceptance and timing statistics, updated in place.
         num_masks: the largest block, k.
         num_rows: rows B.
-        anywhere: True if blocks may be placed elsewhere than after the last draft.
+        blocks_anywhere: True if blocks may be placed elsewhere than after the last draft.
         coupled: True if plans may depend on the drafts. The rejection rule forbids it: whether a token is verified must not
             depend on the token. Then only what earlier steps accepted counts.
         timed: True if ``observe`` will be told what steps take.
-        few: True if each new shape must be compiled, so that there should be very few.
+        few_shapes: True if each new shape must be compiled, so that there should be very few.
+        stops_early: True if a draft ends when its path probability falls below ``min_path_prob``.
 
     Attributes:
-        rows: statistics of each active row; ``rows[r].found`` is the lookup draft to verify in place of the block's, as far
-            as the plan has drafts.
+        rows: statistics of each active row; its ``chosen_lookup`` is to be verified in place of its block's draft, up to the
+            plan's number of drafts.
         costs: what plans cost.
-        stops_early: True if a draft ends when its path probability falls below ``least``.
-        least: path probability below which another draft token costs more than it is expected to gain.
+        min_path_prob: path probability below which another draft token costs more than it is expected to gain.
     """
 
     def __init__(
         self,
         costs: StepCosts,
-        record: DraftStats,
+        stats: DraftStats,
         num_masks: int,
         num_rows: int,
-        anywhere: bool,
+        blocks_anywhere: bool,
         coupled: bool,
         timed: bool = True,
-        few: bool = False,
+        few_shapes: bool = False,
+        stops_early: bool = False,
     ) -> None:
-        self.stats, self.num_masks, self.coupled, self.timed = record, num_masks, coupled, timed
-        self.rows = [RowStats(record.prior_accept_prob.copy()) for _ in range(num_rows)]
-        self.wheres = ("last", "ends", "all") if anywhere else ("last",)
-        self.sizes = few_sizes(num_masks) if few else draft_sizes(num_masks)
-        self.costs = PlanCosts(costs, record, self.sizes, self.wheres, num_rows)
-        self.stops_early, self.least = False, 0.0
+        self.stats, self.num_masks, self.coupled, self.timed = stats, num_masks, coupled, timed
+        self.rows = [RowStats(stats.prior_accept_prob.copy()) for _ in range(num_rows)]
+        self.wheres = ("last", "ends", "all") if blocks_anywhere else ("last",)
+        self.sizes = few_sizes(num_masks) if few_shapes else draft_sizes(num_masks)
+        self.costs = PlanCosts(costs, stats, self.sizes, self.wheres, num_rows)
+        self.stops_early, self.min_path_prob = stops_early, 0.0
         self._steps = 0
         # Seconds of every plan and the best rate, with the rows and the step that they were computed for.
         self._estimates: tuple[np.ndarray, float, int, int] | None = None
@@ -133,68 +134,49 @@ class Budget:
             The plan.
         """
         for row, draft in zip(self.rows, lookup_drafts, strict=False):
-            row.lookup_draft = row.found = draft
+            row.lookup_draft = row.chosen_lookup = draft
         if self._drafting_paused:
             return self._or_probe(max_masks, *self._best_without_masks())
         return self._best(max_masks, num_waiting, self.timed)
 
-    def observe(self, plan: Plan, num_sequential: int, seconds: float, graph: bool = False) -> None:
+    def observe(self, plan: Plan, num_drafted: int, seconds: float, graph: bool = False) -> None:
         """Record what a step took; see ``PlanCosts.observe``. Plans depend on it, the text does not."""
         self.stats.steps_since_plain[len(self.rows).bit_length()] = 0 if plan == PLAIN else self._steps_since_plain() + 1
-        self.costs.observe(plan, num_sequential, seconds, graph)
+        self.costs.observe(plan, num_drafted, seconds, graph)
 
-    def learn(
-        self,
-        plan: Plan,
-        num_sequential: int,
-        accepted: Sequence[int],
-        verified: Sequence[int],
-        waiting: Sequence[int],
-        head_probs: Sequence[Sequence[float]],
-        new_tokens: Sequence[Sequence[int]] = (),
-    ) -> None:
-        """Record the outcome of a step.
-
-        Args:
-            plan: what was fed.
-            num_sequential: tokens drafted one after another.
-            accepted: number of drafts accepted in each row.
-            verified: number of drafts verified in each row.
-            waiting: number of drafts that each row has now.
-            head_probs: the head's probabilities of these.
-            new_tokens: the tokens that each row gained; only used where drafts are looked up in texts.
-        """
-        for row, tokens in zip(self.rows, new_tokens, strict=False):
+    def learn(self, outcomes: Sequence[RowOutcome]) -> None:
+        """Record the outcome of a step for each active row."""
+        for row, outcome in zip(self.rows, outcomes, strict=True):
             if row.lookup is not None and row.lookup_draft is not None:  # verified or not
-                self.stats.lookup.learn(row.lookup_draft, tokens)
-                row.lookup.learn(row.lookup_draft, tokens)
+                self.stats.lookup.learn(row.lookup_draft, outcome.tokens)
+                row.lookup.learn(row.lookup_draft, outcome.tokens)
         if self._drafting_paused:
             return
         self._steps += 1
         self._estimates_confirmed = False
-        for row, a, c, count, probs in zip(self.rows, accepted, verified, waiting, head_probs, strict=True):
-            self._learn_row(row, a, c, count, probs)
-        if any(count > 0 and row.found is None for count, row in zip(accepted, self.rows, strict=True)):
+        for row, outcome in zip(self.rows, outcomes, strict=True):
+            self._learn_row(row, outcome)
+        if any(outcome.num_accepted and row.chosen_lookup is None for row, outcome in zip(self.rows, outcomes, strict=True)):
             self._probe_backoff = 1
-        if any(waiting):  # else no new block, nothing new about blocks
+        if any(outcome.num_drafts for outcome in outcomes):  # else no new block, nothing new about blocks
             self.stats.prior_accept_prob += PRIOR_WEIGHT * (self._mean_accept_prob() - self.stats.prior_accept_prob)
 
-    def _learn_row(
-        self, row: RowStats, num_accepted: int, num_verified: int, depth: int, head_probs: Sequence[float]
-    ) -> None:
+    def _learn_row(self, row: RowStats, outcome: RowOutcome) -> None:
         """Update a row's acceptance probabilities: by its new drafts, or (not coupled) by what was accepted."""
-        if self.coupled and row.found is None:
-            self.stats.learn(row.head_probs, num_accepted, num_verified)
-        if not self.coupled and num_verified:
-            seen = min(num_accepted + 1, num_verified)
-            row.accept_prob[:seen] += self._block_weight(row) * ((np.arange(seen) < num_accepted) - row.accept_prob[:seen])
+        accepted, verified, count = outcome.num_accepted, outcome.num_verified, outcome.num_drafts
+        if self.coupled and row.chosen_lookup is None:
+            self.stats.learn(row.head_probs, accepted, verified)
+        if not self.coupled and verified:
+            seen = min(accepted + 1, verified)
+            row.accept_prob[:seen] += self._block_weight(row) * ((np.arange(seen) < accepted) - row.accept_prob[:seen])
         # A custom head may give no probabilities: then the row's average stands in for them.
-        row.head_probs = list(head_probs[:depth]) if len(head_probs) >= depth else row.accept_prob[:depth].tolist()
-        if self.coupled and depth:
+        has_probs = len(outcome.head_probs) >= count
+        row.head_probs = list(outcome.head_probs[:count]) if has_probs else row.accept_prob[:count].tolist()
+        if self.coupled and count:
             probs = self.stats.accept_prob(np.array(row.head_probs))
             weight = self._block_weight(row)
-            row.accept_prob[:depth] += weight * (probs - row.accept_prob[:depth])
-            row.accept_prob[depth:] += weight * (probs[-1] - row.accept_prob[depth:])
+            row.accept_prob[:count] += weight * (probs - row.accept_prob[:count])
+            row.accept_prob[count:] += weight * (probs[-1] - row.accept_prob[count:])
 
     @staticmethod
     def _block_weight(row: RowStats) -> float:
@@ -220,7 +202,7 @@ class Budget:
 
     def _drop_lookup_drafts(self) -> None:
         for row in self.rows:
-            row.found = None
+            row.chosen_lookup = None
 
     def _best(self, max_masks: int, num_waiting: Sequence[int], timed: bool) -> Plan:
         """The best plan; or, if ``timed``, a plain step when its time has to be measured."""
@@ -234,7 +216,7 @@ class Budget:
         tokens = expected_tokens(accept_probs, block_need, self.num_masks, self._values(), len(self.wheres))
         gain = tokens - rate * seconds  # [c, m, where]
         # Below this path probability a draft token gains less than its time would elsewhere. Rows draft together.
-        self.least = rate / len(self.rows) * self.costs.draft_token() if self.stops_early else 0.0
+        self.min_path_prob = rate / len(self.rows) * self.costs.draft_token() if self.stops_early else 0.0
 
         # Only sizes of use; c may be slightly more than the drafts there are, where those do not fill a size.
         most = max(map(len, accept_probs))
@@ -273,20 +255,20 @@ class Budget:
         return self._estimates[:2]
 
     def _row_accept_prob(self, row: RowStats, limit: int) -> np.ndarray:
-        """Acceptance probabilities of the better of a row's two drafts, [at most k]; sets ``row.found``."""
+        """Acceptance probabilities of the better of a row's two drafts, [at most k]; sets ``row.chosen_lookup``."""
         probs = np.zeros(0)
         if limit > 0:
             probs = self.stats.accept_prob(np.array(row.head_probs[:limit])) if self.coupled else row.accept_prob[:limit]
         if row.lookup is None:
             return probs
         lookup_tokens = 0.0
-        if row.found is not None:
-            lookup_probs = np.array(row.lookup.accept_probs(row.found))
+        if row.chosen_lookup is not None:
+            lookup_probs = np.array(row.lookup.accept_probs(row.chosen_lookup))
             lookup_tokens = float(lookup_probs.cumprod().sum())
             if lookup_tokens > probs.cumprod().sum():
                 probs = lookup_probs
             else:
-                row.found = None
+                row.chosen_lookup = None
         # The text will probably offer drafts as good as this one after the next block too.
         need = max(0.0, 1.0 - lookup_tokens / row.accept_prob.cumprod().sum())
         row.block_need += AVERAGE_WEIGHT * (need - row.block_need)
@@ -294,12 +276,12 @@ class Budget:
 
     def _best_without_masks(self) -> tuple[Plan, float]:
         """The best number of lookup drafts to verify without masks, and the seconds this saves over a plain step."""
-        if all(row.found is None for row in self.rows):
+        if all(row.chosen_lookup is None for row in self.rows):
             return PLAIN, 0.0
         probs = np.zeros((len(self.rows), self.num_masks))
         for r, row in enumerate(self.rows):
-            if row.lookup is not None and row.found is not None:
-                probs[r, : len(row.found.tokens)] = row.lookup.accept_probs(row.found)
+            if row.lookup is not None and row.chosen_lookup is not None:
+                probs[r, : len(row.chosen_lookup.tokens)] = row.lookup.accept_probs(row.chosen_lookup)
         tokens = np.concatenate([[0.0], probs.cumprod(1).sum(0).cumsum()])[list(self.sizes)]  # accepted, [c]
         seconds = self.costs.without_masks()
         rate = max(self._values().rate, 1.0 / seconds[0]) * len(self.rows)

@@ -56,7 +56,7 @@ def few_sizes(num_masks: int) -> tuple[int, ...]:
     return tuple(size for size in draft_sizes(num_masks) if size in FEW_SIZES or size == min(num_masks, FEW_SIZES[-1]))
 
 
-def usual_positions(num_masks: int) -> set[int]:
+def plan_positions(num_masks: int) -> set[int]:
     """Positions per row of all steps that plans may ask for, for k masks."""
     sizes = draft_sizes(num_masks)
     return {1 + c + blocks * m for c in sizes for m in sizes for blocks in (1, 2, 1 + c)}

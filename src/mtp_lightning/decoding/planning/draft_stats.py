@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,6 +69,24 @@ class DraftStats:
             self._accepted[i] += j < num_accepted
 
 
+class RowOutcome(NamedTuple):
+    """The outcome of a step for one row.
+
+    Attributes:
+        num_accepted: drafts accepted.
+        num_verified: drafts verified.
+        num_drafts: drafts that the row has now from its block.
+        head_probs: the head's probabilities of these, or none if it does not tell.
+        tokens: the tokens gained.
+    """
+
+    num_accepted: int
+    num_verified: int
+    num_drafts: int
+    head_probs: Sequence[float]
+    tokens: Sequence[int] = ()
+
+
 @dataclass
 class RowStats:
     """Statistics of one row.
@@ -79,7 +98,7 @@ class RowStats:
         num_blocks: blocks in the average; the prior counts for one.
         lookup: how often lookup drafts of this text are right; None: nothing is looked up.
         lookup_draft: the draft that the text offers.
-        found: the same where it is to be verified, in place of the block's draft.
+        chosen_lookup: the same if it is to be verified, in place of the block's draft.
         block_need: moving average of the share of a block's expected tokens that lookup drafts do not already provide.
     """
 
@@ -88,5 +107,5 @@ class RowStats:
     num_blocks: int = 1
     lookup: LookupStats | None = None
     lookup_draft: LookupDraft | None = None
-    found: LookupDraft | None = None
+    chosen_lookup: LookupDraft | None = None
     block_need: float = 1.0

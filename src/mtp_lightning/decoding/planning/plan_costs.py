@@ -91,19 +91,19 @@ class PlanCosts:
                 seconds[self._index(plan)] = mean
         return seconds
 
-    def plan(self, plan: Plan, num_sequential: int) -> float:
-        """Seconds of a step that drafts ``num_sequential`` tokens one after another."""
+    def plan(self, plan: Plan, num_drafted: int) -> float:
+        """Seconds of a step that drafts ``num_drafted`` tokens one after another."""
         measured = self.stats.graph_seconds.get((self.batch, plan))
         if measured:
             return measured[0]
-        return float(self._verifying()[self._index(plan)]) + self.drafting(num_sequential)
+        return float(self._verifying()[self._index(plan)]) + self.drafting(num_drafted)
 
     def _index(self, plan: Plan) -> tuple[int, int, int]:
         return self.sizes.index(plan.num_drafts), self.sizes.index(plan.masks), self.wheres.index(plan.where)
 
-    def drafting(self, num_sequential: int) -> float:
+    def drafting(self, num_drafted: int) -> float:
         """Seconds of drafting this number of tokens one after another."""
-        return num_sequential * self.draft_token() + (self.costs.begun * self.num_rows**0.5 if num_sequential else 0.0)
+        return num_drafted * self.draft_token() + (self.costs.begun * self.num_rows**0.5 if num_drafted else 0.0)
 
     def draft_token(self) -> float:
         """Seconds of one more token of a draft."""
@@ -113,12 +113,12 @@ class PlanCosts:
         """Number of plain steps of about this number of rows that were measured."""
         return float(self.stats.correction.counts[0, self.num_rows.bit_length() - 1])
 
-    def observe(self, plan: Plan, num_sequential: int, seconds: float, graph: bool = False) -> None:
+    def observe(self, plan: Plan, num_drafted: int, seconds: float, graph: bool = False) -> None:
         """Record what a step took.
 
         Args:
             plan: what was fed.
-            num_sequential: tokens drafted one after another.
+            num_drafted: tokens drafted one after another.
             seconds: what the step took.
             graph: True if it ran as a graph, whose time does not depend on what rows contain.
         """
@@ -132,7 +132,7 @@ class PlanCosts:
             clipped = min(seconds, 2 * mean) if count > 1 else seconds  # outliers say little
             self.stats.graph_seconds[self.batch, plan] = mean + (clipped - mean) / count, count
         index = self._index(plan)
-        expected = float(self._expected[index]) + self.drafting(num_sequential)
+        expected = float(self._expected[index]) + self.drafting(num_drafted)
         self.stats.correction.observe(int(self._positions[index]) * B, plan.masks > 0, expected, seconds)
         self._steps_since_refresh += 1
         if self._steps_since_refresh >= REFRESH_EVERY:
