@@ -11,7 +11,6 @@ from mtp_lightning.modeling.masking import (
     build_masked_input,
     dense_mask,
     document_positions,
-    mask_mod,
     mtp_labels,
     next_labels,
     sample_starts,
@@ -37,107 +36,103 @@ def single(
     return build_masked_input([token_row(ids, labels, documents)], num_masks, **options)
 
 
-def check(batch: MaskedInput, **expected: list) -> None:
-    """Compare each given field of the batch's only row; ``positions`` are those of the attention pattern."""
-    actual = {**batch._asdict(), "positions": attention_pattern(batch, batch.mtp_labels.shape[2]).position_ids}
-    for name, value in expected.items():
-        got = actual[name] if name == "counts" else actual[name][0]
-        torch.testing.assert_close(got, torch.tensor(value, dtype=got.dtype), msg=lambda text, name=name: f"{name}: {text}")
+BY_HAND: dict[str, tuple[dict, dict[str, list]]] = {
+    "five tokens, two masks": (
+        {"ids": [10, 11, 12, 13, 14], "num_masks": 2},
+        {
+            "input_ids": [10, 11, 12, 13, 14],
+            "position_ids": [0, 1, 2, 3, 4],
+            "document_ids": [0, 0, 0, 0, 0],
+            "ntp_labels": [11, 12, 13, 14, X],
+            "starts": [0, 1, 2],  # 3 is eligible, but x_5 does not exist: its block would train nothing
+            "mtp_labels": [[12, 13], [13, 14], [14, X]],
+            "anchor_weights": [[1, H], [H, H], [H, 0]],  # anchors 1 2 | 2 3 | 3 -
+            "block_weights": [1, 1, 1],
+            "counts": [4, 5, 3],
+            "positions": [0, 1, 2, 3, 4, 1, 2, 2, 3, 3, 4],
+        },
+    ),
+    "six tokens, three masks": (
+        {"ids": [10, 11, 12, 13, 14, 15], "num_masks": 3},
+        {
+            "starts": [0, 1, 2, 3],
+            "mtp_labels": [[12, 13, 14], [13, 14, 15], [14, 15, X], [15, X, X]],
+            "anchor_weights": [[1, H, T], [H, T, T], [T, T, 0], [T, 0, 0]],  # anchors 1 2 3 | 2 3 4 | 3 4 - | 4 - -
+            "counts": [5, 9, 4],
+            "positions": [0, 1, 2, 3, 4, 5, 1, 2, 3, 2, 3, 4, 3, 4, 5, 4, 5, 6],
+        },
+    ),
+    "packed documents": (
+        {"ids": [10, 11, 12, 20, 21, 22], "num_masks": 2, "documents": [0, 0, 0, 1, 1, 1]},
+        {
+            "position_ids": [0, 1, 2, 0, 1, 2],
+            "document_ids": [0, 0, 0, 1, 1, 1],
+            "ntp_labels": [11, 12, X, 21, 22, X],  # 12 does not predict 20
+            "starts": [0, 3],
+            "mtp_labels": [[12, X], [22, X]],
+            "anchor_weights": [[1, 0], [1, 0]],
+            "counts": [4, 2, 2],
+            "positions": [0, 1, 2, 0, 1, 2, 1, 2, 1, 2],
+        },
+    ),
+    "prompt tokens carry no loss": (
+        {"ids": [10, 11, 12, 13, 14, 15], "num_masks": 2, "labels": [X, X, X, 13, 14, 15]},
+        {
+            "ntp_labels": [X, X, 13, 14, 15, X],
+            "starts": [2, 3],  # the prompt's last token is eligible; 1 is not, though x_3 two ahead carries loss
+            "mtp_labels": [[14, 15], [15, X]],
+            "anchor_weights": [[1, H], [H, 0]],
+            "counts": [3, 3, 2],
+        },
+    ),
+    "a second turn is seen across one ignored token": (
+        {"ids": [10, 11, 12, 13, 14], "num_masks": 3, "labels": [X, 11, X, 13, 14]},
+        {
+            "ntp_labels": [11, X, 13, 14, X],
+            "starts": [0, 2],
+            "mtp_labels": [[X, 13, 14], [14, X, X]],
+            "anchor_weights": [[0, 1, H], [H, 0, 0]],  # anchors - 2 3 | 3
+            "counts": [3, 3, 2],
+        },
+    ),
+    "positions past the context are dropped": (
+        {"ids": [10, 11, 12, 13, 14, 15], "num_masks": 2, "context": 4},
+        {
+            "starts": [0, 1, 2],
+            "mtp_labels": [[12, 13], [13, 14], [14, X]],  # m_2 after x_2 would be at position 4
+            "anchor_weights": [[1, H], [H, H], [H, 0]],
+            "counts": [5, 5, 3],
+        },
+    ),
+    "the context counts within a document": (
+        {"ids": [10, 11, 12, 20, 21, 22], "num_masks": 1, "documents": [0, 0, 0, 1, 1, 1], "context": 2},
+        {"starts": [0, 3], "mtp_labels": [[12], [22]], "counts": [4, 2, 2]},
+    ),
+    "a row shorter than the masks": (
+        {"ids": [10, 11, 12], "num_masks": 4},
+        {"starts": [0], "mtp_labels": [[12, X, X, X]], "anchor_weights": [[1, 0, 0, 0]], "counts": [2, 1, 1]},
+    ),
+    "a row too short for a block has one empty block": (
+        {"ids": [10, 11], "num_masks": 2},
+        {"starts": [-1], "mtp_labels": [[X, X]], "anchor_weights": [[0, 0]], "block_weights": [0], "counts": [1, 0, 0]},
+    ),
+    "a row without labels has one empty block": (
+        {"ids": [10, 11, 12], "num_masks": 2, "labels": [X, X, X]},
+        {"starts": [-1], "mtp_labels": [[X, X]], "anchor_weights": [[0, 0]], "block_weights": [0], "counts": [0, 0, 0]},
+    ),
+}
 
 
-def test_five_tokens_two_masks() -> None:
-    batch = single([10, 11, 12, 13, 14], 2)
-    check(
-        batch,
-        input_ids=[10, 11, 12, 13, 14],
-        position_ids=[0, 1, 2, 3, 4],
-        document_ids=[0, 0, 0, 0, 0],
-        ntp_labels=[11, 12, 13, 14, X],
-        starts=[0, 1, 2],  # 3 is eligible, but x_5 does not exist: its block would train nothing
-        mtp_labels=[[12, 13], [13, 14], [14, X]],
-        anchor_weights=[[1, H], [H, H], [H, 0]],  # anchors 1 2 | 2 3 | 3 -
-        block_weights=[1, 1, 1],
-        counts=[4, 5, 3],
-        positions=[0, 1, 2, 3, 4, 1, 2, 2, 3, 3, 4],
-    )
-
-
-def test_six_tokens_three_masks() -> None:
-    batch = single([10, 11, 12, 13, 14, 15], 3)
-    check(
-        batch,
-        ntp_labels=[11, 12, 13, 14, 15, X],
-        starts=[0, 1, 2, 3],
-        mtp_labels=[[12, 13, 14], [13, 14, 15], [14, 15, X], [15, X, X]],
-        anchor_weights=[[1, H, T], [H, T, T], [T, T, 0], [T, 0, 0]],  # anchors 1 2 3 | 2 3 4 | 3 4 - | 4 - -
-        counts=[5, 9, 4],
-        positions=[0, 1, 2, 3, 4, 5, 1, 2, 3, 2, 3, 4, 3, 4, 5, 4, 5, 6],
-    )
-
-
-def test_packed_documents() -> None:
-    batch = single([10, 11, 12, 20, 21, 22], 2, documents=[0, 0, 0, 1, 1, 1])
-    check(
-        batch,
-        position_ids=[0, 1, 2, 0, 1, 2],
-        document_ids=[0, 0, 0, 1, 1, 1],
-        ntp_labels=[11, 12, X, 21, 22, X],  # 12 does not predict 20
-        starts=[0, 3],
-        mtp_labels=[[12, X], [22, X]],
-        anchor_weights=[[1, 0], [1, 0]],
-        counts=[4, 2, 2],
-        positions=[0, 1, 2, 0, 1, 2, 1, 2, 1, 2],
-    )
-
-
-def test_prompt_tokens_carry_no_loss() -> None:
-    batch = single([10, 11, 12, 13, 14, 15], 2, labels=[X, X, X, 13, 14, 15])
-    check(
-        batch,
-        ntp_labels=[X, X, 13, 14, 15, X],
-        starts=[2, 3],  # the prompt's last token is eligible; 1 is not, though x_3 two ahead carries loss
-        mtp_labels=[[14, 15], [15, X]],
-        anchor_weights=[[1, H], [H, 0]],
-        counts=[3, 3, 2],
-    )
-
-
-def test_a_second_turn_is_seen_across_one_ignored_token() -> None:
-    batch = single([10, 11, 12, 13, 14], 3, labels=[X, 11, X, 13, 14])
-    check(
-        batch,
-        ntp_labels=[11, X, 13, 14, X],
-        starts=[0, 2],
-        mtp_labels=[[X, 13, 14], [14, X, X]],
-        anchor_weights=[[0, 1, H], [H, 0, 0]],  # anchors - 2 3 | 3
-        counts=[3, 3, 2],
-    )
-
-
-def test_positions_past_the_context_are_dropped() -> None:
-    batch = single([10, 11, 12, 13, 14, 15], 2, context=4)
-    check(
-        batch,
-        starts=[0, 1, 2],
-        mtp_labels=[[12, 13], [13, 14], [14, X]],  # m_2 after x_2 would be at position 4
-        anchor_weights=[[1, H], [H, H], [H, 0]],
-        counts=[5, 5, 3],
-    )
-    # The context counts within a document.
-    batch = single([10, 11, 12, 20, 21, 22], 1, documents=[0, 0, 0, 1, 1, 1], context=2)
-    check(batch, starts=[0, 3], mtp_labels=[[12], [22]], counts=[4, 2, 2])
-
-
-def test_a_row_shorter_than_the_masks() -> None:
-    batch = single([10, 11, 12], 4)
-    check(batch, starts=[0], mtp_labels=[[12, X, X, X]], anchor_weights=[[1, 0, 0, 0]], counts=[2, 1, 1])
-
-
-@pytest.mark.parametrize(("ids", "labels"), [([10, 11], None), ([10, 11, 12], [X, X, X])])
-def test_a_row_without_blocks_has_one_empty_block(ids: list[int], labels: list[int] | None) -> None:
-    batch = single(ids, 2, labels=labels)
-    check(batch, starts=[-1], mtp_labels=[[X, X]], anchor_weights=[[0, 0]], block_weights=[0])
-    assert batch.counts.tolist() == ([1, 0, 0] if labels is None else [0, 0, 0])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_row_by_hand(name: str) -> None:
+    options, expected = BY_HAND[name]
+    batch = single(**options)
+    actual = {**batch._asdict(), "positions": attention_pattern(batch, options["num_masks"]).position_ids}
+    for field, value in expected.items():
+        got = actual[field] if field == "counts" else actual[field][0]
+        torch.testing.assert_close(
+            got, torch.tensor(value, dtype=got.dtype), msg=lambda text, field=field: f"{field}: {text}"
+        )
 
 
 def test_rows_of_a_batch_are_padded() -> None:
@@ -244,44 +239,7 @@ def test_dense_mask_by_hand() -> None:
     ]
 
 
-def test_sliding_window_counts_positions_not_indices() -> None:
-    batch = single([10, 11, 12, 13, 14], 2)  # blocks after x_0, x_1, x_2 at indices 5.., 7.., 9..
-    sees = mask_mod(attention_pattern(batch, 2), 5, window=2)
-    zero = torch.tensor(0)
-
-    def seen(query: int) -> list[int]:
-        return [key for key in range(11) if bool(sees(zero, zero, torch.tensor(query), torch.tensor(key)))]
-
-    assert seen(3) == [2, 3]
-    assert seen(9) == [2, 9]  # m_1 after x_2 is at 3: of x_0..x_2 only x_2 is nearer than 2
-    assert seen(10) == [9, 10]  # m_2 is at 4: x_2 is 2 away
-    wide = mask_mod(attention_pattern(batch, 2), 5, window=None)
-    assert [key for key in range(11) if bool(wide(zero, zero, torch.tensor(10), torch.tensor(key)))] == [0, 1, 2, 9, 10]
-
-
-# ---------------------------------------------------------------------------------------------- anchors and sampling
-
-
-def test_anchor_weights_are_a_plain_mean_over_shared_anchors() -> None:
-    """Summed with the weights, numbers at MTP positions give the sum over anchors of their mean over S(t)."""
-    generator = torch.Generator().manual_seed(0)
-    ids = list(range(100, 112))
-    labels = [token if torch.rand(1, generator=generator) < 0.7 else X for token in ids]
-    documents = [0] * 5 + [1] * 7
-    K = 3
-    batch = single(ids, K, labels=labels, documents=documents)
-    values = torch.rand(batch.mtp_labels.shape, generator=generator)
-    at_anchor: dict[int, list[float]] = {}
-    for block, start in enumerate(batch.starts[0].tolist()):
-        for j in range(1, K + 1):
-            label = start + j + 1
-            if label < len(ids) and labels[label] != X and documents[label] == documents[start]:
-                at_anchor.setdefault(start + j, []).append(float(values[0, block, j - 1]))
-    expected = sum(sum(found) / len(found) for found in at_anchor.values())
-    assert len(at_anchor) > 3 and max(len(found) for found in at_anchor.values()) > 1
-    torch.testing.assert_close(float((values * batch.anchor_weights).sum()), expected, rtol=1e-6, atol=0)  # float32 sums
-    assert batch.counts[ANCHOR] == len(at_anchor)
-    assert batch.counts[MTP] == sum(len(found) for found in at_anchor.values())
+# ---------------------------------------------------------------------------------------------- sampling
 
 
 def test_sampled_starts_are_a_subset_that_keeps_the_denominators() -> None:

@@ -26,6 +26,7 @@ from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, SamplerCro
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
 
 # transformers refuses SDPA for Gemma 2's soft-capped attention.
@@ -168,8 +169,11 @@ def test_sampler_states_are_the_head_on_the_true_previous_tokens(make_head: Call
         torch.testing.assert_close(states.sampler_ntp, head(states.ntp, model.embed(batch.input_ids)), rtol=0, atol=1e-12)
 
 
-def test_a_half_precision_base_keeps_its_trained_parameters_in_float32() -> None:
+def test_what_is_trained_is_float32_on_a_half_precision_base() -> None:
     model = tiny_model(dtype=torch.bfloat16, sampler_head=GRUSamplerHead(), lora=LoRA(rank=2))
+    trained = dict(model.trained_parameters())
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert sum("lora_" in name for name in trained) == 2 * len(lora_layers(model.base))
+    assert {name.split(".")[0] for name in trained if "lora_" not in name} == {"mask_embeddings", "sampler_head"}
     states = model.hidden_states(tiny_batch())
-    assert {p.dtype for _, p in model.trained_parameters()} == {torch.float32}
     assert states.sampler is not None and states.sampler.dtype == states.mtp.dtype == torch.bfloat16
