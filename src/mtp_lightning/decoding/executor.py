@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtp_lightning.decoding.acceptance import acceptance_rule
 from mtp_lightning.decoding.execution.decode_cache import decode_cache, rounded_slots
 from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
+from mtp_lightning.decoding.execution.fused_lora import has_hooks
 from mtp_lightning.decoding.execution.step import StepInput, StepOutput, read_rows
 from mtp_lightning.decoding.execution.step_graph import CAPTURES, StepGraph
 from mtp_lightning.decoding.options import DecodingOptions
@@ -25,7 +26,6 @@ from mtp_lightning.decoding.state import DecodeState, Row, StepResult
 from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.modeling.network import MTPNetwork
-from mtp_lightning.modeling.transformers_private import offload_hook
 
 MAX_GRAPHS = 64
 """Shapes of steps over one cache that are remembered."""
@@ -215,7 +215,7 @@ class CompiledExecutor(EagerExecutor):
     def _graph(self, shape: StepShape, cache: RowCache) -> tuple[StepGraph | None, bool]:
         """The graph of a step, made when it is due, and whether that was now; None: the step runs eagerly."""
         weights, graphs = decode_cache(self.model), cache.graphs
-        if shape.layouts[0].last or max(cache.lengths) == 0 or weights.no_graphs:  # a prompt's shape comes once
+        if shape.layouts[0].last or max(cache.lengths) == 0 or weights.graphs_failed:  # a prompt's shape comes once
             return None, False
         if self._generation != weights.generation:  # weights that graphs read may be gone, or be another model's
             if graphs.get("made for") != (weights, weights.generation):
@@ -236,7 +236,7 @@ class CompiledExecutor(EagerExecutor):
                 self.model, cache, self.choice, self.acceptance, self.sampler_head, shape.layouts, shape.num_drafts
             )
         except Exception as error:  # compilers and drivers raise anything; the text does not depend on them
-            weights.no_graphs = True
+            weights.graphs_failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"steps could not be compiled, decoding continues without: {reason}", stacklevel=2)
             return None, True
@@ -248,13 +248,9 @@ def can_compile(model: MTPNetwork, options: DecodingOptions) -> bool:
     device = model.base.device
     if not options.compile or options.logits_processor or options.repetition_penalty != 1.0 or device.type not in CAPTURES:
         return False
-    if not options.coupled or model.is_sharded or is_autocast(device) or decode_cache(model).no_graphs:
+    if not options.coupled or model.is_sharded or is_autocast(device) or decode_cache(model).graphs_failed:
         return False
-    return all(parameter.device == device for parameter in model.parameters()) and not any(map(_is_hooked, model.modules()))
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or offload_hook(module) is not None)
+    return all(parameter.device == device for parameter in model.parameters()) and not any(map(has_hooks, model.modules()))
 
 
 def make_executor(model: MTPNetwork, options: DecodingOptions, choice: TokenChoice) -> Executor:

@@ -124,11 +124,10 @@ def test_training_while_decoding_is_suspended() -> None:
     model = tiny_model("llama", 3)
     suspended = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
     next(suspended)
-    layer = lora_layers(model.base)[0]
-    x = torch.randn(1, 5, 32, dtype=torch.float64)
     with model.gate.open(2), torch.enable_grad(), torch.inference_mode(False):
-        layer(x.clone()).sum().backward()
-    assert layer.lora_B["default"].weight.grad is not None
+        inputs = model.embed(token_row([5]).input_ids[None].clone()).clone()
+        model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
+    assert all(layer.lora_B["default"].weight.grad is not None for layer in lora_layers(model.base))
     suspended.close()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values read where they lie give the bits that repeated ones give."""
+"""Grouped attention gives the bits that repeated keys and values give."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from hidden import hidden_states
 from tiny import tiny_model, token_row
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtp_lightning.decoding.execution import grouped_attention
 from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
-from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel, gains
+from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel, supports_grouped_sdpa
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.modeling.attention import GROUPED_SDPA
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", torch.float64), ("gemma3", torch.float32), ("qwen2", torch.bfloat16)]
+)
 def test_the_same_text(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(architecture, 4, dtype=dtype)
     model.mask_embeddings.data = model.mask_embeddings.data.to(dtype)
     heads = model.base.config.num_key_value_heads, model.base.config.num_attention_heads
-    assert heads[0] < heads[1] and gains(model.base)
+    assert heads[0] < heads[1] and supports_grouped_sdpa(model.base)
     repeated: list[bool] = []
     theirs = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -38,7 +38,7 @@ def test_the_same_text(architecture: str, dtype: torch.dtype, monkeypatch: pytes
     options = DecodingOptions(num_masks=4, max_new_tokens=12)
     for replaced in (True, False):
         if not replaced:
-            monkeypatch.setattr(grouped_attention, "gains", lambda base: False)
+            monkeypatch.setattr(grouped_attention, "supports_grouped_sdpa", lambda base: False)
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", counted)
         repeated.clear()
         texts.append([step.tokens for step in decode(model, prompt, options)])
@@ -46,10 +46,9 @@ def test_the_same_text(architecture: str, dtype: torch.dtype, monkeypatch: pytes
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("groups", [2, 3, 4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "dtype"), [(2, torch.float64), (3, torch.float32), (4, torch.bfloat16)])
 @torch.inference_mode()
-def test_single_calls(dtype: torch.dtype, groups: int) -> None:
+def test_single_calls(groups: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     module = type("Attention", (), {"num_key_value_groups": groups, "is_causal": True})()
     for queries, mask in ((5, True), (1, True), (5, False)):
@@ -64,7 +63,7 @@ def test_single_calls(dtype: torch.dtype, groups: int) -> None:
         assert torch.equal(found, expected)
 
 
-def test_only_while_decoding_and_where_it_gains() -> None:
+def test_it_is_used_within_steps_only() -> None:
     model = tiny_model("llama", 3)
     assert decoding_kernel(model.base) == GROUPED_SDPA
     steps = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
@@ -81,16 +80,3 @@ def test_only_while_decoding_and_where_it_gains() -> None:
     assert decoding_kernel(model.base) == GROUPED_SDPA
     model.base.set_attn_implementation("eager")
     assert decoding_kernel(model.base) == "eager"
-
-
-def test_training_while_a_reader_has_paused() -> None:
-    model = tiny_model("llama", 3)
-    steps = decode(model, token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
-    next(steps)
-    with torch.inference_mode(False), torch.enable_grad():
-        ids = token_row([5]).input_ids[None].clone()
-        inputs = model.embed(ids).clone().requires_grad_()
-        model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
-    assert inputs.grad is not None
-    steps.close()
-    assert hidden_states(model, 2, 1).shape[1] == 12

@@ -56,7 +56,7 @@ class DecodeCache:
     Attributes:
         lock: held while a step runs.
         generation: counts the changes of what graphs read.
-        no_graphs: True if making a graph of a step has failed.
+        graphs_failed: True if making a graph of a step has failed.
         calibrations: costs of steps, and acceptance statistics, on this device and in this dtype, by (are steps graphs?,
             number of tokens that drafts are chosen from).
     """
@@ -73,7 +73,7 @@ class DecodeCache:
         self._graph_inputs: tuple[Any, ...] | None = None
         self._caches: dict[tuple[int, int], RowCache] = {}
         self.generation = 0
-        self.no_graphs = False
+        self.graphs_failed = False
         self.calibrations: dict[tuple[bool, int], tuple[StepCosts, DraftStats]] = {}
 
     def __reduce__(self) -> Any:
@@ -132,7 +132,7 @@ class DecodeCache:
         if self._depth:
             self._restore()
         self._forwards, self._chain, self._shortlist, self._fingerprint = [], None, None, None
-        self.no_graphs = False
+        self.graphs_failed = False
         self._drop_graphs()
 
     def _drop_graphs(self) -> None:

@@ -37,10 +37,14 @@ def lora_matrices(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """True if a module's forward pass has hooks, of PyTorch or of accelerate."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or offload_hook(module) is not None)
+
+
 def _is_patched(module: nn.Module) -> bool:
     """True if a module's forward pass has hooks or is overridden."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks or "forward" in vars(module) or offload_hook(module) is not None)
+    return has_hooks(module) or "forward" in vars(module)
 
 
 def is_plain_linear(layer: Any) -> bool:
@@ -65,7 +69,7 @@ def can_fuse(layer: Any, gate: Gate) -> bool:
 
 
 def _needs_peft(x: Tensor) -> bool:
-    """True for a wrong shape (PEFT reports it), under autocast, or if a model is trained while decoding is suspended."""
+    """True for a wrong shape (PEFT reports it), under autocast, or where gradients are needed."""
     return x.ndim != 3 or torch.is_grad_enabled() or is_autocast(x.device)
 
 

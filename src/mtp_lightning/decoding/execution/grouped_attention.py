@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention whose query heads share keys and values, on a CPU: they are read where they lie.
+"""Grouped-query attention on a CPU without copies of keys and values.
 
-transformers repeats keys and values for each query head as soon as there is a mask, which suits GPU kernels; on a CPU that
-copies the whole cache in every layer of every step. PyTorch's CPU kernel takes groups of heads with a mask and gives the
-same bits.
+transformers repeats keys and values for each query head if there is a mask, which suits GPU kernels; on a CPU it copies the
+whole cache in every layer of every step. PyTorch's CPU kernel supports groups of heads with a mask and gives the same bits.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from mtp_lightning.modeling.transformers_private import (
     sdpa_attention,
 )
 
-OTHERS = ("position_bias", "softcap", "cache", "output_attentions")
-"""Arguments that are left to transformers' own function."""
+UNSUPPORTED = ("position_bias", "softcap", "cache", "output_attentions")
+"""Arguments that only transformers' own function handles."""
 
 
 def grouped_sdpa(
@@ -46,15 +45,21 @@ def grouped_sdpa(
         value: [B, G, W, d].
         attention_mask: True where the query sees the key, or an additive mask, [B or 1, 1, Q, W]; None: no mask.
         dropout: rate.
-        scaling: factor of the products; None: the usual one.
-        **kwargs: what else the layer passes.
+        scaling: factor of the products; None: 1 / sqrt(d).
+        **kwargs: other arguments of the layer.
 
     Returns:
         [B, Q, H, d], and None.
     """
     # transformers repeats nothing for a single query or without a mask.
     plain = attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1]
-    if plain or dropout or query.device.type != "cpu" or query.requires_grad or any(kwargs.get(name) for name in OTHERS):
+    if (
+        plain
+        or dropout
+        or query.device.type != "cpu"
+        or query.requires_grad
+        or any(kwargs.get(name) for name in UNSUPPORTED)
+    ):
         return sdpa_attention()(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2), None
@@ -63,12 +68,12 @@ def grouped_sdpa(
 register_attention(GROUPED_SDPA, grouped_sdpa)
 
 
-def gains(base: PreTrainedModel) -> bool:
+def supports_grouped_sdpa(base: PreTrainedModel) -> bool:
     """True if the base's SDPA attention can be replaced by ``grouped_sdpa``, and gains by it."""
     config = text_config(base)
     heads = config.num_attention_heads
-    shares = getattr(config, "num_key_value_heads", heads) != heads
-    return base.device.type == "cpu" and shares and can_switch_attention(base.__class__)
+    is_grouped = getattr(config, "num_key_value_heads", heads) != heads
+    return base.device.type == "cpu" and is_grouped and can_switch_attention(base.__class__)
 
 
 def decoding_kernel(base: PreTrainedModel) -> str | None:
@@ -80,4 +85,4 @@ def decoding_kernel(base: PreTrainedModel) -> str | None:
     if kernel == "flex_attention":
         capped = getattr(text_config(base), "attn_logit_softcapping", None) is not None
         kernel = "eager" if capped else "sdpa"
-    return GROUPED_SDPA if kernel == "sdpa" and gains(base) else kernel
+    return GROUPED_SDPA if kernel == "sdpa" and supports_grouped_sdpa(base) else kernel
