@@ -14,9 +14,7 @@ from mtp_lightning.data import MTPDataModule
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning's, about small machines and few batches
-@pytest.mark.parametrize(
-    ("validation_fraction", "limit", "batches"), [(0.0, 1.0, 5), (0.0, 3, 3), (0.0, 0.8, 4), (0.3, 1.0, 4), (0.3, 3, 3)]
-)
+@pytest.mark.parametrize(("validation_fraction", "limit", "batches"), [(0.0, 3, 3), (0.0, 0.8, 4), (0.3, 1.0, 4)])
 def test_fit_and_resume_after_every_step(
     tmp_path: Path, write, validation_fraction: float, limit: float, batches: int
 ) -> None:
@@ -63,24 +61,19 @@ def test_resume_with_workers(tmp_path: Path, write) -> None:
 
 
 def test_resume_on_two_ranks(tmp_path: Path, write) -> None:
-    """Two processes joined by DDP, with 0 and 2 workers each: together they see what one rank with larger batches sees."""
+    """Two processes joined by DDP, with two workers each: together they see what one rank with larger batches sees."""
     options = {"train": write("a.jsonl", texts(14)), "max_length": 16, "block_fraction": 0.5}
     alone = fit(tmp_path / "alone", MTPDataModule(**options, batch_size=4), 2, accumulate_grad_batches=2).seen
     assert len(alone) == 8
-    ranks = two_processes.run(whole_and_resumed, tmp_path, str(tmp_path), options | {"batch_size": 2}, [0, 2], [3])
-    for workers in (0, 2):
-        for rank in ranks:
-            whole, resumed = rank[workers]
-            assert [seen[0] for seen in whole] == [0] * 4 + [1] * 4
-            assert resumed[3] == whole[6:]
-        for one, *both in zip(alone, ranks[0][workers][0], ranks[1][workers][0], strict=True):
-            rows = [
-                (number, drawn(starts))
-                for _, ids, all_starts, _ in both
-                for number, starts in zip(ids, all_starts, strict=True)
-            ]
-            assert sorted(rows) == sorted((number, drawn(starts)) for number, starts in zip(one[1], one[2], strict=True))
-            assert [a + b for a, b in zip(both[0][3], both[1][3], strict=True)] == one[3]
+    options |= {"batch_size": 2, "num_workers": 2}
+    ranks = two_processes.run(whole_and_resumed, tmp_path, str(tmp_path / "shared"), options, 3)
+    for whole, resumed in ranks:
+        assert [seen[0] for seen in whole] == [0] * 4 + [1] * 4
+        assert resumed == whole[6:]
+    for one, *both in zip(alone, *(whole for whole, _ in ranks), strict=True):
+        rows = [pair for _, ids, starts, _ in both for pair in zip(ids, map(drawn, starts), strict=True)]
+        assert sorted(rows) == sorted(zip(one[1], map(drawn, one[2]), strict=True))
+        assert [a + b for a, b in zip(both[0][3], both[1][3], strict=True)] == one[3]
 
 
 def drawn(starts: list[int]) -> list[int]:

@@ -16,7 +16,8 @@ ONE, TWO, THREE, FOUR = 9, 10, 11, 12
 
 def check(row: dict, tokenizer: object, ids: list[int], labels: list[int], template: str | None = None) -> None:
     encoded = encode_row(row, tokenizer, template)
-    assert (list(encoded.input_ids), encoded.labels) == (ids, labels)
+    found = [token if carries_loss else X for token, carries_loss in zip(encoded.input_ids, encoded.loss, strict=True)]
+    assert (list(encoded.input_ids), found) == (ids, labels)
 
 
 def says(role: str, content: str) -> dict[str, str]:

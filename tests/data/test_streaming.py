@@ -81,20 +81,19 @@ def test_a_cycle_holds_what_reading_everything_holds(folder: str, packing: bool)
     assert all(document in documents for document in split)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("kind", ["folder", "list", "mix"])
+@pytest.mark.parametrize(("kind", "packing"), [("folder", False), ("list", True), ("mix", False), ("mix", True)])
 def test_resume_from_any_position(folder: str, write, kind: str, packing: bool) -> None:
     """Amounts that end in the middle of batches, files and cycles; positions are what a checkpoint can keep."""
     other = write("f.jsonl", texts(5, 100))
     sources = {"folder": folder, "list": [other, folder], "mix": {folder: 3, other: 1}}[kind]
-    amounts = [1, 7, 3, 8, 13, 5, 20, 1]
+    amounts = [1, 7, 13, 20, 5]
     whole, states, expected = stream(sources, packing=packing), [], []
     for amount in amounts:
         kept = io.BytesIO()
         torch.save(whole.state(), kept)
         states.append(kept)
         expected.append(ids(whole.take(amount)))
-    assert len({tuple(map(tuple, rows)) for rows in expected}) > 6
+    assert len({tuple(map(tuple, rows)) for rows in expected}) == 5
     for place, kept in enumerate(states):
         kept.seek(0)
         resumed = stream(sources, packing=packing)

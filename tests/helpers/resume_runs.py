@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run that learns nothing and remembers what it was fed. A file of its own: spawned processes must import it."""
+"""A training run that records its batches. A file of its own: spawned processes must import it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtp_lightning.data import MTPDataModule
 
 
 class Recorder(LightningModule):
-    """Learns nothing that matters; remembers what it was fed."""
+    """A module with one parameter that records its batches."""
 
     num_masks = 2
     context = 64
@@ -63,24 +63,17 @@ def fit(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those of a run, in the order of their steps."""
+    """The checkpoints of a run, in the order of their steps."""
     return sorted(folder.glob("*.ckpt"), key=lambda file: int(re.findall(r"\d+", file.name)[0]))
 
 
-def whole_and_resumed(
-    rank: int, folder: str, data_options: dict[str, Any], workers: list[int], steps: list[int]
-) -> dict[int, tuple[list, dict[int, list]]]:
-    """On one of two ranks, for some numbers of workers: what a run was fed, and what runs resumed after some steps were."""
+def whole_and_resumed(rank: int, folder: str, data_options: dict[str, Any], step: int) -> tuple[list, list]:
+    """On one of two ranks: the batches of an uninterrupted run, and of one resumed after a step."""
     warnings.filterwarnings("ignore")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2}
-    found = {}
-    for number in workers:
-        runs, data = Path(folder) / str(number), {**data_options, "num_workers": number}
-        whole = fit(runs, MTPDataModule(**data), 2, save=True, **options)
-        torch.distributed.barrier()
-        saved = [str(checkpoints(runs)[step - 1]) for step in steps]
-        resumed = [fit(runs, MTPDataModule(**data), 2, checkpoint, **options).seen for checkpoint in saved]
-        found[number] = (whole.seen, dict(zip(steps, resumed, strict=True)))
-    return found
+    whole = fit(Path(folder), MTPDataModule(**data_options), 2, save=True, **options)
+    torch.distributed.barrier()
+    checkpoint = str(checkpoints(Path(folder))[step - 1])
+    return whole.seen, fit(Path(folder), MTPDataModule(**data_options), 2, checkpoint, **options).seen

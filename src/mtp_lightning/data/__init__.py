@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data layer, in the order in which data flows.
 
-``reading`` sources -> rows of fields; ``chat`` and ``encoding`` a row -> token ids and loss; ``documents`` the same for
-whole sources, cut to length and cached (``cache`` says what is wrong with the cache); ``packing`` documents -> rows;
-``rows`` the data set that a loader draws from; ``preparing`` all of it up to there; ``loader`` which rows when, on which
-rank; ``collator`` rows -> masked input; ``display`` a batch as text; ``module`` the LightningDataModule, the only file
-here that imports Lightning.
+``reading`` sources -> rows of fields; ``chat`` and ``encoding`` a row -> token ids and loss; ``cutting`` rows -> documents
+of limited length; ``documents`` all of that for a dataset, cached (``cache``: errors of the cache); ``packing`` documents
+-> rows; ``rows`` the dataset that a loader draws from; ``preparing`` everything up to there, ``streaming`` the same for a
+stream; ``loader`` which rows when, on which rank; ``collator`` rows -> masked input; ``display`` a batch as text;
+``module`` the LightningDataModule, the only file here that imports Lightning.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["MTPDataModule"]
 
 
 def __getattr__(name: str) -> Any:
-    """``MTPDataModule``, imported at first use, so that the other files here work without Lightning."""
+    """``MTPDataModule``, imported on first use, so that the other files here work without Lightning."""
     if name != "MTPDataModule":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from mtp_lightning.data.module import MTPDataModule

@@ -3,7 +3,7 @@
 
 Three methods, the first that fits:
 
-1. Markers: the template has ``{% generation %}`` and says itself what the assistant wrote. Where the markers leave out the
+1. Markers: the template has ``{% generation %}`` and marks what the assistant wrote. Where the markers leave out the
    end-of-turn token that follows, it is added.
 2. Prefixes: the text of the messages before an assistant turn, with the generation prompt, ends where the turn begins;
    the text up to and including the turn ends where it ends. Both must be prefixes of the full text, which is checked.
@@ -39,19 +39,10 @@ _MARKERS = "Give data.chat_template a template with {% generation %} .. {% endge
 def encode_messages(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and which of them the assistant wrote.
+    """Token ids of a conversation, and for each True if it carries loss: if the assistant wrote it.
 
-    Args:
-        messages: ``{"role": ..., "content": ...}`` in order; roles as the template knows them.
-        tokenizer: the base's tokenizer.
-        chat_template: source of a template, or None for the base's own.
-
-    Returns:
-        Token ids, and for each True if it carries loss. Without an assistant turn none does.
-
-    Raises:
-        UsageError: there is no template.
-        RunError: the messages are malformed, the template rejects them, or the assistant's part cannot be found.
+    Raises a UsageError if there is no template, and a RunError if the messages are malformed, the template rejects them,
+    or the assistant's part cannot be found.
     """
     messages = clean_messages(messages)
     template = template_of(tokenizer, chat_template)
@@ -92,8 +83,7 @@ def end_of_turn(
 ) -> list[int]:
     """Token ids that the template writes after an assistant answer to ``messages`` and that carry loss, usually one.
 
-    Raises:
-        RunError: the template does not write the answer unchanged.
+    Raises a RunError if the template does not write the answer unchanged.
     """
     answer = {"role": "assistant", "content": _PLACEHOLDER}
     text = render(clean_messages([*messages, answer]), tokenizer, template_of(tokenizer, chat_template))

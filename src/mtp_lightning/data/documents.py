@@ -45,19 +45,9 @@ class Encoder(NamedTuple):
 def encode_dataset(rows: Dataset, source: str, encoder: Encoder, workers: int = 0) -> Dataset:
     """The documents of a dataset of rows, from the cache if they were encoded before.
 
-    The cache key is the rows, the tokenizer, the template, ``max_length`` and the code that encodes.
-
-    Args:
-        rows: rows of fields.
-        source: where they come from, for messages.
-        encoder: how to encode them.
-        workers: processes that encode a large dataset.
-
-    Returns:
-        A dataset with one document per row: ``input_ids``, ``loss``, ``domain``, and the counts of ``Documents``.
-
-    Raises:
-        RunError: a row cannot be encoded; the message names it.
+    The result has one document per row: ``input_ids``, ``loss``, ``domain``, ``row`` and the counts of ``Documents``. The
+    cache key is the rows, the tokenizer, the template, ``max_length`` and the code that encodes. Raises a
+    RunError that names the source and the row if a row cannot be encoded.
     """
     tokenizer, max_length, chat_template = encoder
     is_tokenized = row_type(set(rows.column_names)) == "input_ids"
@@ -84,20 +74,7 @@ def encode_dataset(rows: Dataset, source: str, encoder: Encoder, workers: int = 
 
 
 def encode_batch(batch: dict[str, list[Any]], indices: Sequence[int], source: str, encoder: Encoder) -> pa.Table:
-    """The documents of some rows of fields.
-
-    Args:
-        batch: field -> its value in each row.
-        indices: indices of the rows, for messages and for the column ``row``.
-        source: where they come from, for messages.
-        encoder: how to encode them.
-
-    Returns:
-        A table with one document per row, as in ``encode_dataset``.
-
-    Raises:
-        RunError: a row cannot be encoded; the message names it.
-    """
+    """The documents of some rows, given as field -> values and their indices in the source, as in ``encode_dataset``."""
     encoded = []
     for place, index in enumerate(indices):
         row = {field: values[place] for field, values in batch.items()}

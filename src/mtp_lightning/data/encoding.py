@@ -42,26 +42,12 @@ class EncodedRow(NamedTuple):
     loss: list[bool]
     splittable: bool
 
-    @property
-    def labels(self) -> list[int]:
-        """The token id where it carries loss, ``IGNORE_INDEX`` elsewhere."""
-        return [token if flag else IGNORE_INDEX for token, flag in zip(self.input_ids, self.loss, strict=True)]
-
 
 def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> EncodedRow:
-    """The row as tokens, by the first type that its fields fit: messages, prompt, text, input_ids.
+    """The row as tokens, by the first type that its fields fit; a field that is None counts as absent.
 
-    Args:
-        row: its fields; a field that is None counts as absent.
-        tokenizer: the base's tokenizer.
-        chat_template: source of a chat template, or None for the base's own.
-
-    Returns:
-        Token ids and loss.
-
-    Raises:
-        RunError: the row has none of the fields needed, or one of them has the wrong type.
-        UsageError: the row needs a chat template and there is none.
+    Raises a RunError if the row has none of the fields needed or one has the wrong type, and a UsageError if it needs a
+    chat template and there is none.
     """
     fields = {name for name, value in row.items() if value is not None}
     type_ = row_type(fields)

@@ -48,17 +48,11 @@ _OTHER_SUFFIXES = set(".csv .tsv .gz .xz .bz2 .zst .zip .tar .arrow .ndjson .md 
 
 
 def read_source(source: str) -> list[Dataset]:
-    """The rows of one source, with those of ``FIELDS`` that it has; no dataset is empty.
+    """The rows of one source, with those of ``FIELDS`` that it has, as non-empty datasets in the order of the files' names.
 
-    Args:
-        source: file, glob, folder, ``package://`` file or hub id, as the module docstring says.
-
-    Returns:
-        Datasets in the order of the files' names: one per file, one for all text files together, or one hub split.
-
-    Raises:
-        UsageError: the source is malformed, or its file format is not supported.
-        RunError: it does not exist, cannot be read, is empty, or its rows have none of the fields needed.
+    There is one dataset per file, one for all text files together, or one for a hub split. Raises a UsageError if the
+    source is malformed or its format is not supported, and a RunError if it does not exist, cannot be read, is empty, or
+    its rows have none of the fields needed.
     """
     files = _local_files(source)
     check_cache()

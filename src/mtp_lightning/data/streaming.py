@@ -31,18 +31,15 @@ READ_ROWS = WINDOW
 
 
 class _Source:
-    """Rows of one source, from the beginning again when they end.
-
-    Attributes:
-        index: rows read since the beginning.
-        cycle: how many times it began again.
-    """
+    """Rows of one source, from the beginning again when they end."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.parts = file_groups(name)
-        self.part = self.index = self.cycle = 0
-        self._open(0)
+        self.index = 0  # rows read since the beginning
+        self.cycle = 0  # how many times it began again
+        for part in reversed(range(len(self.parts))):  # all are opened once, so that errors show at the start
+            self._open(part)
 
     def _open(self, part: int) -> None:
         self.part = part
@@ -137,11 +134,7 @@ class RowStream:
         self._used = state["used"]
 
     def take(self, count: int) -> Prepared:
-        """The next ``count`` token rows, and what became of the rows read for them.
-
-        Raises:
-            RunError: a row cannot be encoded, or no row of the sources can be used.
-        """
+        """The next ``count`` token rows, and what became of the rows read for them."""
         from datasets import concatenate_datasets
 
         tables: list[Dataset] = []

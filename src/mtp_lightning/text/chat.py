@@ -66,8 +66,7 @@ class Conversation:
     def say(self, text: str) -> Iterator[str]:
         """Send a user message and yield the answer in pieces; an interrupted answer is kept up to that point.
 
-        Raises:
-            UsageError: the message alone does not fit the context. It is not kept.
+        Raises a UsageError if the message alone does not fit the context; it is not kept then.
         """
         self.messages.append({"role": "user", "content": text})
         try:

@@ -85,9 +85,8 @@ def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context:
 def read_prompt_rows(source: str) -> list[PromptRow]:
     """The prompts of a source in the order of the file, at least one, before any tokenizer is needed.
 
-    Raises:
-        UsageError: an unsupported file format.
-        RunError: the file is missing or empty, or a line can't be used.
+    Raises a UsageError for an unsupported file format, and a RunError if the file is missing or empty or a line can't be
+    used.
     """
     name, text, is_json = _read_text(source)
     # Not splitlines(): it also splits at characters that may occur inside JSON strings.
@@ -102,12 +101,6 @@ def round_robin(domains: Sequence[str]) -> list[int]:
     """Indices in an order that takes one of each domain in turn, domains in the order of their first appearance.
 
     ``[a, a, a, b, b] -> [0, 3, 1, 4, 2]``
-
-    Args:
-        domains: domain of each item.
-
-    Returns:
-        A permutation of the indices.
     """
     members: dict[str, list[int]] = {}
     for index, domain in enumerate(domains):
@@ -183,15 +176,7 @@ def _check_tokenizer(tokenizer: Any) -> None:
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
     """Token ids of a prompt, with what the tokenizer puts before a text and without an end token that it appends.
 
-    Args:
-        text: the prompt.
-        tokenizer: the base's tokenizer.
-
-    Returns:
-        Token ids.
-
-    Raises:
-        UsageError: there is no tokenizer, or the prompt is not valid UTF-8.
+    Raises a UsageError if there is no tokenizer, or the prompt is not valid UTF-8.
     """
     _check_tokenizer(tokenizer)
     if not _is_utf8(text):
@@ -203,19 +188,7 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
 
 
 def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
-    """A row as text and token ids.
-
-    Args:
-        row: the row.
-        tokenizer: the base's tokenizer.
-
-    Returns:
-        The prompt.
-
-    Raises:
-        UsageError: there is no tokenizer.
-        RunError: it is not valid UTF-8 or has no token, or there are messages and no chat template.
-    """
+    """A row as text and token ids; a RunError if it is not valid UTF-8, has no token, or its messages can't be rendered."""
     _check_tokenizer(tokenizer)
     text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
     if not _is_utf8(text):
@@ -237,11 +210,7 @@ def drop_final_answer(messages: list[Any]) -> list[Any]:
 
 
 def render_messages(messages: list[Any], tokenizer: Any) -> Prompt:
-    """A conversation as a prompt, by the tokenizer's chat template; an assistant's answer at the end is dropped.
-
-    Raises:
-        RunError: there is no chat template, or it rejects these messages.
-    """
+    """A conversation as a prompt, by the tokenizer's chat template; an assistant's answer at the end is dropped."""
     return encode_prompt_row(PromptRow("messages", messages, "", 0), tokenizer)
 
 
