@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MTPModel: the network with what users call: load, save, generate, stream. Each method is one call."""
+"""MTPModel: the network with what users call to load, save and generate. Each method is one call."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ class MTPModel(MTPNetwork):
         Args:
             name: a folder that ``save_pretrained`` or ``mtp export`` wrote, a ``.ckpt`` file that ``mtp fit`` wrote, or a
                 hub id, which may end in ``@`` and a revision.
-            **options: ``base_model`` (where the base lies now, if it moved), ``revision`` (of the base), ``dtype``,
+            **options: ``base_model`` (where the base is now, if it moved), ``revision`` (of the base), ``dtype``,
                 ``device`` or ``device_map``, ``attention``, ``quantization``, or ``base``, a base that is loaded already.
-                For a folder also ``trust_remote_code``: import a sampler head that is no part of this package.
+                For a folder also ``trust_remote_code``: import a sampler head that is not part of this package.
 
         Returns:
             The model.
 
         Raises:
-            RunError: the file or folder can't be used, or the base is another one.
+            RunError: the file or folder can't be used, or the base's layers have another shape.
             UsageError: a wrong option.
         """
         return load_pretrained(cls, name, **options)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Save what is trained, and the base's name, to a folder that ``from_pretrained`` opens.
+        """Save what is trained, and the base's name, to a folder that ``from_pretrained`` loads.
 
         Args:
-            folder: the folder; one that was saved before is replaced.
-            **options: ``base_model`` and ``revision``, what to name as the base where that is not what it was loaded from,
-                and ``acceptance``, figures for the model card.
+            folder: the folder; a saved one is replaced.
+            **options: ``base_model`` and ``revision``, to name the base differently than it was loaded, and
+                ``acceptance``, figures for the model card.
 
         Raises:
-            RunError: the folder is something else, or can't be written.
-            UsageError: nothing says what the base is called.
+            RunError: the folder holds something else, or can't be written.
+            UsageError: the base has no name.
         """
         save_model(self, folder, **options)
 
     def push_to_hub(self, name: str, **options: Any) -> str:
-        """Upload what ``save_pretrained`` writes to a hub repository, which is made if it is not there.
+        """Upload what ``save_pretrained`` writes to a hub repository, which is created if needed.
 
         Args:
             name: the repository's id.
@@ -66,14 +66,24 @@ class MTPModel(MTPNetwork):
             Address of the commit.
 
         Raises:
-            UsageError: the base is a folder of this machine, which nobody else has.
+            RunError: the hub refuses or can't be reached.
+            UsageError: the base is a folder of this machine.
         """
         return push_model(self, name, **options)
 
-    @property
-    def custom_generate(self) -> Callable[..., Any]:
-        """For transformers: ``model.base.generate(**inputs, custom_generate=model.custom_generate, num_masks=4)``."""
-        return generate_function(self)
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
+        """Generate with speculative decoding.
+
+        Args:
+            input_ids: prompts, [B, L] int64.
+            attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
+            **options: ``max_new_tokens``, ``decoding``, ``num_masks``, ``streamer`` and others; see
+                ``mtp_lightning.decoding.generation.generate``.
+
+        Returns:
+            Sequences, steps and acceptance lengths.
+        """
+        return generate(self, input_ids, attention_mask, **options)
 
     def stream(
         self,
@@ -81,31 +91,23 @@ class MTPModel(MTPNetwork):
         stop: str | Sequence[str] | None = None,
         **options: Any,
     ) -> TextStream:
-        """Generate for one prompt as an iterator over pieces of text; its attributes have tokens and counts.
+        """Generate for one prompt as an iterator over pieces of text; its attributes hold tokens and counts.
 
         Args:
             prompt: text, token ids, or messages for the base's chat template.
-            stop: a text that ends the generation, or several; it is cut off.
-            **options: ``max_new_tokens``, ``decoding``, ``num_masks`` and others.
+            stop: one or several texts that end the generation; they are cut off.
+            **options: those of ``generate``.
 
         Returns:
-            The iterator. It may be left at any time; ``text`` and ``token_ids`` keep what came.
+            The iterator. It may be left at any time; ``text`` and ``token_ids`` keep what was generated.
         """
         return stream_text(self, prompt, stop, **options)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Generation:
-        """Generate with speculative decoding; see ``mtp_lightning.decoding.generation.generate`` for the options.
-
-        Args:
-            input_ids: prompts, [B, L] int64.
-            attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
-            **options: ``max_new_tokens``, ``decoding``, ``num_masks``, ``streamer`` and others.
-
-        Returns:
-            Sequences, steps and acceptance lengths.
-        """
-        return generate(self, input_ids, attention_mask, **options)
+    @property
+    def custom_generate(self) -> Callable[..., Any]:
+        """For transformers: ``model.base.generate(**inputs, custom_generate=model.custom_generate, num_masks=4)``."""
+        return generate_function(self)
 
     def clear_decode_cache(self) -> None:
-        """Free the memory that decoding keeps between texts; the next text prepares it again."""
+        """Free the memory that decoding keeps between calls; the next call prepares it again."""
         clear_decode_cache(self)

@@ -14,12 +14,6 @@ def resolve(name: str) -> str:
     """The path of a ``package://`` name or of one that begins with ``~``; any other name as it is.
 
     ``package://demo/base -> .../mtp_lightning/demo/base``, ``~/base -> /home/ada/base``
-
-    Args:
-        name: a path, a hub id or a ``package://`` name.
-
-    Returns:
-        A path or the name.
     """
     if name.startswith(PACKAGE):
         return str(files("mtp_lightning").joinpath(name[len(PACKAGE) :]))
@@ -27,24 +21,17 @@ def resolve(name: str) -> str:
 
 
 def absolute_name(name: str) -> str:
-    """A name that holds in every current folder: a folder's becomes absolute."""
+    """The absolute path of a folder; a hub id or ``package://`` name as it is."""
     if not name or name.startswith(PACKAGE) or not Path(resolve(name)).is_dir():
         return name
     return str(Path(resolve(name)).resolve())
 
 
 def why_unwritable(folder: Path) -> str | None:
-    """Why a folder can't be made or written to, as far as that is seen before anything is written.
-
-    Args:
-        folder: the folder, there or not.
-
-    Returns:
-        A few words, or None where nothing is in the way.
-    """
-    for place in (folder, *folder.parents):
-        if os.path.isdir(place):
-            return None if os.access(place, os.W_OK | os.X_OK) else f"{str(place)!r} can't be written to"
-        if os.path.lexists(place):
-            return f"{str(place)!r} is a file, not a folder"
+    """Why a folder, existing or not, can't be created or written to; None if nothing speaks against it."""
+    for path in (folder, *folder.parents):
+        if os.path.isdir(path):
+            return None if os.access(path, os.W_OK | os.X_OK) else f"{str(path)!r} can't be written to"
+        if os.path.lexists(path):
+            return f"{str(path)!r} is a file, not a folder"
     return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files: which run wrote one, and the newest complete one of a folder."""
+"""Checkpoint files of a run: which run wrote one, and the newest complete one of a folder."""
 
 from __future__ import annotations
 
@@ -14,35 +14,23 @@ from mtp_lightning.errors import one_line
 from mtp_lightning.files import atomic_file
 
 LAST = "last.ckpt"
-"""Name of the checkpoint to go on from."""
+"""Name of the checkpoint to resume from."""
 
 RESUME = "mtp_resume"
-"""A checkpoint's entry of what Lightning leaves out; its ``run`` names the run."""
+"""A checkpoint's entry of what Lightning leaves out; its ``run`` is the run's id."""
 
 RUN_FILE = "run_id.txt"
-"""File of a run's folder that names the run whose figures and configuration the folder holds."""
+"""File in a run's folder with the id of the run whose figures and configuration the folder holds."""
 
 
 def write_run_id(folder: Path, run: str) -> None:
-    """Say which run a folder belongs to from now on.
-
-    Args:
-        folder: the run's folder.
-        run: the run's name, the same over all its starts.
-    """
+    """Record that a folder belongs to a run, whose id is the same after every resumption."""
     with atomic_file(folder / RUN_FILE) as file:
         file.write(f"{run}\n".encode())
 
 
 def read_run_id(folder: Path) -> str | None:
-    """The run that a folder belongs to.
-
-    Args:
-        folder: the run's folder.
-
-    Returns:
-        Its name, or None where nothing is said.
-    """
+    """The id of the run that a folder belongs to, or None if it has none."""
     try:
         return (folder / RUN_FILE).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -50,19 +38,16 @@ def read_run_id(folder: Path) -> str | None:
 
 
 def run_of(checkpoint: dict[str, Any]) -> str:
-    """The run that wrote a checkpoint; empty for one that was written before runs had names."""
+    """The id of the run that wrote a checkpoint; empty for one of a version before runs had ids."""
     return str(checkpoint.get(RESUME, {}).get("run", ""))
 
 
-def inspect(path: str | Path) -> dict[str, Any] | str:
-    """Open a checkpoint file, every byte of it read.
-
-    Args:
-        path: the file.
+def read_complete(path: Path) -> dict[str, Any] | str:
+    """Open a checkpoint file and verify every byte of it.
 
     Returns:
-        What is in a complete checkpoint of ``mtp fit`` that training can go on from, its tensors on the disk still; else a
-        few words that say what is wrong.
+        The content of a complete checkpoint that training can resume from, its tensors memory-mapped; otherwise what is
+        wrong with it, in a few words.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -72,46 +57,46 @@ def inspect(path: str | Path) -> dict[str, Any] | str:
     except OSError as error:
         return f"it can't be read ({error.strerror or one_line(error, 80)})"
     except Exception:  # the unpickler raises anything
-        return "it is cut short or no checkpoint"
+        return "it is truncated or not a checkpoint"
     if not isinstance(checkpoint, dict) or "mtp_settings" not in checkpoint:
         return "it was not written by mtp fit"
     if "optimizer_states" not in checkpoint:
-        return "it holds weights alone, without the state of the training"
+        return "it holds weights only, without the optimizer's state"
     return checkpoint
 
 
 def newest_checkpoint(
     folders: list[Path], run: str | None = None, warn: Callable[[str], None] = lambda message: None
 ) -> Path | None:
-    """The newest complete checkpoint of a run; a damaged one, and one of another run, is passed over.
+    """The newest complete checkpoint of a run; damaged ones and those of other runs are skipped.
 
-    Of the same step ``last.ckpt`` is taken: another may have been written in a validation that the run's end added.
+    Of two at the same step ``last.ckpt`` is taken: the other may have been written by a validation at the run's end.
 
     Args:
-        folders: where to look; those that are not there are fine.
-        run: the run's name; None: any.
-        warn: told of each checkpoint that is passed over.
+        folders: where to look; missing ones are fine.
+        run: the run's id; None: any.
+        warn: called with a message for each checkpoint that is skipped.
 
     Returns:
-        The file, or None where there is none.
+        The file, or None.
     """
-    found = [path for folder in dict.fromkeys(folders) for path in folder.glob("*.ckpt") if path.is_file()]
+    paths = [path for folder in dict.fromkeys(folders) for path in folder.glob("*.ckpt") if path.is_file()]
     newest: tuple[Path, int] | None = None
-    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+    for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         if newest is not None and path.name != LAST:
             continue
-        checkpoint = inspect(path)
+        checkpoint = read_complete(path)
         if isinstance(checkpoint, str):
-            if newest is None:
-                warn(f"checkpoint {str(path)!r} is passed over: {checkpoint}.")
+            problem = checkpoint
         elif run is not None and run_of(checkpoint) != run:
-            if newest is None:
-                warn(
-                    f"checkpoint {str(path)!r} is passed over: it belongs to an earlier run in this folder. To go on from"
-                    f" it give --ckpt_path {path}."
-                )
+            problem = f"it belongs to an earlier run in this folder. To resume from it give --ckpt_path {path}"
         elif newest is None:
             newest = path, checkpoint["global_step"]
+            continue
         elif checkpoint["global_step"] == newest[1]:
             return path
+        else:
+            continue
+        if newest is None:
+            warn(f"checkpoint {str(path)!r} is skipped: {problem}.")
     return None if newest is None else newest[0]

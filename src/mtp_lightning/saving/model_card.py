@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``README.md`` of a saved folder: what it is, how to use it, and the acceptance that was measured. Text alone."""
+"""The ``README.md`` of a saved folder: what it is, how to use it, and the measured acceptance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ tags:
 folder makes it take fewer steps. It does not hold the base model, which is {base_model}{revision}.
 
 ```python
-from mtp_lightning import MTPNetwork
+from mtp_lightning import MTPModel
 
 model = MTPModel.from_pretrained("this folder")
 ids = model.tokenizer("Once upon a time", return_tensors="pt").input_ids
@@ -53,14 +53,7 @@ _STANDARD = (
 
 
 def card(config: dict[str, Any]) -> str:
-    """The model card.
-
-    Args:
-        config: what ``mtp_config.json`` holds.
-
-    Returns:
-        Markdown with the hub's header.
-    """
+    """The model card, Markdown with the hub's header, of a folder with this ``mtp_config.json``."""
     base, head = config["base_model"], config["sampler_head"]
     on_hub = "://" not in base and not Path(base).is_absolute()
     gated = config["lora"]["gated"]
@@ -78,63 +71,54 @@ def card(config: dict[str, Any]) -> str:
 
 
 def acceptance_text(figures: dict[str, Any] | None) -> str:
-    """The measured acceptance as a table with what it was measured with.
-
-    Args:
-        figures: what ``card_figures`` gave, or None.
-
-    Returns:
-        Markdown.
-    """
+    """The measured acceptance, as returned by ``card_figures``, as a Markdown table with the options of decoding."""
     if figures is None:
         return "Not measured. `mtp benchmark FOLDER --prompts FILE` does."
     options = figures["options"]
     masks = "all masks" if options["num_masks"] == "auto" else f"{options['num_masks']} masks"
     head = "sampler head" if options["sampler_head"] else "base head"
-    # A folder saved by an earlier version does not say.
+    # Folders of earlier versions do not hold max_steps and temperature.
     steps = f" and {options['max_steps']} steps" if options.get("max_steps") else ""
-    chosen = f"temperature {options['temperature']}" if options.get("temperature") else "greedy"
+    sampling = f"temperature {options['temperature']}" if options.get("temperature") else "greedy"
     lines = [
         f"Measured on {figures['overall']['num_prompts']} prompts of `{figures['prompts']}`, at most"
-        f" {options['max_new_tokens']} tokens{steps} each: {options['decoding']} decoding, {masks}, {head}, {chosen}."
-        f"{_steps(figures)}",
+        f" {options['max_new_tokens']} tokens{steps} each: {options['decoding']} decoding, {masks}, {head}, {sampling}."
+        f"{_other_step(figures)}",
         "",
         f"| domain | prompts | acceptance length | under {REPETITION_THRESHOLD:.0%} repeated 8-grams (texts)"
         " | repeated 8-grams | lossless | speed-up |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, each in [*figures["domains"].items(), ("overall", figures["overall"])]:
-        equal, checked = each["lossless"]
+    for name, group in [*figures["domains"].items(), ("overall", figures["overall"])]:
+        equal, checked = group["lossless"]
         lines.append(
-            f"| {name} | {each['num_prompts']} | {_number(each['acceptance_length'])}"
-            f" | {_number(each['non_repeating'])} ({each['num_non_repeating']})"
-            f" | {'-' if each['repeated_8grams'] is None else format(each['repeated_8grams'], '.0%')}"
-            f" | {f'{equal}/{checked}' if checked else '-'} | {_number(each['speed_up'])} |"
+            f"| {name} | {group['num_prompts']} | {_decimals(group['acceptance_length'])}"
+            f" | {_decimals(group['non_repeating'])} ({group['num_non_repeating']})"
+            f" | {'-' if group['repeated_8grams'] is None else format(group['repeated_8grams'], '.0%')}"
+            f" | {f'{equal}/{checked}' if checked else '-'} | {_decimals(group['speed_up'])} |"
         )
     lines += ["", "Acceptance length: tokens generated over forward passes of the base, the free token included."]
     return "\n".join(lines)
 
 
-def _steps(figures: dict[str, Any]) -> str:
+def _other_step(figures: dict[str, Any]) -> str:
+    """A sentence if the saved weights are of another training step than the measured ones."""
     measured, saved = figures["measured_step"], figures["checkpoint_step"]
     if None in (measured, saved) or measured == saved:
         return ""
     return f" That was after {measured} training steps; these weights are those of step {saved}."
 
 
-def _number(value: float | None) -> str:
+def _decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
 def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> dict[str, Any]:
-    """The part of an evaluation that a card shows.
+    """The part of an evaluation that a card shows, in plain types.
 
     Args:
-        latest: a summary of ``acceptance.summarise`` with the ``options``, ``prompts`` and ``step`` that it was made with.
-        checkpoint_step: training steps of the weights that the card goes with.
-
-    Returns:
-        Plain types.
+        latest: a summary of ``acceptance.summarise`` with its ``options``, ``prompts`` and training ``step``.
+        checkpoint_step: training steps of the saved weights.
     """
     options = latest["options"]
     kept = {name: options[name] for name in ("decoding", "num_masks", "sampler_head", "max_new_tokens")}
@@ -144,12 +128,13 @@ def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> 
         "options": kept,
         "measured_step": latest.get("step"),
         "checkpoint_step": checkpoint_step,
-        "overall": _slim(latest["overall"]),
-        "domains": {name: _slim(figures) for name, figures in latest["domains"].items()},
+        "overall": _card_row(latest["overall"]),
+        "domains": {name: _card_row(figures) for name, figures in latest["domains"].items()},
     }
 
 
-def _slim(figures: dict[str, Any]) -> dict[str, Any]:
+def _card_row(figures: dict[str, Any]) -> dict[str, Any]:
+    """A domain's figures that the table shows."""
     return {
         "num_prompts": figures["num_prompts"],
         "acceptance_length": figures["acceptance_length"],
@@ -162,17 +147,10 @@ def _slim(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_figures(file: Path, checkpoint_step: int | None) -> dict[str, Any] | None:
-    """The figures of a run's ``acceptance.json``.
-
-    Args:
-        file: the file.
-        checkpoint_step: training steps of the weights that the card goes with.
-
-    Returns:
-        What ``card_figures`` gives, or None if there is no such file.
+    """``card_figures`` of a run's ``acceptance.json``; None if there is no such file.
 
     Raises:
-        RunError: it is no file of ours.
+        RunError: the acceptance evaluation did not write it.
     """
     if not file.is_file():
         return None
@@ -180,5 +158,5 @@ def read_figures(file: Path, checkpoint_step: int | None) -> dict[str, Any] | No
         return card_figures(json.loads(file.read_text(encoding="utf-8"))["latest"], checkpoint_step)
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{file} is not as the acceptance evaluation writes it: {one_line(error, 100)}. Delete or replace it."
+            f"{file} was not written by the acceptance evaluation: {one_line(error, 100)}. Delete or replace it."
         ) from error
