@@ -73,7 +73,6 @@ COMMANDS = [
     ("generate {last} --prompt a --temperature hot", 2, "temperature"),
     ("generate {last} --prompt a --draft_vocabulary 0", 2, "draft_vocabulary"),
     ("generate {last} --prompt a --compile", 2, "--compile"),
-    ("generate {last} --prompt a --stop ''", 2, "stop"),
     ("generate {last} --prompt a --dtype half", 2, "dtype"),
     ("generate {last} --prompt a --device tpu9", 2, "device"),
     ("chat {last} --num_masks 4", 2, "num_masks"),

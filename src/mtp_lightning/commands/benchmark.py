@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
@@ -27,72 +28,41 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.paths import why_unwritable
 from mtp_lightning.text.prompts import read_prompts
 
-OWN = {"decoding", "num_masks", "sampler_head", "batch_size"}
-"""Options of decoding that mean something else here: not given, they are varied."""
-
-
-def parser() -> CommandParser:
-    """The command's options."""
-    made = CommandParser(
-        prog="mtp benchmark",
-        description="Measures tokens a step and speed-up on prompts, and compares each text with autoregressive decoding.",
-    )
-    made.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
-    made.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
-    made.add_argument("--num_prompts", type=int | None, default=None, help="at most so many, evenly from the domains")
-    made.add_argument("--decoding", type=Decoding | None, default=None, help="quadratic or linear; not given: both")
-    made.add_argument(
-        "--num_masks", type=int | Literal["auto"] | None, default=None, help="not given: 1 to k, and auto in the timing"
-    )
-    made.add_argument("--sampler_head", type=bool | None, default=None, help="not given: with it and without it")
-    made.add_argument("--batch_size", type=int, default=1, help="so many prompts are decoded together")
-    made.add_argument("--speed_rounds", type=int, default=12, help="interleaved rounds of timing, each a batch; 0: none")
-    made.add_argument("--output", type=str, default="benchmark", help="folder for benchmark.json, .md and .png")
-    made.add_argument("--json", action="store_true", help="print the JSON report instead of the tables")
-    made.add_class_arguments(DecodingArguments, None, skip=OWN & set(DecodingArguments.__dataclass_fields__))
-    return made
+VARIED = {"decoding", "num_masks", "sampler_head"}
+"""Options of decoding that are varied by default."""
 
 
 def run_benchmark(args: list[str]) -> None:
-    """``mtp benchmark MODEL --prompts F``.
-
-    Args:
-        args: options.
-
-    Raises:
-        UsageError: a wrong option.
-    """
-    config = parser().parse_args(args)
-    for name, least in (("batch_size", 1), ("speed_rounds", 0)):
-        if config[name] < least:
-            raise UsageError(f"{name} must be {least} or more, got {config[name]}. Change --{name}.")
-    if config.num_prompts is not None and config.num_prompts < 1:
-        raise UsageError(f"num_prompts must be 1 or more, got {config.num_prompts}. Change --num_prompts.")
-    if not config.output:
-        raise UsageError("output must be a folder, got an empty name. Change --output.")
+    """``mtp benchmark MODEL --prompts F``."""
+    parser = CommandParser(
+        prog="mtp benchmark",
+        description="Measures tokens a step and speed-up on prompts, and compares each text with autoregressive decoding.",
+    )
+    parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
+    parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
+    parser.add_argument(
+        "--num_prompts", type=PositiveInt | None, default=None, help="maximum number, taken evenly from the domains"
+    )
+    parser.add_argument("--decoding", type=Decoding | None, default=None, help="quadratic or linear. Default: both")
+    parser.add_argument(
+        "--num_masks", type=int | Literal["auto"] | None, default=None, help="Default: 1 to k, and auto in the timing"
+    )
+    parser.add_argument("--sampler_head", type=bool | None, default=None, help="Default: with it and without it")
+    parser.add_argument("--speed_rounds", type=NonNegativeInt, default=12, help="rounds of timing, each a batch; 0: none")
+    parser.add_argument("--output", type=str, default="benchmark", help="folder for benchmark.json, .md and .png")
+    parser.add_argument("--json", action="store_true", help="print the JSON report instead of the tables")
+    DecodingArguments.add_to(parser, skip=VARIED)
+    config = parser.parse_args(args)
     if config.decoding == "autoregressive":
-        raise UsageError(
-            "autoregressive decoding is what all others are compared with: leave --decoding out or name another."
-        )
-    shared = {name: config[name] for name in DecodingArguments.__dataclass_fields__ if name not in OWN}
-    arguments = DecodingArguments(**shared)
-    measure(config, arguments)
+        raise UsageError("--decoding must be quadratic or linear: autoregressive decoding is what both are compared with.")
+    measure(config, DecodingArguments.from_config(config, skip=VARIED))
 
 
 def measure(config: Any, arguments: DecodingArguments) -> None:
-    """Load the model, measure, print and write.
-
-    Args:
-        config: the command's options.
-        arguments: those of decoding.
-
-    Raises:
-        UsageError: a wrong option.
-        RunError: a file can't be read or written, or a prompt does not fit the context.
-    """
+    """Load the model, measure, print and write."""
     folder = Path(config.output)
     if (reason := why_unwritable(folder)) is not None:  # seen before hours of measuring
-        raise RunError(f"{folder} can't be written: {reason}. Give --output another folder.")
+        raise RunError(f"{folder} can't be written: {reason}.")
     model = arguments.load(config.model)
     prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts, model.context)
     options = arguments.options()

@@ -36,11 +36,10 @@ def run_chat(args: list[str]) -> None:
         default=None,
         help="a jinja file; plain: names before lines, for a base without a template. Default: the base's own",
     )
-    parser.add_class_arguments(DecodingArguments, None, skip={"batch_size"})
+    DecodingArguments.add_to(parser, skip={"batch_size"})
     parser.set_defaults({"max_new_tokens": MAX_NEW_TOKENS})
     config = parser.parse_args(args)
-    names = [name for name in DecodingArguments.__dataclass_fields__ if name != "batch_size"]
-    arguments = DecodingArguments(**{name: config[name] for name in names})
+    arguments = DecodingArguments.from_config(config, skip={"batch_size"})
     template = _read_template(config.chat_template)
     run_conversation(open_conversation(arguments.load(config.model), arguments, template, config.system))
 

@@ -46,7 +46,7 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
                 print(line, end="", flush=True)  # in one write, so that Ctrl-C leaves whole lines
                 continue
             if not streamed:
-                print(("\n\n" if number else "") + text.prompt.text + text.shown, end="", flush=True)
+                print(("\n\n" if number else "") + text.prompt.text + text.text, end="", flush=True)
             print(f"\n{text.summary()}", file=sys.stderr)
 
 
@@ -78,11 +78,11 @@ def run_generate(args: list[str]) -> None:
     parser.add_argument("--prompt", type=str, default=None, help="the prompt")
     parser.add_argument("--prompts", type=str, default=None, help=".txt or .jsonl file of prompts; - standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON line a prompt")
-    parser.add_class_arguments(DecodingArguments, None)
+    DecodingArguments.add_to(parser)
     config = parser.parse_args(args)
     if (config.prompt is None) == (config.prompts is None):
         raise UsageError("give either --prompt TEXT or --prompts FILE.")
-    arguments = DecodingArguments(**{name: config[name] for name in DecodingArguments.__dataclass_fields__})
+    arguments = DecodingArguments.from_config(config)
     model = arguments.load(config.model)
     if config.prompt is not None:
         prompts = [Prompt(config.prompt, encode_prompt(config.prompt, model.tokenizer), "")]

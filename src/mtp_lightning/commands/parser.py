@@ -31,6 +31,7 @@ _SHORTER = {
     r"\bNoneType\b": "null",
     r"\bExpected an? ": "expected ",
     r"(?:\. Got|; Given) value: ?": ", got ",
+    r"Not of type \w+: (\S+) does not conform to restriction v(\S+)": r"expected a number \2, got \1",
 }
 
 
@@ -39,6 +40,10 @@ class CommandParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """The help text, without the code marks of the docstrings that it is made of."""
+        return super().format_help(*args, **kwargs).replace("``", "")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line or the configuration."""

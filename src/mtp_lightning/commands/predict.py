@@ -48,7 +48,7 @@ class PredictCLI(SettingsCLI):
         parser.add_argument("--ckpt_path", type=str, required=True, help="path of a checkpoint that mtp fit wrote")
         parser.add_argument("--prompts", type=str, default=None, help="prompts file. Default: data.test")
         parser.add_argument("--json", action="store_true", help="one JSON line a prompt, which is what this command prints")
-        parser.add_class_arguments(DecodingArguments, None)
+        DecodingArguments.add_to(parser)
 
 
 def run_predict(args: list[str]) -> None:
@@ -57,7 +57,7 @@ def run_predict(args: list[str]) -> None:
     config = cli.config
     if config.ckpt_path == "last":
         raise UsageError("--ckpt_path must be the path of a .ckpt file, got 'last'.")
-    arguments = DecodingArguments(**{name: config[name] for name in DecodingArguments.__dataclass_fields__})
+    arguments = DecodingArguments.from_config(config)
     source = config.prompts or config.data.test
     if not isinstance(source, str) or not source:
         raise UsageError("mtp predict needs prompts: give --prompts FILE or set data.test to one file of prompts.")
