@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data pipeline: memory of preparing many chat rows, and tokens per second against what training consumes.
+"""The data pipeline: memory of preparing many chat rows, and its throughput against that of training.
 
     python benchmarks/data.py --rows 200000
 
 Writes generated conversations to a temporary folder, prepares them (chat template, spans, cutting, packing) with an empty
-cache and reports the peak of this process's memory. Then it times one worker that makes the demo's training batches, and
-the demo's training step on the same batches, turn by turn.
+cache and reports the peak of this process's memory. Then it times one worker that makes the demo's training batches and,
+alternately, the demo's training step on the same batches.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def write_rows(path: Path, number: int) -> None:
 
 
 class Memory:
-    """Watches the process's own memory, without pages of mapped files, which the system may drop at any time."""
+    """Tracks the process's peak memory, without pages of mapped files, which the system may drop at any time."""
 
     def __init__(self) -> None:
         self.peak = self.now()
@@ -88,7 +88,7 @@ def prepare_many(number: int, folder: Path) -> None:
     print(f"with the pages of mapped files {mapped:,.0f} MiB; {prepared.report.tokens / seconds:,.0f} tokens/s to prepare")
     begin = time.perf_counter()
     prepare(str(source), tokenizer, max_length=2048, chat_template=CHATML, packing=True)
-    print(f"found in the cache {seconds / (time.perf_counter() - begin):,.0f} times as fast")
+    print(f"from the cache {seconds / (time.perf_counter() - begin):,.0f} times as fast")
 
 
 def throughput(rounds: int, steps: int) -> None:
@@ -155,8 +155,8 @@ def throughput(rounds: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=200_000, help="conversations to prepare; 0: leave this part out")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of both timings; 0: leave this part out")
+    parser.add_argument("--rows", type=int, default=200_000, help="conversations to prepare; 0: skip this part")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of both timings; 0: skip this part")
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
     args = parser.parse_args()
     if args.rows:

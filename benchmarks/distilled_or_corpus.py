@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on the base model's own answers against training on the corpus it was made of: acceptance, same budget.
+"""Training on the base model's own answers against training on its corpus, with the same budget: acceptance.
 
     python benchmarks/distilled_or_corpus.py --prose TALES.jsonl
 
-Both runs are ``configs/demo.yaml`` with as many rows, tokens and optimizer steps: one on the rows that the base sampled
-(``source`` is ``sampled`` in the demo's training data), one on documents of the corpus, of the same domains and lengths as
-``scripts/demo_base/corpus.py`` gives them (``--prose`` names the prose it takes). Validation text and prompts are the
-demo's. Prints a Markdown table.
+Both runs are ``configs/demo.yaml`` with the same numbers of rows, tokens and optimizer steps: one on the rows sampled
+from the base (``source`` is ``sampled`` in the demo's training data), one on documents of the corpus from
+``scripts/demo_base/corpus.py`` with the same domains and lengths (``--prose`` names its prose). Validation text and
+prompts are the demo's. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ trainer:
 
 
 def corpus_rows(sampled: list[dict], prose: list[str], code: str | None, length: int) -> list[dict]:
-    """For each sampled row a piece of the corpus of the same domain and, where a document is long enough, length."""
+    """For each sampled row a piece of the corpus of the same domain and, if possible, length."""
     from corpus import documents
 
     tokenizer, chance = load_tokenizer(BASE), random.Random(0)
@@ -61,7 +61,7 @@ def corpus_rows(sampled: list[dict], prose: list[str], code: str | None, length:
             if number == len(order):
                 raise SystemExit(f"{domain}: {len(order)} documents give {len(pieces)} rows, {len(lengths)} are needed")
             ids = tokenizer(order[number])["input_ids"] + [tokenizer.eos_token_id]
-            # Further pieces of a document, as a row of training text is a window of it.
+            # A document may give several pieces.
             pieces += [ids[begin : begin + length] for begin in range(0, len(ids) - 8, length)]
             number += 1
         pieces = sorted(chance.sample(pieces, len(lengths)), key=len)
@@ -71,7 +71,7 @@ def corpus_rows(sampled: list[dict], prose: list[str], code: str | None, length:
 
 
 def same_tokens(rows: list[dict], other: list[dict]) -> tuple[list[dict], list[dict]]:
-    """Both, without the last shuffled rows of the larger, so that they hold as many tokens to within a row."""
+    """Both lists, shuffled and cut to the same number of tokens, up to a row."""
     for each in (rows, other):
         random.Random(1).shuffle(each)
     budget = min(sum(len(row["input_ids"]) for row in each) for each in (rows, other))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acceptance by the number of tokens that drafts are chosen from, and the share of the training's labels among these.
+"""Acceptance by the size of the draft shortlist, and the share of training labels that it covers.
 
 ``python benchmarks/draft_vocabulary.py runs/demo/checkpoints/best.ckpt`` decodes the demo's prompts with k masks and prints
 the acceptance length of each domain for shortlists of several sizes, and how many texts equal autoregressive decoding. A
-checkpoint that was written without counts gets those of the first epoch of ``--config``. Counts only; nothing is timed.
+checkpoint without counts gets those of the first epoch of ``--config``. Counts only; nothing is timed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from mtp_lightning.modeling.label_counts import LabelCounts, count_labels
 from mtp_lightning.text.prompts import read_prompts
 
 
-def counted(model: MTPModel, config: str) -> LabelCounts:
-    """The labels of the masks in an epoch of a configuration's training data."""
+def count_training_labels(model: MTPModel, config: str) -> LabelCounts:
+    """Labels of the masks in an epoch of a configuration's training data."""
     data = yaml.safe_load(Path(config).read_text())["data"]
     rows = prepare(data["train"], model.tokenizer, max_length=data["max_length"])[0].rows
     collator = MaskedInputCollator(
@@ -58,12 +58,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     model = MTPModel.from_pretrained(args.model, dtype=args.dtype)
-    counts = model.label_counts = model.label_counts or counted(model, args.config)
+    counts = model.label_counts = model.label_counts or count_training_labels(model, args.config)
     vocab_size = model.unembed.vocab_size
-    usual = shortlist_size(counts, vocab_size, "auto")
+    default_size = shortlist_size(counts, vocab_size, "auto")
     print(
         f"{int(counts.counts.sum()):,} labels; {int((counts.counts > 0).sum()):,} of {vocab_size:,} tokens occur. auto"
-        f" would choose {usual:,}: {counts.default_size:,} tokens have nearly all labels.\n"
+        f" would choose {default_size:,}: {counts.default_size:,} tokens have nearly all labels.\n"
     )
     prompts = read_prompts(args.prompts, model.tokenizer, args.num_prompts)
     results: list[dict[str, Any]] = []

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often a text decoded in low precision differs from transformers' own greedy text, and how near the tie was there.
+"""How often a text decoded in low precision differs from transformers' greedy text, and how near the tie was.
 
-``python benchmarks/exactness.py`` prints a Markdown table. It takes the random models of the tests, made wider, and injects
-drafts (the true continuation with errors), so that every number of kept tokens occurs. The reference is transformers' greedy
-``generate`` of the same model in the same dtype. A difference is no error of the method: kernels round differently for one
-token than for many, so two tokens whose logits are nearly equal can change places, and from there on the texts go apart.
-What must hold is that every first difference is at a near-tie. Its gap, from a forward pass over the text up to there, is
-how far the worse of the two tokens lies below the greatest logit (of a near-tie: the gap of the top two). It is also given
-in roundings, the spacing of the dtype's numbers at that size. A gap of 0 is an exact tie in that pass. With a mixture
-of experts the near-tie may be the router's, between the last chosen expert and the next one: then the gap can be large.
+``python benchmarks/exactness.py`` prints a Markdown table. It uses wider versions of the tests' random models and
+injects drafts (the true continuation with errors), so that every number of accepted tokens occurs. The reference is
+transformers' greedy ``generate`` of the same model in the same dtype. Kernels round differently for one token than
+for many, so two tokens with nearly equal logits can swap, and the texts diverge from there. Every first difference
+must be at a near tie. Its gap, from a forward pass over the text before it, is how far the lower of the two tokens is
+below the largest logit. It is also given in roundings, the spacing of the dtype's numbers at that size. A gap of 0 is
+an exact tie in that pass. With a mixture of experts the near tie may be the router's, between the last selected
+expert and the next one: then the gap can be large.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tiny import ARCHITECTURES, VOCAB, greedy_text, tiny_base, tiny_model, token
 
 
 class Difference(NamedTuple):
-    """Where a text first differs: the token's place in it, the gap of the logits there, and that gap in roundings."""
+    """Where a text first differs: the token's index, the gap of the logits there, and that gap in roundings."""
 
     place: int
     gap: float
@@ -42,7 +42,7 @@ class Difference(NamedTuple):
 
 @contextmanager
 def injected_drafts(sequence: Tensor, num_masks: int) -> Iterator[None]:
-    """Drafts that follow ``sequence`` for a number of tokens that changes from place to place, and then err."""
+    """Drafts that follow ``sequence`` for a varying number of tokens and then err."""
 
     def draft(model: MTPModel, hidden: Tensor, verified: Tensor, positions: Tensor, *others: Any) -> Drafts:
         at, J = int(positions[0]), hidden.shape[1]
@@ -77,7 +77,7 @@ def measure(
     architecture: str, dtype: torch.dtype, prompts: int, tokens: int, masks: list[int], width: int
 ) -> tuple[int, list[Difference], float]:
     """Texts decoded, first differences, and the mean acceptance length, over both decodings."""
-    # The spread of the weights falls with the width: the gain of a layer would grow otherwise.
+    # Scaled with the width, so that a layer's gain does not grow.
     spread = 0.3 * (32 / width) ** 0.5
     size: dict[str, Any] = {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // 4}
     base = tiny_base(architecture, dtype, initializer_range=spread, **size)

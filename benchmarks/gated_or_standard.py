@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mtp_lightning.commands.cli import main as mtp
 
-# The paper's losses: the cross-entropies count NTP positions too, so that a standard LoRA is trained to keep them.
+# The paper's losses: the cross-entropies count NTP positions too, so that a standard LoRA is trained to preserve them.
 OVERRIDE = """\
 model:
   losses:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training steps on one GPU: peak memory, time of a step, utilization, for full blocks and a quarter of them.
 
-    python benchmarks/gpu_training.py [--shape llama-8b] [--attention sdpa|flex_attention] [--steps 8]
+    python benchmarks/gpu_training.py [--shape llama-3.1-8b] [--attention sdpa|flex_attention] [--steps 8]
 
-The base has the shape of Llama-3.1-8B and random weights in bfloat16, which are as fast as trained ones; rank 128, k 8, rows
-of 2,048 random tokens, GRU sampler head, distillation losses, gradient checkpointing, AdamW, bf16-mixed: what
-``configs/qwen.yaml`` does, without its data. The first two steps are left out. Each setting's estimate is printed beside
-what was measured. A setting that runs out of memory says so and the others go on. ``--shape tiny --device cpu`` tries the
-script out.
+The base has the shape of Llama-3.1-8B and random weights in bfloat16; rank 128, k 8, rows of 2,048 random tokens, GRU
+sampler head, distillation losses, gradient checkpointing, AdamW, bf16-mixed: ``configs/qwen.yaml`` without its data.
+The first two steps are not counted. The estimate of each setting is printed with the measurement. A setting that runs
+out of memory says so, and the next one follows. ``--shape tiny --device cpu`` tries the script out.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from shapes import NAMED, random_base
 
 from mtp_lightning.callbacks.throughput import PEAK_TFLOPS
 from mtp_lightning.losses import AnchorDistillation, LatentConsistency, LossTerm
@@ -33,34 +32,13 @@ from mtp_lightning.training.run_size import device_memory, peak_memory
 from mtp_lightning.training.sizing import StepSize, advice, estimate, gigabytes, model_size, step_flops
 from mtp_lightning.types import TokenRow
 
-SHAPES: dict[str, dict[str, int]] = {
-    "llama-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
-}
 WARM_UP = 2
 
 
 def make_model(arguments: argparse.Namespace) -> MTPModel:
-    """A random base of the shape, made where it is used, with the trained parts."""
-    config = AutoConfig.for_model("llama", max_position_embeddings=2 * arguments.length, **SHAPES[arguments.shape])
-    torch.manual_seed(0)
-    with torch.device(arguments.device):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=arguments.attention)
-    head = GRUSamplerHead(SHAPES[arguments.shape]["hidden_size"] // 2)
+    """A random base with the trained parts."""
+    base = random_base(arguments.shape, torch.bfloat16, arguments.device, arguments.attention)
+    head = GRUSamplerHead(base.config.hidden_size // 2)
     model = MTPModel(base, arguments.num_masks, LoRA(rank=arguments.rank), head)
     if arguments.checkpointing:
         model.enable_gradient_checkpointing()
@@ -68,7 +46,7 @@ def make_model(arguments: argparse.Namespace) -> MTPModel:
 
 
 def steps(model: MTPModel, arguments: argparse.Namespace, block_fraction: float) -> dict[str, Any]:
-    """Train for a few steps and measure."""
+    """Train for a few steps and return the measurements."""
     device = torch.device(arguments.device)
     terms: dict[str, LossTerm] = {
         "base": AnchorDistillation(head="base"),
@@ -83,7 +61,7 @@ def steps(model: MTPModel, arguments: argparse.Namespace, block_fraction: float)
         torch.cuda.reset_peak_memory_stats()
     for number in range(arguments.steps + WARM_UP):
         ids = [torch.randint(model.unembed.vocab_size, (arguments.length,), generator=draw) for _ in range(arguments.rows)]
-        rows = [TokenRow(each, each, torch.zeros_like(each), row) for row, each in enumerate(ids)]
+        rows = [TokenRow(tokens, tokens, torch.zeros_like(tokens), row) for row, tokens in enumerate(ids)]
         batch = build_masked_input(rows, arguments.num_masks, block_fraction=block_fraction, epoch=number).to(device)
         ntp, mtp = batch.input_ids.numel(), batch.mtp_labels.numel()
         wait(device)
@@ -98,10 +76,10 @@ def steps(model: MTPModel, arguments: argparse.Namespace, block_fraction: float)
         wait(device)
         seconds.append(time.perf_counter() - begin)
         losses.append(loss.item())
-    taken = sorted(seconds[WARM_UP:])
-    median = taken[len(taken) // 2]
+    sorted_seconds = sorted(seconds[WARM_UP:])
+    median = sorted_seconds[len(sorted_seconds) // 2]
     size, step = model_size(model), step_of(arguments, block_fraction)
-    done = step_flops(size, step, ntp, mtp)
+    flops = step_flops(size, step, ntp, mtp)
     peak = arguments.peak_tflops or next((v for k, v in PEAK_TFLOPS.items() if k in device_name(device)), None)
     return {
         "block_fraction": block_fraction,
@@ -109,12 +87,12 @@ def steps(model: MTPModel, arguments: argparse.Namespace, block_fraction: float)
         "peak_gb": round(peak_memory(device) / 1e9, 2),
         "estimated_gb": round(estimate(size, step).total / 1e9, 2),
         "seconds_a_step": round(median, 4),
-        "fastest_and_slowest": [round(taken[0], 4), round(taken[-1], 4)],
+        "fastest_and_slowest": [round(sorted_seconds[0], 4), round(sorted_seconds[-1], 4)],
         "tokens_per_second": round(ntp / median, 1),
         "positions_per_second": round((ntp + mtp) / median, 1),
-        "tflop_a_step": round(done / 1e12, 3),
-        "tflops": round(done / median / 1e12, 2),
-        "utilization": None if peak is None else round(done / median / (peak * 1e12), 3),
+        "tflop_a_step": round(flops / 1e12, 3),
+        "tflops": round(flops / median / 1e12, 2),
+        "utilization": None if peak is None else round(flops / median / (peak * 1e12), 3),
         "first_and_last_loss": [round(losses[0], 4), round(losses[-1], 4)],
     }
 
@@ -134,7 +112,7 @@ def step_of(arguments: argparse.Namespace, block_fraction: float) -> StepSize:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Synchronise with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -147,7 +125,7 @@ def device_name(device: torch.device) -> str:
 def run() -> None:
     """Measure each setting and print JSON, one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=list(SHAPES), default="llama-8b")
+    parser.add_argument("--shape", choices=NAMED, default="llama-3.1-8b")
     parser.add_argument("--attention", choices=["sdpa", "flex_attention"], default="sdpa")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--length", type=int, default=2048)
@@ -164,15 +142,15 @@ def run() -> None:
     model = make_model(arguments)
     size = model_size(model)
     for block_fraction in arguments.block_fractions:
-        print(f"block_fraction {block_fraction:g}: {estimate(size, step_of(arguments, block_fraction))}, by estimate")
+        print(f"block_fraction {block_fraction:g}: {estimate(size, step_of(arguments, block_fraction))}, estimated")
         try:
             print(json.dumps(steps(model, arguments, block_fraction)), flush=True)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             memory = device_memory(device)
-            said = advice(size, step_of(arguments, block_fraction), memory)
-            print(json.dumps({"block_fraction": block_fraction, "memory_ran_out_of": gigabytes(memory), "advice": said}))
+            remedy = advice(size, step_of(arguments, block_fraction), memory)
+            print(json.dumps({"block_fraction": block_fraction, "memory_ran_out_of": gigabytes(memory), "advice": remedy}))
         for parameter in model.parameters():
             parameter.grad = None
         gc.collect()

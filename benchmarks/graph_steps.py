@@ -2,8 +2,8 @@
 """What a quadratic step takes over a step of one token, eager and as a graph, for random models of large shapes.
 
 ``python benchmarks/graph_steps.py --shape qwen3-4b --device cuda`` prints a Markdown table: for k masks a step feeds
-(k + 1)^2 positions, verifies k drafts and draws k new ones with a GRU head; 2,048 tokens are in the cache. Ways take turns,
-and figures are medians, so a busy moment hits all alike. Nothing is decoded: a random model has no text, and time does not
+(k + 1)^2 positions, verifies k drafts and draws k new ones with a GRU head; 2,048 tokens are in the cache. Eager and
+graph steps alternate, and figures are medians. Nothing is decoded: a random model has no text, and time does not
 depend on it.
 """
 

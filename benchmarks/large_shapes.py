@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step time against positions for random models of large shapes, and the speed-up that the paper's acceptance would give.
+"""Step time by positions for random models of large shapes, and the projected speed-up with the paper's acceptance.
 
-``python benchmarks/large_shapes.py --shape qwen3-0.6b`` prints the measured curve and two projections for each benchmark of
-the paper's Table 1: quadratic decoding with k masks, whose step feeds (k + 1)^2 positions, and budgeted drafting. The chance
-that the first j drafts are kept is what the j-th mask added to the acceptance length there; drafts are simulated with these
-chances, and plans are made by the same planner as in decoding. Nothing is decoded: a random model has no text. With
-``--draft_vocabulary N`` drafts are chosen from N tokens, and what that loses of the acceptance is not known here.
+``python benchmarks/large_shapes.py --shape qwen3-0.6b`` prints the measured curve and two projections for each
+benchmark of the paper's Table 1: quadratic decoding with k masks, whose step feeds (k + 1)^2 positions, and budgeted
+drafting. The chance that the first j drafts are accepted is what the j-th mask added to the acceptance length there;
+drafts are simulated with these chances and planned by the planner of decoding. Nothing is decoded: a random model has
+no text. With ``--draft_vocabulary N`` drafts are chosen from N tokens; the acceptance that this loses is unknown and
+ignored.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from shapes import NAMED, random_base
 
 from mtp_lightning.decoding.execution.calibration import measure_step_costs
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
@@ -29,17 +29,6 @@ from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
-
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tiny": ("qwen3", {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-                       "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
-    "qwen3-0.6b": ("qwen3", {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-                             "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}),
-    "qwen3-4b": ("qwen3", {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-                           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}),
-    "llama-8b": ("llama", {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                           "num_attention_heads": 32, "num_key_value_heads": 8}),
-}  # fmt: skip
 
 PAPER = {
     "MMLU": [1.54, 1.87, 2.06, 2.18, 2.26, 2.32, 2.36, 2.38],
@@ -58,16 +47,12 @@ PAPER = {
 
 def random_model(shape: str, dtype: str, device: str, rank: int) -> MTPModel:
     """A model of 8 masks with a GRU head on a random base."""
-    kind, sizes = SHAPES[shape]
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, max_position_embeddings=4096, tie_word_embeddings=False, **sizes)
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
-    return MTPModel(base, 8, LoRA(rank=rank), GRUSamplerHead()).eval()
+    base = random_base(shape, getattr(torch, dtype), device, tie_word_embeddings=False)
+    return MTPModel(base.eval(), 8, LoRA(rank=rank), GRUSamplerHead()).eval()
 
 
 def chances(lengths: list[float]) -> np.ndarray:
-    """Chance that draft j is kept once the ones before are, [8]."""
+    """Chance that draft j is accepted given that the ones before are, [8]."""
     reached = np.diff([0.0, 1.0, *lengths])[1:]
     return np.clip(reached / np.concatenate([[1.0], reached[:-1]]), 0.0, 1.0)
 
@@ -98,8 +83,8 @@ def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: in
 
 
 def shape_arguments(parser: argparse.ArgumentParser, shape: str, device: str) -> None:
-    """The arguments that say which random model, with defaults."""
-    parser.add_argument("--shape", choices=SHAPES, default=shape)
+    """Add the arguments that choose the random model, with these defaults."""
+    parser.add_argument("--shape", choices=NAMED, default=shape)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default=device)
     parser.add_argument("--threads", type=int, default=None)
@@ -111,9 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     shape_arguments(parser, "qwen3-0.6b", "cpu")
     parser.add_argument(
-        "--draft_vocabulary", type=int, default=None, help="tokens that drafts are chosen from; not given: all"
+        "--draft_vocabulary", type=int, default=None, help="size of the draft shortlist; default: all tokens"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="the curve is the least of so many measurements")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements; the curve is their minimum")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -139,7 +124,7 @@ def main() -> None:
         f" beginning a draft: {1e3 * costs.begun:.2f} ms\n"
     )
     if choice.shortlist is not None:
-        print("The projections assume the acceptance of the whole vocabulary: what share of it is lost is not known here.\n")
+        print("The projections assume that the shortlist rejects no draft.\n")
     print("| benchmark | " + " | ".join(f"{k}" for k in range(1, 9)) + " | auto (acceptance length) |\n|---|" + "---|" * 9)
     for name, lengths in PAPER.items():
         speed, length = budgeted(costs, lengths)

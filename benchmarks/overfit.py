@@ -3,8 +3,8 @@
 
     python benchmarks/overfit.py
 
-A label that is off by one can't get there: the acceptance length stays near 1. The text is what the base writes greedily
-after an opening, at least 256 tokens without a repeated 8-gram, so no loop flatters the figure.
+With labels off by one the acceptance length would stay near 1. The text is the base's greedy continuation of an
+opening, at least 256 tokens without a repeated 8-gram, so repetition does not inflate the figure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.types import TokenRow
 
 NO_END: list[int] = []
-"""Decode on through the end token: a text of this base is rarely so long, and what follows is its own greedy text too."""
+"""Decode through the end token: texts of this base are rarely that long, and the continuation is its greedy text too."""
 
 
 def find_text(
@@ -49,23 +49,23 @@ def find_text(
         shares = [repeated_ngrams(row[size:]) for row in out]
         print(f"{begin + batch} openings tried, lowest share of repeated 8-grams {min(shares):.3f}", flush=True)
         if min(shares) <= most:
-            # Found in a batch, whose rounding may differ: what counts is the text that is decoded alone.
+            # Rounding may differ in a batch, so the text is decoded again alone.
             prompt = torch.tensor([openings[shares.index(min(shares))]])
             alone = model.generate(prompt, max_new_tokens=length, decoding="autoregressive", eos_token_id=NO_END)
             text: list[int] = alone.sequences[0].tolist()
             if repeated_ngrams(text[size:]) <= most:
                 return text
-    raise SystemExit("no opening gives such a text: give more --tries, a smaller --length or a larger --repeated")
+    raise SystemExit("no opening has such a text: raise --tries or --repeated, or lower --length")
 
 
 def main() -> None:
     """Train and decode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="package://demo/base")
-    parser.add_argument("--texts", default="package://demo/train.parquet", help="rows that openings are made of")
+    parser.add_argument("--texts", default="package://demo/train.parquet", help="rows that openings are taken from")
     parser.add_argument("--domain", default="prose")
     parser.add_argument("--opening", type=int, default=120, help="tokens of the opening")
-    parser.add_argument("--skip", type=int, default=0, help="openings to pass over, a multiple of 96")
+    parser.add_argument("--skip", type=int, default=0, help="openings to skip, a multiple of 96")
     parser.add_argument("--tries", type=int, default=5000)
     parser.add_argument("--repeated", type=float, default=0.0, help="highest share of repeated 8-grams in the text")
     parser.add_argument("--length", type=int, default=256, help="tokens that the base writes")
@@ -103,12 +103,12 @@ def main() -> None:
             out = model.generate(torch.tensor([opening]), max_new_tokens=args.length, eos_token_id=NO_END)
             same = out.sequences[0].tolist() == text
             length = out.acceptance_length.item()
-            # The prompt's own step has no draft to verify, so it yields one token whatever the training.
-            kept = out.accepted_per_step[0][1:-1]
-            drafted = 1 + sum(kept) / len(kept) if kept else float("nan")
+            # The prompt's step has no draft, so it always yields one token.
+            accepted = out.accepted_per_step[0][1:-1]
+            full_drafts = 1 + sum(accepted) / len(accepted) if accepted else float("nan")
             print(
                 f"step {step}: loss {loss.item():.4f}, acceptance length {length:.2f}, over steps with a full draft"
-                f" {drafted:.2f}, text {'equal' if same else 'DIFFERENT'}",
+                f" {full_drafts:.2f}, text {'equal' if same else 'DIFFERENT'}",
                 flush=True,
             )
             if length >= args.aim and same:

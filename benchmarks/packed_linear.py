@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a product of few rows takes with a plain weight and with one that was laid out beforehand (``packed_linear.py``).
+"""Time of a product of few rows with a plain weight and with one that was packed beforehand (``packed_linear.py``).
 
-``python benchmarks/packed_linear.py`` prints microseconds by rows, for float32 and bfloat16 on one thread, in turn over so
-many copies of each weight that caches of a core do not hold them; the least of a few rounds.
+``python benchmarks/packed_linear.py`` prints microseconds by rows, for float32 and bfloat16 on one thread, alternating over
+enough copies of each weight that a core's caches do not hold them; the minimum of a few rounds.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ SHAPES = ((256, 256), (608, 256), (1344, 256), (2048, 256), (3072, 1024))
 ROWS = (1, 2, 3, 5, 9, 17, 33, 81)
 
 
-def least(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
-    """Microseconds of a product of the rows, with the copies of the weight in turn."""
-    number, found = max(len(products), 40), float("inf")
+def fastest(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
+    """Microseconds of a product of the rows, alternating over the copies of the weight."""
+    number, seconds = max(len(products), 40), float("inf")
     for _ in range(6):
         begin = time.perf_counter()
         for product in itertools.islice(itertools.cycle(products), number):
             product(x)
-        found = min(found, (time.perf_counter() - begin) / number)
-    return 1e6 * found
+        seconds = min(seconds, (time.perf_counter() - begin) / number)
+    return 1e6 * seconds
 
 
 @torch.inference_mode()
@@ -43,13 +43,13 @@ def main() -> None:
             continue
         for N, D in SHAPES:
             weights = [torch.randn(N, D).to(dtype) for _ in range(max(2, 8_000_000 // (N * D * 4)))]
-            ways = {
+            kinds = {
                 "plain": [functools.partial(F.linear, weight=weight) for weight in weights],
-                "laid out": [PackedLinear(weight, single=False) for weight in weights],
+                "packed": [PackedLinear(weight, single=False) for weight in weights],
             }
             inputs = [torch.randn(1, rows, D).to(dtype) for rows in ROWS]
-            for name, products in ways.items():
-                figures = " | ".join(f"{least(products, x):.0f}" for x in inputs)
+            for name, products in kinds.items():
+                figures = " | ".join(f"{fastest(products, x):.0f}" for x in inputs)
                 print(f"| {dtype} | {N} x {D} | {name} | {figures} |", flush=True)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and GPU-hours for bases of 0.6 to 70 billion parameters, from their shapes alone: no weights, no network, no GPU.
+"""Memory and GPU-hours for bases of 0.6 to 70 billion parameters, from their shapes alone.
 
     python benchmarks/sizing.py [--max_length 2048] [--block_fraction 0.25] [--num_masks 8] [--rank 128] [--steps 50000]
                                 [--rows_a_step 8] [--device_gb 80] [--tflops 989] [--utilization 0.3]
@@ -16,55 +16,35 @@ import warnings
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from shapes import SHAPES, random_base
 
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.training.sizing import ModelSize, StepSize, estimate, gigabytes, model_size, step_flops
 
-SHAPES: dict[str, tuple[str, dict[str, int | bool]]] = {
-    # name: architecture, width, inner width, layers, heads, key heads, head width, vocabulary, tied embedding
-    "Qwen3-0.6B": ("qwen3", dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-                                 num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)),
-    "Qwen3-1.7B": ("qwen3", dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-                                 num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)),
-    "Qwen3-4B": ("qwen3", dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-                               num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)),
-    "Llama-3.1-8B": ("llama", dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                                   num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False)),
-    "Qwen3-14B": ("qwen3", dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
-                                num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False)),
-    "Qwen3-32B": ("qwen3", dict(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
-                                num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=False)),
-    "Llama-3.1-70B": ("llama", dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-                                    num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False)),
-}  # fmt: skip
-
 
 def size_of(name: str, num_masks: int, rank: int) -> ModelSize:
-    """The sizes of a model that is never made: its tensors have shapes and no content."""
-    architecture, shape = SHAPES[name]
-    config = AutoConfig.for_model(architecture, max_position_embeddings=8192, **shape)
+    """The sizes of a model on the meta device: its tensors have shapes and no data."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model = MTPModel(base, num_masks, LoRA(rank=rank), GRUSamplerHead(int(shape["hidden_size"]) // 2))
+        base = random_base(name.lower(), torch.bfloat16, "meta")
+        model = MTPModel(base, num_masks, LoRA(rank=rank), GRUSamplerHead(base.config.hidden_size // 2))
     return model_size(model)
 
 
-def rows_that_fit(size: ModelSize, step: StepSize, room: float) -> int:
-    """The largest batch of a device, or 0."""
+def rows_that_fit(size: ModelSize, step: StepSize, budget: float) -> int:
+    """The largest batch that fits on a device, or 0."""
     rows = 0
-    while rows < 64 and estimate(size, replace(step, rows=rows + 1)).total <= room:
+    while rows < 64 and estimate(size, replace(step, rows=rows + 1)).total <= budget:
         rows += 1
     return rows
 
 
-def shards_needed(size: ModelSize, step: StepSize, room: float) -> int | None:
+def shards_needed(size: ModelSize, step: StepSize, budget: float) -> int | None:
     """The smallest number of devices, a power of 2, on which a row fits; None: not on 64."""
     for shards in (1, 2, 4, 8, 16, 32, 64):
-        if rows_that_fit(size, replace(step, shards=shards), room):
+        if rows_that_fit(size, replace(step, shards=shards), budget):
             return shards
     return None
 
@@ -80,7 +60,7 @@ def run() -> None:
         parser.add_argument(f"--{name}", type=kind, default=value)
     parser.add_argument("--kernel", default="sdpa", choices=["sdpa", "flex_attention"])
     a = parser.parse_args()
-    room = 0.9 * a.device_gb * 1e9
+    budget = 0.9 * a.device_gb * 1e9
     step = StepSize(rows=1, length=a.max_length, block_fraction=a.block_fraction, num_masks=a.num_masks, kernel=a.kernel,
                     checkpointing=True, autocast=True, cuda=True)  # fmt: skip
     print(
@@ -93,7 +73,7 @@ def run() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for name in SHAPES:
         size = size_of(name, a.num_masks, a.rank)
-        shards = shards_needed(size, step, room)
+        shards = shards_needed(size, step, budget)
         one = estimate(size, replace(step, shards=shards or 1))
         alone = estimate(size, step)
         flops = step_flops(size, step)

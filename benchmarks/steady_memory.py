@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a long run holds its memory: the resident size through 500 steps with an evaluation every 50, on the demo's base.
+"""Does a long run keep its memory constant? Resident size over 500 steps with an evaluation every 50, on the demo's base.
 
     python benchmarks/steady_memory.py [--steps 500] [--every 50]
 
-Validation, real decoding, checkpoints and all guards run, as in ``mtp fit``. Behind each size stands what is left of it once
-the C library has given back what it keeps of freed memory (``malloc_trim``): what really is in use.
+Validation, real decoding, checkpoints and all guards run, as in ``mtp fit``. Each size is followed by what is left
+after the C library has returned freed memory (``malloc_trim``): what is in use.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def resident() -> float:
 
 
 def in_use() -> float:
-    """The same after freed memory was given back, in MB."""
+    """The same after freed memory was returned, in MB."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return resident()
 
 
 class Resident(Callback):
-    """Prints the resident size every so many steps."""
+    """Prints the resident size every ``every`` steps."""
 
     every = 50
     seen: dict[int, tuple[float, float]] = {}
 
     def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
-        """Note it after each ``every``-th step."""
+        """Record and print."""
         step = trainer.global_step
         if step % self.every == 0 and step not in self.seen:
             self.seen[step] = resident(), in_use()

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoding step costs over one transformers forward pass of the same positions, in interleaved pairs.
+"""Time of a decoding step over one transformers forward pass of the same number of positions, in interleaved pairs.
 
-``python benchmarks/step_cost.py MODEL`` prints a Markdown table. A step is everything between two yields of ``decode``:
-layout, masks, the forward pass with adapters, verification, the chain of the sampler head and reading the tokens. The other
-side of a pair is the plain base, loaded by itself: one forward pass over as many embedded positions with a cache of the same
-length, the unembedding of as many positions as the step verifies, argmax, reading them, and a crop of the cache. Each pair
-is two neighbours in time; the ratio's median and quartiles are over all pairs of a text.
+``python benchmarks/step_cost.py MODEL`` prints a Markdown table. A step is everything between two yields of
+``decode``: layout, masks, the forward pass with adapters, verification, the chain of the sampler head and reading the
+tokens. The other side of a pair is the plain base, loaded separately: one forward pass over the same number of
+embedded positions with a cache of the same length, the unembedding of the positions that the step verifies, argmax,
+reading them, and a crop of the cache. The two sides of a pair alternate; median and quartiles of the ratio are over
+all pairs of a text.
 """
 
 from __future__ import annotations

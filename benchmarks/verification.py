@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acceptance of the two ways to verify sampled drafts, side by side.
+"""Acceptance of the two rules that verify sampled drafts, side by side.
 
-``python benchmarks/verification.py MODEL`` samples every prompt with the same seeds by coupled verification and by the
-rejection rule, with k masks, and prints the acceptance length of each by domain, at several temperatures; greedy decoding
-stands beside them. Counts only; nothing is timed.
+``python benchmarks/verification.py MODEL`` samples every prompt with the same seeds by coupled verification and by
+the rejection rule, with k masks, and prints the acceptance length of each by domain, at several temperatures, with
+greedy decoding for comparison. Counts only; nothing is timed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from mtp_lightning import MTPModel
 from mtp_lightning.text.prompts import read_prompts
 
-WAYS: dict[str, dict[str, Any]] = {"coupled": {"verification": "coupled"}, "rejection": {"verification": "rejection"}}
+RULES: dict[str, dict[str, Any]] = {"coupled": {"verification": "coupled"}, "rejection": {"verification": "rejection"}}
 
 
 def main() -> None:
@@ -39,8 +39,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     print(f"| temperature | verification | {' | '.join(domains)} | overall |\n|---|---|{'---|' * (len(domains) + 1)}")
     for temperature in args.temperatures:
-        ways = {"greedy": {}} if temperature == 0 else WAYS
-        for name, options in ways.items():
+        for name, options in ({"greedy": {}} if temperature == 0 else RULES).items():
             counts: dict[str, list[int]] = {domain: [0, 0] for domain in domains}
             for prompt in prompts:
                 for seed in range(args.seeds if temperature else 1):
@@ -57,7 +56,7 @@ def main() -> None:
                     counts[prompt.domain or "all"][0] += round(float(out.acceptance_length[0]) * steps)
                     counts[prompt.domain or "all"][1] += steps
             lengths = {domain: tokens / steps for domain, (tokens, steps) in counts.items()}
-            total = [sum(each) for each in zip(*counts.values(), strict=True)]
+            total = [sum(column) for column in zip(*counts.values(), strict=True)]
             lengths["overall"] = total[0] / total[1]
             results.append({"temperature": temperature, "verification": name, "acceptance_length": lengths})
             print(f"| {temperature} | {name} | {' | '.join(f'{length:.2f}' for length in lengths.values())} |", flush=True)
