@@ -15,7 +15,7 @@ WHILE_EVALUATING = """
 import os, signal
 from mtp_lightning.evaluation import acceptance
 from mtp_lightning.callbacks.acceptance_evaluation import AcceptanceEvaluation
-whole, decode, step = AcceptanceEvaluation._evaluate, acceptance._decode, 0
+whole, decode, step = AcceptanceEvaluation._evaluate, acceptance.decode_batch, 0
 
 def evaluate(self, trainer, module):
     global step
@@ -27,7 +27,7 @@ def decodes(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
     return decode(*arguments, **options)
 
-AcceptanceEvaluation._evaluate, acceptance._decode = evaluate, decodes
+AcceptanceEvaluation._evaluate, acceptance.decode_batch = evaluate, decodes
 """
 
 

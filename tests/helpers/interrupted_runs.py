@@ -55,7 +55,7 @@ files.open = Watched
 hook(Path, "replace", "rename")
 hook(files, "_sync_folder", "renamed")
 hook(MTPModule, "validation_step", "validation")
-hook(acceptance, "_decode", "decoding", after=True)
+hook(acceptance, "decode_batch", "decoding", after=True)
 hook(MetricsWriter, "save", "metrics")
 if @EVENT == "time":
     def later(*arguments):
