@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import read_metrics
+from interrupted_runs import history
 from lightning import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from tiny_run import LAST
+from zygote import Zygote
 
 from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
 from mtp_lightning.decoding.execution import step as decoding_step
@@ -218,7 +223,7 @@ def test_a_resumed_run_continues_the_history(fit: Fit, module: MTPModule, prompt
 
 
 @pytest.mark.parametrize("bar", [[], [TQDMProgressBar()]])
-def test_beside_a_progress_bar(
+def test_with_a_progress_bar(
     fit: Fit, module: MTPModule, prompts: str, bar: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(acceptance_evaluation, "SECONDS_BETWEEN_LINES", 0.0)
@@ -231,6 +236,19 @@ def test_beside_a_progress_bar(
 def test_fast_dev_run_writes_nothing(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:
     fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6), fast_dev_run=True)
     assert not (tmp_path / "acceptance.json").exists()
+
+
+def test_validate_adds_to_the_history_at_the_checkpoints_step(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    best = LAST.replace("last", "best")
+    step = torch.load(folder / best, weights_only=True)["global_step"]
+    before, lines = history(folder), read_metrics(folder / "run")
+    expected = next(line for line in lines if line.get("val/loss") and int(line["step"]) == step - 1)
+    assert zygote.run(folder, "validate", "--config", "config.yaml", "--ckpt_path", best).code == 0
+    assert history(folder) == [*(entry for entry in before if entry != ("val", step)), ("val", step)] and len(before) > 2
+    *others, line = read_metrics(folder / "run")
+    assert others == lines and {name: line[name] for name in ("step", "epoch", "val/loss")}.items() <= expected.items()
 
 
 @pytest.mark.parametrize(

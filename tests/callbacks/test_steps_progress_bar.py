@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands on the terminal while a run goes on: the bar of a run of so many steps, and no advertisements."""
+"""What a run shows on the terminal: the bar of a run that ends after a number of steps, and no advertisements."""
 
 from __future__ import annotations
 
@@ -24,14 +24,12 @@ def test_the_number_of_epochs_is_named_where_it_is_known(options: dict[str, int]
     assert bar._get_train_description(2) == said and len(said) == len(bar.validation_description)
 
 
-@pytest.mark.parametrize("bar", [True, False])
-def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, caplog, bar: bool) -> None:
+def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, caplog) -> None:
     config = write_run(tmp_path)
-    config["trainer"] |= {"max_steps": 2, "enable_progress_bar": bar, "callbacks+": []}
+    config["trainer"] |= {"max_steps": 2, "enable_progress_bar": True, "callbacks+": []}
     write_config(tmp_path, config)
     monkeypatch.chdir(tmp_path)
     assert mtp("fit", "--config", "config.yaml") == 0
     out, err = capfd.readouterr()
-    assert ("Epoch 0  " in out) == bar
-    assert "/-2" not in out and "Tip:" not in out + err + caplog.text
-    assert "max_steps=2` reached" in caplog.text  # what else Lightning says is heard
+    assert "Epoch 0  " in out and "/-2" not in out and "Tip:" not in out + err + caplog.text
+    assert "max_steps=2` reached" in caplog.text  # other messages of Lightning are shown

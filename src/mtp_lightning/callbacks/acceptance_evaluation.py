@@ -232,16 +232,7 @@ def saved_history(path: Path) -> list[dict[str, Any]]:
 
 
 def history_entry(summary: dict[str, Any], stage: str, step: int | None) -> dict[str, Any]:
-    """The main figures of an evaluation, for a run's history.
-
-    Args:
-        summary: what ``acceptance.summarise`` gives.
-        stage: ``val`` or ``test``.
-        step: optimizer steps so far, or None if unknown.
-
-    Returns:
-        Plain types.
-    """
+    """The main figures of a ``val`` or ``test`` summary after an optimizer step, for a run's history."""
     overall = summary["overall"]
     return {
         "stage": stage,

@@ -20,17 +20,7 @@ from mtp_lightning.text.prompts import Prompt, read_prompts
 
 
 class DecodingCallback(Callback):
-    """Reads prompts before anything runs, so that errors in them or in the options show at once.
-
-    Args:
-        prompts: ``.txt`` or ``.jsonl`` file of prompts.
-        num_prompts: the most prompts, evenly from the domains; None: all.
-        max_new_tokens: the most tokens a prompt.
-        max_steps: the most steps a prompt; None: no limit.
-        decoding: ``quadratic``, ``linear`` or ``autoregressive``.
-        num_masks: masks in a block; ``auto``: as many as were trained.
-        sampler_head: draft with the sampler head.
-    """
+    """Reads prompts before anything runs, so that errors in them or in the options show at once."""
 
     def __init__(
         self,

@@ -143,16 +143,9 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
 
 
 def not_finite(processes: list[dict[str, list[Any]]], step: int, epoch: int, newest: Path | None) -> str:
-    """The message on a loss or a gradient that is not finite.
+    """The message on a loss or a gradient that is not finite; ``newest`` is the run's newest complete checkpoint.
 
-    Args:
-        processes: of each process ``losses`` that are not finite, their ``rows``, and ``all_rows`` of the step.
-        step: number of the optimizer step that was about to be made.
-        epoch: the epoch.
-        newest: the run's newest complete checkpoint, or None.
-
-    Returns:
-        The message.
+    Each process reports ``losses`` that are not finite, their ``rows``, and ``all_rows`` of the optimizer step.
     """
     losses = [loss for report in processes for loss in report["losses"]]
     key = "rows" if losses else "all_rows"

@@ -87,14 +87,9 @@ class SampleText(DecodingCallback):
 
 
 def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:
-    """The text of each step's tokens, with drafted and free tokens separated.
+    """The text of steps, each of accepted drafts and then one token of the base, as drafted and free spans.
 
-    Args:
-        steps: the tokens of each step: accepted drafts and then one token of the base.
-        tokenizer: the base's tokenizer.
-
-    Returns:
-        Spans whose texts make the whole text. A character whose bytes are spread over tokens goes to the last of them.
+    A character whose bytes are spread over several tokens goes to the last of them.
     """
     spans: list[Span] = []
     tokens: list[int] = []

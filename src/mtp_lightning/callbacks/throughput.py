@@ -163,15 +163,10 @@ def pause_clocks(trainer: Trainer) -> None:
 
 
 def evaluation_seconds(evaluations: dict[int, float], steps_left: float) -> float:
-    """How long the evaluations that are still to come will take.
+    """Seconds for the evaluations to come, if they take as long as those so far and are as far apart.
 
-    Args:
-        evaluations: seconds of those so far, by the optimizer step that they came after.
-        steps_left: optimizer steps to come.
-
-    Returns:
-        Seconds, if they take as long as those so far and are as far apart; a single one is as far from the next as it is
-        from step 0.
+    ``evaluations`` are the seconds of those so far, by the optimizer step that they came after. A single one is as far from
+    the next as it is from step 0.
     """
     if not evaluations:
         return 0.0

@@ -44,16 +44,7 @@ def appends_metrics(trainer: Trainer, folder: Path, checkpoint: dict[str, Any]) 
 def last_checkpoint(trainer: Trainer, folder: Path, training: bool) -> str | None:
     """The newest complete checkpoint of the run, which ``--ckpt_path last`` means. All processes must call it.
 
-    Args:
-        trainer: the trainer.
-        folder: the run's folder.
-        training: the run may begin at step 0 if there is none.
-
-    Returns:
-        The file, or None if training begins at step 0.
-
-    Raises:
-        RunError: there is none, and the command needs one.
+    If there is none, training begins at step 0 (None), and other commands fail.
     """
     folders = checkpoint_folders(trainer)
     path = newest_checkpoint(folders, read_run_id(folder), lambda message: _warn(trainer, message))

@@ -16,14 +16,9 @@ from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_re
 
 
 def check_nulls(config: Any, groups: Mapping[str, type]) -> None:
-    """Refuse ``null`` for a key that must have a value; the parser accepts it for every key.
+    """Refuse ``null`` for a key that must have a value; ``groups``: group of keys -> the class whose arguments they are.
 
-    Args:
-        config: a parsed configuration.
-        groups: group of keys -> the class whose arguments they are.
-
-    Raises:
-        UsageError: names the key.
+    The parser accepts ``null`` for every key.
     """
     for group, owner in groups.items():
         hints = {} if owner is Trainer else get_type_hints(owner.__init__)  # type: ignore[misc] # Lightning checks its own

@@ -14,16 +14,9 @@ from mtp_lightning.errors import RunError
 
 
 def all_reduce(value: Tensor, how: Literal["sum", "mean", "max"]) -> Tensor:
-    """Reduce a tensor over all processes. All must call it.
+    """Reduce a tensor over all processes, which overwrites it; all must call it. A mean needs floating point.
 
     Lightning's own reduction waits at a barrier first.
-
-    Args:
-        value: the same shape everywhere, of floating point for a mean; it is overwritten.
-        how: sum, mean or max.
-
-    Returns:
-        The reduced tensor, in each process.
     """
     if not is_distributed():
         return value

@@ -84,10 +84,9 @@ def counters_of_last_batch(trainer: Trainer) -> Iterator[None]:
 
 
 def watch_fetching(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> bool:
-    """Call ``before`` and ``after`` around each wait of the training loop for a batch; to be set in ``on_train_start``.
+    """Call ``before`` and ``after`` around each wait of the training loop for a batch; False if that is not possible.
 
-    Returns:
-        False if this version of Lightning has no such hooks.
+    To be called in ``on_train_start``.
     """
     loop: Any = trainer.fit_loop.epoch_loop
     start, stop = (getattr(type(loop), name, None) for name in ("_on_before_fetch", "_on_after_fetch"))

@@ -16,12 +16,7 @@ from mtp_lightning.training.sizing import StepSize
 
 
 def step_size(trainer: Trainer, module: Any) -> StepSize | None:
-    """The largest step that a run's configuration makes, or None if the data is not an ``MTPDataModule``'s.
-
-    Args:
-        trainer: the trainer.
-        module: an ``MTPModule`` whose model is built.
-    """
+    """The largest step of a run of an ``MTPModule``, or None if its data is not an ``MTPDataModule``'s."""
     data: Any = getattr(trainer, "datamodule", None)
     if not hasattr(data, "block_fraction"):
         return None

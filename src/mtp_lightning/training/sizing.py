@@ -157,13 +157,6 @@ def estimate(size: ModelSize, step: StepSize) -> Estimate:
     Without gradient checkpointing a gated model keeps activations of MTP positions alone: NTP positions run first, without
     gradients. With checkpointing, or a LoRA that is always on, all positions run at once; checkpointing keeps the
     activations of one layer and the inputs of all.
-
-    Args:
-        size: the model.
-        step: the step.
-
-    Returns:
-        Bytes, by what they hold.
     """
     two_passes = size.gated and not step.checkpointing
     keys = step.length + step.mtp
@@ -222,17 +215,8 @@ def _bytes_per_query(size: ModelSize, step: StepSize) -> int:
 def step_flops(size: ModelSize, step: StepSize, ntp: float | None = None, mtp: float | None = None) -> float:
     """Floating-point operations that the method needs for a step of one device; recomputation to save memory is not counted.
 
-    NTP positions only go forward. At MTP positions the gradient also goes back through the frozen weights, which get none
-    themselves, and through the adapters, which do.
-
-    Args:
-        size: the model.
-        step: the step.
-        ntp: NTP positions of the step; None: the most there can be.
-        mtp: MTP positions of the step; None: the most there can be.
-
-    Returns:
-        The number of operations.
+    ``ntp`` and ``mtp`` are its positions, by default the most there can be. NTP positions only go forward. At MTP positions
+    the gradient also goes back through the frozen weights, which get none themselves, and through the adapters, which do.
     """
     ntp = step.rows * step.length if ntp is None else ntp
     mtp = step.rows * step.mtp if mtp is None else mtp
@@ -250,15 +234,9 @@ def step_flops(size: ModelSize, step: StepSize, ntp: float | None = None, mtp: f
 
 
 def advice(size: ModelSize, step: StepSize, available: float) -> str:
-    """What to lower, and to what, so that a step that ran out of memory fits.
+    """A sentence on what to lower, and to what, so that a step that ran out of memory fits into the available bytes.
 
-    Args:
-        size: the model.
-        step: the step that did not fit. If the estimate says it would, the estimate is scaled up until it does not.
-        available: bytes of memory of a device.
-
-    Returns:
-        A sentence.
+    If the step fits by the estimate, the estimate is scaled up until it does not.
     """
     now = estimate(size, step)
     fixed = now.total - now.step
