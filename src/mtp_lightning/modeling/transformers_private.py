@@ -55,15 +55,16 @@ def switched_attention(configs: Sequence[Any], name: str | None) -> Iterator[Non
     ``set_attn_implementation`` does the same, but walks all modules, which costs as much as a decoding step of a small
     model. A kernel that is set meanwhile is kept.
     """
-    before = [config._attn_implementation for config in configs]
+    key = "_attn_implementation_internal"  # through vars(): setattr of a configuration validates, which is slow
+    before = [vars(config)[key] for config in configs]
     for config in configs:
-        config._attn_implementation_internal = name
+        vars(config)[key] = name
     try:
         yield
     finally:
         for config, kernel in zip(configs, before, strict=True):
-            if config._attn_implementation == name:
-                config._attn_implementation_internal = kernel
+            if vars(config)[key] == name:
+                vars(config)[key] = kernel
 
 
 def is_stateful(base: PreTrainedModel) -> bool:

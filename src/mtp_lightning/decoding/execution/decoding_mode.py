@@ -23,7 +23,7 @@ class DecodingMode:
     """
 
     def __init__(self, model: MTPNetwork, fused: bool = True) -> None:
-        self._model, self._cache, self._fused = model, decode_cache(model), fused
+        self._model, self._base, self._cache, self._fused = model, model.base, decode_cache(model), fused
         self._kernel, self._configs = decoding_kernel(model.base), attention_configs(model.base)
         self._partly_training = True  # not known yet: parts may be in training mode while the model is not
 
@@ -33,7 +33,7 @@ class DecodingMode:
         model = self._model
         with self._cache.lock:
             training = []
-            if self._partly_training or model.training or model.base.training:
+            if self._partly_training or model.training or self._base.training:
                 training = [module for module in model.modules() if module.training]
                 self._partly_training = bool(training)
             if training:
