@@ -14,11 +14,17 @@ import torch.multiprocessing
 
 def run(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """What ``function(rank, *arguments)``, a function of an importable module, gives on ranks 0 and 1."""
-    torch.multiprocessing.spawn(_work, (function, str(folder), arguments), nprocs=2)
+    torch.multiprocessing.spawn(work, (function, str(folder), arguments), nprocs=2)
+    return results(folder)
+
+
+def results(folder: Path) -> list[Any]:
+    """What ``work`` has saved on ranks 0 and 1."""
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def _work(rank: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...]) -> None:
+def work(rank: int, function: Callable[..., Any], folder: str, arguments: tuple[Any, ...] = ()) -> None:
+    """Run a function on one of two ranks and save what it gives."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:

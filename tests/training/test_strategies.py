@@ -206,8 +206,19 @@ def test_what_can_not_be_sharded_is_refused() -> None:
         MTPModule("nowhere", losses={"a": heavy, "b": SamplerCrossEntropy()})._check_sharding(FullyShardedStrategy())
 
 
-def test_shards_of_a_model(tmp_path: Path) -> None:
-    (first, own_0, calls_0, found, dtypes), (second, own_1, calls_1, *_) = two_processes.run(sharded_model.sharded, tmp_path)
+SHARDED = """
+import sys, sharded_model, two_processes
+two_processes.work({rank}, sharded_model.sharded, {folder!r})
+sys.exit()
+"""
+
+
+def test_shards_of_a_model(zygote: Zygote, tmp_path: Path) -> None:
+    preludes = [SHARDED.format(rank=rank, folder=str(tmp_path)) for rank in range(2)]
+    for process in zygote.ranks(tmp_path, free_port(), [], [], preludes=preludes):
+        ended = process.wait()
+        assert ended.code == 0, ended.err
+    (first, own_0, calls_0, found, dtypes), (second, own_1, calls_1, *_) = two_processes.results(tmp_path)
     assert own_0 != own_1 and calls_0 == calls_1 == max(own_0, own_1)  # one process kept the other company
     together = sorted(first + second, key=lambda each: each["prompt_index"])
     assert together == sharded_model.decoded(tiny_model("llama"))
