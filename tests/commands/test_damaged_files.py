@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ CHANGES: dict[str, Callable[[], object]] = {
     "mask_embeddings": lambda: change(LAST, lambda checkpoint: checkpoint["state_dict"].pop("model.mask_embeddings")),
     "mtp_label_counts": lambda: change(LAST, lambda checkpoint: checkpoint.update(mtp_label_counts=torch.zeros(3))),
     "optimizer_states": lambda: change(LAST, lambda checkpoint: checkpoint.pop("optimizer_states")),
-    "loops": lambda: change(LAST, lambda checkpoint: checkpoint.pop("loops")),
 }
 
 
@@ -50,15 +48,12 @@ CHANGES: dict[str, Callable[[], object]] = {
         ("generate", "pickle", f"'{LAST}' can't be read"),
         ("validate", "another program", f"'{LAST}' was not written by mtp fit"),
         ("predict", "num_masks", f"'{LAST}' is damaged"),
-        ("export", "num_masks", f"'{LAST}' is damaged"),
         ("distill", "state_dict", f"'{LAST}' is damaged"),
         ("fit", "mask_embeddings", "model.mask_embeddings should be (3, 32) and is absent"),
-        ("validate", "mask_embeddings", "model.mask_embeddings should be (3, 32) and is absent"),
         ("generate", "mask_embeddings", "mask_embeddings should be (3, 32) and is absent"),
         ("validate", "mtp_label_counts", "the checkpoint is damaged"),
         ("generate", "mtp_label_counts", f"'{LAST}' is damaged"),
         ("fit", "optimizer_states", f"'{LAST}' has no optimizer_states"),
-        ("fit", "loops", f"'{LAST}' has no loops"),
     ],
 )
 def test_a_damaged_checkpoint(run: Path, here: Path, capsys, command: str, damage: str, message: str) -> None:
@@ -79,10 +74,8 @@ def test_a_damaged_checkpoint(run: Path, here: Path, capsys, command: str, damag
     ("command", "key", "value"),
     [
         ("fit", "model.num_masks", "4"),
-        ("validate", "model.lora.rank", "4"),
         ("validate", "model.sampler_head.hidden_size", "16"),
         ("test", "model.base_model", "wider"),
-        ("predict", "model.num_masks", "4"),
     ],
 )
 def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: str, key: str, value: str) -> None:
@@ -95,29 +88,27 @@ def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: 
     assert contents(run) == before
 
 
-def test_predict_asks_for_no_more_than_is_named(run: Path, here: Path, capsys) -> None:
+def test_predict_compares_only_what_is_named(run: Path, here: Path, capsys) -> None:
     """A key that is left out has a default, and the checkpoint's own value counts; one that is named must be the same."""
-    predict = ["predict", "--ckpt_path", LAST, "--prompts", "prompts.jsonl", "--max_new_tokens", "2"]
-    words = [*predict, "--model.base_model", "base"]
-    assert mtp(*words) == 0  # of the checkpoint's 3 masks, rank 2 and GRU head the configuration says nothing
-    assert mtp(*words, "--model.lora.dropout", "0.5", "--model.num_masks", "3", "--model.lora.gated", "true") == 0
-    layers = ["--model.lora.target_modules", "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"]
-    assert mtp(*words, "--model.lora.alpha", "4", *layers) == 0  # what the checkpoint's null stands for
-    validate = ["validate", "--config", "config.yaml", "--ckpt_path", LAST]
-    assert mtp(*validate, "--model.lora.alpha", "4", "--model.lora.target_modules", "all-linear") == 0
-    capsys.readouterr()
-    for option, value in (("alpha", "5"), ("target_modules", "[q_proj]"), ("target_modules", r".*\.0\..*proj")):
-        for command in (words, validate):
-            found = error_of(capsys, 1, *command, f"--model.lora.{option}", value)
-            assert found.startswith(f"the checkpoint's LoRA {option} is None, the configuration's is ")
-    (here / "default.yaml").write_text("model: {num_masks: 8}")  # the default, named
-    found = error_of(capsys, 1, *words, "--config", "default.yaml")
-    assert found == "the checkpoint's num_masks is 3, the configuration's is 8. Change model.num_masks or --ckpt_path."
-    found = error_of(capsys, 1, *words, "--model.sampler_head", "false", "--model.losses", "{base: BaseCrossEntropy}")
-    assert re.fullmatch(r"the checkpoint's sampler head is .*GRU.*, the configuration's is None\. Change .*", found)
-    # What only training needs may be missing here.
+    words = [
+        "predict",
+        "--ckpt_path",
+        LAST,
+        "--prompts",
+        "prompts.jsonl",
+        "--max_new_tokens",
+        "2",
+        "--model.base_model",
+        "base",
+    ]
+    # The checkpoint has 3 masks, rank 2 and a GRU head. What only training needs, as a logger, may be missing here.
     (here / "logger.yaml").write_text("trainer: {logger: {class_path: lightning.pytorch.loggers.CometLogger}}")
-    assert mtp(*words, "--config", "logger.yaml") == 0
+    assert mtp(*words, "--config", "logger.yaml", "--model.lora.dropout", "0.5", "--model.lora.alpha", "4") == 0
+    (here / "default.yaml").write_text("model: {num_masks: 8}")  # the default, named
+    assert "Change model.num_masks" in error_of(capsys, 1, *words, "--config", "default.yaml")
+    assert "Change model.lora.target_modules" in error_of(capsys, 1, *words, "--model.lora.target_modules", "[q_proj]")
+    no_head = ["--model.sampler_head", "false", "--model.losses", "{base: BaseCrossEntropy}"]
+    assert "Change model.sampler_head" in error_of(capsys, 1, *words, *no_head)
 
 
 @pytest.mark.parametrize(
@@ -147,13 +138,10 @@ def test_a_damaged_base(
 @pytest.mark.parametrize(
     ("file", "words", "message"),
     [
-        ("config.yaml", "fit --config config.yaml", "'config.yaml' can't be read: Permission denied"),
         ("train.jsonl", "fit --config config.yaml", "train.jsonl: it can't be read: Permission denied"),
         (LAST, "validate --config config.yaml --ckpt_path {last}", "'{last}' can't be read: Permission denied"),
-        ("prompts.jsonl", "generate {last} --prompts prompts.jsonl", "prompts.jsonl: it can't be read: Permission denied"),
         ("run", "validate --config config.yaml --ckpt_path last.ckpt", "'run/metrics.csv': Permission denied"),
         (".", "distill base --prompts prompts.jsonl --output a.jsonl", "a.jsonl: '.' can't be written to"),
-        (".", "export --ckpt_path {last} --output new", "new can't be written: '.' can't be written to"),
     ],
 )
 def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, message: str) -> None:
@@ -177,7 +165,6 @@ def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, mes
     ("option", "name"),
     [
         ("--trainer.val_check_interval 0", "trainer.val_check_interval"),
-        ("--trainer.val_check_interval 1000", "`val_check_interval`"),
         (
             "--model.lr_scheduler mtp_lightning.schedules.WarmupCosine --trainer.max_steps -1 --trainer.max_epochs 1"
             " --trainer.val_check_interval 1000",
@@ -230,5 +217,5 @@ class Made(MTPCLI):
 def test_validations_by_the_clock_need_one_process(run: Path) -> None:
     words = ["fit", "--config", "config.yaml", "--trainer.val_check_interval", "00:00:10:00"]
     Made(words)
-    with pytest.raises(UsageError, match="must be a number with several processes, got the time 00:00:10:00: each process"):
+    with pytest.raises(UsageError, match="trainer.val_check_interval"):
         Made([*words, "--trainer.devices", "2", "--trainer.strategy", "ddp"])

@@ -66,16 +66,6 @@ def test_a_start_that_answers_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_settings_that_can_not_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(RunError, match="a.jsonl.settings' could not be written: No space left on device"):
-        AnswerFile(tmp_path / "a.jsonl", {})
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_interrupt_while_writing_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     with pytest.raises(KeyboardInterrupt), AnswerFile(path, {}) as file:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_base
 
 from mtp_lightning.errors import RunError
 from mtp_lightning.saving.checkpoint import check_settings, read_checkpoint
@@ -64,6 +65,16 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path, content: Any, messa
 def test_other_settings_are_refused(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(RunError, match=key):
         check_settings({"mtp_settings": SETTINGS}, {**SETTINGS, **changes})
+
+
+def test_target_modules_are_compared_by_the_layers_they_select() -> None:
+    config = tiny_base("llama").config
+    for modules in (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "all-linear"):
+        expected = {**SETTINGS, "lora": {**SETTINGS["lora"], "target_modules": modules}}
+        check_settings({"mtp_settings": SETTINGS}, expected, lambda: config)
+    expected = {**SETTINGS, "lora": {**SETTINGS["lora"], "target_modules": r".*\.0\..*proj"}}
+    with pytest.raises(RunError, match="model.lora.target_modules"):
+        check_settings({"mtp_settings": SETTINGS}, expected, lambda: config)
 
 
 @pytest.mark.filterwarnings("error")
