@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What carries loss under five chat templates, against texts written by hand: ``[[`` and ``]]`` stand around it.
+"""What carries loss under five chat templates, against texts written by hand: between ``[[`` and ``]]``.
 
 The templates are our own, of the structure of those that Qwen 3, Llama 3, Mistral, Gemma and plain ChatML models ship.
 """
@@ -121,33 +121,23 @@ EXPECTED = {
     ("qwen", "tool"): "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\n[[look<|im_end|>]]\n"
     "<|im_start|>user\n<tool_response>4</tool_response><|im_end|>\n"
     "<|im_start|>assistant\n[[<think>\n\n</think>\n\nfour<|im_end|>]]\n",
-    ("llama3", "one"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi ab<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[ab.\nyes<|eot_id|>]]",
     ("llama3", "two"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi ab<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[ab.\nyes<|eot_id|>]]"
     "<|start_header_id|>user<|end_header_id|>\n\nmore<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[no<|eot_id|>]]",
-    ("llama3", "system"): "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nhi ab<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[ab.\nyes<|eot_id|>]]",
     ("llama3", "tool"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nsum<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[look<|eot_id|>]]"
     "<|start_header_id|>ipython<|end_header_id|>\n\n4<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[four<|eot_id|>]]",
-    ("mistral", "one"): "<s>[INST] hi ab[/INST][[ ab.\nyes</s>]]",
     ("mistral", "two"): "<s>[INST] hi ab[/INST][[ ab.\nyes</s>]][INST] more[/INST][[ no</s>]]",
     ("mistral", "system"): "<s>[INST] be\n\nhi ab[/INST][[ ab.\nyes</s>]]",
     ("mistral", "tool"): "<s>[INST] sum[/INST][[ look</s>]][TOOL_RESULTS] 4[/TOOL_RESULTS][[ four</s>]]",
-    ("gemma", "one"): "<bos><start_of_turn>user\nhi ab<end_of_turn>\n<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n",
     ("gemma", "two"): "<bos><start_of_turn>user\nhi ab<end_of_turn>\n<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n"
     "<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\n[[no<end_of_turn>]]\n",
     ("gemma", "system"): "<bos><start_of_turn>user\nbe\n\nhi ab<end_of_turn>\n"
     "<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n",
-    ("chatml", "one"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n",
     ("chatml", "two"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n"
     "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n[[no<|im_end|>]]\n",
-    ("chatml", "system"): "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi ab<|im_end|>\n"
-    "<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n",
     ("chatml", "tool"): "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\n[[look<|im_end|>]]\n"
     "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n[[four<|im_end|>]]\n",
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run resumed after every step is fed what the whole one is: with workers, and on two ranks."""
+"""A run resumed after any step gets the same batches as an uninterrupted one: with workers, and on two ranks."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def test_resume_with_workers(tmp_path: Path, write) -> None:
         assert resumed.seen == runs[0].seen[delivered:]
 
 
+@pytest.mark.slow
 def test_resume_on_two_ranks(tmp_path: Path, write) -> None:
     """Two processes joined by DDP, with two workers each: together they see what one rank with larger batches sees."""
     options = {"train": write("a.jsonl", texts(14)), "max_length": 16, "block_fraction": 0.5}

@@ -149,28 +149,6 @@ def test_no_assistant_turn_no_loss(tokenizer) -> None:
     check({"messages": TWO_TURNS[:1]}, tokenizer, TWO_TURNS_IDS[:6], [X] * 6)
 
 
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think> </think> {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def test_earlier_thinking_that_the_template_drops(tokenizer) -> None:
-    think, unthink = 15, 16
-    ids = [*TWO_TURNS_IDS[:22], think, unthink, *TWO_TURNS_IDS[22:]]
-    labels = [*TWO_TURNS_LABELS[:22], think, unthink, *TWO_TURNS_LABELS[22:]]
-    check({"messages": TWO_TURNS}, tokenizer, ids, labels, THINKING)
-    ids = [START, USER, NEWLINE, ONE, END, NEWLINE, START, ASSISTANT, NEWLINE, think, unthink, TWO, THREE, END, NEWLINE]
-    check({"messages": TWO_TURNS[:2]}, tokenizer, ids, [X] * 9 + [think, unthink, TWO, THREE, END, X], THINKING)
-
-
-def test_messages_that_the_template_refuses(tokenizer) -> None:
-    template = CHATML + "{{ raise_exception('Only user and assistant roles!') }}"
-    with pytest.raises(RunError, match="roles: system, user.*: Only user and assistant"):
-        encode_row({"messages": [says("system", "x"), says("user", "y")]}, tokenizer, template)
-
-
 def test_no_template() -> None:
     tokenizer = byte_tokenizer(["<eos>"], "<eos>")
     with pytest.raises(UsageError, match="data.chat_template"):

@@ -140,14 +140,16 @@ def test_no_more_is_read_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None
     [
         ('{"text": "one"}\n{"text": 5}\n', "a.jsonl, row 2: text .* int"),
         ('{"text": "one"}\n{"text": "two"\n', "a.jsonl, line 2: expected JSON"),
+        ('{"text": "one"}\n{"text": "\xff"}\n', "a.jsonl, line 2: .*UTF-8"),
         ('{"question": "one"}\n', "a.jsonl, row 1: expected messages"),
         ('{"text": ""}\n' * 20, "data.train: none of the last 20 rows"),
         ("", "a.jsonl: .* is empty"),
     ],
 )
-def test_rejected_rows_are_named(write, rows: str, named: str) -> None:
+def test_rejected_rows_are_named(tmp_path: Path, rows: str, named: str) -> None:
+    (tmp_path / "a.jsonl").write_text(rows, encoding="latin-1")
     with pytest.raises(RunError, match=named):
-        stream(write("a.jsonl", rows)).take(3)
+        stream(str(tmp_path / "a.jsonl")).take(3)
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning's, about small machines and few batches
