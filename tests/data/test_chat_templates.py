@@ -194,19 +194,17 @@ def test_tool_calls_carry_loss() -> None:
 
 
 def test_a_content_in_parts_is_their_text(write) -> None:
-    """As a table gives it, too: with the fields of every other part in each."""
+    """Also as a table gives it: with the fields of every other part in each."""
     parts = [{"type": "text", "text": "hi "}, {"type": "text", "text": "ab", "image": None}]
-    expected = encode_row({"messages": ONE}, tokenizer_of("qwen"))
-    assert encode_row({"messages": [says("user", parts), ONE[1]]}, tokenizer_of("qwen")) == expected
-    answer = [says("user", [parts[0], "ab"]), says("assistant", [{"text": ONE[1]["content"]}])]
-    assert encode_row({"messages": answer}, tokenizer_of("qwen")) == expected
     row = {"messages": [says("user", parts), says("assistant", [{"type": "text", "text": ONE[1]["content"]}])]}
-    assert prepare(write("a.jsonl", [row]), tokenizer_of("qwen"), max_length=64)[0].rows.row(0).input_ids.tolist() == (
-        expected.input_ids
-    )
+    expected = encode_row({"messages": ONE}, tokenizer_of("qwen"))
+    assert encode_row(row, tokenizer_of("qwen")) == expected
+    assert encode_row({"messages": [says("user", ["hi ", "ab"]), ONE[1]]}, tokenizer_of("qwen")) == expected
+    rows = prepare(write("a.jsonl", [row]), tokenizer_of("qwen"), max_length=64)[0].rows
+    assert rows.row(0).input_ids.tolist() == expected.input_ids
 
 
-def test_equal_answers_are_told_apart() -> None:
+def test_equal_answers_are_distinguished() -> None:
     messages = [says(role, "ab") for _ in range(3) for role in ("user", "assistant")]
     assert encoded("qwen", messages).count("<|im_start|>assistant\n[[ab<|im_end|>]]\n<|im_start|>user\nab<|im_end|>") == 2
 
@@ -224,8 +222,7 @@ def test_an_empty_answer_carries_loss_on_its_end() -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        # Only the last two messages are shown; a turn is written twice; earlier answers are shortened.
-        "{% for m in messages[-2:] %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
+        # A turn is written twice; earlier answers are shortened.
         "{{ messages[1].content if messages[3] }}{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
         "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content[: 9 if loop.last else 1] }}<|im_end|>{% endfor %}",
     ],
@@ -265,7 +262,7 @@ def test_rejected_messages(message: object, named: str) -> None:
         encode_row({"messages": [says("user", "q"), message]}, tokenizer_of("chatml"))
 
 
-def test_a_role_that_the_template_names_is_taken() -> None:
+def test_a_role_that_the_template_names_is_accepted() -> None:
     template = CHATML.replace("{{ m.role }}", "{{ 'context' if m.role == 'context' else m.role }}")
     row = encode_row({"messages": [says("context", "x"), *ONE]}, tokenizer_of("chatml"), template)
     assert sum(row.loss) == len("ab.\nyes") - 1 + 1  # ab is one token; the end-of-turn token counts

@@ -54,7 +54,7 @@ def test_prompt_of_messages_ends_with_the_generation_prompt(tokenizer) -> None:
     check(row, tokenizer, [*prompt, TWO, EOS], [X] * 9 + [TWO, EOS])
 
 
-def test_prompt_and_completion_are_encoded_apart() -> None:
+def test_prompt_and_completion_are_encoded_separately() -> None:
     tokenizer = byte_tokenizer(["<eos>"], "<eos>")
     a, b, ab = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "b", "ab"))
     check({"text": "ab"}, tokenizer, [ab, 0], [ab, 0])
@@ -112,7 +112,7 @@ def test_chatml_by_hand(tokenizer) -> None:
     check({"messages": TWO_TURNS}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS)
 
 
-def test_fields_that_a_table_filled_with_nothing(tokenizer) -> None:
+def test_null_fields_are_dropped(tokenizer) -> None:
     template = CHATML.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls is defined %} six{% endif %}")
     messages = [message | {"tool_calls": None} for message in TWO_TURNS]
     check({"messages": messages}, tokenizer, TWO_TURNS_IDS, TWO_TURNS_LABELS, template)

@@ -25,7 +25,7 @@ def test_first_fit_decreasing_by_hand() -> None:
     assert packed([], 7) == []
 
 
-def test_windows_are_packed_apart() -> None:
+def test_windows_are_packed_separately() -> None:
     assert packed([3, 5, 2, 4], 7, window=2) == [[1], [0], [2, 3]]
 
 

@@ -76,16 +76,6 @@ def test_token_columns_give_the_same_rows(write, tmp_path: Path, tokenizer) -> N
             assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels) and a.domain == b.domain
 
 
-def test_token_columns_are_not_encoded_row_by_row(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*arguments: object) -> None:
-        raise AssertionError("one row at a time")
-
-    monkeypatch.setattr(documents, "encode_row", never)
-    ids = np.random.default_rng(0).integers(0, 17, (5_000, 64)).astype(np.int32)
-    pq.write_table(pa.table({"input_ids": list(ids)}), tmp_path / "a.parquet")
-    assert prepare(str(tmp_path / "a.parquet"), tokenizer, max_length=64)[0].report.tokens == 5_000 * 64
-
-
 @pytest.mark.parametrize(
     ("columns", "named"),
     [

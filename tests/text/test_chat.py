@@ -82,7 +82,7 @@ def test_a_system_message_undo_and_a_stop(model: MTPModel) -> None:
     assert stopping.messages[-1]["content"] == whole[: whole.index(words[2])].strip()
 
 
-def test_an_answer_that_is_cut_off_is_kept(model: MTPModel) -> None:
+def test_an_interrupted_answer_is_kept(model: MTPModel) -> None:
     talk = Conversation(model, OPTIONS)
     pieces = talk.say("one two")
     first = next(pieces)
@@ -92,7 +92,7 @@ def test_an_answer_that_is_cut_off_is_kept(model: MTPModel) -> None:
     assert "".join(talk.say("three")) == expected
 
 
-def test_the_oldest_turns_go_when_the_context_is_full(model: MTPModel) -> None:
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(model: MTPModel) -> None:
     talk = Conversation(model, OPTIONS)
     sizes = []
     for _ in range(12):
@@ -129,7 +129,7 @@ def test_a_plain_dialogue() -> None:
     assert PLAIN_STOP in text
 
 
-def test_the_prompt_is_torch_free_to_reuse(model: MTPModel) -> None:
+def test_a_seed_draws_the_same_again(model: MTPModel) -> None:
     """Turns with a seed draw the same again after a reset."""
     talk = Conversation(model, DecodingOptions(max_new_tokens=12, temperature=1.0, seed=3))
     first = "".join(talk.say("one"))

@@ -91,7 +91,7 @@ def test_leaving_early(model: MTPModel) -> None:
     assert text_of(model, PROMPT)[0] == text  # nothing is left open
 
 
-def test_an_unfinished_character_waits() -> None:
+def test_an_incomplete_character_is_held_back() -> None:
     tokenizer = byte_tokenizer(["<a>"], "<a>")
     model = tiny_model(sampler_head=GRUSamplerHead(8), vocab_size=len(tokenizer), seed=5)
     model.tokenizer = tokenizer
@@ -104,7 +104,7 @@ def test_an_unfinished_character_waits() -> None:
         assert not pieces[0].endswith("\ufffd")
 
 
-def test_what_can_not_be_streamed(model: MTPModel) -> None:
+def test_wrong_stream_arguments(model: MTPModel) -> None:
     with pytest.raises(UsageError, match="num_masks"):
         model.stream("one", num_masks=4)  # before the first piece is asked for
     with pytest.raises(UsageError, match="streaming text needs a tokenizer"):
