@@ -15,7 +15,7 @@ from mtp_lightning.decoding import planner
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.planning import budget as budget_module
+from mtp_lightning.decoding.planning import plan_costs
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan, draft_sizes, few_sizes
 from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowOutcome
@@ -123,7 +123,7 @@ def plan_counts(model: MTPModel, monkeypatch: pytest.MonkeyPatch, costs: StepCos
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans in a decoding loop that do not depend on the clock."""
     monkeypatch.setattr(Budget, "observe", lambda *args: None)
-    monkeypatch.setattr(budget_module, "PLAIN_FIRST", 0)
+    monkeypatch.setattr(plan_costs, "PLAIN_FIRST", 0)
 
 
 @pytest.mark.usefixtures("untimed")

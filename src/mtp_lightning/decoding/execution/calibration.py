@@ -35,11 +35,7 @@ Key = TypeVar("Key", int, str)
 
 
 class _StepParts:
-    """The parts of a step of one row, as calls to be timed.
-
-    Attributes:
-        max_positions: the largest step that may be timed.
-    """
+    """The parts of a step of one row, as calls to be timed."""
 
     def __init__(self, model: MTPNetwork, choice: TokenChoice) -> None:
         self.model, self.choice, self.device = model, choice, model.base.device
@@ -95,18 +91,11 @@ def _time(
     limit: float,
     device: torch.device,
 ) -> dict[Key, float]:
-    """Time calls over a few rounds, in turn, so that a busy moment affects all alike.
+    """Time calls, most important first, over a few rounds, in turn, so that a busy moment affects all alike.
 
-    Args:
-        calls: the calls, most important first.
-        before: run before each: what a step runs before it, so that the CPU's caches contain the same.
-        min_calls: calls that are made at least once, however long it takes.
-        limit: seconds after which no other call starts.
-        device: device to synchronise.
-
-    Returns:
-        The least seconds of each call that was made; its first time, which includes preparations, counts only if there was
-        no other.
+    ``before`` runs what a step runs before the call, so that the CPU's caches contain the same. At least ``min_calls`` are
+    timed; after ``limit`` seconds no other one starts. Each call's least seconds count; its first time, which includes
+    preparations, only if there was no other.
     """
 
     def synchronize() -> None:
@@ -135,16 +124,7 @@ def _time(
 
 @torch.inference_mode()
 def measure_step_costs(model: MTPNetwork, choice: TokenChoice, expected_positions: Collection[int] = ()) -> StepCosts:
-    """Measure the costs of steps with the decoder as it is while decoding.
-
-    Args:
-        model: the model, its fused layers in use.
-        choice: how tokens are chosen; of one row.
-        expected_positions: positions of steps to come.
-
-    Returns:
-        The costs.
-    """
+    """Measure the costs of steps of one row; the model is in ``DecodingMode``, ``expected_positions`` are run beforehand."""
     parts = _StepParts(model, choice)
     parts.warm_up(expected_positions)
     draft_one, decode_two = parts.draft(1), parts.decoder(2)

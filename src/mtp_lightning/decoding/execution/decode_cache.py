@@ -156,16 +156,7 @@ class DecodeCache:
 
     @contextlib.contextmanager
     def kv_cache(self, model: MTPNetwork, num_rows: int, slots: int) -> Iterator[RowCache]:
-        """An empty cache whose buffers later texts use again, and with them the graphs of steps over these buffers.
-
-        Args:
-            model: the model.
-            num_rows: rows B.
-            slots: slots that the cache needs.
-
-        Yields:
-            The cache, exclusively within the ``with`` block.
-        """
+        """An empty cache of at least ``slots`` slots; its buffers, and graphs of steps over them, serve later texts too."""
         size = rounded_slots(slots)
         cache = self._caches.pop((num_rows, size), None) or RowCache(model.base, num_rows)
         cache.lengths = [0] * num_rows
@@ -188,14 +179,9 @@ class DecodeCache:
         return DraftChain(model.sampler_head, model.base.get_input_embeddings())
 
     def shortlist(self, model: MTPNetwork, size: int) -> Shortlist | None:
-        """The unembedding of the most frequent tokens. The one requested last is kept.
+        """The unembedding of the ``size`` most frequent tokens, or of the first ids if no labels were counted.
 
-        Args:
-            model: the model, its fused layers in use.
-            size: number of tokens. If no labels were counted, the first ids are taken.
-
-        Returns:
-            The shortlist; None if the output layer is not a plain linear one, or its rows are too large to be copied.
+        None if the output layer of the (prepared) model is not a plain linear one, or its rows are too large to be copied.
         """
         counts, output = model.label_counts, self._output
         if output is None or size * output.in_features * output.weight.element_size() > MAX_COPY_BYTES:

@@ -44,11 +44,7 @@ Norm = tuple[Tensor, Tensor, float]
 class _UnrolledChain:
     """What both unrolled heads share: the contribution of the previous token to the head's first product.
 
-    Args:
-        token_weight: weight of that product for the embedding, [n, D].
-        embedding: the base's embedding layer.
-        vocab_size: V.
-        dtype: compute dtype.
+    ``token_weight`` [n, D] is that product's weight for the embedding; ``dtype`` is the compute dtype.
     """
 
     def __init__(self, token_weight: Tensor, embedding: nn.Module, vocab_size: int, dtype: torch.dtype) -> None:

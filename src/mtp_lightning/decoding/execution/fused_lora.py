@@ -81,12 +81,7 @@ def _joined_matrices(layers: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
 
 
 class JoinedLayers:
-    """Layers that read one input as one packed product, of their weights and the adapters' A stacked.
-
-    Args:
-        layers: the layers, in one dtype and on one device.
-        gate: at how many positions at the end the adapters act.
-    """
+    """Layers that read one input, in one dtype, as one packed product: of their weights and the adapters' A stacked."""
 
     def __init__(self, layers: Sequence[Any], gate: Gate) -> None:
         self.layers, self.gate = layers, gate
@@ -142,12 +137,7 @@ class JoinedLayers:
 
 
 class SharedAdapters:
-    """Layers that read one input, each with its own product; the product of the adapters' A is shared.
-
-    Args:
-        layers: the layers, on one device.
-        gate: at how many positions at the end the adapters act.
-    """
+    """Layers that read one input, each with its own product; the product of the adapters' A is shared."""
 
     def __init__(self, layers: Sequence[Any], gate: Gate) -> None:
         self.layers, self.gate = layers, gate
@@ -214,11 +204,9 @@ def fused_forwards(base: nn.Module, layers: Sequence[Any], gate: Gate) -> list[t
 
 
 def packed_unembedding(output: nn.Linear, layers: Sequence[Any]) -> Forward | None:
-    """The forward pass of the base's output layer with a packed weight; None if there is no gain or no room for it.
+    """The forward pass of the base's output layer with a packed weight.
 
-    Args:
-        output: the layer, a plain linear one.
-        layers: the layers that are copied and packed in addition.
+    None if there is no gain, or no room for it in addition to the fused ``layers``.
     """
     weight = output.weight
     if weight.device.type != "cpu" or weight.dtype not in packed_dtypes():

@@ -36,21 +36,7 @@ def grouped_sdpa(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """An attention function of transformers' interface.
-
-    Args:
-        module: the attention layer.
-        query: [B, H, Q, d].
-        key: [B, G, W, d], G a divisor of H.
-        value: [B, G, W, d].
-        attention_mask: True where the query sees the key, or an additive mask, [B or 1, 1, Q, W]; None: no mask.
-        dropout: rate.
-        scaling: factor of the products; None: 1 / sqrt(d).
-        **kwargs: other arguments of the layer.
-
-    Returns:
-        [B, Q, H, d], and None.
-    """
+    """An attention function of transformers' interface: query [B, H, Q, d], key and value [B, G, W, d] -> [B, Q, H, d]."""
     # transformers repeats nothing for a single query or without a mask.
     plain = attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1]
     if (

@@ -20,6 +20,7 @@ it has begun to pay.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,15 +39,19 @@ PROBE_SHARE = 0.01
 """Share of the time of steps without masks that is spent on probes."""
 MAX_BACKOFF = 4
 """Each failed probe makes the next one rarer, up to this factor."""
-PLAIN_FIRST = 2
-"""Plain steps taken at the beginning to know what they take."""
-PLAIN_EVERY, PLAIN_EVERY_SEEN = 256, 16
-"""Steps between later plain steps: at first this number for each plain step seen, since two slow ones would make drafting
-look good for long; then at most the first number."""
 PLAN_EVERY = 3
 """Steps for which costs and values are reused."""
 SWEEPS, TOLERANCE = 6, 1e-3
 """Sweeps that update the values, and the change in tokens below which they stop early."""
+
+
+class _Estimates(NamedTuple):
+    """Seconds of every plan, [c, m, where], and the best rate, with the rows and the step that they were computed for."""
+
+    seconds: np.ndarray
+    rate: float
+    num_rows: int
+    step: int
 
 
 class Budget:
@@ -90,8 +95,7 @@ class Budget:
         self.costs = PlanCosts(costs, stats, self.sizes, self.wheres, num_rows)
         self.stops_early, self.min_path_prob = stops_early, 0.0
         self._steps = 0
-        # Seconds of every plan and the best rate, with the rows and the step that they were computed for.
-        self._estimates: tuple[np.ndarray, float, int, int] | None = None
+        self._estimates: _Estimates | None = None
         self._probe_credit, self._probe_backoff = 0.0, 1  # seconds saved up for the next probe
         self._drafting_paused = False  # plain steps until the next probe
         self._estimates_confirmed = False  # computed again since the last step that was recorded
@@ -107,14 +111,7 @@ class Budget:
         self.costs.select(len(self.rows))
 
     def first(self, max_masks: int) -> Plan:
-        """The prompt's step: next to a prompt a small block costs little, and shows what to expect of the text.
-
-        Args:
-            max_masks: largest block that is of use.
-
-        Returns:
-            The plan.
-        """
+        """The prompt's step: next to a prompt a small block costs little, and shows what to expect of the text."""
         plan = self._best(max_masks, [0] * len(self.rows), False)
         self._drafting_paused = False
         masks = self._largest_size(min(max_masks, max(plan.masks, 2)))
@@ -141,7 +138,6 @@ class Budget:
 
     def observe(self, plan: Plan, num_drafted: int, seconds: float, graph: bool = False) -> None:
         """Record what a step took; see ``PlanCosts.observe``. Plans depend on it, the text does not."""
-        self.stats.steps_since_plain[len(self.rows).bit_length()] = 0 if plan == PLAIN else self._steps_since_plain() + 1
         self.costs.observe(plan, num_drafted, seconds, graph)
 
     def learn(self, outcomes: Sequence[RowOutcome]) -> None:
@@ -190,15 +186,9 @@ class Budget:
         """The largest size up to ``limit``."""
         return max(size for size in self.sizes if size <= limit)
 
-    def _steps_since_plain(self) -> int:
-        return self.stats.steps_since_plain.get(len(self.rows).bit_length(), 0)
-
     def _values(self) -> DraftValues:
         """Values of drafts for a batch of this size, shared by all texts."""
-        key = (len(self.rows), self.sizes, self.wheres)
-        if key not in self.stats.values:
-            self.stats.values[key] = DraftValues(self.sizes)
-        return self.stats.values[key]
+        return self.stats.values.setdefault((len(self.rows), self.sizes, self.wheres), DraftValues(self.sizes))
 
     def _drop_lookup_drafts(self) -> None:
         for row in self.rows:
@@ -206,11 +196,11 @@ class Budget:
 
     def _best(self, max_masks: int, num_waiting: Sequence[int], timed: bool) -> Plan:
         """The best plan; or, if ``timed``, a plain step when its time has to be measured."""
-        if timed and self._plain_step_due():
+        if timed and self.costs.plain_step_due():
             self.costs.refresh()
             self._drop_lookup_drafts()
             return PLAIN
-        seconds, rate = self._estimate()
+        seconds, rate, *_ = self._estimate()
         accept_probs = [self._row_accept_prob(row, limit) for row, limit in zip(self.rows, num_waiting, strict=True)]
         block_need = np.array([row.block_need for row in self.rows])
         tokens = expected_tokens(accept_probs, block_need, self.num_masks, self._values(), len(self.wheres))
@@ -236,23 +226,19 @@ class Budget:
             return self._best(max_masks, num_waiting, timed)
         return self._or_probe(max_masks, plan, float(gain.max() - gain[0, 0, 0]) / rate)
 
-    def _plain_step_due(self) -> bool:
-        seen = self.costs.num_plain_seen()
-        return seen < PLAIN_FIRST or self._steps_since_plain() >= min(PLAIN_EVERY, PLAIN_EVERY_SEEN * (seen + 1))
-
-    def _estimate(self) -> tuple[np.ndarray, float]:
-        """Seconds of every plan, [c, m, where], and the tokens a second of the best plans; updated every few steps."""
-        B, values = len(self.rows), self._values()
-        if self._estimates is None or self._estimates[2] != B or self._estimates[3] + PLAN_EVERY <= self._steps:
+    def _estimate(self) -> _Estimates:
+        """Costs of plans and the rate of the best ones, in tokens a second; updated every few steps."""
+        B, values, known = len(self.rows), self._values(), self._estimates
+        if known is None or known.num_rows != B or known.step + PLAN_EVERY <= self._steps:
             continue_prob = None
             if self.stops_early and self.num_masks > 1:  # a token is drafted about as often as its path is accepted
                 path_prob = np.stack([row.accept_prob for row in self.rows]).cumprod(1)
                 continue_prob = path_prob.max(0)[: self.sizes[-1] - 1]
             seconds = self.costs.all_plans(continue_prob)
-            sweeps = WARMUP_SWEEPS if self._estimates is None or not values.rate else SWEEPS
+            sweeps = WARMUP_SWEEPS if known is None or not values.rate else SWEEPS
             values.sweep(self._mean_accept_prob(), seconds, sweeps, TOLERANCE)
-            self._estimates = seconds, values.rate * B, B, self._steps
-        return self._estimates[:2]
+            self._estimates = known = _Estimates(seconds, values.rate * B, B, self._steps)
+        return known
 
     def _row_accept_prob(self, row: RowStats, limit: int) -> np.ndarray:
         """Acceptance probabilities of the better of a row's two drafts, [at most k]; sets ``row.chosen_lookup``."""
@@ -292,16 +278,7 @@ class Budget:
         return Plan(self.sizes[c], 0, "last"), float(saved[c])
 
     def _or_probe(self, max_masks: int, plan: Plan, saved: float) -> Plan:
-        """This plan without masks or, when there is credit for it, a probe: a small block, to see if drafting pays by now.
-
-        Args:
-            max_masks: largest block that is of use.
-            plan: the plan.
-            saved: seconds that the plan saves over a plain step.
-
-        Returns:
-            The plan to carry out.
-        """
+        """This plan, which saves ``saved`` seconds over a plain step; or, when there is credit for it, a probe."""
         masks = self._largest_size(min(2, max_masks))
         self._probe_credit += PROBE_SHARE * self.costs.plan(PLAIN, 0)
         if masks < 1 or self._probe_credit < (self._probe_seconds(masks) + saved) * self._probe_backoff:

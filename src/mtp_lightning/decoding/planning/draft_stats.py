@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -47,7 +48,7 @@ class DraftStats:
         self.lookup = LookupStats()
         self.values: dict[tuple[int, tuple[int, ...], tuple[str, ...]], DraftValues] = {}
         self.correction = CurveCorrection()
-        self.steps_since_plain: dict[int, int] = {}
+        self.steps_since_plain: defaultdict[int, int] = defaultdict(int)
         self.seen_shapes: set[tuple[int, Plan]] = set()
         self.graph_seconds: dict[tuple[tuple[int, int], Plan], tuple[float, int]] = {}
 

@@ -7,12 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtp_lightning.decoding.planning.draft_plan import Plan
+from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan
 from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.step_costs import CurveCorrection, StepCosts
 
 REFRESH_EVERY = 16
 """Steps between updates of the costs from measured steps."""
+PLAIN_FIRST = 2
+"""Plain steps taken at the beginning to know what they take."""
+PLAIN_EVERY, PLAIN_EVERY_SEEN = 256, 16
+"""Steps between later plain steps: at first the second number for each plain step seen, since two slow ones would make
+drafting look good for long; then at most the first number."""
 
 
 class PlanCosts:
@@ -72,11 +77,7 @@ class PlanCosts:
     def all_plans(self, continue_prob: np.ndarray | None = None) -> np.ndarray:
         """Seconds of every plan, drafting included; of graphs the measured ones where known.
 
-        Args:
-            continue_prob: probability that a second, third, .. token is drafted, [k - 1]; None: 1.
-
-        Returns:
-            [c, m, where].
+        ``continue_prob``, [k - 1], is the probability that a second, third, .. token is drafted (default: 1).
         """
         num_drafted = np.ones(self.sizes[-1] + 1)
         num_drafted[0] = 0.0
@@ -109,20 +110,19 @@ class PlanCosts:
         """Seconds of one more token of a draft."""
         return self.costs.drafted * self.num_rows**0.5
 
-    def num_plain_seen(self) -> float:
-        """Number of plain steps of about this number of rows that were measured."""
-        return float(self.stats.correction.counts[0, self.num_rows.bit_length() - 1])
+    def plain_step_due(self) -> bool:
+        """True if a plain step is to be run, because it has to be measured (again) for about this number of rows."""
+        size = self.num_rows.bit_length()
+        seen = float(self.stats.correction.counts[0, size - 1])
+        return seen < PLAIN_FIRST or self.stats.steps_since_plain[size] >= min(PLAIN_EVERY, PLAIN_EVERY_SEEN * (seen + 1))
 
     def observe(self, plan: Plan, num_drafted: int, seconds: float, graph: bool = False) -> None:
-        """Record what a step took.
+        """Record the seconds of a step that drafted ``num_drafted`` tokens one after another.
 
-        Args:
-            plan: what was fed.
-            num_drafted: tokens drafted one after another.
-            seconds: what the step took.
-            graph: True if it ran as a graph, whose time does not depend on what rows contain.
+        The time of a ``graph`` does not depend on what rows contain.
         """
-        B = self.num_rows
+        B, since_plain = self.num_rows, self.stats.steps_since_plain
+        since_plain[B.bit_length()] = 0 if plan == PLAIN else since_plain[B.bit_length()] + 1
         if (B, plan) not in self.stats.seen_shapes:  # the first step of a shape is not representative
             self.stats.seen_shapes.add((B, plan))
             return

@@ -85,11 +85,7 @@ class LookupStats:
 
 
 class TextLookup:
-    """Index of a text's n-grams. The cost per token does not depend on the length of the text.
-
-    Args:
-        tokens: the text so far.
-    """
+    """Index of a text's n-grams. The cost per token does not depend on the length of the text."""
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self._text: list[int] = []
