@@ -142,11 +142,7 @@ def _write(answers: Iterable[list[dict[str, Any]]], file: AnswerFile, total: int
 
 
 def chosen_shard(text: str | None) -> tuple[int, int]:
-    """Number of this process and number of processes, from ``i/n`` or from what torchrun and SLURM launchers set.
-
-    Raises:
-        UsageError: not of the form i/n.
-    """
+    """Number of this process and number of processes, from ``i/n`` or from what torchrun and SLURM launchers set."""
     value = text or f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
     match = re.fullmatch(r"(\d+)/(\d+)", value)
     if not match or not int(match[1]) < int(match[2]):
@@ -156,11 +152,7 @@ def chosen_shard(text: str | None) -> tuple[int, int]:
 
 
 def shard_path(output: str, shard: int, num_shards: int) -> Path:
-    """The file that a shard writes: ``G.jsonl``, or ``G-00002-of-00008.jsonl`` if there are several.
-
-    Raises:
-        UsageError: not a ``.jsonl`` file.
-    """
+    """The file that a shard writes: ``G.jsonl``, or ``G-00002-of-00008.jsonl`` if there are several."""
     path = Path(output).expanduser()
     if path.suffix != ".jsonl":
         raise UsageError(f"output must be a .jsonl file, got {output!r}.")

@@ -118,9 +118,8 @@ class Endpoint:
     def replies(self, questions: Iterable[Question]) -> Iterator[Reply]:
         """Send all questions, at most ``concurrency`` at once, and yield replies as they come.
 
-        Raises:
-            RunError: the server refuses a question, or does not answer it after all retries; what was answered by then
-                is yielded first.
+        If the server refuses a question, or does not answer it after all retries, what was answered by then is yielded,
+        and RunError is raised.
         """
         waiting = iter(questions)
         finished: SimpleQueue[Reply | BaseException] = SimpleQueue()
@@ -152,11 +151,7 @@ class Endpoint:
             self._stopped.set()  # no thread retries any more
 
     def ask(self, question: Question) -> Reply:
-        """Send one question, with retries.
-
-        Raises:
-            RunError: the server refuses it, or does not answer after all retries.
-        """
+        """Send one question, with retries; RunError if the server refuses it or does not answer."""
         for attempt in range(self.options.retries + 1):
             try:
                 return self._ask_once(question)

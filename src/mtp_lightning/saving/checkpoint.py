@@ -147,11 +147,7 @@ def check_complete(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file without unpickling code.
-
-    Raises:
-        RunError: missing, truncated, or not written by ``mtp fit``.
-    """
+    """Read a checkpoint file without unpickling code; RunError if it is not a complete one of ``mtp fit``."""
     name = f"checkpoint {str(path)!r}"
     if not Path(path).is_file():
         problem = "is a folder" if Path(path).is_dir() else "does not exist"

@@ -45,9 +45,8 @@ def run_of(checkpoint: dict[str, Any]) -> str:
 def read_complete(path: Path) -> dict[str, Any] | str:
     """Open a checkpoint file and verify every byte of it.
 
-    Returns:
-        The content of a complete checkpoint that training can resume from, its tensors memory-mapped; otherwise what is
-        wrong with it, in a few words.
+    The result is the content of a complete checkpoint that training can resume from, its tensors memory-mapped, or what is
+    wrong with the file, in a few words.
     """
     try:
         with zipfile.ZipFile(path) as archive:

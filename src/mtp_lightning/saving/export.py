@@ -128,11 +128,7 @@ def trained_weights(model: MTPNetwork) -> dict[str, Tensor]:
 
 
 def check_target(path: Path) -> None:
-    """Refuse to write over anything but a saved folder or an empty one.
-
-    Raises:
-        RunError: something else is there, or the folder can't be created.
-    """
+    """Refuse to write over anything but a saved folder or an empty one."""
     if path.is_dir():
         if any(path.iterdir()):
             try:

@@ -141,11 +141,7 @@ def _prepare_for_decoding(model: Network) -> Network:
 
 
 def check_placement(device: str | torch.device | None, device_map: Any, base: PreTrainedModel | None) -> None:
-    """Refuse a device that does not exist, or two answers to where the model goes, before anything is loaded.
-
-    Raises:
-        UsageError: what is wrong.
-    """
+    """Refuse a device that does not exist, or two answers to where the model goes, before anything is loaded."""
     if device is not None and device_map is not None:
         raise UsageError("give device or device_map, not both.")
     if base is not None and (device is not None or device_map is not None):
@@ -156,14 +152,9 @@ def check_placement(device: str | torch.device | None, device_map: Any, base: Pr
 
 
 def check_device(device: str | torch.device | None) -> None:
-    """Refuse a device that can't hold tensors.
-
-    Raises:
-        UsageError: the device does not exist here.
-    """
+    """Refuse a device that does not exist on this machine."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UsageError(
-            f"device must be cpu, cuda or another of this machine, got {device!r}: {one_line(error)}."
-        ) from error
+        reason = one_line(error, 100)
+        raise UsageError(f"device must be cpu, cuda or another of this machine, got {str(device)!r}: {reason}.") from error

@@ -114,11 +114,14 @@ def _decimals(value: float | None) -> str:
 
 
 def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> dict[str, Any]:
-    """The part of an evaluation that a card shows, in plain types.
+    """The part of an evaluation that a card shows.
 
     Args:
         latest: a summary of ``acceptance.summarise`` with its ``options``, ``prompts`` and training ``step``.
         checkpoint_step: training steps of the saved weights.
+
+    Returns:
+        Plain types.
     """
     options = latest["options"]
     kept = {name: options[name] for name in ("decoding", "num_masks", "sampler_head", "max_new_tokens")}
@@ -147,11 +150,7 @@ def _card_row(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_figures(file: Path, checkpoint_step: int | None) -> dict[str, Any] | None:
-    """``card_figures`` of a run's ``acceptance.json``; None if there is no such file.
-
-    Raises:
-        RunError: the acceptance evaluation did not write it.
-    """
+    """``card_figures`` of a run's ``acceptance.json``; None if there is no such file."""
     if not file.is_file():
         return None
     try:

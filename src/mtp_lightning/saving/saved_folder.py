@@ -41,11 +41,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def find_folder(name: str) -> Path:
-    """The folder of a name; a hub id, which may end in ``@`` and a revision, is downloaded or found in the cache.
-
-    Raises:
-        RunError: it is neither.
-    """
+    """The folder of a name; a hub id, which may end in ``@`` and a revision, is downloaded or found in the cache."""
     if Path(name).is_dir():
         return Path(name)
     repository, _, revision = name.partition("@")
@@ -72,11 +68,7 @@ def _hub_reason(error: Exception) -> str:
 
 
 def read_folder(path: Path) -> TrainedParts:
-    """Read a saved folder and check every file's digest.
-
-    Raises:
-        RunError: a file is missing, damaged, changed or of another format.
-    """
+    """Read a saved folder and check every file's digest; RunError if one is missing, damaged or changed."""
     config = read_config(path)
     for name, digest in config["files"].items():
         try:
@@ -108,11 +100,7 @@ def read_folder(path: Path) -> TrainedParts:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read ``mtp_config.json``; all of ``CONFIG_TYPES`` is in it.
-
-    Raises:
-        RunError: there is none, or ``mtp export`` did not write it.
-    """
+    """Read ``mtp_config.json``, with all keys of ``CONFIG_TYPES``; RunError if ``mtp export`` did not write it."""
     file = path / CONFIG_FILE
     if not file.is_file():
         raise RunError(f"{path} is not a folder that mtp export wrote: it has no {CONFIG_FILE}.")

@@ -54,11 +54,7 @@ def shape_mismatch(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> s
 
 
 def head_settings(head: SamplerHead | None) -> dict[str, Any] | None:
-    """Class path and arguments of a sampler head; each argument is an attribute of the same name.
-
-    Raises:
-        UsageError: an argument is not kept as an attribute.
-    """
+    """Class path and arguments of a sampler head; each argument must be an attribute of the same name."""
     if head is None:
         return None
     path = f"{type(head).__module__}.{type(head).__qualname__}"
@@ -73,11 +69,7 @@ def head_settings(head: SamplerHead | None) -> dict[str, Any] | None:
 
 
 def build_head(settings: dict[str, Any] | None) -> SamplerHead | None:
-    """A sampler head from its class path and arguments. Importing the class runs its module: check the source first.
-
-    Raises:
-        RunError: it can't be imported or built.
-    """
+    """A sampler head from its class path and arguments. Importing the class runs its module: check the source first."""
     if settings is None:
         return None
     try:
