@@ -25,7 +25,6 @@ from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.acceptance import PromptResult, summarise
 from mtp_lightning.modeling.network import MTPNetwork
-from mtp_lightning.training.distributed import gather
 from mtp_lightning.training.module import MTPModule
 
 Fit = Callable[..., Trainer]
@@ -113,26 +112,6 @@ def test_every_n_steps_in_training(
     assert [entry["forced"] is None for entry in written["history"]] == [True, False, True, False]
 
 
-def test_accumulated_batches_are_one_step(
-    fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, evaluated: list[int]
-) -> None:
-    callback = AcceptanceEvaluation(prompts, max_new_tokens=6, every_n_steps=1, at_validation=False)
-    fit(module, callback, accumulate_grad_batches=2)
-    assert evaluated == [5, 5]
-    assert [entry["step"] for entry in read(tmp_path)["history"]] == [1, 2]
-
-
-def test_a_resumed_run_does_not_repeat_the_evaluation_of_its_step(
-    module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    callback = AcceptanceEvaluation(prompts, every_n_steps=1)
-    monkeypatch.setattr(callback, "_evaluate", lambda *arguments: pytest.fail("evaluated between the batches of a step"))
-    monkeypatch.setattr(acceptance_evaluation, "is_accumulating", lambda trainer: True)
-    trainer: Any = SimpleNamespace(global_step=1)
-    callback.on_fit_start(trainer, module)
-    callback.on_train_batch_end(trainer, module, None, None, 2)
-
-
 def test_validate_and_test(
     fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, batches: Any, evaluated: list[int]
 ) -> None:
@@ -180,15 +159,6 @@ def test_ranks_share_the_prompts(module: MTPModule, prompts: str, monkeypatch: p
     assert [[r.prompt_index for r in share] for share in shares] == [[0, 2, 4], [1, 3]]
     assert summarise(shares[1] + shares[0]) == summarise(alone)
 
-    def all_gather_object(into: list[Any], mine: Any) -> None:
-        assert mine == shares[1] and len(into) == 2
-        into[:] = shares
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    assert summarise([result for share in gather(shares[1]) for result in share]) == summarise(alone)
-
 
 def test_with_shards_all_processes_time_the_same_prompts(
     module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch
@@ -211,17 +181,6 @@ def test_with_shards_all_processes_time_the_same_prompts(
     assert sum(r.speed_up == 1.5 for r in callback.results) == 2
 
 
-def test_a_resumed_run_continues_the_history(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:
-    trainer = fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6))
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    torch.load(tmp_path / "run.ckpt", weights_only=True)
-    resumed = AcceptanceEvaluation(prompts, max_new_tokens=6)
-    key = resumed.state_key
-    resumed.load_state_dict(torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"][key])
-    assert [entry["step"] for entry in resumed.history] == [2, 4]
-    assert AcceptanceEvaluation(prompts, max_new_tokens=6, num_masks=1).state_key != key
-
-
 @pytest.mark.parametrize("bar", [[], [TQDMProgressBar()]])
 def test_with_a_progress_bar(
     fit: Fit, module: MTPModule, prompts: str, bar: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -231,6 +190,11 @@ def test_with_a_progress_bar(
     out = capsys.readouterr().out
     assert out.count("Acceptance by real decoding") == 2
     assert out.count("acceptance: 5 of 5 prompts decoded") == 2
+
+
+def test_several_with_different_settings_have_their_own_state() -> None:
+    one, same, other = (AcceptanceEvaluation("p.txt", max_new_tokens=n) for n in (6, 6, 7))
+    assert one.state_key == same.state_key != other.state_key
 
 
 def test_fast_dev_run_writes_nothing(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:

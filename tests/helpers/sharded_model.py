@@ -18,7 +18,7 @@ from mtp_lightning.sampler_heads import MLPSamplerHead
 from mtp_lightning.text.prompts import Prompt
 
 PROMPTS = [Prompt("", list(range(1, 2 + length)), "") for length in (1, 40, 2, 3, 30)]
-OPTIONS = DecodingOptions(num_masks=3, max_new_tokens=20)  # a number: what pays on this machine is no part of it
+OPTIONS = DecodingOptions(num_masks=3, max_new_tokens=20)  # not auto, which depends on the machine
 
 
 def decoded(model: MTPModel, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def test_the_estimate_is_near_what_autograd_keeps(dtype: torch.dtype, autocast: 
     decoder = found.activations - STEP.rows * STEP.mtp * size.hidden * (
         4 * size.element_bytes + 2 * size.trained_element_bytes
     )
-    if gated:  # the cache is no part of the graph once it is concatenated
+    if gated:  # the cache is not part of the graph once it is concatenated
         decoder -= STEP.rows * STEP.length * 2 * size.key_width * size.layers * size.element_bytes
     kept = kept_bytes(model, autocast)
     # Small tensors (cosines, norms' scales) are left out; a term that is wrong by a factor of 2 is more than this.

@@ -105,7 +105,7 @@ def test_many_processes_are_one(zygote: Zygote, here: Path, name: str, world: in
 
 
 def test_checkpoints_go_from_one_strategy_to_another(zygote: Zygote, here: Path, tmp_path: Path) -> None:
-    """One process stops at step 3; two sharded ones go on, and one process ends it: the uninterrupted run."""
+    """One process stops at step 2, two sharded ones continue to step 4, and one process ends: the uninterrupted run."""
     folder = tmp_path / "here"
     shutil.copytree(here, folder, ignore=lambda at, names: {"one", "ddp2", "fsdp2", "ddp4", "fsdp2_offload"} & set(names))
     last = ("--ckpt_path", "last")

@@ -114,10 +114,9 @@ def metrics_writers(trainer: Trainer) -> list[MetricsWriter]:
 
 
 def pending_metrics(trainer: Trainer) -> dict[str, Any] | None:
-    """The metrics of a training step that Lightning logs only after ``on_train_batch_end``, where checkpoints are written.
+    """``step`` and ``figures`` that Lightning is about to log, or None.
 
-    Returns:
-        ``step`` and ``figures``, or None if nothing is about to be logged.
+    It logs the metrics of a training step only after ``on_train_batch_end``, in which checkpoints are written.
     """
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     batch_has_ended = progress.completed == progress.processed

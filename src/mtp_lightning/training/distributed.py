@@ -40,12 +40,10 @@ def is_distributed() -> bool:
 
 
 def stop_all(trainer: Trainer, message: str) -> NoReturn:
-    """Stop the run in all processes, each of which must call it; the first one reports.
+    """Stop the run in all processes, each of which must call it; the first raises a RunError with the message.
 
-    Raises:
-        RunError: in the first process.
-        SystemExit: in the others, with 0: Lightning kills the first as soon as another one ends with an error, and the
-            message would be lost.
+    The others exit with 0: Lightning kills the first as soon as another one ends with an error, and the message would be
+    lost.
     """
     if trainer.is_global_zero:
         raise RunError(message)

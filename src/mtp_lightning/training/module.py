@@ -76,7 +76,7 @@ class MTPModule(LightningModule):
     ) -> None:
         super().__init__()
         if num_masks < 1:
-            raise UsageError(f"num_masks must be 1 or more, got {num_masks}. Set model.num_masks in the YAML.")
+            raise UsageError(f"model.num_masks must be 1 or more, got {num_masks}.")
         parse_dtype(dtype)
         _check_choice("attention", attention, ATTENTION)
         _check_choice("quantization", quantization, QUANTIZATION)
@@ -333,7 +333,7 @@ def paper_losses(with_sampler: bool) -> dict[str, LossTerm]:
 def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
     """Refuse an unknown value of ``model.<name>``."""
     if value is not None and value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, or null, got {value!r}. Set model.{name}.")
+        raise UsageError(f"model.{name} must be one of {', '.join(choices)}, or null, got {value!r}.")
 
 
 def _check_heads(terms: dict[str, LossTerm], head: SamplerHead | None) -> None:
