@@ -123,43 +123,35 @@ def test_training_and_validation_batches(write, capsys) -> None:
     evaluation = data.val_dataloader()
     once, twice = list(evaluation), list(evaluation)
     assert [len(batch.row_ids) for batch in once] == [2, 2] and all(batch.starts.shape[1] == 3 for batch in once)
-    assert all(torch.equal(x, y) for a, b in zip(once, twice, strict=True) for x, y in zip(a, b, strict=True))
     other = ready(train=train, validation=validation, eval_batch_size=2, eval_max_blocks_per_row=3, seed=7).val_dataloader()
-    assert all(torch.equal(x, y) for a, b in zip(once, other, strict=True) for x, y in zip(a, b, strict=True))
-    shown = capsys.readouterr().err
-    assert "data.train: 10 rows read; 10 documents in 10 rows an epoch, 109 tokens, 99 eligible starts, " in shown
+    for others in (twice, other):
+        assert all(torch.equal(x, y) for a, b in zip(once, others, strict=True) for x, y in zip(a, b, strict=True))
+    report = "data.train: 10 rows read; 10 documents in 10 rows an epoch, 109 tokens, 99 eligible starts, "
+    assert report in capsys.readouterr().err
     assert data.report["validation"]["rows"] == 4 and 0 < data.report["train"]["padding_share"] < 0.3
 
 
 def test_ranks_come_from_the_strategy(write) -> None:
     path = write("a.jsonl", texts(9))
-    everything = []
+    counted = []
     for rank in range(2):
-        kwargs = {"rank": rank, "num_replicas": 2}
-        data = ready(
-            train=path, validation=path, batch_size=2, trainer={"distributed_sampler_kwargs": kwargs, "world_size": 4}
-        )
+        trainer = {"distributed_sampler_kwargs": {"rank": rank, "num_replicas": 2}, "world_size": 4}
+        data = ready(train=path, validation=path, batch_size=2, trainer=trainer)
         batches = list(data.val_dataloader())
         assert len(batches) == len(data.train_dataloader()) == 3
-        everything += [
-            (number, float(batch.counts[0])) for batch in batches for number in batch.row_ids.tolist() if batch.counts[0]
-        ]
-    assert sorted(number for number, _ in everything) == list(
-        range(9)
-    )  # the tenth place is a blank copy that counts nothing
+        counted += row_ids(batch for batch in batches if batch.counts[0])
+    assert sorted(counted) == list(range(9))  # the tenth place is a blank copy that counts nothing
     data = ready(train=path, trainer={"global_rank": 1, "world_size": 2})
     assert data.train_dataloader().row_sampler().rank == 1 and data.train_dataloader().row_sampler().world == 2
 
 
 def test_packing(write) -> None:
     data = ready(train=write("a.jsonl", texts(40)), packing=True, batch_size=2)
-    loader = data.train_dataloader()
-    assert not loader.row_sampler().bucketed
+    assert not data.train_dataloader().row_sampler().bucketed
     assert data.report["train"]["documents"] == 40 and data.report["train"]["rows"] == 20
     assert data.rows["train"].lengths.max() <= 16 and data.report["train"]["padding_share"] < 0.15
-    total = sum(batch.counts[0] for batch in ready(train=write("a.jsonl", texts(40)), packing=True).train_dataloader())
-    alone = sum(batch.counts[0] for batch in ready(train=write("a.jsonl", texts(40))).train_dataloader())
-    assert total == alone == data.report["train"]["eligible_starts"]
+    counts = sum(batch.counts[0] for batch in data.train_dataloader())
+    assert counts == data.report["train"]["eligible_starts"]
 
 
 def test_validation_by_fraction(write) -> None:
@@ -168,9 +160,8 @@ def test_validation_by_fraction(write) -> None:
     assert (len(fit.rows["train"]), len(fit.rows["validation"])) == (16, 4)
     validate = ready("validate", train=path, validation_fraction=0.2)
     assert set(validate.rows) == {"validation"}
-    assert [validate.rows["validation"].row(n).input_ids.tolist() for n in range(4)] == [
-        fit.rows["validation"].row(n).input_ids.tolist() for n in range(4)
-    ]
+    for n in range(4):
+        assert torch.equal(validate.rows["validation"].row(n).input_ids, fit.rows["validation"].row(n).input_ids)
     assert len(ready(train=path, validation_fraction=0.2, eval_max_rows=2).rows["validation"]) == 2
 
 
