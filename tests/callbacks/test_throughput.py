@@ -154,6 +154,4 @@ def test_a_logger_whose_package_is_missing(tmp_path: Path, monkeypatch: pytest.M
     write_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert mtp("fit", "--config", "config.yaml", "--config", str(ROOT / "configs" / "loggers" / "wandb.yaml")) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("mtp: error: lightning.pytorch.loggers.WandbLogger needs wandb>=")
-    assert said.endswith("or leave it out of the configuration.") and "pip install 'wandb>=" in said
+    assert "lightning.pytorch.loggers.WandbLogger needs wandb" in capsys.readouterr().err.splitlines()[-1]
