@@ -53,3 +53,22 @@ def test_every_source_file_opens_with_licence_and_docstring() -> None:
         first = next(line for line in [*text.splitlines(), ""] if not line.startswith("#!"))
         assert first == "# SPDX-License-Identifier: Apache-2.0", f"{path.relative_to(ROOT)}: no SPDX line on top"
         assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)}: no docstring"
+
+
+LONG_STABLE = {"_version", "_forward_hooks", "_forward_pre_hooks"}  # torch's
+SINGLE_USE = {"_actions": "parser.py", "_fingerprint": "documents.py"}  # argparse's, datasets'
+PACKED_OPERATORS = {"_linear_pointwise": "packed_linear.py", "_reorder_linear_weight": "packed_linear.py"}  # torch's
+
+
+def test_private_attributes_of_libraries_are_touched_in_one_file_per_library() -> None:
+    """``*_private.py`` hold them; a method that overrides a library's may call it through ``super()``."""
+    for path in python_files(PACKAGE):
+        if path.name.endswith("_private.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            owner = ast.unparse(node.value)
+            is_ours = owner in ("self", "cls", "super()") or node.attr in ("_replace", "_asdict", "_fields")
+            is_known = node.attr in LONG_STABLE or {**SINGLE_USE, **PACKED_OPERATORS}.get(node.attr) == path.name
+            assert is_ours or is_known, f"{path.relative_to(ROOT)}, line {node.lineno}: {owner}.{node.attr}"
