@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from injected_drafts import RUNS, InjectedDrafts, K, expected_steps, shared_model
-from tiny import ARCHITECTURES, CONTEXT, WINDOW, greedy_text, tiny_base, tiny_model, token_row
+from tiny import CONTEXT, WINDOW, greedy_text, tiny_base, tiny_model, token_row
 from torch import Tensor
 
 from mtp_lightning.decoding import row_cache
@@ -51,7 +51,7 @@ def cut(text: list[int], stop: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3_moe"])
 def test_rows_that_keep_different_numbers_and_finish_early(
     architecture: str, kind: str, inject: Callable[..., InjectedDrafts]
 ) -> None:
@@ -75,7 +75,7 @@ def test_rows_that_keep_different_numbers_and_finish_early(
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3_moe"])
 def test_sampled_batches_are_their_rows(architecture: str, kind: str) -> None:
     model, rows = shared_model(architecture, "gru"), prompts(16)
     options: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "max_new_tokens": 8, "num_masks": 3}

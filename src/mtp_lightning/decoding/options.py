@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How to decode: the options, checked."""
+"""The options of decoding."""
 
 from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mtp_lightning.errors import UsageError
 
-COLDEST = 1e-6
-"""Logits are divided by the temperature in float32."""
+MIN_TEMPERATURE = 1e-6
+"""Logits are divided by the temperature in float32, where lower ones overflow."""
 
 LARGEST = sys.float_info.max
-"""Python's whole numbers go further and can't be divided by."""
+"""Python's integers may be larger, and floats can't be divided by those."""
 
 Decoding = Literal["quadratic", "linear", "autoregressive"]
 
@@ -25,31 +25,30 @@ class DecodingOptions:
     """How to decode.
 
     Args:
-        decoding: ``quadratic`` (a block after the verified token and after every draft token), ``linear`` (one block after
-            the draft) or ``autoregressive`` (no masks).
-        num_masks: masks in a block, m_1..m_J with J at most the trained k; ``auto``: each step as many drafts and masks as
-            pay on this machine (see ``budget``). The text is the same.
-        sampler_head: draft with the sampler head; False: from the base head at the MTP positions.
-        max_new_tokens: at most so many tokens are generated.
-        max_steps: at most so many steps (forward passes of the base), the prompt's included; None: no limit.
+        decoding: quadratic (a block of masks after the verified token and after every draft token), linear (one block
+            after the draft) or autoregressive (no masks).
+        num_masks: masks in a block, at most as many as were trained; auto: in each step as many drafts and masks as pay on
+            this machine. The text is the same.
+        sampler_head: draft with the sampler head; False: with the base's head.
+        max_new_tokens: maximum number of generated tokens.
+        max_steps: maximum number of steps (forward passes of the base), the prompt's included; None: no limit.
         eos_token_id: token or tokens that end the text; None: the base's own.
         temperature: 0: greedy; else the logits are divided by it and tokens are drawn.
-        top_k: draw from the so many likeliest tokens; None: all. No effect on greedy decoding.
-        top_p: draw from the likeliest tokens that together have this probability; None: all. No effect on greedy decoding.
+        top_k: draw from the k most likely tokens; None: all. No effect on greedy decoding.
+        top_p: draw from the most likely tokens that together have this probability; None: all. No effect on greedy decoding.
         repetition_penalty: transformers' penalty on tokens that the text or its prompt has; 1: none.
         logits_processor: transformers' processors of the base's logits (greedy too). They are called for one row and one
             position at a time, with the row's tokens before that position, the draft's included.
-        seed: of sampling: an int; or one a row; None: one is drawn from torch's generator.
-        verification: of sampling: ``coupled`` (the text is a function of prompt and seed, the same for every way to decode)
-            or ``rejection`` (keeps a few more drafts; only the distribution of the text is the base's).
-        draft_vocabulary: how many tokens drafts are chosen from, those that were labels most often in training (the first
-            ids, where that was not counted); ``all``; ``auto``: as many as had nearly all labels, where that is known and
-            half of the vocabulary at most, else all. The text is the same; under the rejection rule its distribution is.
-        prompt_lookup: whether ``auto`` may also verify drafts that the text itself offers (what followed where its last
-            tokens stood before). The text is the same. No effect with a fixed number of masks or under the rejection rule.
-        compile: whether steps become graphs, one for each shape: CUDA graphs on a GPU, ``torch.compile`` on a CPU, where the
-            first of a shape takes many seconds. Steps that logits processors or the rejection rule look at are left as they
-            are.
+        seed: seed of sampling: an int, or one for each row; None: one is drawn from torch's generator.
+        verification: of sampling: coupled (the text is a function of prompt and seed, the same for every way to decode) or
+            rejection (accepts a few more drafts; only the distribution of the text is the base's).
+        draft_vocabulary: number of tokens that drafts are chosen from, the most frequent labels of training (the first ids,
+            if those were not counted); all; auto: enough for nearly all labels, if that is known and at most half of the
+            vocabulary, else all. The text is the same; under the rejection rule its distribution is.
+        prompt_lookup: with num_masks auto, also verify drafts that the text itself offers (what followed its last tokens
+            where they occurred before). The text is the same. No effect under the rejection rule.
+        compile: run steps as graphs, one for each shape: CUDA graphs, or on a CPU torch.compile, which takes many seconds
+            for the first step of a shape. No effect with logits processors or the rejection rule.
     """
 
     decoding: Decoding = "quadratic"
@@ -71,95 +70,42 @@ class DecodingOptions:
 
     @property
     def coupled(self) -> bool:
-        """Whether the text depends on prompt and seed alone, so that drafts may be looked at before they are verified."""
+        """True if the text depends on prompt and seed alone, so that plans may depend on the drafts."""
         return self.temperature == 0 or self.verification == "coupled"
 
     def __post_init__(self) -> None:
-        if self.decoding not in ("quadratic", "linear", "autoregressive"):
-            raise UsageError(
-                f"decoding must be quadratic, linear or autoregressive, got {self.decoding!r}. Change decoding."
-            )
-        if self.verification not in ("coupled", "rejection"):
-            raise UsageError(f"verification must be coupled or rejection, got {self.verification!r}. Change verification.")
-        for name in (
-            "num_masks",
-            "max_new_tokens",
-            "max_steps",
-            "top_k",
-            "seed",
-            "eos_token_id",
-            "draft_vocabulary",
-            "temperature",
-            "top_p",
-            "repetition_penalty",
-            "compile",
-            "prompt_lookup",
-            "sampler_head",
-        ):
-            setattr(self, name, _plain(getattr(self, name)))
-        for name in ("seed", "eos_token_id"):
-            value: Any = getattr(self, name)
-            if not all(_is_int(each) for each in ([] if value is None else value if _is_several(value) else [value])):
-                raise UsageError(f"{name} must be an int or several, got {value!r}.")
-        for name in ("max_new_tokens", "max_steps", "top_k"):
-            value = getattr(self, name)
-            if value is not None and not (_is_int(value) and value >= 1):
-                raise UsageError(f"{name} must be 1 or more, got {value}.")
-        listed = self.draft_vocabulary
-        if listed not in ("auto", "all") and not (_is_int(listed) and listed >= 1):  # type: ignore[operator]
-            raise UsageError(
-                f"draft_vocabulary must be auto, all, or a number from 1 on, got {listed!r}. Change draft_vocabulary."
-            )
-        for name in ("temperature", "top_p", "repetition_penalty", "compile", "prompt_lookup", "sampler_head"):
-            value = getattr(self, name)
-            switch = name in ("compile", "prompt_lookup", "sampler_head")
-            if isinstance(value, bool) != switch or not (
-                isinstance(value, (bool, int, float)) or name == "top_p" and not value
-            ):
-                raise UsageError(
-                    f"{name} must be {'True or False' if switch else 'a number'}, got {value!r}. Change {name}."
-                )
-        if self.max_new_tokens is None:
-            raise UsageError("max_new_tokens must be 1 or more, got None.")
-        if not 0 <= self.temperature <= LARGEST:
-            raise UsageError(f"temperature must be 0 (greedy) or more, got {self.temperature}. Change temperature.")
-        if 0 < self.temperature < COLDEST:
-            raise UsageError(
-                f"temperature must be 0 (greedy) or at least {COLDEST}, below which logits overflow, got {self.temperature}."
-                " Change temperature."
-            )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}. Change top_p.")
-        if not 0 < self.repetition_penalty <= LARGEST:
-            raise UsageError(f"repetition_penalty must be above 0, got {self.repetition_penalty}. Change it.")
+        for name, (is_valid, valid) in _CHECKS.items():
+            value = _to_python(getattr(self, name))
+            setattr(self, name, value)
+            if not is_valid(value):
+                raise UsageError(f"{name} must be {valid}, got {value!r}.")
 
     @classmethod
     def from_kwargs(cls, options: Mapping[str, Any]) -> DecodingOptions:
-        """The options that a call names.
-
-        Args:
-            options: the call's keywords.
-
-        Returns:
-            The options.
+        """The options given by a call's keywords.
 
         Raises:
-            UsageError: a name that there is not, or a wrong value.
+            UsageError: an unknown name, or a wrong value.
         """
-        known = [field.name for field in fields(cls)]
+        known = option_names()
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
+                hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}."
                 raise UsageError(f"unknown option {name!r}: {hint}")
         return cls(**options)
 
 
-def _plain(value: Any) -> Any:
+def option_names() -> list[str]:
+    """The names of the options."""
+    return [field.name for field in fields(DecodingOptions)]
+
+
+def _to_python(value: Any) -> Any:
     """Python's own numbers and lists in place of tensors and NumPy's."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    return [_plain(each) for each in value] if _is_several(value) else value
+    return [_to_python(item) for item in value] if _is_several(value) else value
 
 
 def _is_several(value: Any) -> bool:
@@ -168,3 +114,40 @@ def _is_several(value: Any) -> bool:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_ints(value: Any) -> bool:
+    return value is None or all(map(_is_int, value if _is_several(value) else [value]))
+
+
+_SWITCH = (lambda value: isinstance(value, bool), "True or False")
+_INTS = (_are_ints, "an int or several")
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "decoding": (lambda value: value in ("quadratic", "linear", "autoregressive"), "quadratic, linear or autoregressive"),
+    "verification": (lambda value: value in ("coupled", "rejection"), "coupled or rejection"),
+    "num_masks": (lambda value: value == "auto" or _is_int(value), "auto or an int"),
+    "sampler_head": _SWITCH,
+    "max_new_tokens": (_is_positive, "1 or more"),
+    "max_steps": (lambda value: value is None or _is_positive(value), "1 or more"),
+    "eos_token_id": _INTS,
+    "temperature": (
+        lambda value: _is_number(value) and (value == 0 or MIN_TEMPERATURE <= value <= LARGEST),
+        f"0 (greedy) or a number from {MIN_TEMPERATURE} on, below which logits overflow",
+    ),
+    "top_k": (lambda value: value is None or _is_positive(value), "1 or more"),
+    "top_p": (lambda value: value is None or _is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
+    "repetition_penalty": (lambda value: _is_number(value) and 0 < value <= LARGEST, "a number above 0"),
+    "seed": _INTS,
+    "draft_vocabulary": (lambda value: value in ("auto", "all") or _is_positive(value), "auto, all, or a number from 1 on"),
+    "prompt_lookup": _SWITCH,
+    "compile": _SWITCH,
+}
+"""For each option the test of its value, and that in words."""

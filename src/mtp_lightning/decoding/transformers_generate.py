@@ -7,8 +7,9 @@ A function: ``base.generate(**inputs, custom_generate=mtp.custom_generate, num_m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -31,17 +32,24 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.network import MTPNetwork
 
+FROM_GENERATE = {
+    "max_new_tokens",
+    "eos_token_id",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "logits_processor",
+}
+"""Options of decoding that ``generate`` decides with its own arguments; the others are arguments of ``custom_generate``."""
+OPTIONS = [field for field in fields(DecodingOptions) if field.name not in FROM_GENERATE]
+
 
 def generate_function(mtp: MTPNetwork) -> Callable[..., Any]:
-    """A function for ``custom_generate`` of transformers' ``generate``.
+    """A function for ``custom_generate`` of transformers' ``generate``, called on the model's base.
 
-    Args:
-        mtp: the model whose base ``generate`` is called on.
-
-    Returns:
-        The function. Beside what ``generate`` prepares it takes ``decoding``, ``num_masks``, ``sampler_head``, ``seed``,
-        ``verification``, ``draft_vocabulary``, ``prompt_lookup``, ``compile`` and ``mtp_streamer`` (transformers keeps
-        ``streamer`` to itself).
+    In addition to what ``generate`` prepares it takes the options of ``DecodingOptions`` that ``generate`` does not have,
+    and ``mtp_streamer`` (transformers keeps ``streamer`` to itself).
     """
 
     def custom_generate(
@@ -50,46 +58,38 @@ def generate_function(mtp: MTPNetwork) -> Callable[..., Any]:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         generation_config: GenerationConfig | None = None,
-        decoding: Any = "quadratic",
-        num_masks: Any = "auto",
-        sampler_head: bool = True,
-        seed: Any = None,
-        verification: Any = "coupled",
-        draft_vocabulary: Any = "auto",
-        prompt_lookup: bool = True,
-        compile: bool = False,
         mtp_streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         if model is not mtp.base:
-            raise UsageError("custom_generate belongs to another model. Call generate on the base of the same MTPModel.")
+            raise UsageError("custom_generate belongs to another model: call generate on the base of the same MTPModel.")
         config = generation_config if generation_config is not None else model.generation_config
         _refuse(config, model_kwargs)
         mask = model_kwargs.get("attention_mask")
         prompts = [row if mask is None else row[mask[r].bool()] for r, row in enumerate(input_ids)]
+        if mtp_streamer is not None and len(prompts) > 1:
+            raise UsageError(f"a streamer takes one row, got {len(prompts)}.")
         padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
         options = DecodingOptions(
-            decoding,
-            num_masks,
-            sampler_head,
             max_new_tokens=int(config.max_length) - input_ids.shape[1],
             eos_token_id=_end_tokens(config),
-            seed=seed,
-            verification=verification,
-            draft_vocabulary=draft_vocabulary,
-            prompt_lookup=prompt_lookup,
-            compile=compile,
+            **{field.name: model_kwargs[field.name] for field in OPTIONS if field.name in model_kwargs},
             **choice_options(list(logits_processor or []), bool(config.do_sample), padding),
         )
-        if mtp_streamer is not None and len(prompts) > 1:
-            raise UsageError(f"a streamer takes one row, got {len(prompts)}. Leave mtp_streamer out or give one prompt.")
-        ended: set[int] = set()
-        steps = _alone(mtp, input_ids, prompts, options, ended) if any(padding) else _together(mtp, prompts, options, ended)
-        sequences = _collect(steps, input_ids, list(stopping_criteria or ()), config, mtp_streamer, ended)
-        if config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=sequences)
-        return sequences
+        batch = _TokenColumns(input_ids, list(stopping_criteria or ()), config, mtp_streamer)
+        decode = _one_by_one if any(padding) and options.logits_processor else _together
+        for row, tokens, is_last in decode(mtp, input_ids, prompts, options, batch.stopped):
+            batch.add(row, tokens, is_last)
+            if all(batch.ended):
+                break
+        sequences = batch.finish()
+        return GenerateDecoderOnlyOutput(sequences=sequences) if config.return_dict_in_generate else sequences
 
+    # transformers passes on the arguments that are named in the signature.
+    signature = inspect.signature(custom_generate)
+    *named, rest = signature.parameters.values()
+    options = [inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default) for field in OPTIONS]
+    custom_generate.__signature__ = signature.replace(parameters=[*named, *options, rest])  # type: ignore[attr-defined]
     return custom_generate
 
 
@@ -117,30 +117,30 @@ def _end_tokens(config: GenerationConfig) -> list[int]:
 
 
 def choice_options(processors: list[Any], do_sample: bool, padding: Sequence[int] = ()) -> dict[str, Any]:
-    """Options of decoding that mean what a list of transformers' processors does.
+    """Options of ``DecodingOptions`` that do what a list of transformers' processors does.
 
-    A penalty in front and temperature, top-k and top-p at the end are done for many positions at once; what else there is
-    stays a processor.
+    A penalty in front and temperature, top-k and top-p at the end are applied to many positions at once; others remain
+    processors.
 
     Args:
         processors: what ``generate`` prepared.
-        do_sample: whether tokens are drawn.
-        padding: padding tokens of each row.
+        do_sample: True if tokens are drawn.
+        padding: number of padding tokens of each row.
 
     Returns:
-        Arguments of ``DecodingOptions``.
+        Keyword arguments.
     """
     options: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0}
     rest = list(processors)
     if rest and type(rest[0]) is RepetitionPenaltyLogitsProcessor and _ignores_padding(rest[0], padding):
         options["repetition_penalty"] = float(rest.pop(0).penalty)
     if do_sample:
-        for kind, name in (
+        for warper, name in (
             (TopPLogitsWarper, "top_p"),
             (TopKLogitsWarper, "top_k"),
             (TemperatureLogitsWarper, "temperature"),
         ):
-            if rest and type(rest[-1]) is kind and getattr(rest[-1], "min_tokens_to_keep", 1) == 1:
+            if rest and type(rest[-1]) is warper and getattr(rest[-1], "min_tokens_to_keep", 1) == 1:
                 options[name] = getattr(rest.pop(), name)
     if any(type(each) in (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper) for each in rest):
         # Something comes after them, so that the order matters.
@@ -151,18 +151,13 @@ def choice_options(processors: list[Any], do_sample: bool, padding: Sequence[int
 
 
 def _ignores_padding(penalty: RepetitionPenaltyLogitsProcessor, padding: Sequence[int]) -> bool:
-    """Whether a penalty reads each row's whole text and nothing else, as ours does."""
+    """True if a penalty reads each row's whole text and nothing else, as ours does."""
     ignored = getattr(penalty, "prompt_ignore_length", None)
     return not any(padding) if ignored is None else isinstance(ignored, Tensor) and ignored.tolist() == list(padding)
 
 
 class _Padded:
-    """A processor that sees a row with its padding in front, as transformers' own loop shows it.
-
-    Args:
-        processor: the processor.
-        padding: the padding, [1, p].
-    """
+    """A processor that sees a row with its padding [1, p] in front, as transformers' own loop shows it."""
 
     def __init__(self, processor: Any, padding: Tensor) -> None:
         self.processor, self.padding = processor, padding
@@ -172,70 +167,89 @@ class _Padded:
 
 
 def _together(
-    mtp: MTPNetwork, prompts: list[Tensor], options: DecodingOptions, ended: Set[int]
+    mtp: MTPNetwork, input_ids: Tensor, prompts: list[Tensor], options: DecodingOptions, stopped: Set[int]
 ) -> Iterator[tuple[int, list[int], bool]]:
-    """Row and tokens of every step, and whether the row ends with them. Rows in ``ended`` are not decoded further."""
-    for steps in decode_rows(mtp, prompts, options, stopped=ended):
+    """Row and tokens of every step, and True with the row's last ones. Rows in ``stopped`` are not decoded further."""
+    for steps in decode_rows(mtp, prompts, options, stopped=stopped):
         for row, step, reason in steps:
             yield row, step.tokens, reason is not None
 
 
-def _alone(
-    mtp: MTPNetwork, input_ids: Tensor, prompts: list[Tensor], options: DecodingOptions, ended: Set[int]
+def _one_by_one(
+    mtp: MTPNetwork, input_ids: Tensor, prompts: list[Tensor], options: DecodingOptions, stopped: Set[int]
 ) -> Iterator[tuple[int, list[int], bool]]:
-    """The same; where processors must see each row's padding, one row after another."""
-    if not options.logits_processor:
-        yield from _together(mtp, prompts, options, ended)
-        return
+    """The same one row after another, for processors that must see each row's padding."""
     seeds = row_seeds(options.seed, len(prompts))
     for r, prompt in enumerate(prompts):
         padding = input_ids[r : r + 1, : input_ids.shape[1] - len(prompt)]
-        processors = [_Padded(each, padding) for each in options.logits_processor]
+        processors = [_Padded(processor, padding) for processor in options.logits_processor]
         alone = replace(options, seed=seeds[r : r + 1], logits_processor=processors)
-        for _, tokens, last in _together(mtp, [prompt], alone, frozenset()):
-            yield r, tokens, last
+        for _, tokens, is_last in _together(mtp, input_ids, [prompt], alone, frozenset()):
+            yield r, tokens, is_last
 
 
-def _collect(
-    steps: Iterator[tuple[int, list[int], bool]],
-    input_ids: Tensor,
-    criteria: list[Any],
-    config: GenerationConfig,
-    streamer: Any,
-    finished: set[int],
-) -> Tensor:
+class _TokenColumns:
     """What ``generate`` returns, [B, L]: prompts and texts, each ended where transformers' own loop ends it.
 
-    Rows advance by different numbers of tokens. Criteria see them token by token, all rows together, as in that loop.
+    Rows advance by different numbers of tokens. Stopping criteria see them column by column, all rows together, as in that
+    loop; so a column waits until every row that has not ended has a token for it.
+
+    Args:
+        input_ids: the prompts, [B, L].
+        criteria: stopping criteria that ``generate`` prepared.
+        config: the settings of ``generate``.
+        streamer: gets the prompt and then each column; for one row. None: none.
+
+    Attributes:
+        ended: rows that have ended.
+        stopped: numbers of rows that need not be decoded further.
     """
-    B, L = input_ids.shape
-    padding = config.pad_token_id if config.pad_token_id is not None else next(iter(_end_tokens(config)), 0)
-    # Without end tokens that loop lets a row that a criterion has ended run on until the last one has ended.
-    freezes = any(type(each) is EosTokenCriteria for each in criteria)
-    own = [each for each in criteria if type(each) not in (MaxLengthCriteria, EosTokenCriteria)]
-    waiting: list[list[int]] = [[] for _ in range(B)]
-    complete, ended = [False] * B, [False] * B
-    text = torch.cat([input_ids, input_ids.new_full((B, int(config.max_length) - L), int(padding))], dim=1)
-    end = L
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    for row, tokens, last in steps:
-        waiting[row] += tokens
-        complete[row] |= last
-        while not all(ended) and any(waiting) and all(waiting[r] or complete[r] or (freezes and ended[r]) for r in range(B)):
-            column = [each.pop(0) if each else None for each in waiting]
-            values = [padding if token is None or (freezes and ended[r]) else token for r, token in enumerate(column)]
-            text[:, end] = torch.tensor(values, device=text.device)
-            end += 1
-            if streamer is not None:
-                streamer.put(text[0, end - 1 : end].cpu())
-            for each in own:
-                done = torch.as_tensor(each(text[:, :end], None)).expand(B).tolist()
-                ended = [before or now for before, now in zip(ended, done, strict=True)]
-            ended = [before or (complete[r] and not waiting[r]) for r, before in enumerate(ended)]
-            finished.update(r for r in range(B) if freezes and ended[r])
-        if all(ended):
-            break
-    if streamer is not None:
-        streamer.end()
-    return text[:, :end]
+
+    def __init__(self, input_ids: Tensor, criteria: list[Any], config: GenerationConfig, streamer: Any) -> None:
+        B, self.length = input_ids.shape
+        self.padding = config.pad_token_id if config.pad_token_id is not None else next(iter(_end_tokens(config)), 0)
+        # Without end tokens transformers' loop lets a row that a criterion has ended run on until the last one has ended.
+        self.pads_ended = any(type(criterion) is EosTokenCriteria for criterion in criteria)
+        self.criteria = [each for each in criteria if type(each) not in (MaxLengthCriteria, EosTokenCriteria)]
+        self.streamer = streamer
+        self.waiting: list[list[int]] = [[] for _ in range(B)]
+        self.complete, self.ended = [False] * B, [False] * B
+        self.stopped: set[int] = set()
+        space = input_ids.new_full((B, int(config.max_length) - self.length), int(self.padding))
+        self.sequences = torch.cat([input_ids, space], dim=1)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+
+    def add(self, row: int, tokens: list[int], is_last: bool) -> None:
+        """Take tokens of a row; ``is_last``: no more will come."""
+        self.waiting[row] += tokens
+        self.complete[row] |= is_last
+        while not all(self.ended) and any(self.waiting) and all(map(self._has_next, range(len(self.waiting)))):
+            self._append_column()
+
+    def _has_next(self, row: int) -> bool:
+        return bool(self.waiting[row]) or self.complete[row] or self._is_padded(row)
+
+    def _is_padded(self, row: int) -> bool:
+        return self.pads_ended and self.ended[row]
+
+    def _append_column(self) -> None:
+        column = [tokens.pop(0) if tokens else None for tokens in self.waiting]
+        values = [self.padding if token is None or self._is_padded(r) else token for r, token in enumerate(column)]
+        self.sequences[:, self.length] = torch.tensor(values, device=self.sequences.device)
+        self.length += 1
+        if self.streamer is not None:
+            self.streamer.put(self.sequences[0, self.length - 1 : self.length].cpu())
+        for criterion in self.criteria:
+            stops = torch.as_tensor(criterion(self.sequences[:, : self.length], None)).expand(len(column)).tolist()
+            self.ended = [before or now for before, now in zip(self.ended, stops, strict=True)]
+        for r, tokens in enumerate(self.waiting):
+            self.ended[r] |= self.complete[r] and not tokens
+            if self._is_padded(r):
+                self.stopped.add(r)
+
+    def finish(self) -> Tensor:
+        """The prompts and texts, [B, L]."""
+        if self.streamer is not None:
+            self.streamer.end()
+        return self.sequences[:, : self.length]

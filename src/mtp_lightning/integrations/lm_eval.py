@@ -12,6 +12,7 @@ from typing import Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from mtp_lightning.decoding.transformers_generate import OPTIONS
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 
@@ -22,18 +23,12 @@ class MTPLM(HFLM):
 
     Args:
         pretrained: an ``MTPModel``, or what ``MTPModel.from_pretrained`` opens: a folder, a checkpoint or a hub id.
-        base_model: where the base lies now, if it moved.
+        base_model: where the base is now, if it moved.
         revision: hub revision of the base; ``main``, the harness's default, means the one that was saved.
         dtype: dtype of the model.
         device: where to put it.
-        decoding: ``quadratic``, ``linear`` or ``autoregressive``.
-        num_masks: masks in a block, or ``auto``.
-        sampler_head: draft with the sampler head.
-        seed: of sampling; None: the harness's own.
-        draft_vocabulary: tokens that drafts are chosen from, ``all`` or ``auto``.
-        prompt_lookup: whether ``auto`` also verifies drafts that the text itself offers.
-        compile: whether steps become graphs.
-        **options: those of the harness's class, ``batch_size``, ``max_length``, ``add_bos_token`` and others.
+        **options: those of ``DecodingOptions`` that ``custom_generate`` takes (``decoding``, ``num_masks``, ``seed``, ..),
+            and those of the harness's class (``batch_size``, ``max_length``, ``add_bos_token``, ..).
     """
 
     def __init__(
@@ -43,13 +38,6 @@ class MTPLM(HFLM):
         revision: str | None = None,
         dtype: str | None = "auto",
         device: str | None = None,
-        decoding: str = "quadratic",
-        num_masks: int | str = "auto",
-        sampler_head: bool = True,
-        seed: int | None = None,
-        draft_vocabulary: int | str = "auto",
-        prompt_lookup: bool = True,
-        compile: bool = False,
         **options: Any,
     ) -> None:
         if isinstance(pretrained, str):
@@ -61,12 +49,9 @@ class MTPLM(HFLM):
                 device=device,
             )
         if pretrained.tokenizer is None:
-            raise UsageError(
-                "the harness needs a tokenizer, and the model was saved without one. Save it with its tokenizer."
-            )
+            raise UsageError("the harness needs a tokenizer: save the model with its tokenizer.")
         self.mtp = pretrained
-        self.decoding_options = {"decoding": decoding, "num_masks": num_masks, "sampler_head": sampler_head, "seed": seed}
-        self.decoding_options |= {"draft_vocabulary": draft_vocabulary, "prompt_lookup": prompt_lookup, "compile": compile}
+        self.decoding_options = {field.name: options.pop(field.name) for field in OPTIONS if field.name in options}
         super().__init__(pretrained=pretrained.base, tokenizer=pretrained.tokenizer, **options)
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:

@@ -75,8 +75,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("decoding", ["quadratic", "linear", "autoregressive"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "decoding"),
+    [*((case, "quadratic") for case in CASES), ("criterion and end token", "linear"), ("plain", "autoregressive")],
+)
 def test_it_is_what_transformers_generates(model: MTPModel, case: str, decoding: str) -> None:
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, **CASES[case]}
     for inputs in ({"input_ids": PROMPT}, {"input_ids": PADDED, "attention_mask": MASK}):
