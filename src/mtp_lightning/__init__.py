@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["MTPDataModule", "MTPModel", "MTPModule", "__version__"]
 
-_HOMES = {"MTPDataModule": "data", "MTPModel": "model", "MTPModule": "training.module"}
+_MODULES = {"MTPDataModule": "data", "MTPModel": "model", "MTPModule": "training.module"}
 
 
 def __getattr__(name: str) -> Any:
-    """The public class ``name``, imported at first use: Lightning and transformers take seconds to load."""
-    if name not in _HOMES:
+    """A public class, imported at first use: Lightning and transformers take seconds to load."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

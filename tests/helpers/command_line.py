@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The program run in-process, and what it needs on disk: a tiny base with its tokenizer. Helpers of the tests, no tests."""
+"""The program run in-process, and what it needs on disk: a tiny base with its tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtp_lightning.commands.lightning_cli import MTPCLI
 
 
 def mtp(*words: object) -> int:
-    """Run the program and give its exit code."""
+    """Run the program; returns its exit code."""
     try:
         main([str(word) for word in words])
     except SystemExit as end:
@@ -28,12 +28,12 @@ def mtp(*words: object) -> int:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> str:
-    """The one line of a command that must fail with an exit code and print nothing else of its own."""
+    """The error line of a command that must fail with the exit code and print nothing to standard output."""
     capsys.readouterr()
-    found = mtp(*words)
+    exit_code = mtp(*words)
     out, err = capsys.readouterr()
     last = err.splitlines()[-1] if err else ""
-    assert (found, out) == (code, ""), last
+    assert (exit_code, out) == (code, ""), last
     assert last.startswith("mtp: error: ") and "Traceback" not in err
     return last.removeprefix("mtp: error: ")
 
@@ -58,7 +58,7 @@ def read_metrics(folder: Path) -> list[dict[str, str]]:
 
 
 class ParseOnly(MTPCLI):
-    """``mtp fit`` up to where the configuration is read; nothing is made of it.
+    """``mtp fit`` up to the parsed configuration; no class is instantiated.
 
     Attributes:
         settings: the configuration.

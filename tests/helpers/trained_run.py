@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +101,3 @@ def weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:
 
 def json_lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def assert_message(found: str, expected: str | re.Pattern[str]) -> None:
-    if isinstance(expected, str):
-        assert found == expected
-    else:
-        assert expected.fullmatch(found), found

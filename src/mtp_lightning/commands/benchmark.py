@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,11 +61,12 @@ def run_benchmark(args: list[str]) -> None:
 def measure(config: Any, arguments: DecodingArguments) -> None:
     """Load the model, measure, print and write."""
     folder = Path(config.output)
-    if (reason := why_unwritable(folder)) is not None:  # seen before hours of measuring
+    if (reason := why_unwritable(folder)) is not None:  # before hours of measuring
         raise RunError(f"{folder} can't be written: {reason}.")
     model = arguments.load(config.model)
     prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts, model.context)
     options = arguments.options()
+    shown_options = {name: value for name, value in asdict(options).items() if name != "logits_processor"}
     settings = _settings(model, config)
     progress = Progress()
 
@@ -77,7 +78,7 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         "base_model": model.base_model,
         "revision": model.revision,
         "prompts": config.prompts,
-        "options": {**_plain(options), "batch_size": config.batch_size, "stop": arguments.stop},
+        "options": {**shown_options, "batch_size": config.batch_size, "stop": arguments.stop},
         "dtype": str(model.base.dtype).removeprefix("torch."),
         "device": _device(model),
         "torch": torch.__version__,
@@ -88,12 +89,12 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
     batches = batches_by_domain(prompts, config.batch_size, config.speed_rounds)
     if batches:
         chosen = _speed_options(model, config, options)
-        masks = [each.num_masks for each in settings if each[:2] == (chosen.decoding, chosen.sampler_head)]
+        masks = [setting.num_masks for setting in settings if setting[:2] == (chosen.decoding, chosen.sampler_head)]
         masks += ["auto"] if config.num_masks is None else []
         systems = speed_systems(model, chosen, masks, config.batch_size, arguments.stop)
         report["speed"] = measure_speed(systems, batches, options.max_new_tokens, on_progress)
     text = markdown(report)
-    # Printed first: should the disk be full by now, what was measured is not lost.
+    # Printed first: if the disk is full by now, the measurements are not lost.
     print(json.dumps(report, ensure_ascii=False) if config.json else text, end="\n" if config.json else "", flush=True)
     try:
         save_json(report, folder / "benchmark.json")
@@ -114,13 +115,9 @@ def _settings(model: MTPModel, config: Any) -> list[Setting]:
 
 
 def _speed_options(model: MTPModel, config: Any, options: DecodingOptions) -> DecodingOptions:
-    """The decoding and head that are timed: those that were asked for, else quadratic with the sampler head."""
+    """The decoding and head that are timed: the given ones, else quadratic with the sampler head."""
     head = model.sampler_head is not None and config.sampler_head is not False
-    return DecodingOptions(**{**_plain(options), "decoding": config.decoding or "quadratic", "sampler_head": head})
-
-
-def _plain(options: DecodingOptions) -> dict[str, Any]:
-    return {name: value for name, value in asdict(options).items() if name != "logits_processor"}
+    return replace(options, decoding=config.decoding or "quadratic", sampler_head=head)
 
 
 def _device(model: MTPModel) -> str:

@@ -15,7 +15,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """A loader that refuses a key given twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        """A dict, each of whose keys is there once."""
+        """A dict; a ConstructorError for a key given twice."""
         counts = Counter(key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
         for key, count in counts.items():
             if count > 1:

@@ -42,7 +42,7 @@ class CommandParser(ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """The help text, without the code marks of the docstrings that it is made of."""
+        """The help text, without the backticks of the docstrings."""
         return super().format_help(*args, **kwargs).replace("``", "")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
