@@ -179,29 +179,6 @@ def test_nothing_to_count_gives_zero_and_zero_gradients() -> None:
             assert torch.autograd.grad(value, p)[0] == 0, name
 
 
-def test_values_add_up_over_rows_whatever_the_batch() -> None:
-    """Sums over each row alone, divided by the joint counts, are the value of the batch: ranks and accumulation."""
-    rows = tiny_rows()
-    batch = masking.build_masked_input(rows, K)
-    states = random_states(batch)
-    alone = [masking.build_masked_input([row], K) for row in rows]
-    for name in ("base joint", "sampler all", "lcm mean"):
-        term = TERMS[name]
-        total = torch.zeros((), dtype=torch.float64)
-        for r, one in enumerate(alone):
-            L, P = one.input_ids.shape[1], one.starts.shape[1]
-            part = HiddenStates(
-                states.ntp[r : r + 1, :L],
-                states.mtp[r : r + 1, :P],
-                states.sampler[r : r + 1, :P],  # type: ignore[index]
-                states.sampler_ntp[r : r + 1, :L],  # type: ignore[index]
-            )
-            total = total + term_value(term(part, one, UNEMBED), batch.counts)
-        whole = term_value(term(states, batch, UNEMBED), batch.counts)
-        torch.testing.assert_close(total, whole, rtol=1e-9, atol=0)  # float64, another order of sums
-    assert torch.equal(torch.stack([one.counts for one in alone]).sum(0), batch.counts)
-
-
 def test_term_value_divides_each_sum_by_its_own_count() -> None:
     two, counts = torch.tensor(2.0), torch.tensor([4.0, 8.0, 0.0], dtype=torch.float64)
     assert term_value([LossSum(two, NTP)], counts) == 0.5
