@@ -60,7 +60,7 @@ def chances(lengths: list[float]) -> np.ndarray:
 def fixed(costs: StepCosts, lengths: list[float], masks: int) -> float:
     """Projected speed-up of quadratic decoding."""
     curve = costs.curve((masks + 1) ** 2)
-    step = curve[(masks + 1) ** 2] + masks * (costs.verified + costs.drafted) + costs.begun
+    step = curve[(masks + 1) ** 2] + masks * (costs.per_verified + costs.per_draft) + costs.draft_start
     return float(lengths[masks - 1] * curve[1] / step)
 
 
@@ -120,8 +120,8 @@ def main() -> None:
         print(f"| {n} | {1e3 * seconds:.1f} | {seconds / costs.seconds[0]:.2f} |")
     listed = model.unembed.vocab_size if choice.shortlist is None else len(choice.shortlist.tokens)
     print(
-        f"\none draft token, of {listed:,}: {1e3 * costs.drafted:.2f} ms; one more verified: {1e3 * costs.verified:.2f} ms;"
-        f" beginning a draft: {1e3 * costs.begun:.2f} ms\n"
+        f"\none draft token, of {listed:,}: {1e3 * costs.per_draft:.2f} ms;"
+        f" one more verified: {1e3 * costs.per_verified:.2f} ms; start of a draft: {1e3 * costs.draft_start:.2f} ms\n"
     )
     if choice.shortlist is not None:
         print("The projections assume that the shortlist rejects no draft.\n")

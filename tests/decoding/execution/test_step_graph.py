@@ -207,7 +207,7 @@ def test_drafts_that_the_text_offers(
         live.add(len(self.rows))
         longest = max([0, *(len(row.chosen_lookup.tokens) for row in self.rows if row.chosen_lookup)])
         c, m = min(size for size in self.sizes if size >= longest), generator.choice([0, self.num_masks])
-        return Plan(c, m, self.wheres[-1])
+        return Plan(c, m, self.placements[-1])
 
     monkeypatch.setattr(Budget, "choose", choose)
     monkeypatch.setattr(proposer.NgramProposer, "propose", propose)

@@ -15,10 +15,10 @@ RNG = np.random.default_rng(0)
 CASES = [(RNG.uniform(0.1, 0.99, 2), RNG.uniform(0.1, 1.0, 3)) for _ in range(6)]
 
 
-def plan_seconds(costs: np.ndarray, num_wheres: int) -> np.ndarray:
+def plan_seconds(costs: np.ndarray, num_placements: int) -> np.ndarray:
     """What plans take: a plain step 1, more for drafts, masks and blocks."""
     c, m = np.array(SIZES)[:, None, None], np.array(SIZES)[None, :, None]
-    blocks = np.stack([np.ones(3), 1 + (np.arange(3) > 0), 1 + np.arange(3)], axis=1)[:, None, :num_wheres]
+    blocks = np.stack([np.ones(3), 1 + (np.arange(3) > 0), 1 + np.arange(3)], axis=1)[:, None, :num_placements]
     return 1 + costs[0] * c + costs[1] * m + 0.2 * costs[2] * blocks * m
 
 
@@ -38,21 +38,21 @@ def policy_rate(plans: dict[int, tuple[int, int, int]], accept_prob: np.ndarray,
 
 
 def best_rate(accept_prob: np.ndarray, seconds: np.ndarray) -> float:
-    wheres = range(seconds.shape[2])
-    options = [[(c, m, where) for c in range(state + 1) for m in range(3) for where in wheres] for state in range(3)]
+    placements = range(seconds.shape[2])
+    options = [[(c, m, where) for c in range(state + 1) for m in range(3) for where in placements] for state in range(3)]
     return max(policy_rate(dict(enumerate(plans)), accept_prob, seconds) for plans in itertools.product(*options))
 
 
-@pytest.mark.parametrize(("case", "num_wheres"), [*((case, 1) for case in range(6)), (0, 3), (1, 3)])
-def test_the_rate_is_that_of_the_best_policy(case: int, num_wheres: int) -> None:
+@pytest.mark.parametrize(("case", "num_placements"), [*((case, 1) for case in range(6)), (0, 3), (1, 3)])
+def test_the_rate_is_that_of_the_best_policy(case: int, num_placements: int) -> None:
     accept_prob, costs = CASES[case]
-    seconds = plan_seconds(0.3 * costs, num_wheres)
+    seconds = plan_seconds(0.3 * costs, num_placements)
     best, values = best_rate(accept_prob, seconds), DraftValues(SIZES)
     values.sweep(accept_prob, seconds, WARMUP_SWEEPS)
     assert values.rate == pytest.approx(best, rel=0.02)
     values.sweep(accept_prob, seconds, 1000)
     assert values.rate == pytest.approx(best, rel=1e-6)
-    assert values.worth[0] == 0 and (np.diff(values.worth) >= 0).all()
+    assert values.draft_value[0] == 0 and (np.diff(values.draft_value) >= 0).all()
 
 
 def test_values_do_not_oscillate_where_the_best_policy_alternates() -> None:

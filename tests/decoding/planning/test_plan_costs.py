@@ -35,7 +35,7 @@ def test_measured_steps_correct_the_curve() -> None:
 
 
 def test_a_block_has_a_fixed_cost() -> None:
-    plan, expensive = Plan(0, 2, "last"), make_budget(GENTLE._replace(begun=2.0))
+    plan, expensive = Plan(0, 2, "last"), make_budget(GENTLE._replace(draft_start=2.0))
     assert expensive.costs.plan(plan, 2) == pytest.approx(make_budget(GENTLE).costs.plan(plan, 2) + 2.0)
 
 

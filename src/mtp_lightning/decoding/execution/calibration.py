@@ -144,11 +144,11 @@ def measure_step_costs(model: MTPNetwork, choice: TokenChoice, expected_position
     seconds = _time(others, lambda _: decode_two(), len(others), SECONDS / 3, parts.device)
 
     positions = tuple(sorted(curve))
-    drafted = max(0.0, (seconds["draft more"] - seconds["draft one"]) / extra_drafts)
+    per_draft = max(0.0, (seconds["draft more"] - seconds["draft one"]) / extra_drafts)
     return StepCosts(
         positions=positions,
         seconds=tuple(curve[n] for n in positions),
-        verified=max(0.0, (seconds["verify more"] - seconds["verify one"]) / (NUM_VERIFIED - 1)),
-        drafted=drafted,
-        begun=max(0.0, seconds["draft one"] - drafted),
+        per_verified=max(0.0, (seconds["verify more"] - seconds["verify one"]) / (NUM_VERIFIED - 1)),
+        per_draft=per_draft,
+        draft_start=max(0.0, seconds["draft one"] - per_draft),
     )

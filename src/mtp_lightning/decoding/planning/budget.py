@@ -90,9 +90,9 @@ class Budget:
     ) -> None:
         self.stats, self.num_masks, self.coupled, self.timed = stats, num_masks, coupled, timed
         self.rows = [RowStats(stats.prior_accept_prob.copy()) for _ in range(num_rows)]
-        self.wheres = ("last", "ends", "all") if blocks_anywhere else ("last",)
+        self.placements = ("last", "ends", "all") if blocks_anywhere else ("last",)
         self.sizes = few_sizes(num_masks) if few_shapes else draft_sizes(num_masks)
-        self.costs = PlanCosts(costs, stats, self.sizes, self.wheres, num_rows)
+        self.costs = PlanCosts(costs, stats, self.sizes, self.placements, num_rows)
         self.stops_early, self.min_path_prob = stops_early, 0.0
         self._steps = 0
         self._estimates: _Estimates | None = None
@@ -188,7 +188,7 @@ class Budget:
 
     def _values(self) -> DraftValues:
         """Values of drafts for a batch of this size, shared by all texts."""
-        return self.stats.values.setdefault((len(self.rows), self.sizes, self.wheres), DraftValues(self.sizes))
+        return self.stats.values.setdefault((len(self.rows), self.sizes, self.placements), DraftValues(self.sizes))
 
     def _drop_lookup_drafts(self) -> None:
         for row in self.rows:
@@ -203,7 +203,7 @@ class Budget:
         seconds, rate, *_ = self._estimate()
         accept_probs = [self._row_accept_prob(row, limit) for row, limit in zip(self.rows, num_waiting, strict=True)]
         block_need = np.array([row.block_need for row in self.rows])
-        tokens = expected_tokens(accept_probs, block_need, self.num_masks, self._values(), len(self.wheres))
+        tokens = expected_tokens(accept_probs, block_need, self.num_masks, self._values(), len(self.placements))
         gain = tokens - rate * seconds  # [c, m, where]
         # Below this path probability a draft token gains less than its time would elsewhere. Rows draft together.
         self.min_path_prob = rate / len(self.rows) * self.costs.draft_token() if self.stops_early else 0.0
@@ -214,12 +214,12 @@ class Budget:
         num_m = 1 + self.sizes.index(self._largest_size(min(max_masks, self.num_masks)))
         gain = gain[:num_c, :num_m]
         c, m, where = np.unravel_index(int(gain.argmax()), gain.shape)
-        plan = Plan(self.sizes[int(c)], self.sizes[int(m)], self.wheres[int(where)])
+        plan = Plan(self.sizes[int(c)], self.sizes[int(m)], self.placements[int(where)])
         if plan.masks or max(num_waiting, default=0):
             return plan
 
         # No drafts and no masks: nothing is learned, so if a plain step is best in this state it remains so.
-        plain_gain = len(self.rows) * self._values().worth - rate * seconds[0, :, 0]  # after a plain step, [m]
+        plain_gain = len(self.rows) * self._values().draft_value - rate * seconds[0, :, 0]  # after a plain step, [m]
         self._drafting_paused = not plain_gain[:num_m].argmax()
         if self._drafting_paused and not self._estimates_confirmed:  # a pause is long: decide it on fresh estimates
             self._estimates, self._drafting_paused, self._estimates_confirmed = None, False, True

@@ -56,8 +56,8 @@ class DraftStats:
         """Acceptance probability of drafts to which the head gives these probabilities, given that they are reached."""
         rate = self._accepted / self._verified
         stderr = np.sqrt(rate * (1 - rate) / self._verified)
-        place = np.clip(head_prob * NUM_BINS - 0.5, 0, NUM_BINS - 1)
-        return np.interp(place, np.arange(NUM_BINS), np.minimum(rate + OPTIMISM_STDERR * stderr, 1.0))
+        bin_position = np.clip(head_prob * NUM_BINS - 0.5, 0, NUM_BINS - 1)
+        return np.interp(bin_position, np.arange(NUM_BINS), np.minimum(rate + OPTIMISM_STDERR * stderr, 1.0))
 
     def learn(self, head_probs: Sequence[float], num_accepted: int, num_verified: int) -> None:
         """Record one row's step: the first ``num_accepted`` drafts were accepted, the next one, if verified, rejected."""

@@ -17,20 +17,22 @@ WARMUP_SWEEPS = 40
 """Sweeps from scratch, which reach about a per cent; afterwards probabilities and costs change slowly."""
 
 
-def rows_with_block(path_prob: np.ndarray, all_accepted: np.ndarray, first_rejected: float, num_wheres: int) -> np.ndarray:
+def rows_with_block(
+    path_prob: np.ndarray, all_accepted: np.ndarray, first_rejected: float, num_placements: int
+) -> np.ndarray:
     """Expected number of rows with a block after their last accepted token.
 
     Args:
         path_prob: rows whose first c drafts are all accepted, for each size c, [c]; all rows at c = 0.
         all_accepted: rows whose verified drafts, c or as many as they have, are all accepted, [c].
         first_rejected: rows whose first draft is rejected.
-        num_wheres: 1: blocks at ``last``; 3: also at ``ends`` and ``all`` (see ``Plan.where``).
+        num_placements: 1: blocks at ``last``; 3: also at ``ends`` and ``all`` (see ``Plan.where``).
 
     Returns:
         [c, where].
     """
     last = all_accepted
-    if num_wheres == 1:
+    if num_placements == 1:
         return last[:, None]
     ends = path_prob + first_rejected
     ends[0] = path_prob[0]
@@ -45,13 +47,13 @@ class DraftValues:
         sizes: numbers of drafts and of masks that plans use, ascending from 0.
 
     Attributes:
-        worth: value of a draft of each size over having none, in tokens, [m].
+        draft_value: value of a draft of each size over having none, in tokens, [m].
         rate: tokens a second when all steps are planned best; 0 before the first sweep.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = np.array(sizes)
-        self.worth = np.zeros(len(self.sizes))
+        self.draft_value = np.zeros(len(self.sizes))
         self.rate = 0.0
 
     def sweep(self, accept_prob: np.ndarray, seconds: np.ndarray, sweeps: int = 1, tolerance: float = 0.0) -> None:
@@ -68,23 +70,23 @@ class DraftValues:
         path_prob = path_prob[self.sizes]
         blocks = rows_with_block(path_prob, path_prob, 1.0 - accept_prob[0], seconds.shape[2])
         plain_rate = 1.0 / float(seconds[0, 0, 0])
-        rate, worth = max(self.rate, plain_rate), self.worth
+        rate, value = max(self.rate, plain_rate), self.draft_value
         for _ in range(sweeps):
-            gain = tokens[:, None, None] + blocks[:, None, :] * worth[None, :, None] - rate * seconds  # [c, m, where]
+            gain = tokens[:, None, None] + blocks[:, None, :] * value[None, :, None] - rate * seconds  # [c, m, where]
             # With n drafts available any c <= n may be verified.
             best = np.maximum.accumulate(gain.max(axis=(1, 2)))
             surplus = float(best[0])  # 0 at the fixed point
             # Half a step only: plans that alternate between drafting and verifying would make the values oscillate.
-            change = 0.5 * (best - surplus - worth)
-            worth = worth + change
+            change = 0.5 * (best - surplus - value)
+            value = value + change
             rate = max(plain_rate, rate + 0.25 * surplus * plain_rate)
             if abs(surplus) < tolerance and float(np.abs(change).max()) < tolerance:
                 break
-        self.rate, self.worth = rate, worth
+        self.rate, self.draft_value = rate, value
 
 
 def expected_tokens(
-    accept_probs: Sequence[np.ndarray], block_need: np.ndarray, num_masks: int, values: DraftValues, num_wheres: int
+    accept_probs: Sequence[np.ndarray], block_need: np.ndarray, num_masks: int, values: DraftValues, num_placements: int
 ) -> np.ndarray:
     """Expected tokens of every plan, those gained now and the value of drafts for later, summed over rows.
 
@@ -94,7 +96,7 @@ def expected_tokens(
         block_need: how much of a block's value counts for each row, [B].
         num_masks: k.
         values: values of drafts.
-        num_wheres: see ``rows_with_block``.
+        num_placements: see ``rows_with_block``.
 
     Returns:
         [c, m, where].
@@ -109,6 +111,9 @@ def expected_tokens(
     now = path_prob.cumsum(1).sum(0)[values.sizes]  # of verifying c drafts, [c]
     first_rejected = float((block_need * (1.0 - path_prob[:, 1])).sum())
     blocks = rows_with_block(
-        (need * path_prob)[:, values.sizes].sum(0), (need * all_accepted)[:, values.sizes].sum(0), first_rejected, num_wheres
+        (need * path_prob)[:, values.sizes].sum(0),
+        (need * all_accepted)[:, values.sizes].sum(0),
+        first_rejected,
+        num_placements,
     )  # [c, where]
-    return now[:, None, None] + blocks[:, None, :] * values.worth[None, :, None]
+    return now[:, None, None] + blocks[:, None, :] * values.draft_value[None, :, None]

@@ -27,7 +27,7 @@ class PlanCosts:
         costs: calibrated costs of the parts of a step.
         stats: measured steps; updated in place.
         sizes: numbers of drafts and of masks that plans use, ascending from 0.
-        wheres: where plans place blocks (``Plan.where``).
+        placements: where plans place blocks (``Plan.where``).
         num_rows: rows B.
 
     Attributes:
@@ -36,14 +36,14 @@ class PlanCosts:
     """
 
     def __init__(
-        self, costs: StepCosts, stats: DraftStats, sizes: Sequence[int], wheres: Sequence[str], num_rows: int
+        self, costs: StepCosts, stats: DraftStats, sizes: Sequence[int], placements: Sequence[str], num_rows: int
     ) -> None:
-        self.costs, self.stats, self.sizes, self.wheres = costs, stats, tuple(sizes), tuple(wheres)
+        self.costs, self.stats, self.sizes, self.placements = costs, stats, tuple(sizes), tuple(placements)
         self.batch = num_rows, 0
         c, m = np.array(self.sizes)[:, None, None], np.array(self.sizes)[None, :, None]
-        blocks = np.concatenate([np.ones_like(c), 1 + (c > 0), 1 + c], axis=2)[..., : len(self.wheres)]
+        blocks = np.concatenate([np.ones_like(c), 1 + (c > 0), 1 + c], axis=2)[..., : len(self.placements)]
         self._positions = 1 + c + blocks * m  # per row
-        self._verify_seconds = np.broadcast_to(costs.verified * c, self._positions.shape)
+        self._verify_seconds = np.broadcast_to(costs.per_verified * c, self._positions.shape)
         self._curve = costs.curve(int(self._positions.max()) * num_rows)
         self._steps_since_refresh = 0
         self.select(num_rows)
@@ -88,7 +88,7 @@ class PlanCosts:
         drafting = num_drafted * self.draft_token() + np.where(num_drafted > 0, fixed, 0.0)
         seconds = self._verifying() + drafting[list(self.sizes)][None, :, None]
         for (batch, plan), (mean, _) in self.stats.graph_seconds.items():
-            if batch == self.batch and {plan.num_drafts, plan.masks} <= set(self.sizes) and plan.where in self.wheres:
+            if batch == self.batch and {plan.num_drafts, plan.masks} <= set(self.sizes) and plan.where in self.placements:
                 seconds[self._index(plan)] = mean
         return seconds
 
@@ -100,15 +100,15 @@ class PlanCosts:
         return float(self._verifying()[self._index(plan)]) + self.drafting(num_drafted)
 
     def _index(self, plan: Plan) -> tuple[int, int, int]:
-        return self.sizes.index(plan.num_drafts), self.sizes.index(plan.masks), self.wheres.index(plan.where)
+        return self.sizes.index(plan.num_drafts), self.sizes.index(plan.masks), self.placements.index(plan.where)
 
     def drafting(self, num_drafted: int) -> float:
         """Seconds of drafting this number of tokens one after another."""
-        return num_drafted * self.draft_token() + (self.costs.begun * self.num_rows**0.5 if num_drafted else 0.0)
+        return num_drafted * self.draft_token() + (self.costs.draft_start * self.num_rows**0.5 if num_drafted else 0.0)
 
     def draft_token(self) -> float:
         """Seconds of one more token of a draft."""
-        return self.costs.drafted * self.num_rows**0.5
+        return self.costs.per_draft * self.num_rows**0.5
 
     def plain_step_due(self) -> bool:
         """True if a plain step is to be run, because it has to be measured (again) for about this number of rows."""

@@ -15,16 +15,16 @@ class StepCosts(NamedTuple):
     Attributes:
         positions: positions fed, ascending from 1.
         seconds: what the decoder takes for them.
-        verified: what each further verified position adds (unembedding, choice of the token).
-        drafted: what each draft token of a block adds, tokens being drafted one after another.
-        begun: fixed cost of drafting a block.
+        per_verified: what each further verified position adds (unembedding, choice of the token).
+        per_draft: what each draft token of a block adds, tokens being drafted one after another.
+        draft_start: fixed cost of drafting a block.
     """
 
     positions: tuple[int, ...]
     seconds: tuple[float, ...]
-    verified: float
-    drafted: float
-    begun: float = 0.0
+    per_verified: float
+    per_draft: float
+    draft_start: float = 0.0
 
     def curve(self, largest: int) -> np.ndarray:
         """Decoder seconds for 0, 1, .., ``largest`` positions, [largest + 1]."""
