@@ -49,7 +49,7 @@ class StepLayout(NamedTuple):
         return max((masks for _, masks in self.blocks), default=0)
 
     def block_after(self, num_accepted: int) -> tuple[int, int]:
-        """The block that drafts on if so many drafts are kept: index of its first mask among the masks, and its size.
+        """The block after this number of accepted drafts: index of its first mask among the masks, and its size.
 
         ``StepLayout(3, 0, ((0, 4), (2, 4))).block_after(2) -> (4, 4)``, and of 1: ``(0, 0)``
         """
@@ -107,15 +107,15 @@ class StepMasks:
             self._additive = torch.zeros((), dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)
 
     def get(
-        self, layouts: tuple[StepLayout, ...], choice: Tensor | None, cache: RowCache, slots: Tensor | None
+        self, layouts: tuple[StepLayout, ...], layout_index: Tensor | None, cache: RowCache, slots: Tensor | None
     ) -> tuple[Tensor, Any]:
         """Position ids and the decoder's mask argument.
 
         Args:
             layouts: the layouts of the rows, of one size; a single one is all rows'.
-            choice: which of them each row has, [B] int64; None with a single one.
+            layout_index: which of them each row has, [B] int64; None with a single one.
             cache: the keys and values before the step's.
-            slots: tokens of each row in the cache, [B, 1] int64; None where all have equally many.
+            slots: tokens of each row in the cache, [B, 1] int64; None if all have the same number.
 
         Returns:
             Position ids [B or 1, Q], and a mask [B or 1, 1, Q, W] over the slots that the cache will hand out, or a dict of
@@ -125,63 +125,65 @@ class StepMasks:
             self._capacity = cache.capacity
             self._tables.clear()
             self._shifted.clear()
-        Q = layouts[0].size
-        first, end = cache.reach(Q)
-        longest = end - Q
-        positions = self._position_table(layouts)
-        if choice is not None:
-            positions = positions.index_select(0, choice)
-        positions = positions + (cache.lengths[0] if slots is None else slots)
+        position_ids = self._position_table(layouts)
+        if layout_index is not None:
+            position_ids = position_ids.index_select(0, layout_index)
+        position_ids = position_ids + (cache.lengths[0] if slots is None else slots)
+        first, end = cache.reach(layouts[0].size)
         if cache.fixed or end > self.context:
             # A position past the context belongs to a mask or draft that can no longer become text.
-            positions.clamp_(max=self.context - 1)
+            position_ids.clamp_(max=self.context - 1)
 
-        def make(window: int | None) -> Tensor:
-            table = self._table(layouts, window, longest)
-            behind = table.shape[-1] - Q - 1
-            alike = slots is None
-            if Q == 1 and longest and not cache.fixed:
-                table, alike = self._shift(table, window, cache.lengths, slots), True
-            elif choice is not None:
-                table = table.index_select(0, choice)
-            if alike:
-                return self._for_kernel(table.narrow(3, behind - longest + first[window], end - first[window]))
-            assert slots is not None
-            columns = torch.arange(first[window] + behind, end + behind, device=slots.device) - slots
-            columns = columns.clamp_(max=behind + Q)  # behind a short row's own positions is nothing that it sees
-            index = columns[:, None, None, :].expand(-1, -1, Q, -1)
-            return self._for_kernel(table.expand(len(slots), -1, -1, -1).gather(3, index))
+        def mask(window: int | None) -> Tensor:
+            return self._mask(layouts, layout_index, cache, slots, window, first[window], end)
 
         if isinstance(self._windows, dict):
-            return positions, {name: make(window) for name, window in self._windows.items()}
-        return positions, make(self._windows)
+            return position_ids, {name: mask(window) for name, window in self._windows.items()}
+        return position_ids, mask(self._windows)
+
+    def _mask(
+        self,
+        layouts: tuple[StepLayout, ...],
+        layout_index: Tensor | None,
+        cache: RowCache,
+        slots: Tensor | None,
+        window: int | None,
+        first: int,
+        end: int,
+    ) -> Tensor:
+        """The mask of the layers with a window over slots ``first`` to ``end``, [B or 1, 1, Q, end - first]."""
+        Q, longest = layouts[0].size, end - layouts[0].size
+        table = self._table(layouts, window, longest)
+        num_cached = table.shape[-1] - Q - 1
+        if Q == 1 and longest and not cache.fixed:  # a plain step: its mask changes only when rows gain unequally
+            table, slots = self._shift(table, window, cache.lengths, slots), None
+        elif layout_index is not None:
+            table = table.index_select(0, layout_index)
+        if slots is None:  # all rows end at the same slot: a slice
+            return self._for_kernel(table.narrow(3, num_cached - longest + first, end - first))
+        # Each row's own slice: slot s of a row with n tokens is column s - n of the step's own ones.
+        columns = torch.arange(first + num_cached, end + num_cached, device=slots.device) - slots
+        columns = columns.clamp_(max=num_cached + Q)  # the last column, which nothing sees
+        index = columns[:, None, None, :].expand(-1, -1, Q, -1)
+        return self._for_kernel(table.expand(len(slots), -1, -1, -1).gather(3, index))
 
     def _for_kernel(self, mask: Tensor) -> Tensor:
-        """A mask as PyTorch's CPU kernel reads it: 0 and -inf. Given a boolean one it would make the same, once a layer."""
+        """A mask as PyTorch's CPU kernel reads it: 0 and -inf. It would convert a boolean one in every layer."""
         if self._additive is None or mask.dtype != torch.bool:
             return mask
         return torch.where(mask, *self._additive)
 
     def _shift(self, table: Tensor, window: int | None, lengths: list[int], slots: Tensor | None) -> Tensor:
-        """The table of a single position for rows of different lengths, as the longest row's slots stand in it.
+        """The table [1, 1, 1, capacity + 2] of a single position, shifted for each row by how much shorter it is.
 
-        It stays right while all rows gain alike, and is made anew where a row gained other than the rest, or left.
-
-        Args:
-            table: [1, 1, 1, capacity + 2].
-            window: its window.
-            lengths: tokens of each row in the cache.
-            slots: the same on the device, [B, 1] int64; None where all are equal.
-
-        Returns:
-            [B or 1, 1, 1, capacity + 2], as the kernel takes it.
+        The result is [B or 1, 1, 1, capacity + 2]. It stays valid while all rows gain equally.
         """
         longest = max(lengths)
         missing = [0] if slots is None else [longest - length for length in lengths]
         if window not in self._shifted or self._shifted[window][0] != missing:
             last = table.shape[-1] - 1
             columns = torch.arange(last + 1, device=table.device)[None]
-            if slots is not None:  # from what the device has: a copy to it would be waited for
+            if slots is not None:  # computed on the device: a copy to it would be waited for
                 columns = columns + (longest - slots)
             self._shifted[window] = missing, self._for_kernel(table[0, 0, 0, columns.clamp_(max=last)][:, None, None])
         return self._shifted[window][1]
@@ -193,7 +195,7 @@ class StepMasks:
         return self._positions[layouts]
 
     def _table(self, layouts: tuple[StepLayout, ...], window: int | None, longest: int) -> Tensor:
-        """For each layout what its positions see: [n, 1, Q, capacity + Q + 1], cached keys, the step's own, and nothing.
+        """What the positions of each layout see, [n, 1, Q, capacity + Q + 1]: cached keys, the step's own, and nothing.
 
         Column c of the cached ones is the key ``capacity - c`` tokens before the step's first token, so that a shorter
         cache is a slice.
@@ -201,7 +203,7 @@ class StepMasks:
         key = (layouts, window)
         if key in self._tables:
             return self._tables[key]
-        # An empty cache is a prompt's, whose layout comes once.
+        # With an empty cache it is a prompt's, whose layout comes once: not kept.
         capacity = self._capacity if longest else 0
         made = []
         behind = torch.arange(capacity, 0, -1, device=self.base.device)
