@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``generate``: the rows of a batch decoded to the end, as transformers users know it."""
+"""``generate``: decodes the rows of a batch to the end, as transformers users know it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mtp_lightning.modeling.network import MTPNetwork
 
 @dataclass
 class Generation:
-    """What ``generate`` gives.
+    """What ``generate`` returns.
 
     Attributes:
         sequences: prompt and generated tokens, right-padded, [B, L] int64.
         num_steps: forward passes of the base that each row took part in, [B] int64.
         acceptance_length: tokens generated over steps for each row, [B] float64.
-        accepted_per_step: draft tokens kept in each step, one list a row. A row generated their sum plus its steps.
+        accepted_per_step: draft tokens accepted in each step, one list a row. A row generated their sum plus its steps.
         finish_reasons: ``stop`` at an end token, else ``length``, one a row.
-        seeds: each row's seed, with which it can be generated again by itself; None when decoding was greedy.
+        seeds: each row's seed, with which it can be generated again alone; None if decoding was greedy.
     """
 
     sequences: Tensor
@@ -67,7 +67,7 @@ def generate(
     ]
     if streamer is not None:
         if B != 1:
-            raise UsageError(f"a streamer takes one row, got {B}. Leave streamer out or give one prompt.")
+            raise UsageError(f"a streamer takes one row, got {B}.")
         streamer.put(prompts[0].cpu())
     new: list[list[int]] = [[] for _ in prompts]
     accepted: list[list[int]] = [[] for _ in prompts]
@@ -96,16 +96,7 @@ def generate(
 
 
 def check_input_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> None:
-    """Refuse a batch of prompts that is none.
-
-    Args:
-        input_ids: prompts, [B, L].
-        attention_mask: 1 at prompt tokens, 0 at padding, [B, L]; None: no padding.
-        vocab_size: V.
-
-    Raises:
-        UsageError: not a tensor of rows of token ids, a mask of another shape, or ids that the model does not have.
-    """
+    """Refuse prompts that are not rows of token ids of the model, and an attention mask of another shape."""
     if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.ndim != 2 or not len(input_ids):
         got = f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise UsageError(
@@ -119,10 +110,10 @@ def check_input_ids(input_ids: Tensor, attention_mask: Tensor | None, vocab_size
                 f"attention_mask must have the shape of input_ids, {list(input_ids.shape)},"
                 f" got {list(attention_mask.shape)}."
             )
-        ids = input_ids[attention_mask.bool().to(input_ids.device)]  # what stands at padding does not matter
+        ids = input_ids[attention_mask.bool().to(input_ids.device)]  # padding may be any number
     if not ids.numel():
         return  # an empty prompt: check_prompt says so
-    least, largest = torch.stack(ids.aminmax()).tolist()
-    if least < 0 or largest >= vocab_size:
-        wrong = least if least < 0 else largest
+    smallest, largest = torch.stack(ids.aminmax()).tolist()
+    if smallest < 0 or largest >= vocab_size:
+        wrong = smallest if smallest < 0 else largest
         raise UsageError(f"input_ids must be from 0 to {vocab_size - 1}, the model's vocabulary, got {wrong}.")

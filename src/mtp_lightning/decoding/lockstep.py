@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lockstep: processes that hold shards of one model decode different texts, and none waits for ever. No Lightning.
+"""Lockstep: processes that hold shards of one model decode different texts without a deadlock. No Lightning.
 
-Every forward pass of a sharded model needs all processes: each gathers the weights from the others. Decoding takes as many
-passes as the text asks for, so a process that is done early goes on with passes of no consequence until all are done.
+Every forward pass of a sharded model needs all processes: each gathers the weights from the others. The number of passes
+depends on the text, so a process that is done early runs dummy forward passes until all are done.
 """
 
 from __future__ import annotations
@@ -19,13 +19,9 @@ from mtp_lightning.modeling.network import MTPNetwork
 
 @contextlib.contextmanager
 def in_step(model: MTPNetwork) -> Iterator[None]:
-    """Within the block processes may run the model different numbers of times. All must enter and leave it.
+    """Within the block processes may run the model different numbers of times; all must enter and leave it.
 
-    Args:
-        model: the model; one that is not sharded needs no company, and nothing is done.
-
-    Yields:
-        Nothing.
+    A model that is not sharded needs no synchronisation.
     """
     if not model.is_sharded or torch.distributed.get_world_size() == 1:
         yield
@@ -44,5 +40,5 @@ def in_step(model: MTPNetwork) -> Iterator[None]:
     finally:
         handle.remove()
     while any_busy(False):
-        # One pass: the shortest text there is.
+        # A dummy pass: the shortest text possible.
         generate(model, torch.zeros(1, 1, dtype=torch.int64, device=device), max_new_tokens=1, decoding="autoregressive")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers that are a function of (row's seed, position, token) alone: the same in every batch, order and device.
+"""Random numbers that depend on (row's seed, position, token) alone: the same in every batch, order and device.
 
 With 64-bit integers that wrap around, and ``mix`` the finaliser of SplitMix64 (Steele, Lea and Flood 2014),
 
@@ -7,8 +7,8 @@ With 64-bit integers that wrap around, and ``mix`` the finaliser of SplitMix64 (
     bits = mix(key + (token + 1) * 0x9E3779B97F4A7C15)
     u    = (bits >> 12 + 0.5) / 2^52,   Gumbel noise = -log(-log u)
 
-Streams keep apart the uses of one position: 0 is the noise that draws tokens and couples drafts with them, 1 and 2 are the
-rejection rule's.
+Streams separate the uses of one position: 0 draws tokens and couples drafts with them; 1 and 2 accept drafts and draw
+replacements in rejection sampling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKEN_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM = 0, 1, 2
 
 
 def _signed(value: int) -> int:
-    """A number modulo 2^64, as the int64 with the same bits."""
+    """A number modulo 2^64 as the int64 with the same bits."""
     value %= 1 << 64
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -32,7 +32,7 @@ _FIRST, _SECOND = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def _xor_shift_(x: Tensor, shift: int) -> Tensor:
-    # int64's right shift keeps the sign: the copies of it are masked out.
+    # int64's right shift extends the sign: mask its copies out.
     return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1))
 
 
@@ -44,16 +44,7 @@ def _mix_(x: Tensor) -> Tensor:
 
 
 def noise_keys(seeds: Tensor, positions: Tensor, stream: int) -> Tensor:
-    """The key of each position.
-
-    Args:
-        seeds: one a row, [B] int64.
-        positions: absolute positions, not counting padding, [B, N] int64.
-        stream: which use of the position.
-
-    Returns:
-        [B, N] int64.
-    """
+    """The key of each position, [B, N] int64, from the rows' seeds [B] and absolute positions without padding [B, N]."""
     rows = _mix_(seeds + _signed(stream * _GOLDEN))
     return _mix_(rows[:, None] + positions * _POSITION)
 
@@ -69,15 +60,7 @@ def uniform_noise(keys: Tensor) -> Tensor:
 
 
 def gumbel_noise(keys: Tensor, tokens: int | Tensor) -> Tensor:
-    """Gumbel noise for each token at each position.
-
-    Args:
-        keys: [...] int64.
-        tokens: V, for the whole vocabulary; or the ids of some tokens, [N] int64.
-
-    Returns:
-        [..., V or N] float64.
-    """
+    """Gumbel noise [..., V or N] float64 of keys [...], for V tokens or for the token ids [N]."""
     ids = torch.arange(tokens, device=keys.device) if isinstance(tokens, int) else tokens
     return _uniform(_mix_(keys[..., None] + (ids + 1) * _GOLDEN)).log_().neg_().log_().neg_()
 
@@ -86,10 +69,10 @@ def row_seeds(seed: int | Sequence[int] | None, num_rows: int, first: int = 0) -
     """The seed of each row of a batch: row 0 has the seed itself, row r one made from (seed, r).
 
     Args:
-        seed: an int; or one a row, taken as they are; or None: one is drawn from torch's default generator, so that
+        seed: an int; or one for each row, used as they are; or None: one is drawn from torch's default generator, so that
             ``torch.manual_seed`` decides.
-        num_rows: rows.
-        first: number of the first row, where a batch is a part of a longer list.
+        num_rows: number of rows.
+        first: number of the first row, if a batch is a part of a longer list.
 
     Returns:
         int64 numbers.

@@ -2,10 +2,10 @@
 """RowCache: keys and values of a batch whose rows have different lengths, in buffers that are allocated ahead.
 
 Slot s of row r holds the token at position s of that row, and only its first ``lengths[r]`` slots count. A step writes its
-positions after them, each row at its own place; what is not kept is forgotten by leaving the length where it was, and the
-next step writes over it. So nothing is cropped, moved or copied, but when the buffers grow, and when a row has finished and
-another one takes its place. All layers keep all tokens: a sliding window is the mask's matter, and its layers are handed the
-slots that the window can reach.
+positions after them, each row at its own place; rejected drafts are dropped by not advancing the length, and the next step
+overwrites them. So nothing is cropped, moved or copied, except when the buffers grow, and when a row has finished and
+another one takes its place. All layers keep all tokens: sliding windows are left to the mask, and their layers get the slots
+that the window can reach.
 """
 
 from __future__ import annotations
@@ -38,18 +38,14 @@ class _Place:
         self._lines: dict[tuple[int, int], tuple[Tensor]] = {}
 
     def write_at(self, columns: Tensor) -> None:
-        """Let the next step write each row at slots of its own, [B, Q] int64."""
+        """Make the next step write each row at its own slots, [B, Q] int64."""
         self.begin, self.columns = None, columns
         self._lines.clear()
 
     def lines(self, extent: tuple[int, int]) -> tuple[Tensor]:
-        """Where the step's positions stand in a buffer [B, H, slots, head] that is seen as [B * H * slots, head].
+        """Index [B, H, Q] of the step's positions in a buffer [B, H, slots, head] viewed as [B * H * slots, head].
 
-        Args:
-            extent: its H and slots; layers that have the same share the index.
-
-        Returns:
-            The index, [B, H, Q] int64.
+        ``extent`` is (H, slots); layers with the same one share the index.
         """
         if extent not in self._lines:
             assert self.columns is not None
@@ -63,12 +59,7 @@ class _Place:
 
 
 class RowLayer(CacheLayerMixin):
-    """The keys and values of one layer.
-
-    Args:
-        place: where steps write.
-        window: the layer's sliding window, or None.
-    """
+    """The keys and values of one layer, with its sliding window or None."""
 
     is_croppable = False
     is_sliding = False
@@ -91,7 +82,7 @@ class RowLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write a step's keys and values; gives those that its queries may see, [B, H, W, head] each."""
+        """Write a step's keys and values; returns those that its queries may see, [B, H, W, head] each."""
         if self.keys is None:
             self.lazy_initialization(key_states, value_states)
         place = self.place
@@ -112,7 +103,7 @@ class RowLayer(CacheLayerMixin):
         return keys.narrow(2, first, size), values.narrow(2, first, size)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that a step sees, and the first one's slot; masks are made by ``StepMasks``, so nothing asks."""
+        """Keys that a step sees, and the first one's slot. Unused, since ``StepMasks`` makes the masks."""
         return self.place.end - self.place.first[self.window], self.place.first[self.window]
 
     def get_seq_length(self) -> int:
@@ -132,8 +123,8 @@ class RowCache(Cache):
         num_rows: rows B.
 
     Attributes:
-        fixed: whether steps read all slots, whatever rows hold, so that their shapes never change.
-        graphs: steps that were made ready for these buffers, by what they feed; gone when the buffers grow.
+        fixed: True if steps read all slots, whatever the lengths of rows, so that their shapes never change.
+        graphs: graphs of steps over these buffers, by what they feed; dropped when the buffers grow.
         lengths: tokens of each row that count.
         tokens: those tokens, and behind them what the last step fed, [B, capacity] int64.
     """
@@ -165,15 +156,11 @@ class RowCache(Cache):
         return sum(each.numel() * each.element_size() for each in buffers)
 
     def reserve(self, capacity: int, limit: int) -> None:
-        """Make room for so many slots; grows by a quarter at least, so that growth costs little in all.
-
-        Args:
-            capacity: slots needed.
-            limit: slots that will ever be needed.
-        """
+        """Allocate at least ``capacity`` slots, where ``limit`` is the most that will ever be needed."""
         old = self.capacity
         if capacity <= old:
             return
+        # Grow by a quarter at least, so that all copies together cost little.
         wanted = max(capacity, min(old + old // 4, limit))
         size = -(-wanted // CHUNK) * CHUNK
         self.graphs.clear()
@@ -181,17 +168,10 @@ class RowCache(Cache):
         for layer in self.layers:
             if layer.keys is not None:
                 layer.hold(_grown(layer.keys, 2, size), _grown(layer.values, 2, size))
-        self._place.capacity = size  # last: whoever stops it half-way (Ctrl-C, no memory left) may go on later
+        self._place.capacity = size  # last: if it is interrupted (Ctrl-C, out of memory), the next call completes it
 
     def reach(self, num_positions: int) -> tuple[dict[int | None, int], int]:
-        """The slots that the next step's queries can see.
-
-        Args:
-            num_positions: positions that it feeds, Q.
-
-        Returns:
-            For each window the first of them, and the end.
-        """
+        """The slots that the queries of a step of Q positions can see: the first one for each window, and the end."""
         if self.fixed:
             return dict.fromkeys(self.kinds, 0), self.capacity
         shortest = min(self.lengths)
@@ -199,13 +179,13 @@ class RowCache(Cache):
         return first, max(self.lengths) + num_positions
 
     def begin_step(self, num_positions: int, fed: Tensor, slots: Tensor | None) -> None:
-        """Say where the next forward pass writes: after the tokens that count.
+        """Set where the next forward pass writes, after the tokens that count, and record its tokens.
 
         Args:
             num_positions: positions that it feeds, Q.
             fed: its tokens, [B, T].
-            slots: lengths of the rows, [B, 1] int64; None where all are equal. Not None where steps read all slots: then
-                nothing else says where rows end.
+            slots: lengths of the rows, [B, 1] int64; None if all are equal. Required if ``fixed``: a graph reads the
+                lengths from it.
         """
         place = self._place
         place.first, place.end = self.reach(num_positions)
@@ -215,7 +195,7 @@ class RowCache(Cache):
             self.tokens[:, begin : begin + fed.shape[1]].copy_(fed)
             return
         columns = slots if num_positions == 1 else slots + torch.arange(num_positions, device=fed.device)
-        if self.fixed:  # a recording must know of the buffers alone, not of views that are kept beside them
+        if self.fixed:  # a graph may read the buffers only, not views of them that are replaced later
             rows = torch.arange(len(self.lengths), device=fed.device)[:, None]
             place.begin, place.columns, place.index = None, None, (rows, slice(None), columns)
             self.tokens[rows, columns[:, : fed.shape[1]]] = fed
@@ -224,28 +204,20 @@ class RowCache(Cache):
         self.tokens.scatter_(1, columns.narrow(1, 0, fed.shape[1]), fed)
 
     def wipe(self) -> None:
-        """Zero the slots behind the tokens that count: steps that read all slots would spread a NaN from there."""
+        """Zero the slots after the tokens that count: steps that read all slots would spread a NaN from there."""
         for layer in self.layers:
             if layer.keys is not None:
                 layer.keys[:, :, min(self.lengths) :].zero_()
                 layer.values[:, :, min(self.lengths) :].zero_()
 
     def rewind(self, tokens: list[int]) -> None:
-        """Keep of a single row what it has in common with the beginning of another text.
-
-        Args:
-            tokens: the text; its last token is never kept, for something has to be fed.
-        """
+        """Keep of a single row its common prefix with another text, without that text's last token, which has to be fed."""
         held = self.tokens[0, : self.lengths[0]].tolist()
         pairs = zip(held, tokens[:-1], strict=False)
         self.lengths[0] = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(tokens) - 1))
 
     def keep_rows(self, sources: list[int]) -> None:
-        """Go on with fewer rows.
-
-        Args:
-            sources: which row becomes row 0, 1, ..; a row that stays in its place is not copied.
-        """
+        """Continue with fewer rows: row ``sources[r]`` becomes row r. One that stays in place is not copied."""
         moved = [(target, source) for target, source in enumerate(sources) if source != target]
         if moved:
             targets, origins = torch.tensor(moved, device=self.tokens.device).unbind(1)
@@ -262,7 +234,7 @@ class RowCache(Cache):
 
 
 def _grown(buffer: Tensor, dim: int, size: int) -> Tensor:
-    if buffer.shape[dim] >= size:  # grown already, when others were not
+    if buffer.shape[dim] >= size:  # has grown in a call that was interrupted
         return buffer
     shape = list(buffer.shape)
     shape[dim] = size

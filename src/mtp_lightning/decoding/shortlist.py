@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shortlist: the unembedding of the tokens that drafts are chosen from, where these are a part of the vocabulary.
+"""Shortlist: the unembedding of the tokens that drafts are chosen from, a part of the vocabulary.
 
-A token that is not listed is never proposed, and nothing else changes: verification reads the whole vocabulary. The idea is
+A token that is not listed is never drafted, and nothing else changes: verification uses the whole vocabulary. The idea is
 that of FR-Spec (Zhao et al. 2025, arXiv 2502.14856): few tokens make up most of any text.
 """
 
@@ -35,28 +35,19 @@ class Shortlist:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., N] of hidden states [..., D]."""
-        if is_autocast(hidden.device):  # which knows nothing of weights that are laid out beforehand
+        if is_autocast(hidden.device):  # would not cast packed weights
             return self.unembed(hidden).index_select(-1, self.tokens)
         return self.unembed.scale_and_cap(self.linear(hidden))
 
     def spread(self, scores: Tensor) -> Tensor:
-        """Scores [..., N] as those of the whole vocabulary, [..., V]: no chance for what is not listed."""
+        """Scores [..., N] as those of the whole vocabulary, [..., V]: -inf for tokens that are not listed."""
         whole = scores.new_full((*scores.shape[:-1], self.unembed.vocab_size), float("-inf"))
         return whole.index_copy_(-1, self.tokens, scores)
 
 
 def shortlist_size(counts: LabelCounts | None, vocab_size: int, asked: int | Literal["auto", "all"]) -> int:
-    """How many tokens drafts are chosen from.
-
-    Args:
-        counts: labels in training, or None.
-        vocab_size: V.
-        asked: a number; ``all``; or ``auto``: as many as have nearly all labels, where that is half of the tokens at most.
-
-    Returns:
-        A number from 1 to V.
-    """
+    """The number of tokens that drafts are chosen from, 1 to V, for the option ``draft_vocabulary``."""
     if asked == "auto":
-        usual = vocab_size if counts is None else counts.default_size
-        return usual if 2 * usual <= vocab_size else vocab_size
+        size = vocab_size if counts is None else counts.default_size
+        return size if 2 * size <= vocab_size else vocab_size
     return vocab_size if asked == "all" else min(asked, vocab_size)

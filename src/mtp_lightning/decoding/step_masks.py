@@ -62,15 +62,7 @@ class StepLayout(NamedTuple):
 
 
 def step_pattern(layout: StepLayout, device: torch.device) -> AttentionPattern:
-    """Who sees whom among the positions that a step feeds; position ids count from the step's first token.
-
-    Args:
-        layout: the step's layout.
-        device: device of the result.
-
-    Returns:
-        The pattern, [1, Q] each.
-    """
+    """Who sees whom among the positions that a step feeds, [1, Q]; position ids count from the step's first token."""
     limits, blocks, positions = (list(range(layout.num_tokens)), [-1] * layout.num_tokens, list(range(layout.num_tokens)))
     for number, (start, masks) in enumerate(layout.blocks):
         limits += [start] * masks

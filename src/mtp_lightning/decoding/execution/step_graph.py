@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""StepGraph: a decoding step as one graph, from the tokens it feeds to the next drafts, with nothing left to Python.
+"""StepGraph: a decoding step as one graph, from the tokens it feeds to the next drafts, without Python in between.
 
-A graph is a recording of the operations of one step over buffers that stay where they are. So all that changes from step
+A graph is a recording of the operations of one step over buffers at fixed addresses. So everything that changes from step
 to step must be in these buffers, and shapes must not change: a step reads all slots of the cache, and its mask says which
 count. On a GPU the recording is a CUDA graph of the same kernels; on a CPU it is compiled by ``torch.compile``.
 """
@@ -24,24 +24,17 @@ from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.modeling.network import MTPNetwork
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select"}
-"""Operations after which the host, or a shape, depends on what tensors hold."""
+"""Operations that make the host, or a shape, depend on the values of tensors."""
 COPIES = {"lift_fresh", "lift_fresh_copy"}
-"""Tensors made from numbers of the host, which a CUDA graph can't hold."""
-HOST = "some layer decides on the host what to do next, which a recording can't follow."
+"""Tensors made from numbers of the host, which a CUDA graph can't contain."""
+HOST = "a layer decides on the host what to do next, which a recording can't follow."
 
 Step = Callable[..., tuple[Tensor, ...]]
 Replay = Callable[[], tuple[Tensor, ...]]
 
 
 def recorded(step: Step, inputs: Sequence[Tensor]) -> Step:
-    """The operations of a step, one after another.
-
-    Args:
-        step: takes the inputs; what else it reads must be buffers that stay.
-        inputs: what to record it with.
-
-    Returns:
-        The recording, which takes other inputs of these shapes.
+    """Record a step with example inputs; the recording takes other inputs of these shapes.
 
     Raises:
         RuntimeError: the step can't be recorded.
@@ -55,15 +48,7 @@ def recorded(step: Step, inputs: Sequence[Tensor]) -> Step:
 
 
 def compiled(step: Step, inputs: Sequence[Tensor]) -> Replay:
-    """A step compiled for a CPU.
-
-    Args:
-        step: see ``recorded``.
-        inputs: buffers that the step will read each time.
-
-    Returns:
-        Runs it.
-    """
+    """Compile a step for a CPU; ``inputs`` are buffers that it reads at each run."""
     recording = recorded(step, inputs)
     _compare(step, lambda: recording(*inputs), inputs)
     run = torch.compile(recording, dynamic=False, fullgraph=True)
@@ -72,25 +57,17 @@ def compiled(step: Step, inputs: Sequence[Tensor]) -> Replay:
 
 
 def cuda_graph(step: Step, inputs: Sequence[Tensor]) -> Replay:
-    """A step as a CUDA graph.
-
-    Args:
-        step: see ``recorded``.
-        inputs: buffers that the step will read each time.
-
-    Returns:
-        Runs it. What it gives is overwritten by the next run.
-    """
-    recorded(step, inputs)  # refuses what a capture would fail at half-way
+    """Capture a step as a CUDA graph; ``inputs`` are buffers that it reads, and its outputs are overwritten, at each run."""
+    recorded(step, inputs)  # refuses what would fail in the middle of a capture
     with torch.cuda.device(inputs[0].device):
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what kernels make ready at their first call must not be recorded
+        with torch.cuda.stream(aside):  # what kernels allocate at their first call must not be recorded
             for _ in range(2):
                 step(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # The outer one puts the stream back where a capture fails; other threads may go on using the device.
+        # The outer context restores the stream if a capture fails; other threads may continue to use the device.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = step(*inputs)
 
@@ -103,7 +80,7 @@ def cuda_graph(step: Step, inputs: Sequence[Tensor]) -> Replay:
 
 
 def _compare(step: Step, replay: Replay, inputs: Sequence[Tensor]) -> None:
-    """Refuse a recording that does not do what the step does with other tokens than it was made with."""
+    """Refuse a recording that differs from the step on other tokens than those it was made with."""
     tokens = inputs[0]
     tokens.copy_(torch.arange(1, 1 + tokens.numel(), device=tokens.device).view_as(tokens))
     expected = [each.clone() for each in step(*inputs) if not each.is_floating_point()]
