@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bigram import bigram_base, bigram_text, planted_drafts
+from bigram import bigram_base, planted_drafts
 from prompt_results import result
 
 from mtp_lightning.decoding import loop as decoding
@@ -50,7 +50,7 @@ def test_results_against_plain_loops(model: MTPModel, decoding_kind: Any) -> Non
         assert (r.domain, r.num_tokens, r.num_steps) == (prompt.domain, 20, len(r.accepted_per_step))
         assert r.num_tokens == sum(r.accepted_per_step) + r.num_steps
         assert (r.lossless, r.difference, r.speed_up) == (None, None, None)
-        assert r.seconds > 0
+        assert r.seconds > 0 and r.repeated_8grams == 0
     assert [r.prompt_index for r in results] == list(range(5))
     accepted = {count for r in results for count in r.accepted_per_step}
     assert accepted == {0} if decoding_kind == "autoregressive" else accepted >= {0, 1, 2}
@@ -146,13 +146,3 @@ def test_summary_with_missing_values() -> None:
     forced = summarise([result(0)], {"acceptance_length": math.nan, "reference": math.nan})["forced"]
     assert set(forced.values()) == {None}
     assert summarise([])["overall"]["acceptance_length"] is None
-
-
-@pytest.mark.parametrize("cycle", [3, 12, VOCAB])
-def test_looping_text_counts_as_repeating(cycle: int) -> None:
-    model = MTPModel(bigram_base(VOCAB, cycle), 3, LoRA(rank=2)).eval()
-    (r,) = evaluate_prompts(model, [Prompt("", [5], "")], replace(OPTIONS, max_new_tokens=40))
-    text = bigram_text(5, 40, VOCAB, cycle)
-    grams = [text[i : i + 8] for i in range(33)]
-    assert r.repeated_8grams == sum(grams[i] in grams[:i] for i in range(33)) / 33
-    assert summarise([r])["overall"]["non_repeating"]["num_prompts"] == (cycle == VOCAB)

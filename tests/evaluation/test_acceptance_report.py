@@ -13,7 +13,6 @@ from rich.console import Console
 from mtp_lightning.evaluation.acceptance import summarise
 from mtp_lightning.evaluation.acceptance_report import print_table, save_plot
 from mtp_lightning.evaluation.losslessness import Difference
-from mtp_lightning.saving.model_card import acceptance_text, card_figures
 
 
 def printed(summary: dict[str, Any]) -> str:
@@ -44,12 +43,3 @@ def test_plot_for_any_number_of_domains(num_domains: int, tmp_path: Path) -> Non
     save_plot(summarise([result(i, domain, (0, 2, 1)) for i, domain in enumerate(domains)]), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_the_card_says_how_tokens_were_chosen() -> None:
-    options = {"decoding": "linear", "num_masks": 2, "sampler_head": True, "max_new_tokens": 9}
-    latest = {"prompts": "p.txt", "options": options, **summarise([result(0)])}
-    assert "at most 9 tokens each: linear decoding, 2 masks, sampler head, greedy." in acceptance_text(card_figures(latest))
-    options |= {"max_steps": 5, "temperature": 0.7}
-    text = acceptance_text(card_figures(latest))
-    assert "at most 9 tokens and 5 steps each: linear decoding, 2 masks, sampler head, temperature 0.7." in text
