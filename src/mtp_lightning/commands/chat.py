@@ -56,17 +56,7 @@ def _read_template(name: str | None) -> str | None:
 def open_conversation(
     model: MTPModel, arguments: DecodingArguments, template: str | None, system: str | None = None
 ) -> Conversation:
-    """A conversation with the options of the command line.
-
-    Args:
-        model: the model.
-        arguments: how to decode.
-        template: text of a chat template, or None for the base's own.
-        system: the system message.
-
-    Raises:
-        UsageError: there is no chat template, or a wrong option.
-    """
+    """A conversation with the options of the command line; the template is a text, or None for the base's own."""
     resolve_num_masks(model, arguments.options())  # an error shows before the first message
     if model.tokenizer is None:
         raise UsageError("mtp chat needs a tokenizer, and the model was saved without one.")
@@ -84,9 +74,7 @@ def open_conversation(
 def run_conversation(conversation: Conversation) -> None:
     """Read messages from standard input and print answers until there are no more.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C where standard input is not a terminal and no answer is being written.
-        RunError: standard input is not a terminal, and one of its messages could not be answered.
+    In a terminal, Ctrl-C at the prompt does not leave, and a message that can't be answered is not an error of the command.
     """
     terminal = sys.stdin.isatty()
     num_messages = num_unanswered = 0

@@ -24,12 +24,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def check_configuration(path: str) -> None:
-    """Refuse a file that is not a configuration, with the file's name, which the parser does not say.
-
-    Raises:
-        RunError: the file is missing or can't be read.
-        UsageError: it is not YAML, has a key twice, or a single value in the place of a group of keys.
-    """
+    """Refuse a file that is not a configuration, with the file's name, which the parser's errors don't have."""
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, _UniqueKeys)
