@@ -23,11 +23,7 @@ def check_prompt(length: int, context: int) -> None:
 
 
 def resolve_num_masks(model: MTPNetwork, options: DecodingOptions) -> int:
-    """The largest number of masks J in a block that the options allow, 0 for autoregressive decoding.
-
-    Raises:
-        UsageError: J outside 1..k.
-    """
+    """The largest block that the options allow, J masks; 0 for autoregressive decoding. UsageError: J outside 1..k."""
     if options.decoding == "autoregressive":
         return 0
     if options.num_masks == "auto":
@@ -43,10 +39,7 @@ def resolve_num_masks(model: MTPNetwork, options: DecodingOptions) -> int:
 def resolve_auto(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions:
     """The options with numbers in place of ``auto``: k masks and the whole vocabulary, as the paper's protocol has it.
 
-    Their steps do not depend on the machine.
-
-    Raises:
-        UsageError: J outside 1..k.
+    Their steps do not depend on the machine. UsageError: J outside 1..k.
     """
     masks = resolve_num_masks(model, options)
     if options.decoding == "autoregressive":

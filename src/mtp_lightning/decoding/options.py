@@ -82,11 +82,7 @@ class DecodingOptions:
 
     @classmethod
     def from_kwargs(cls, options: Mapping[str, Any]) -> DecodingOptions:
-        """The options given by a call's keywords.
-
-        Raises:
-            UsageError: an unknown name, or a wrong value.
-        """
+        """The options given by a call's keywords. UsageError: an unknown name, or a wrong value."""
         known = option_names()
         for name in options:
             if name not in known:

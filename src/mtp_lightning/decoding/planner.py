@@ -145,11 +145,7 @@ def calibration(
 
 @torch.inference_mode()
 def calibrate(model: MTPNetwork, options: DecodingOptions) -> None:
-    """Measure what steps cost if ``auto`` needs it, so that a clock that starts now does not count it.
-
-    Raises:
-        UsageError: J outside 1..k.
-    """
+    """Measure what steps cost if ``auto`` needs it, so that a clock that starts now does not count it."""
     resolve_num_masks(model, options)
     if uses_auto(model, options):
         decode_cache(model).prepare(model)

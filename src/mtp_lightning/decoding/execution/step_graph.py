@@ -34,11 +34,7 @@ Replay = Callable[[], tuple[Tensor, ...]]
 
 
 def recorded(step: Step, inputs: Sequence[Tensor]) -> Step:
-    """Record a step with example inputs; the recording takes other inputs of these shapes.
-
-    Raises:
-        RuntimeError: the step can't be recorded.
-    """
+    """Record a step with example inputs; the recording takes other inputs of these shapes. RuntimeError: it can't be."""
     with packed_linear.as_operators():
         graph = make_fx(step)(*inputs)
     refused = WAITS | COPIES if inputs[0].is_cuda else WAITS
