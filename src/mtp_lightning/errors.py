@@ -17,14 +17,9 @@ class RunError(MTPError, RuntimeError):
 
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """Another library's error on one line, to quote it in a message of ours.
+    """Another library's error or message on one line, without its final period, cut after a word at ``limit`` characters.
 
-    Args:
-        error: the error or its message.
-        limit: maximum number of characters; a longer message is cut after a word.
-
-    Returns:
-        The message without its final period; of an error without a message the name of its class.
+    An error without a message gives the name of its class.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) > limit:

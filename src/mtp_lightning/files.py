@@ -18,16 +18,9 @@ PART = ".part"
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that replaces ``path`` once it is complete and on the disk.
+    """Open a binary file for writing that replaces ``path`` once it is complete and on the disk; its folder is created.
 
-    Args:
-        path: the file; its folder is created.
-
-    Yields:
-        The binary file to write to.
-
-    Raises:
-        RunError: the operating system could not write it; the previous file, if any, is intact.
+    RunError if the operating system could not write it; the previous file, if any, is intact.
     """
     path = Path(path)
     part = path.with_name(path.name + PART)
@@ -51,16 +44,9 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Create a folder that replaces ``path``, with all that is in it, once it is complete.
+    """Create a folder, next to ``path``, that replaces it with all that is in it once it is complete.
 
-    Args:
-        path: the folder; its parents are created.
-
-    Yields:
-        The temporary folder to write to, next to ``path``.
-
-    Raises:
-        RunError: the operating system could not write it; the previous folder, if any, is intact.
+    RunError if the operating system could not write it; the previous folder, if any, is intact.
     """
     path = path.absolute()
     part, previous = (path.with_name(f".{path.name}.{suffix}{PART}") for suffix in ("new", "old"))

@@ -10,19 +10,7 @@ from mtp_lightning.errors import RunError, one_line
 
 
 def read_json(text: str, source: str, line: int = 1) -> Any:
-    """The value of JSON text.
-
-    Args:
-        text: JSON.
-        source: the file's name, for messages.
-        line: number of the line in the file where the text begins.
-
-    Returns:
-        Its value.
-
-    Raises:
-        RunError: not JSON, or too deeply nested or too long a number for Python.
-    """
+    """The value of JSON text that begins at a line of the source; RunError if it is not JSON or Python can't read it."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -16,17 +16,11 @@ from mtp_lightning.errors import MTPError, UsageError, one_line
 
 
 class Command(NamedTuple):
-    """A command; its module is imported when it is called, as torch and Lightning take seconds to import.
+    """A command; its module is imported when it is called, as torch and Lightning take seconds to import."""
 
-    Attributes:
-        help: text for ``mtp --help``.
-        module: module in this package.
-        function: function in the module that takes the command's options.
-    """
-
-    help: str
-    module: str
-    function: str
+    help: str  # text for ``mtp --help``
+    module: str  # module in this package
+    function: str  # function in the module that takes the command's options
 
 
 COMMANDS = {

@@ -40,27 +40,16 @@ class Task(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What one process is to answer, and how.
+    """What one process is to answer, and how."""
 
-    Attributes:
-        tasks: the prompts by their row's id.
-        num_too_long: prompts that leave no token for an answer.
-        context: number of positions that the base was made for.
-        tokenizer: the base's.
-        base_model: name of the base.
-        revision: its hub revision.
-        answers: how answers are drawn.
-        endpoint: the server that answers, if any.
-    """
-
-    tasks: dict[str | int, Task]
-    num_too_long: int
-    context: int
-    tokenizer: Any
-    base_model: str
-    revision: str | None
-    answers: AnswerOptions
-    endpoint: EndpointOptions
+    tasks: dict[str | int, Task]  # the prompts by their row's id
+    num_too_long: int  # prompts that leave no token for an answer
+    context: int  # number of positions that the base was made for
+    tokenizer: Any  # the base's
+    base_model: str  # name of the base
+    revision: str | None  # its hub revision
+    answers: AnswerOptions  # how answers are drawn
+    endpoint: EndpointOptions  # the server that answers, if any
 
 
 def run_distill(args: list[str]) -> None:
@@ -162,16 +151,7 @@ def shard_path(output: str, shard: int, num_shards: int) -> Path:
 def base_of(model: str, base_model: str | None = None, revision: str | None = None) -> tuple[str, str | None]:
     """Name and revision of the base that a checkpoint or saved folder was trained on; any other name is a base itself.
 
-    Args:
-        model: a base, a ``.ckpt`` file, or a saved folder, here or on the hub.
-        base_model: where the base is now, if it moved.
-        revision: hub revision, if it is not the one named there.
-
-    Returns:
-        The base and its revision.
-
-    Raises:
-        RunError: the file or folder can't be read.
+    The given ones replace those that the file or folder names; RunError if it can't be read.
     """
     path = Path(resolve(model))
     if path.suffix == ".ckpt":

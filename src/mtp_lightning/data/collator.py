@@ -16,20 +16,13 @@ class MaskedInputCollator:
     """Makes a batch of rows drawn in one epoch. It holds plain values only, so that worker processes can receive it.
 
     The block starts depend on the seed, the rows and their epoch, so the same draws give the same batch in any process.
-
-    Args:
-        num_masks: K.
-        block_fraction: share of the eligible starts that get a block.
-        max_blocks_per_row: upper bound of blocks in a row, or None.
-        seed: seed of the starts.
-        context: the base's context, or None.
     """
 
-    num_masks: int
-    block_fraction: float = 1.0
-    max_blocks_per_row: int | None = None
-    seed: int = 0
-    context: int | None = None
+    num_masks: int  # K
+    block_fraction: float = 1.0  # share of the eligible starts that get a block
+    max_blocks_per_row: int | None = None  # upper bound of blocks in a row, or None
+    seed: int = 0  # seed of the starts
+    context: int | None = None  # the base's context, or None
 
     def __call__(self, drawn: Sequence[DrawnRow]) -> MaskedInput:
         """The batch."""

@@ -17,43 +17,25 @@ because it has fewer than two tokens, or because no token after the first carrie
 
 
 class Tokens(NamedTuple):
-    """Rows as flat arrays.
+    """Rows as flat arrays."""
 
-    Attributes:
-        ids: token ids of all rows, one after another, [T] int.
-        loss: True where a token carries loss, [T] bool.
-        lengths: tokens of each row, [n] int64.
-        splittable: rows that may be split into pieces, [n] bool.
-    """
-
-    ids: np.ndarray
-    loss: np.ndarray
-    lengths: np.ndarray
-    splittable: np.ndarray
+    ids: np.ndarray  # token ids of all rows, one after another, [T] int
+    loss: np.ndarray  # True where a token carries loss, [T] bool
+    lengths: np.ndarray  # tokens of each row, [n] int64
+    splittable: np.ndarray  # rows that may be split into pieces, [n] bool
 
 
 class Documents(NamedTuple):
-    """Documents as flat arrays.
+    """Documents as flat arrays."""
 
-    Attributes:
-        ids: token ids of all documents, one after another, [T] int.
-        loss: True where a token carries loss, [T] bool.
-        lengths: tokens of each document, [m] int64.
-        rows: index of the row that each comes from, [m] int64.
-        outcomes: ``FITS``, ``SPLIT``, .., [m] int8.
-        tokens_lost: tokens of the row that are in no document, counted at its first one, [m] int64.
-        loss_tokens: tokens that carry loss, [m] int64.
-        eligible_starts: tokens whose next token carries loss, [m] int64.
-    """
-
-    ids: np.ndarray
-    loss: np.ndarray
-    lengths: np.ndarray
-    rows: np.ndarray
-    outcomes: np.ndarray
-    tokens_lost: np.ndarray
-    loss_tokens: np.ndarray
-    eligible_starts: np.ndarray
+    ids: np.ndarray  # token ids of all documents, one after another, [T] int
+    loss: np.ndarray  # True where a token carries loss, [T] bool
+    lengths: np.ndarray  # tokens of each document, [m] int64
+    rows: np.ndarray  # index of the row that each comes from, [m] int64
+    outcomes: np.ndarray  # ``FITS``, ``SPLIT``, .., [m] int8
+    tokens_lost: np.ndarray  # tokens of the row that are in no document, counted at its first one, [m] int64
+    loss_tokens: np.ndarray  # tokens that carry loss, [m] int64
+    eligible_starts: np.ndarray  # tokens whose next token carries loss, [m] int64
 
 
 def cut_rows(tokens: Tokens, max_length: int) -> Documents:

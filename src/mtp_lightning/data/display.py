@@ -20,37 +20,22 @@ STYLES = {NO_LOSS: "dim", LOSS: "green", START: "bold black on yellow"}
 
 
 class Piece(NamedTuple):
-    """Neighbouring tokens of one role.
+    """Neighbouring tokens of one role."""
 
-    Attributes:
-        document: index of their document in the row.
-        loss: the tokens carry loss: the token before each in the document predicts it, and that counts.
-        start: a block follows the (only) token.
-        token_ids: the tokens.
-    """
-
-    document: int
-    loss: bool
-    start: bool
-    token_ids: list[int]
+    document: int  # index of their document in the row
+    loss: bool  # the tokens carry loss: the token before each in the document predicts it, and that counts
+    start: bool  # a block follows the (only) token
+    token_ids: list[int]  # the tokens
 
 
 class StepSize(NamedTuple):
-    """What one optimizer step holds on one device.
+    """What one optimizer step holds on one device."""
 
-    Attributes:
-        rows: rows.
-        tokens: tokens, without padding.
-        loss_tokens: tokens that carry loss.
-        blocks: blocks of masks.
-        positions: positions that are computed, NTP and MTP, padding included.
-    """
-
-    rows: int
-    tokens: int
-    loss_tokens: int
-    blocks: int
-    positions: int
+    rows: int  # rows
+    tokens: int  # tokens, without padding
+    loss_tokens: int  # tokens that carry loss
+    blocks: int  # blocks of masks
+    positions: int  # positions that are computed, NTP and MTP, padding included
 
 
 def row_pieces(batch: MaskedInput, row: int) -> list[Piece]:
@@ -119,14 +104,7 @@ def show_rows(batches: Sequence[MaskedInput], tokenizer: Any, console: Console, 
 
 
 def show_steps(steps: Sequence[Sequence[MaskedInput]], devices: int, steps_in_epoch: int, console: Console) -> None:
-    """Print what optimizer steps hold.
-
-    Args:
-        steps: the batches of some steps, of one device.
-        devices: number of devices that share a step.
-        steps_in_epoch: optimizer steps of an epoch.
-        console: where to print.
-    """
+    """Print what optimizer steps hold, given the batches of some steps on one device."""
     sizes = [step_size(batches) for batches in steps]
     total = StepSize(*(sum(values) for values in zip(*sizes, strict=True)))
     console.print(

@@ -29,17 +29,11 @@ _PARALLEL_FROM = 20_000
 
 
 class Encoder(NamedTuple):
-    """How rows become documents.
+    """How rows become documents."""
 
-    Attributes:
-        tokenizer: the base's tokenizer.
-        max_length: maximum tokens in a document.
-        chat_template: source of a chat template, or None for the base's own.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    chat_template: str | None = None
+    tokenizer: PreTrainedTokenizerBase  # the base's tokenizer
+    max_length: int  # maximum tokens in a document
+    chat_template: str | None = None  # source of a chat template, or None for the base's own
 
 
 def encode_dataset(rows: Dataset, source: str, encoder: Encoder, workers: int = 0) -> Dataset:

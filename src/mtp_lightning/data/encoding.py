@@ -30,17 +30,11 @@ if TYPE_CHECKING:
 
 
 class EncodedRow(NamedTuple):
-    """A row as tokens.
+    """A row as tokens."""
 
-    Attributes:
-        input_ids: token ids.
-        loss: for each token, True if it carries loss.
-        splittable: True if a row that is too long may be cut into pieces (plain text); otherwise its end is dropped.
-    """
-
-    input_ids: list[int]
-    loss: list[bool]
-    splittable: bool
+    input_ids: list[int]  # token ids
+    loss: list[bool]  # for each token, True if it carries loss
+    splittable: bool  # True if a row that is too long may be cut into pieces (plain text); otherwise its end is dropped
 
 
 def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> EncodedRow:

@@ -27,17 +27,8 @@ class RowSampler(Sampler[list[Draw]]):
     have the same number of batches. No row is dropped and none is drawn twice: the last global batch may be smaller, and
     a rank for which it holds no row gets a blank copy of one (no loss, nothing counted).
 
-    Args:
-        lengths: tokens of each row, [n] int.
-        batch_size: rows per batch and rank.
-        seed: seed of the order.
-        rank: index of this rank.
-        world: number of ranks.
-        bucketed: form batches of rows of similar length, within windows of at most ``MAX_BUCKET_BATCHES`` batches.
-
-    Attributes:
-        epoch: the epoch of the next iterator.
-        begin: the batch that it begins with.
+    ``lengths`` are the tokens of each row, [n] int. If ``bucketed``, rows of similar length form a batch, within windows of
+    at most ``MAX_BUCKET_BATCHES`` batches. An iterator begins with batch ``begin`` of epoch ``epoch``.
     """
 
     def __init__(
@@ -96,12 +87,9 @@ class WindowedLoader:
     epoch and the number of batches delivered, the same on all ranks. The sampler skips batches delivered before without
     reading them; only the open window is read again, for its counts.
 
-    Args:
-        loader: loads batches; its batch sampler is a ``RowSampler``.
-        accumulate: batches in an optimizer step, or a function that returns it at the start of each epoch.
-        limit: batches used of an epoch, or None for all. The length stays that of the whole epoch.
-        constant: every epoch is epoch 0, from its beginning: for validation.
-        epoch: the epoch to begin with.
+    ``accumulate`` may be a function that returns it at the start of each epoch. ``limit`` batches are used of an epoch
+    (None: all); the length stays that of the whole epoch. With ``constant`` every epoch is epoch 0, from its beginning: for
+    validation.
     """
 
     def __init__(

@@ -16,14 +16,8 @@ def pack(lengths: np.ndarray, max_length: int, window: int = WINDOW) -> tuple[np
 
     ``lengths [3, 5, 2, 4], max_length 7 -> order [1, 2, 0, 3], offsets [0, 2, 4]``: documents 1 and 2, then 0 and 3.
 
-    Args:
-        lengths: tokens of each document, at most ``max_length``, [n] int.
-        max_length: maximum tokens in a row.
-        window: documents that are packed together.
-
-    Returns:
-        The documents in the order of the rows, [n] int64, and where each row begins and the last one ends,
-        [rows + 1] int64. Documents of a row keep their order.
+    Returns the documents in the order of the rows, [n] int64, and where each row begins and the last one ends,
+    [rows + 1] int64. Documents of a row keep their order.
     """
     order: list[int] = []
     offsets = [0]

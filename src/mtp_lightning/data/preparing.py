@@ -33,33 +33,19 @@ _HOLD_OUT_SEED = 20250716  # fixed: another data.seed must not move rows between
 
 @dataclass
 class Report:
-    """What became of the rows that were read.
+    """What became of the rows that were read."""
 
-    Attributes:
-        rows_read: rows of fields.
-        skipped: reason -> rows skipped.
-        cut: rows of plain text that became several documents.
-        truncated: other rows that lost their end.
-        tokens_lost: tokens past ``max_length``, and tails of one token.
-        documents: distinct documents in the rows.
-        rows: rows of an epoch; a mix repeats documents, packing puts several in a row.
-        tokens: tokens of an epoch.
-        loss_tokens: those that carry loss.
-        eligible_starts: positions whose next token carries loss.
-        padding_share: share of a batch's positions that is padding; filled in where batches are formed.
-    """
-
-    rows_read: int = 0
-    skipped: dict[str, int] = field(default_factory=dict)
-    cut: int = 0
-    truncated: int = 0
-    tokens_lost: int = 0
-    documents: int = 0
-    rows: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
-    eligible_starts: int = 0
-    padding_share: float = 0.0
+    rows_read: int = 0  # rows of fields
+    skipped: dict[str, int] = field(default_factory=dict)  # reason -> rows skipped
+    cut: int = 0  # rows of plain text that became several documents
+    truncated: int = 0  # other rows that lost their end
+    tokens_lost: int = 0  # tokens past ``max_length``, and tails of one token
+    documents: int = 0  # distinct documents in the rows
+    rows: int = 0  # rows of an epoch; a mix repeats documents, packing puts several in a row
+    tokens: int = 0  # tokens of an epoch
+    loss_tokens: int = 0  # those that carry loss
+    eligible_starts: int = 0  # positions whose next token carries loss
+    padding_share: float = 0.0  # share of a batch's positions that is padding; filled in where batches are formed
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -98,26 +84,12 @@ def prepare(
     max_held_out: int | None = None,
     workers: int = 0,
 ) -> tuple[Prepared, Prepared | None]:
-    """Token rows of the sources, and those held out of them.
+    """Rows to draw from, and those held out of them or None; RunError if a source cannot be read or no row is left.
 
-    Args:
-        sources: one source, several, or a weighted mix.
-        tokenizer: the base's tokenizer.
-        max_length: maximum tokens in a row.
-        name: the config key, for messages.
-        chat_template: source of a chat template, or None for the base's own.
-        packing: put several documents in a row.
-        max_rows: maximum rows to read, evenly spaced over the sources.
-        seed: seed of the mix.
-        held_out: share of the rows read that is held out, the same rows for every seed; a mix does not repeat them.
-        max_held_out: maximum held-out documents to keep, evenly spaced.
-        workers: processes that encode a large dataset.
-
-    Returns:
-        Rows to draw from, and the held-out rows or None.
-
-    Raises:
-        RunError: the sources cannot be read, or no row is left.
+    Of more than ``max_rows`` rows that many are read, evenly spaced over the sources. The share ``held_out`` of the rows
+    read is the same for every ``seed`` (of the mix), and a mix does not repeat it; at most ``max_held_out`` of its documents
+    are kept, evenly spaced. ``name`` is the config key, for messages; ``chat_template`` a template's source, None for the
+    base's own; ``workers`` processes encode a large dataset.
     """
     weights = weights_of(sources, name)
     parts = [(source, part) for source in weights for part in read_source(source)]

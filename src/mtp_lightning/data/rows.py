@@ -21,17 +21,11 @@ FINGERPRINT_ROWS = 64
 
 
 class Draw(NamedTuple):
-    """What a sampler asks for. It carries the epoch, because worker processes have no other way to learn it.
+    """What a sampler asks for. It carries the epoch, because worker processes have no other way to learn it."""
 
-    Attributes:
-        row: index of the row.
-        epoch: the epoch in which it is drawn.
-        blank: without any loss: gives a rank a batch when there are no rows left for it.
-    """
-
-    row: int
-    epoch: int = 0
-    blank: bool = False
+    row: int  # index of the row
+    epoch: int = 0  # the epoch in which it is drawn
+    blank: bool = False  # without any loss: gives a rank a batch when there are no rows left for it
 
 
 class DrawnRow(NamedTuple):
@@ -107,19 +101,12 @@ def column(documents: Dataset, name: str) -> np.ndarray:
 
 
 def weighted_mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:
-    """Indices of the items of a weighted mix that holds every item at least once.
+    """Indices of the items of a weighted mix that holds every item at least once, [n] int64, source after source.
 
-    Sources with fewer items than their share are repeated, whole copies first and then a seeded draw.
+    ``sizes`` are the items of each source, numbered source after source; ``weights`` may have any sum. Sources with fewer
+    items than their share are repeated, whole copies first and then a seeded draw.
 
     ``sizes [2, 3], weights [1, 1] -> [0, 1, x, 2, 3, 4]`` with x one of 0 and 1.
-
-    Args:
-        sizes: items of each source; they are numbered source after source.
-        weights: share of each source, above 0, of any sum.
-        seed: seed of the draws.
-
-    Returns:
-        Indices, [n] int64, source after source.
     """
     shares = np.asarray(weights, float) / sum(weights)
     counts = np.round(shares * (np.asarray(sizes) / shares).max()).astype(np.int64)

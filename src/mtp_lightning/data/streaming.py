@@ -81,30 +81,16 @@ class _Source:
 
 
 class _Batch(NamedTuple):
-    """Rows that were read together, encoded.
+    """Rows that were read together, encoded."""
 
-    Attributes:
-        position: the stream's position before them.
-        documents: their documents.
-        rows: the documents of each token row.
-        num_read: rows read.
-    """
-
-    position: dict[str, Any]
-    documents: Dataset
-    rows: list[np.ndarray]
-    num_read: int
+    position: dict[str, Any]  # the stream's position before them
+    documents: Dataset  # their documents
+    rows: list[np.ndarray]  # the documents of each token row
+    num_read: int  # rows read
 
 
 class RowStream:
-    """An endless stream of token rows of the sources.
-
-    Args:
-        sources: a source, several one after another, or a weighted mix.
-        encoder: how rows become documents.
-        name: the config key, for messages.
-        packing: put several documents in a row.
-    """
+    """An endless stream of token rows of the sources; ``name`` is the config key, for messages."""
 
     def __init__(self, sources: Sources, encoder: Encoder, *, name: str = "data.train", packing: bool = False) -> None:
         weights = weights_of(sources, name)
@@ -207,11 +193,7 @@ class StreamingLoader:
     The rows of an epoch are read and encoded at its beginning and shuffled among themselves. The state is the epoch, the
     number of batches delivered and the stream's position at the epoch's beginning, the same on all ranks.
 
-    Args:
-        stream: the stream.
-        rows: token rows of an epoch.
-        length: batches of an epoch.
-        open_epoch: makes the loader of an epoch from its number and its rows.
+    An epoch has ``rows`` token rows in ``length`` batches; ``open_epoch`` makes its loader from its number and its rows.
     """
 
     def __init__(

@@ -21,22 +21,11 @@ SETTINGS_SUFFIX = ".settings"
 
 
 class AnswerFile:
-    """The rows answered so far, and how to add to them. Use it as a context manager.
+    """The rows answered so far (``done``: id -> checksum of the prompt), and how to add to them. A context manager.
 
     Every ``append`` writes complete lines and waits until they are on the disk. A line that a kill left incomplete is cut
-    off at the next start. A second process on the same file is refused, and so are other settings than it was started with.
-
-    Args:
-        path: the file; it and its folder are created if needed.
-        settings: what the answers depend on, plain values.
-
-    Attributes:
-        path: the file.
-        done: id of each row in the file -> checksum of its prompt.
-
-    Raises:
-        UsageError: the settings differ from those of the file.
-        RunError: the file can't be written, is in use, damaged, or was not written by ``mtp distill``.
+    off at the next start. A second process on the same file is refused (RunError), and so are other ``settings``, plain
+    values that the answers depend on, than it was started with (UsageError).
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -82,13 +71,9 @@ class AnswerFile:
         os.close(self._file)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Add rows, and return when they are on the disk.
+        """Add rows with ``id`` and ``prompt``, none of them in the file yet, and return when they are on the disk.
 
-        Args:
-            rows: rows with ``id`` and ``prompt``, none of them in the file yet.
-
-        Raises:
-            RunError: the disk is full or fails; the file then ends with its last complete row.
+        RunError if the disk is full or fails; the file then ends with its last complete row.
         """
         rows = list(rows)
         # A server may send an unpaired surrogate; what training reads are the ids.

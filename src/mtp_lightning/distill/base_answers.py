@@ -74,17 +74,11 @@ class NamedPrompt(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An answer to the prompt of a row.
+    """An answer to the prompt of a row."""
 
-    Attributes:
-        row_id: id of the row.
-        token_ids: the answer's tokens, its end token included.
-        ended: True if it ends in an end token, False if it was cut at the limit.
-    """
-
-    row_id: str | int
-    token_ids: list[int]
-    ended: bool
+    row_id: str | int  # id of the row
+    token_ids: list[int]  # the answer's tokens, its end token included
+    ended: bool  # True if it ends in an end token, False if it was cut at the limit
 
 
 class SeededNoise(LogitsProcessor):
@@ -123,20 +117,10 @@ def base_answers(
     batch_size: int,
     done: Collection[str | int] = (),
 ) -> Iterator[list[Answer]]:
-    """The base model's answers, batch by batch, without those that are done.
+    """The base model's answers, batch by batch, without those of the row ids in ``done``.
 
-    Args:
-        base: the base model.
-        prompts: all prompts of this process, in the same order in every run; each leaves room for at least one token.
-        options: how answers are drawn.
-        batch_size: prompts that are answered together.
-        done: ids of the rows that have an answer.
-
-    Yields:
-        The answers of a batch.
-
-    Raises:
-        RunError: a batch does not fit in memory.
+    ``prompts`` are all of this process, in the same order in every run; each leaves room for at least one token. RunError if
+    a batch does not fit in memory.
     """
     context, ends = context_length(text_config(base)), end_ids(base)
     pad = next((token for token in (text_config(base).pad_token_id, *ends) if token is not None), 0)

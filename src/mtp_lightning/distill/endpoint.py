@@ -73,21 +73,13 @@ class Question(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """The server's answer to the prompt of a row.
+    """The server's answer to the prompt of a row."""
 
-    Attributes:
-        row_id: id of the row.
-        text: the answer.
-        ended: True if the model ended it, False if it was cut at the limit.
-        token_ids: the answer's tokens, if the server returned them.
-        prompt_ids: the prompt's tokens, if the server returned them.
-    """
-
-    row_id: str | int
-    text: str
-    ended: bool
-    token_ids: list[int] | None
-    prompt_ids: list[int] | None
+    row_id: str | int  # id of the row
+    text: str  # the answer
+    ended: bool  # True if the model ended it, False if it was cut at the limit
+    token_ids: list[int] | None  # the answer's tokens, if the server returned them
+    prompt_ids: list[int] | None  # the prompt's tokens, if the server returned them
 
 
 class _Transient(Exception):
@@ -99,13 +91,7 @@ class _Transient(Exception):
 
 
 class Endpoint:
-    """A server that answers prompts.
-
-    Args:
-        options: its address and how requests are made.
-        model: the model's name on the server.
-        answers: how answers are drawn.
-    """
+    """A server that answers prompts; ``model`` is the model's name there."""
 
     def __init__(self, options: EndpointOptions, model: str, answers: AnswerOptions) -> None:
         assert options.endpoint is not None

@@ -24,33 +24,19 @@ Progress = Callable[[int, int], None]
 
 
 class PromptResult(NamedTuple):
-    """What decoding one prompt gave.
+    """What decoding one prompt gave."""
 
-    Attributes:
-        prompt_index: index of the prompt in the list.
-        domain: its domain.
-        num_tokens: generated tokens.
-        num_steps: steps.
-        accepted_per_step: accepted draft tokens of each step.
-        drafted_per_step: verified draft tokens of each step; the first step has none.
-        repeated_8grams: share of the text's 8-grams that occurred earlier in it.
-        lossless: True if autoregressive decoding gives the same text; None: not checked.
-        seconds: wall-clock time.
-        difference: the first difference of a text that is not lossless.
-        speed_up: tokens per second over those of autoregressive decoding; None: not timed.
-    """
-
-    prompt_index: int
-    domain: str
-    num_tokens: int
-    num_steps: int
-    accepted_per_step: list[int]
-    drafted_per_step: list[int]
-    repeated_8grams: float
-    lossless: bool | None
-    seconds: float
-    difference: Difference | None = None
-    speed_up: float | None = None
+    prompt_index: int  # index of the prompt in the list
+    domain: str  # its domain
+    num_tokens: int  # generated tokens
+    num_steps: int  # steps
+    accepted_per_step: list[int]  # accepted draft tokens of each step
+    drafted_per_step: list[int]  # verified draft tokens of each step; the first step has none
+    repeated_8grams: float  # share of the text's 8-grams that occurred earlier in it
+    lossless: bool | None  # True if autoregressive decoding gives the same text; None: not checked
+    seconds: float  # wall-clock time
+    difference: Difference | None = None  # the first difference of a text that is not lossless
+    speed_up: float | None = None  # tokens per second over those of autoregressive decoding; None: not timed
 
 
 def prompt_result(
@@ -81,20 +67,10 @@ def evaluate_prompts(
     rank: int = 0,
     world_size: int = 1,
 ) -> list[PromptResult]:
-    """Decode this process's share of the prompts, one at a time.
+    """Decode this process's share of the prompts (the same in every process), one at a time; one result for each.
 
-    Args:
-        model: the model.
-        prompts: all prompts, the same in every process.
-        options: how to decode.
-        progress: called after each prompt.
-        num_lossless: prompts of each domain whose text is compared with autoregressive decoding.
-        num_speed_pairs: prompts, evenly from the domains, that are timed against autoregressive decoding.
-        rank: rank of this process.
-        world_size: number of processes.
-
-    Returns:
-        One result for each prompt of the share.
+    ``num_lossless`` prompts of each domain are compared with autoregressive decoding, and ``num_speed_pairs``, evenly from
+    the domains, are timed against it. ``progress`` is called after each prompt.
     """
     domains = [prompt.domain for prompt in prompts]
     mine = range(rank, len(prompts), world_size)
@@ -134,13 +110,8 @@ def paired_speed_ups(model: MTPNetwork, prompts: Sequence[Prompt], options: Deco
 def summarise(results: Iterable[PromptResult], forced: dict[str, float] | None = None) -> dict[str, Any]:
     """The figures of many prompts as plain types for JSON; a figure that has no value is None.
 
-    Args:
-        results: those of all processes, in any order.
-        forced: teacher-forced ``acceptance_length`` and ``reference``, or None.
-
-    Returns:
-        ``overall``; ``domains``: the same figures by domain, empty if no prompt names one; ``forced``: the given figures
-        and their ``share_of_reference``, or None.
+    Returns ``overall``; ``domains``: the same by domain, empty if no prompt names one; ``forced``: the given teacher-forced
+    ``acceptance_length`` and ``reference`` and their ``share_of_reference``, or None.
     """
     ordered = sorted(results, key=lambda result: result.prompt_index)
     num_masks = max((max(result.drafted_per_step, default=0) for result in ordered), default=0)

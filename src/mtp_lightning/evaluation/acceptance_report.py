@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 
 
 def print_table(summary: dict[str, Any], console: Console, title: str = "Acceptance by real decoding, greedy") -> None:
-    """Print a table with a row for each domain and one for all prompts, then the notes.
-
-    Args:
-        summary: what ``acceptance.summarise`` returns.
-        console: where to print.
-        title: title of the table.
-    """
+    """Print what ``acceptance.summarise`` returns: a row for each domain and one for all prompts, then the notes."""
     caption = f"not repeating: over the (n) texts with under {REPETITION_THRESHOLD:.0%} repeated 8-grams"
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", collapse_padding=True, pad_edge=False)
     table.add_column("domain", overflow="fold", vertical="bottom")
@@ -82,13 +76,7 @@ def _cells(figures: dict[str, Any]) -> list[str]:
 
 
 def save_plot(summary: dict[str, Any], path: Path, title: str = "Tokens gained per step") -> None:
-    """Draw acceptance lengths by domain and the share of drafts accepted by position.
-
-    Args:
-        summary: what ``acceptance.summarise`` returns.
-        path: a ``.png`` file, replaced atomically.
-        title: title above both panels.
-    """
+    """Draw acceptance lengths by domain and the share of drafts accepted by position; replaces the PNG file atomically."""
     groups = {**summary["domains"], "overall": summary["overall"]}
     figure = new_figure(11, max(4.2, 1.9 + 0.55 * len(groups)))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.05))

@@ -25,17 +25,11 @@ OnProgress = Callable[[str, int, int], None]
 
 
 class Setting(NamedTuple):
-    """One way to decode.
+    """One way to decode."""
 
-    Attributes:
-        decoding: ``quadratic`` or ``linear``.
-        sampler_head: True to draft with the sampler head, False with the base head.
-        num_masks: masks in a block, or ``auto``.
-    """
-
-    decoding: Decoding
-    sampler_head: bool
-    num_masks: int | Literal["auto"]
+    decoding: Decoding  # ``quadratic`` or ``linear``
+    sampler_head: bool  # True to draft with the sampler head, False with the base head
+    num_masks: int | Literal["auto"]  # masks in a block, or ``auto``
 
     @property
     def head(self) -> str:
@@ -73,18 +67,8 @@ def acceptance_grid(
 ) -> dict[str, Any]:
     """Decode all prompts in every setting and compare each text with autoregressive decoding by the same model.
 
-    Args:
-        model: the model.
-        prompts: the prompts.
-        settings: ways to decode.
-        options: limits, and how tokens are chosen.
-        batch_size: prompts that are decoded together.
-        on_progress: called after each batch.
-        stop: string that ends a text.
-
-    Returns:
-        Plain types for JSON. ``settings``: each with the figures of ``acceptance.summarise``; ``texts``: the figures of the
-        autoregressive texts; ``order``: see ``order_violations``.
+    Returns plain types for JSON. ``settings``: each with the figures of ``acceptance.summarise``; ``texts``: the figures of
+    the autoregressive texts; ``order``: see ``order_violations``.
     """
 
     def decode(options: DecodingOptions, label: str) -> list[tuple[DecodedText, float]]:
@@ -132,15 +116,9 @@ def prompt_seeds(options: DecodingOptions, first: int, count: int) -> list[int] 
 
 
 def order_violations(results: dict[Setting, list[PromptResult]]) -> dict[str, list[float]]:
-    """Share of prompts whose acceptance length falls with one mask more, or from linear to quadratic.
+    """Share of prompts whose acceptance length falls with one mask more, or from linear to quadratic, by number of masks.
 
     From the same state neither can happen in a step; over a whole text a longer jump may land where the draft is worse.
-
-    Args:
-        results: one list of results for each setting.
-
-    Returns:
-        For each comparison one share for each number of masks.
     """
     shares: dict[str, list[float]] = {}
     for (setting, fewer_masks), (following, more_masks) in itertools.pairwise(results.items()):

@@ -26,17 +26,11 @@ BASELINES = (AUTOREGRESSIVE, TRANSFORMERS, LOOKUP)
 
 
 class TimedBatch(NamedTuple):
-    """What one system did in one round.
+    """What one system did in one round."""
 
-    Attributes:
-        texts: generated tokens of each row.
-        num_steps: steps of all rows; None: not known.
-        seconds: wall-clock time.
-    """
-
-    texts: list[list[int]]
-    num_steps: int | None
-    seconds: float
+    texts: list[list[int]]  # generated tokens of each row
+    num_steps: int | None  # steps of all rows; None: not known
+    seconds: float  # wall-clock time
 
     @property
     def num_tokens(self) -> int:
@@ -51,19 +45,10 @@ System = Callable[[Sequence[Prompt], int], TimedBatch]
 def speed_systems(
     model: MTPNetwork, options: DecodingOptions, num_masks: Sequence[Any], batch_size: int, stop: str | None = None
 ) -> dict[str, System]:
-    """The systems to time by name, baselines first.
+    """The systems to time by name: autoregressive decoding, transformers' own loops where they write the same text, ours.
 
-    Autoregressive decoding, transformers' own loops where they write the same text, and speculative decoding.
-
-    Args:
-        model: the model.
-        options: decoding, head and how tokens are chosen. ``max_steps`` is ignored: other systems have no such limit.
-        num_masks: numbers of masks, and ``auto``, which is also timed without prompt lookup.
-        batch_size: rows of a batch; transformers' prompt lookup takes one.
-        stop: string that ends a text.
-
-    Returns:
-        The systems.
+    ``num_masks`` may hold ``auto``, which is also timed without prompt lookup. ``max_steps`` is ignored: other systems have
+    no such limit.
     """
     options = replace(options, max_steps=None)
     systems: dict[str, System] = {AUTOREGRESSIVE: _our_loop(model, autoregressive(options), stop)}
@@ -147,17 +132,10 @@ def measure_speed(
     max_new_tokens: int,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Time all systems on every batch after a warm-up. Each round starts with another system.
+    """Time all systems on every batch after a warm-up. Each round, one batch, starts with another system.
 
-    Args:
-        systems: what ``speed_systems`` returns.
-        batches: one round each, at least one.
-        max_new_tokens: limit for each prompt.
-        on_progress: called after each round.
-
-    Returns:
-        Plain types for JSON. For each system tokens per second, acceptance length if known, number of texts equal to
-        autoregressive decoding, and median and quartiles of the speed-up over each baseline, overall and by domain.
+    Returns plain types for JSON. For each system tokens per second, acceptance length if known, number of texts equal to
+    autoregressive decoding, and median and quartiles of the speed-up over each baseline, overall and by domain.
     """
     for system in systems.values():
         system(batches[0], min(WARM_UP_TOKENS, max_new_tokens))

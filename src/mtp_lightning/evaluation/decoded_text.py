@@ -18,33 +18,17 @@ from mtp_lightning.text.stream import stop_token_index
 
 
 class DecodedText(NamedTuple):
-    """The text of one prompt.
+    """The text of one prompt."""
 
-    Attributes:
-        tokens: generated tokens.
-        accepted: accepted draft tokens of each step.
-        drafted: verified draft tokens of each step; the first step has none.
-    """
-
-    tokens: list[int]
-    accepted: list[int]
-    drafted: list[int]
+    tokens: list[int]  # generated tokens
+    accepted: list[int]  # accepted draft tokens of each step
+    drafted: list[int]  # verified draft tokens of each step; the first step has none
 
 
 def decode_batch(
     model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions, stop: str | None = None
 ) -> tuple[list[DecodedText], float]:
-    """Decode prompts together.
-
-    Args:
-        model: the model.
-        prompts: the prompts.
-        options: how to decode.
-        stop: string that ends a text; the text includes the token that completes it.
-
-    Returns:
-        The text of each prompt, and the wall-clock seconds of the batch.
-    """
+    """Decode prompts together: the text of each, up to the token that completes ``stop``, and the batch's seconds."""
     texts = [DecodedText([], [], []) for _ in prompts]
     stopped: set[int] = set()
     calibrate(model, options)

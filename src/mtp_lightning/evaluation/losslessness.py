@@ -20,19 +20,13 @@ from mtp_lightning.text.prompts import Prompt
 
 
 class Difference(NamedTuple):
-    """Where a text first differs from autoregressive decoding.
+    """Where a text first differs from autoregressive decoding."""
 
-    Attributes:
-        position: index of the generated token.
-        expected: autoregressive decoding's token there; None: its text had ended.
-        got: the text's token there; None: the text had ended.
-        gap: difference of the two largest scores that this token is chosen from (greedy: the base's logits). In low
-            precision a gap near 0 can flip. None: a sharded model, or only one token could be chosen.
-    """
-
-    position: int
-    expected: int | None
-    got: int | None
+    position: int  # index of the generated token
+    expected: int | None  # autoregressive decoding's token there; None: its text had ended
+    got: int | None  # the text's token there; None: the text had ended
+    # difference of the two largest scores that this token is chosen from (greedy: the base's logits). In low precision a
+    # gap near 0 can flip. None: a sharded model, or only one token could be chosen.
     gap: float | None
 
 
@@ -43,19 +37,10 @@ def autoregressive(options: DecodingOptions, num_tokens: int | None = None) -> D
 
 
 def find_difference(model: MTPNetwork, prompt: Prompt, options: DecodingOptions, tokens: list[int]) -> Difference | None:
-    """Decode a prompt autoregressively and compare.
+    """The first difference of a text from autoregressive decoding of its prompt, or None.
 
-    Args:
-        model: the model.
-        prompt: the prompt.
-        options: how the text was decoded. With ``max_steps`` the text may end anywhere, so only its length is compared.
-        tokens: the text.
-
-    Returns:
-        The first difference, or None.
-
-    Raises:
-        UsageError: with these options two texts of the same model may differ.
+    With ``max_steps`` the text may end anywhere, so only its length is compared. UsageError if with these options two texts
+    of the same model may differ.
     """
     if options.temperature and (options.seed is None or options.verification == "rejection"):
         raise UsageError(

@@ -17,18 +17,8 @@ MODELS = "_mtp_models"
 def generate_from(model: PreTrainedModel, mtp_model: str, **arguments: Any) -> Any:
     """What ``custom_generate/generate.py`` of a saved folder calls: ``generate`` with the folder put onto the base.
 
-    The adapters stay on the base, closed: its own outputs are as before.
-
-    Args:
-        model: the base model.
-        mtp_model: the saved folder or its hub id.
-        **arguments: all other arguments of ``generate``.
-
-    Returns:
-        What ``generate`` gives.
-
-    Raises:
-        UsageError: no folder is named, or the base carries another one.
+    The adapters stay on the base, closed: its own outputs are as before. UsageError if no folder is named, or the base
+    carries another one.
     """
     if not mtp_model:
         raise UsageError("custom_generate of a saved folder needs its name once more: give mtp_model=FOLDER.")

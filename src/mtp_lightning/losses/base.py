@@ -60,14 +60,9 @@ class LossTerm(nn.Module, ABC):
 
 
 def term_value(sums: Sequence[LossSum], counts: Tensor) -> Tensor:
-    """The value of a loss term: the sum of its totals over their counts; 0 where there is nothing to count.
+    """The value of a loss term, a scalar: the sum of its totals over their counts; 0 where there is nothing to count.
 
-    Args:
-        sums: output of ``LossTerm.forward``.
-        counts: ``MaskedInput.counts`` of the whole batch that the sums are part of, over ranks and accumulation, [3].
-
-    Returns:
-        Scalar.
+    ``counts`` are ``MaskedInput.counts`` of the whole batch that the sums are part of, over ranks and accumulation, [3].
     """
     parts = []
     for total, denominator in sums:

@@ -14,16 +14,11 @@ REPETITION_THRESHOLD = 0.1
 
 
 def draft_runs(hits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs of correct drafts from the front of each block, over the blocks whose labels all count.
+    """Runs of correct drafts from the front of each block, over the blocks whose labels all count, of [..., K] bool.
 
     ``hits [[1, 1, 0], [1, 0, 1]] -> runs [2, 1]``
 
-    Args:
-        hits: True where the draft is correct, [..., K] bool.
-        valid: True where the label counts, [..., K] bool.
-
-    Returns:
-        Sum of (run + 1) over the blocks with K counted labels, scalar int64, and the number of those blocks.
+    Returns the sum of (run + 1) over the blocks with K counted labels, scalar int64, and the number of those blocks.
     """
     is_complete = valid.all(-1)
     runs = hits.long().cumprod(-1).sum(-1)

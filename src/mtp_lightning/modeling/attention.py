@@ -30,17 +30,10 @@ def layer_windows(base: PreTrainedModel) -> list[int | None]:
 
 
 def per_layer_type(base: PreTrainedModel, make_mask: Callable[[int | None], Any]) -> Any:
-    """One mask, or one for each layer type, in the form that this architecture takes.
+    """A mask made for a window in positions or for None, or a dict of them by layer type, as this architecture takes it.
 
     Architectures whose configuration lists layer types take a dict; Mistral and Phi-3 reject one and take a single
     windowed mask.
-
-    Args:
-        base: the base model.
-        make_mask: makes the mask for a window in positions, or for None.
-
-    Returns:
-        A mask, or a dict of masks by layer type.
     """
     config = text_config(base)
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
@@ -49,14 +42,9 @@ def per_layer_type(base: PreTrainedModel, make_mask: Callable[[int | None], Any]
 
 
 def kernel_mask(base: PreTrainedModel, allowed: Tensor) -> Tensor:
-    """A boolean mask in the form that the base's attention kernel takes.
+    """A mask, [B, 1, Q, S] bool, True where the query sees the key, in the form that the base's attention kernel takes.
 
-    Args:
-        base: the base model.
-        allowed: True where the query sees the key, [B, 1, Q, S] bool.
-
-    Returns:
-        The same for SDPA; for the eager kernel, which would add True and False, an additive mask in the base's dtype.
+    The same for SDPA; for the eager kernel, which would add True and False, an additive mask in the base's dtype.
     """
     if attention_kernel(base) in ("sdpa", GROUPED_SDPA):
         return allowed
@@ -67,19 +55,9 @@ def kernel_mask(base: PreTrainedModel, allowed: Tensor) -> Tensor:
 def attention_mask(
     base: PreTrainedModel, pattern: AttentionPattern, num_ntp: int, begin: int = 0, end: int | None = None
 ) -> Any:
-    """The decoder's mask argument for positions ``begin`` to ``end`` of a masked input, the ones before them cached.
+    """The decoder's mask argument for positions ``begin`` to ``end`` (None: S) of a masked input; those before are cached.
 
-    A dense mask is built for SDPA and eager attention only; FlexAttention gets a block mask.
-
-    Args:
-        base: the base model.
-        pattern: who sees whom.
-        num_ntp: L.
-        begin: first position that is fed.
-        end: one past the last position that is fed; None: S.
-
-    Returns:
-        A tensor, a FlexAttention block mask, or a dict of them by layer type.
+    A dense mask is built for SDPA and eager attention only; FlexAttention gets a block mask. ``num_ntp`` is L.
     """
     if attention_kernel(base) != "flex_attention":
         return per_layer_type(base, lambda window: kernel_mask(base, dense_mask(pattern, num_ntp, window, begin, end)))

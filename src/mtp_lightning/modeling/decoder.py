@@ -22,12 +22,7 @@ def text_config(base: PreTrainedModel) -> Any:
 def check_layer_types(config: Any, is_recurrent: bool = False) -> None:
     """Refuse a base whose layers carry a state that masks would disturb (recurrent, linear or chunked attention).
 
-    Args:
-        config: the configuration of a text decoder, known before any weight is read.
-        is_recurrent: the model is known to keep a state, whatever its layers are called.
-
-    Raises:
-        UsageError: a layer is neither full nor sliding-window attention.
+    The configuration is that of a text decoder, known before any weight is read.
     """
     unsupported = sorted(set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS)
     if unsupported or is_recurrent:
@@ -38,16 +33,10 @@ def check_layer_types(config: Any, is_recurrent: bool = False) -> None:
 
 
 def context_length(config: Any) -> int:
-    """The maximum number of positions of a text decoder.
+    """The maximum number of positions of a text decoder with this configuration.
 
     With longrope and dynamic RoPE transformers changes all frequencies once a position passes a boundary. Masks pass it
     before the tokens do, and cached keys keep the old frequencies, so there the context ends at that boundary.
-
-    Args:
-        config: the configuration of a text decoder.
-
-    Returns:
-        Positions.
     """
     context = int(config.max_position_embeddings)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -59,17 +48,9 @@ def context_length(config: Any) -> int:
 
 
 def run_decoder(base: PreTrainedModel, inputs: Tensor, mask: Any, positions: Tensor, cache: Any = None) -> Tensor:
-    """A forward pass of the base's decoder.
+    """The last hidden state, [B, Q, D], of embedded positions [B, Q, D] with position ids [B or 1, Q].
 
-    Args:
-        base: the base model.
-        inputs: embedded positions, [B, Q, D].
-        mask: the decoder's mask argument.
-        positions: position ids, [B or 1, Q] int64.
-        cache: a transformers cache that is read and extended, or None.
-
-    Returns:
-        The last hidden state, [B, Q, D].
+    A transformers cache is read and extended.
     """
     decoder: Any = base.get_decoder()
     options = {"use_cache": False} if cache is None else {"use_cache": True, cache_keyword(decoder.__class__): cache}

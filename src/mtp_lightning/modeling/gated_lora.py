@@ -64,10 +64,8 @@ class LoRA:
 class Gate:
     """The number of positions at the end of every row that the adapters act on; one object shared by all layers.
 
-    A plain attribute, not a context variable: torch.compile traces it without a graph break.
-
-    Attributes:
-        num_mtp: number of positions, or None outside a forward pass of ``MTPModel``.
+    A plain attribute, not a context variable: torch.compile traces it without a graph break. None outside a forward pass of
+    ``MTPModel``.
     """
 
     def __init__(self) -> None:
@@ -109,20 +107,10 @@ class GatedVariant(LoraVariant):
     merge_unsafe = unmerge = merge_safe
 
     def forward(self, module: LoraLayer, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the update at the last ``num_mtp`` positions.
+        """The base layer's output plus the update at the last ``num_mtp`` positions: [B, S, out], the dtype of ``result``.
 
-        Args:
-            module: the LoRA layer.
-            active_adapter: name of the adapter.
-            x: the layer's input in the adapter's dtype, [B, S, in].
-            result: the base layer's output, [B, S, out].
-            **kwargs: other variants' arguments, unused.
-
-        Returns:
-            [B, S, out], the dtype of ``result``.
-
-        Raises:
-            RuntimeError: no gate is open in a training forward pass, or the input has no position dimension.
+        ``x`` is the layer's input in the adapter's dtype, [B, S, in], ``result`` the base layer's output. RuntimeError if no
+        gate is open in a training forward pass, or the input has no position dimension.
         """
         num_mtp = self.gate.num_mtp
         if num_mtp is None and module.training and torch.is_grad_enabled():
@@ -147,18 +135,9 @@ class GatedVariant(LoraVariant):
 
 
 def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
-    """Freeze the base and put gated LoRA layers into it, in place. Adapter weights are float32 (float64 on a float64 base).
+    """Freeze the base and put gated LoRA layers into it, in place; returns PEFT's configuration of the adapter.
 
-    Args:
-        base: the base model.
-        lora: settings.
-        gate: the gate that all layers share.
-
-    Returns:
-        PEFT's configuration of the adapter.
-
-    Raises:
-        UsageError: ``target_modules`` matches no layer.
+    Adapter weights are float32 (float64 on a float64 base). UsageError if ``target_modules`` matches no layer.
     """
     targets = _default_targets(base) if lora.target_modules is None else lora.target_modules
     config = LoraConfig(

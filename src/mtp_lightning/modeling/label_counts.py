@@ -21,11 +21,7 @@ ROUNDED_TO = 64
 
 
 class LabelCounts:
-    """How often each token was a label, immutable.
-
-    Args:
-        counts: [V] int64.
-    """
+    """How often each token was a label, [V] int64, immutable."""
 
     def __init__(self, counts: Tensor) -> None:
         self.counts = counts.cpu()
@@ -51,12 +47,7 @@ class LabelCounts:
 
 
 def count_labels(counts: Tensor, labels: Tensor) -> None:
-    """Add a batch's labels to counts, in place and without waiting for the device.
-
-    Args:
-        counts: [V] int64.
-        labels: token ids, negative where ignored, any shape, int64.
-    """
+    """Add labels (any shape, int64, negative where ignored) to counts [V], in place and without waiting for the device."""
     flat = labels.flatten()
     counts.scatter_add_(0, flat.clamp(min=0), (flat >= 0).long())
 
@@ -64,16 +55,8 @@ def count_labels(counts: Tensor, labels: Tensor) -> None:
 def parse_label_counts(value: Any, vocab_size: int, complaint: str) -> LabelCounts | None:
     """Validate counts read from a file, and fit them to a vocabulary with another number of padding rows.
 
-    Args:
-        value: the file's value; None: it was written without counts.
-        vocab_size: V.
-        complaint: beginning of the error message.
-
-    Returns:
-        The counts, or None.
-
-    Raises:
-        RunError: not a vector of int64, or a negative number.
+    None if the file was written without counts; a RunError that begins with ``complaint`` if they are not a vector of int64
+    from 0 on.
     """
     if value is None:
         return None

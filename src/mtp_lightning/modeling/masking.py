@@ -52,17 +52,9 @@ def next_labels(labels: Tensor, document_ids: Tensor, offset: int = 1) -> Tensor
 
 
 def mtp_labels(labels: Tensor, document_ids: Tensor, num_masks: int) -> Tensor:
-    """Labels of the masks of a block after every position, eligible or not.
+    """Labels of the masks of a block after every position, eligible or not: entry [i, j - 1] is x_{i+j+1}, [L, K] int64.
 
     ``labels [5, 6, 7, 8], num_masks 2 -> [[7, 8], [8, -100], [-100, -100], [-100, -100]]``
-
-    Args:
-        labels: token ids or ``IGNORE_INDEX``, [L] int64.
-        document_ids: document of each token, [L] int64.
-        num_masks: K.
-
-    Returns:
-        Labels, [L, K] int64; entry [i, j - 1] is x_{i+j+1} or ``IGNORE_INDEX``.
     """
     return torch.stack([next_labels(labels, document_ids, j + 1) for j in range(1, num_masks + 1)], dim=1)
 
@@ -180,19 +172,12 @@ def build_masked_input(
 
 
 class AttentionPattern(NamedTuple):
-    """Who sees whom, as one small vector per quantity instead of an S x S mask.
+    """Who sees whom, as one small vector per quantity instead of an S x S mask."""
 
-    Attributes:
-        documents: document of each position, -1 at padding and at empty blocks, [B, S] int64.
-        limits: row index of the last NTP position that is seen, [B, S] int64.
-        blocks: number of the block, -1 at NTP positions, [B, S] int64.
-        position_ids: i + j at m_j of the block that starts at i, [B, S] int64; sliding windows count in them.
-    """
-
-    documents: Tensor
-    limits: Tensor
-    blocks: Tensor
-    position_ids: Tensor
+    documents: Tensor  # document of each position, -1 at padding and at empty blocks, [B, S] int64
+    limits: Tensor  # row index of the last NTP position that is seen, [B, S] int64
+    blocks: Tensor  # number of the block, -1 at NTP positions, [B, S] int64
+    position_ids: Tensor  # i + j at m_j of the block that starts at i, [B, S] int64; sliding windows count in them
 
 
 def attention_pattern(batch: MaskedInput, num_masks: int) -> AttentionPattern:
@@ -218,13 +203,7 @@ def mask_mod(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The pattern as a function of (row, head, query, key): FlexAttention's ``mask_mod``, and the dense mask's rule.
 
-    Args:
-        pattern: who sees whom.
-        num_ntp: L.
-        window: sliding window in positions, or None.
-
-    Returns:
-        A function of index tensors that gives True where the query sees the key.
+    It takes index tensors and gives True where the query sees the key. ``num_ntp`` is L; the window is in positions.
     """
     documents, limits, blocks, positions = pattern
 
@@ -242,17 +221,9 @@ def mask_mod(
 def dense_mask(
     pattern: AttentionPattern, num_ntp: int, window: int | None = None, begin: int = 0, end: int | None = None
 ) -> Tensor:
-    """The S x S mask, or a range of its rows, for attention kernels that need one.
+    """The S x S mask, True where the query sees the key, or a range of its rows: [B, 1, end - begin, end] bool.
 
-    Args:
-        pattern: who sees whom.
-        num_ntp: L.
-        window: sliding window in positions, or None.
-        begin: first query.
-        end: one past the last query and key; None: S.
-
-    Returns:
-        True where the query sees the key, [B, 1, end - begin, end] bool.
+    ``num_ntp`` is L; the sliding window is in positions.
     """
     B, S = pattern.documents.shape
     end = S if end is None else end

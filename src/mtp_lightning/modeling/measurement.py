@@ -15,20 +15,14 @@ from mtp_lightning.types import IGNORE_INDEX, HiddenStates, MaskedInput
 
 
 class Measurement(NamedTuple):
-    """Teacher-forced figures of one batch.
+    """Teacher-forced figures of one batch."""
 
-    Attributes:
-        ntp_loss: sum of the base head's cross-entropy over NTP positions that carry loss, scalar float64.
-        hits: True where the greedy draft at m_j (the sampler head's, else the base head's) is the text's token, [B, P, K]
-            bool. The head sees the true previous tokens, which up to the first miss are the ones it drafted itself.
-        reference: the same for the base model's own teacher-forced argmax at the anchor, [B, P, K] bool.
-        valid: MTP positions whose label counts, [B, P, K] bool.
-    """
-
-    ntp_loss: Tensor
+    ntp_loss: Tensor  # sum of the base head's cross-entropy over NTP positions that carry loss, scalar float64
+    # True where the greedy draft at m_j (the sampler head's, else the base head's) is the text's token, [B, P, K] bool.
+    # The head sees the true previous tokens, which up to the first miss are the ones it drafted itself.
     hits: Tensor
-    reference: Tensor
-    valid: Tensor
+    reference: Tensor  # the same for the base model's own teacher-forced argmax at the anchor, [B, P, K] bool
+    valid: Tensor  # MTP positions whose label counts, [B, P, K] bool
 
 
 def greedy_tokens(hidden: Tensor, unembed: Unembedding) -> Tensor:
@@ -40,16 +34,7 @@ def greedy_tokens(hidden: Tensor, unembed: Unembedding) -> Tensor:
 
 @torch.no_grad()
 def measure(states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Measurement:
-    """Teacher-forced figures of one batch; no gradient.
-
-    Args:
-        states: hidden states of the batch.
-        batch: the masked input.
-        unembed: the base model's unembedding.
-
-    Returns:
-        Sums and hits, to be counted by the metrics.
-    """
+    """Teacher-forced figures of one batch; no gradient."""
     valid = batch.mtp_labels != IGNORE_INDEX
     counted = batch.ntp_labels != IGNORE_INDEX
     loss = torch.zeros((), dtype=torch.float64, device=valid.device)

@@ -37,17 +37,11 @@ class NetworkStep(Protocol):
 
 
 class ForwardOutput(NamedTuple):
-    """The output of a forward pass over a masked input.
+    """The output of a forward pass over a masked input."""
 
-    Attributes:
-        sums: the sums of each loss term, by name.
-        measurement: teacher-forced figures, or None if not asked for.
-        states: hidden states.
-    """
-
-    sums: dict[str, Sequence[LossSum]]
-    measurement: Measurement | None
-    states: HiddenStates
+    sums: dict[str, Sequence[LossSum]]  # the sums of each loss term, by name
+    measurement: Measurement | None  # teacher-forced figures, or None if not asked for
+    states: HiddenStates  # hidden states
 
 
 class MTPNetwork(nn.Module):
@@ -150,14 +144,8 @@ class MTPNetwork(nn.Module):
     def hidden_states(self, batch: MaskedInput) -> HiddenStates:
         """Embed, run the decoder and apply the sampler head.
 
-        Args:
-            batch: the masked input.
-
-        Returns:
-            Hidden states. NTP states are detached when the LoRA is gated: they are the frozen base's.
-
-        Raises:
-            UsageError: the batch has another number of masks, or gradient checkpointing that loses the gate is on.
+        NTP states are detached when the LoRA is gated: they are the frozen base's. UsageError if the batch has another
+        number of masks, or gradient checkpointing that loses the gate is on.
         """
         P, K = batch.starts.shape[1], self.num_masks
         if batch.mtp_labels.shape[2] != K:

@@ -11,15 +11,7 @@ from mtp_lightning.modeling.decoder import text_config
 
 
 class FrozenUnembedding:
-    """The base's unembedding, with the soft-capping or scaling that its architecture applies to logits.
-
-    Args:
-        base: the base model.
-
-    Attributes:
-        head: the base's output layer.
-        vocab_size: V, the number of logits.
-    """
+    """The base's unembedding, with the soft-capping or scaling that its architecture applies to logits."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         config = text_config(base)

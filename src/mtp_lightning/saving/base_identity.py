@@ -37,13 +37,7 @@ def layer_shape(config: Any) -> dict[str, int]:
 def check_layer_shape(expected: dict[str, Any], config: Any, name: str) -> None:
     """Refuse a base whose layers the trained weights do not fit.
 
-    Args:
-        expected: ``layer_shape`` of the base that was trained on; other keys are ignored.
-        config: configuration of the text decoder of the base that is to be used.
-        name: its name, for the message.
-
-    Raises:
-        RunError: a size differs.
+    ``expected`` is the ``layer_shape`` of the base that was trained on; other keys are ignored.
     """
     shape = layer_shape(config)
     for key in LAYER_SHAPE:

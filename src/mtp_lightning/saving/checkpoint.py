@@ -83,16 +83,10 @@ def named_base(settings: dict[str, Any]) -> str:
 def check_settings(
     checkpoint: dict[str, Any], expected: dict[str, Any], base_config: Callable[[], Any] | None = None
 ) -> None:
-    """Refuse a checkpoint whose weights do not fit the model that is to take them; warn if its base has another name.
+    """Refuse a checkpoint that does not fit a model's ``checkpoint_settings``; warn if its base has another name.
 
-    Args:
-        checkpoint: a loaded checkpoint.
-        expected: ``checkpoint_settings`` of the model.
-        base_config: returns the base's configuration, to compare ``target_modules`` that are written differently by the
-            layers they select. None: they differ.
-
-    Raises:
-        RunError: the checkpoint is not of ``mtp fit``, or a setting differs.
+    ``base_config`` returns the base's configuration, to compare ``target_modules`` that are written differently by the
+    layers they select. None: they differ.
     """
     settings = checkpoint.get(SETTINGS)
     if settings is None:
@@ -131,15 +125,7 @@ def _same_lora(key: str, a: dict[str, Any], b: dict[str, Any], base_config: Call
 
 
 def check_complete(checkpoint: dict[str, Any], state: dict[str, Any]) -> None:
-    """Refuse a checkpoint that lacks a trained weight: the model would silently keep its initial value.
-
-    Args:
-        checkpoint: a loaded checkpoint.
-        state: the ``MTPModule``'s state dict.
-
-    Raises:
-        RunError: a weight is missing, unexpected or of another shape.
-    """
+    """Refuse a checkpoint that lacks a trained weight: the model would silently keep its initial value."""
     expected = {name: value for name, value in trained_state(state).items() if name.startswith(_MODEL)}
     weights = {name: value for name, value in checkpoint.get("state_dict", {}).items() if name.startswith(_MODEL)}
     if (mismatch := shape_mismatch(expected, weights)) is not None:

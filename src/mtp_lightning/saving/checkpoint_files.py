@@ -67,17 +67,9 @@ def read_complete(path: Path) -> dict[str, Any] | str:
 def newest_checkpoint(
     folders: list[Path], run: str | None = None, warn: Callable[[str], None] = lambda message: None
 ) -> Path | None:
-    """The newest complete checkpoint of a run; damaged ones and those of other runs are skipped.
+    """The newest complete checkpoint of a run (None: of any) in some folders; ``warn`` gets a message for each one skipped.
 
     Of two at the same step ``last.ckpt`` is taken: the other may have been written by a validation at the run's end.
-
-    Args:
-        folders: where to look; missing ones are fine.
-        run: the run's id; None: any.
-        warn: called with a message for each checkpoint that is skipped.
-
-    Returns:
-        The file, or None.
     """
     paths = [path for folder in dict.fromkeys(folders) for path in folder.glob("*.ckpt") if path.is_file()]
     newest: tuple[Path, int] | None = None

@@ -73,10 +73,6 @@ def save_model(
         acceptance: figures for the card, of ``model_card.card_figures``; None: those that the model came with.
         weights: trained weights by name, to save instead of the model's.
         hub_name: the hub repository that the folder goes to.
-
-    Raises:
-        RunError: the folder is something else, or can't be written.
-        UsageError: the base has no name.
     """
     name = absolute_name(base_model or model.base_model)
     if not name:
@@ -184,18 +180,10 @@ def export_checkpoint(
     dtype: str | torch.dtype | None = None,
     acceptance: str | Path | None = None,
 ) -> None:
-    """Save a checkpoint as a folder.
+    """Save a checkpoint as a folder; RunError if a file can't be used, or the folder is something else.
 
-    Args:
-        checkpoint: a ``.ckpt`` file.
-        folder: where to.
-        base_model: where the base lies now, if it moved; the folder names this.
-        revision: its hub revision.
-        dtype: dtype of the saved weights; None: the one they were trained in.
-        acceptance: an ``acceptance.json``; None: the run's own, if there is one.
-
-    Raises:
-        RunError: a file can't be used, or the folder is something else.
+    ``base_model`` is where the base lies now, if it moved: the folder names this. Weights are saved in ``dtype``; None: the
+    one they were trained in. ``acceptance`` is an ``acceptance.json``; None: the run's own, if there is one.
     """
     path = Path(checkpoint)
     if acceptance is not None and not Path(acceptance).is_file():

@@ -29,17 +29,7 @@ Network = TypeVar("Network", bound=MTPNetwork)
 def load_pretrained(
     network_class: type[Network], name: str | Path, trust_remote_code: bool = False, **options: Any
 ) -> Network:
-    """Load a trained model; see ``MTPModel.from_pretrained``.
-
-    Args:
-        network_class: the class to build.
-        name: a checkpoint file, a saved folder or a hub id.
-        trust_remote_code: let a folder's sampler head be imported from any package.
-        **options: those of ``build_network``.
-
-    Returns:
-        The model in evaluation mode.
-    """
+    """Load a trained model; see ``MTPModel.from_pretrained``. The options are those of ``build_network``."""
     name = resolve(str(name))
     path = Path(name)
     check_placement(options.get("device"), options.get("device_map"), options.get("base"))

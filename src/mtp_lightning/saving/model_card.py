@@ -114,15 +114,7 @@ def _decimals(value: float | None) -> str:
 
 
 def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> dict[str, Any]:
-    """The part of an evaluation that a card shows.
-
-    Args:
-        latest: a summary of ``acceptance.summarise`` with its ``options``, ``prompts`` and training ``step``.
-        checkpoint_step: training steps of the saved weights.
-
-    Returns:
-        Plain types.
-    """
+    """The part that a card shows of ``acceptance.summarise`` with its ``options``, ``prompts`` and ``step``."""
     options = latest["options"]
     kept = {name: options[name] for name in ("decoding", "num_masks", "sampler_head", "max_new_tokens")}
     kept |= {name: options.get(name) for name in ("max_steps", "temperature")}

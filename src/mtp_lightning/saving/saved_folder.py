@@ -144,14 +144,7 @@ def check_head(settings: dict[str, Any] | None, local_folder: Path | None) -> No
     """Refuse to import a module because a folder names it: importing runs code that the sender may have chosen.
 
     Allowed are this package's own heads, a module that this process has imported already, and, for a folder on this
-    machine, a module in the current directory that is not part of the folder.
-
-    Args:
-        settings: ``class_path`` and ``init_args``, or None.
-        local_folder: the saved folder, or None if it came from the hub.
-
-    Raises:
-        UsageError: another module.
+    machine (``local_folder``; None: from the hub), a module in the current directory that is not part of the folder.
     """
     if settings is None:
         return

@@ -15,33 +15,19 @@ from mtp_lightning.sampler_heads import SamplerHead
 
 
 class TrainedParts(NamedTuple):
-    """Trained weights, and the settings of the network that takes them.
+    """Trained weights, and the settings of the network that takes them."""
 
-    Attributes:
-        source: the file or folder, for messages.
-        base_model: the base that was trained on.
-        revision: its hub revision.
-        base_shape: its ``layer_shape``.
-        num_masks: masks in a block.
-        lora: arguments of ``LoRA``.
-        sampler_head: ``class_path`` and ``init_args``, or None.
-        weights: trained weights by their names in ``MTPNetwork``.
-        label_counts: how often each token was a label in training, as it was read; None: not counted.
-        acceptance: figures for the model card.
-        folder: the saved folder; None: a checkpoint.
-    """
-
-    source: str
-    base_model: str
-    revision: str | None
-    base_shape: dict[str, Any]
-    num_masks: int
-    lora: dict[str, Any]
-    sampler_head: dict[str, Any] | None
-    weights: dict[str, Tensor]
-    label_counts: Any
-    acceptance: dict[str, Any] | None = None
-    folder: Path | None = None
+    source: str  # the file or folder, for messages
+    base_model: str  # the base that was trained on
+    revision: str | None  # its hub revision
+    base_shape: dict[str, Any]  # its ``layer_shape``
+    num_masks: int  # masks in a block
+    lora: dict[str, Any]  # arguments of ``LoRA``
+    sampler_head: dict[str, Any] | None  # ``class_path`` and ``init_args``, or None
+    weights: dict[str, Tensor]  # trained weights by their names in ``MTPNetwork``
+    label_counts: Any  # how often each token was a label in training, as it was read; None: not counted
+    acceptance: dict[str, Any] | None = None  # figures for the model card
+    folder: Path | None = None  # the saved folder; None: a checkpoint
 
 
 def shape_mismatch(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> str | None:

@@ -29,16 +29,8 @@ PLAIN_STOP = "\nUser:"
 class Conversation:
     """Messages and answers; a turn feeds only what is new, because the cache keeps the keys and values of earlier turns.
 
-    Args:
-        model: the model, with a tokenizer that has a chat template.
-        options: how to decode.
-        stops: stop strings that end an answer.
-        system: the system message, or None.
-
-    Attributes:
-        messages: the messages so far, without the system message.
-        dropped: messages dropped in the last turn because they no longer fit the context.
-        generated: the last answer with its counts, or None.
+    ``messages`` are those so far, without the system message; ``dropped`` counts those dropped in the last turn because they
+    no longer fit the context; ``generated`` is the last answer with its counts, or None.
     """
 
     def __init__(

@@ -21,33 +21,20 @@ from mtp_lightning.paths import resolve
 
 
 class Prompt(NamedTuple):
-    """What a text is generated from.
+    """What a text is generated from."""
 
-    Attributes:
-        text: the prompt as text, a chat rendered.
-        input_ids: its token ids, at least one.
-        domain: its domain, or an empty string.
-    """
-
-    text: str
-    input_ids: list[int]
-    domain: str
+    text: str  # the prompt as text, a chat rendered
+    input_ids: list[int]  # its token ids, at least one
+    domain: str  # its domain, or an empty string
 
 
 class PromptRow(NamedTuple):
-    """A prompt as it is in its file.
+    """A prompt as it is in its file."""
 
-    Attributes:
-        location: file and line, for messages.
-        content: text, or a list of messages.
-        domain: its domain, or an empty string.
-        row_id: the row's ``id``, or its line number.
-    """
-
-    location: str
-    content: str | list[Any]
-    domain: str
-    row_id: str | int
+    location: str  # file and line, for messages
+    content: str | list[Any]  # text, or a list of messages
+    domain: str  # its domain, or an empty string
+    row_id: str | int  # the row's ``id``, or its line number
 
 
 def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context: int | None = None) -> list[Prompt]:

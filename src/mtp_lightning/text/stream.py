@@ -42,20 +42,10 @@ def stop_token_index(tokenizer: Any, before: list[int], token_ids: list[int], st
 
 
 class GeneratedText:
-    """The text generated for one prompt so far.
+    """The text generated for one prompt so far; stop strings are cut off.
 
-    Args:
-        model: the model.
-        prompt: the prompt.
-        options: how it is decoded.
-        stops: stop strings, which are cut off.
-
-    Attributes:
-        token_ids: tokens generated so far, up to the one that completes a stop string.
-        accepted_per_step: draft tokens accepted in each step.
-        text: the text emitted so far.
-        stopped: True once a stop string was found.
-        seconds: time of decoding.
+    ``token_ids`` go up to the one that completes a stop string, ``text`` is what was emitted so far, ``stopped`` is True
+    once a stop string was found, and ``seconds`` is the time of decoding.
     """
 
     def __init__(self, model: MTPNetwork, prompt: Prompt, options: DecodingOptions, stops: Sequence[str] = ()) -> None:
@@ -196,20 +186,7 @@ def stream_text(
     stop: str | Sequence[str] | None = None,
     **options: Any,
 ) -> TextStream:
-    """Generate for one prompt as an iterator over pieces of text.
-
-    Args:
-        model: the model.
-        prompt: text, token ids, or messages for the base's chat template.
-        stop: one or several stop strings, which are cut off.
-        **options: see ``DecodingOptions``.
-
-    Returns:
-        The iterator.
-
-    Raises:
-        UsageError: there is no tokenizer, or an option is wrong.
-    """
+    """Generate for one prompt as an iterator over pieces of text; see ``MTPModel.stream``."""
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise UsageError(

@@ -19,11 +19,6 @@ def shard_model(model: MTPNetwork, mesh: DeviceMesh, cpu_offload: bool = False) 
 
     Nothing is converted: the frozen base stays in its dtype, what is trained in float32, within one shard too. Everything
     that touches weights runs inside the model's ``forward``, where they are gathered.
-
-    Args:
-        model: the model, the same in every process.
-        mesh: one dimension, the processes.
-        cpu_offload: keep the shards, gradients and the optimizer's state in host memory.
     """
     options: dict[str, Any] = {"mesh": mesh}
     if cpu_offload:
