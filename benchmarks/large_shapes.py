@@ -110,10 +110,10 @@ def main() -> None:
     with torch.inference_mode(), DecodingMode(model).active():
         for _ in range(args.repeats):
             measured.append(measure_step_costs(model, choice, plan_positions(8)))
-    longest = max((each.positions for each in measured), key=len)
-    best = {n: min(e.seconds[e.positions.index(n)] for e in measured if n in e.positions) for n in longest}
-    verified, drafted, begun = (min(getattr(e, name) for e in measured) for name in ("verified", "drafted", "begun"))
-    costs = StepCosts(longest, tuple(best.values()), verified, drafted, begun)
+    positions = max((costs.positions for costs in measured), key=len)
+    fastest = [min(each.seconds[each.positions.index(n)] for each in measured if n in each.positions) for n in positions]
+    parts = [min(getattr(each, name) for each in measured) for name in ("per_verified", "per_draft", "draft_start")]
+    costs = StepCosts(positions, tuple(fastest), *parts)
     print(f"{args.shape}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, rank {args.rank}\n")
     print("| positions | ms | over 1 position |\n|---|---|---|")
     for n, seconds in zip(costs.positions, costs.seconds, strict=True):
