@@ -39,17 +39,12 @@ def read(folder: Path, data: bytes, name: str = "a.jsonl") -> Prepared:
     ("data", "named"),
     [
         (b'{"text": "one"}\n{"text": "\xff\xfe"}\n', ", row 2: .* UTF-8"),
-        (lines(GOOD) + lines(GOOD).replace(b"one", b"\xff"), ", row 2: .* UTF-8"),
         (lines({"text": "one"}, {"text": 5}), ", row 2: text .* got int"),
-        (lines({"text": {"a": 1}}), ", row 1: text .* got dict"),
         (lines(GOOD, {"messages": "x"}), ", row 2: messages "),
-        (lines(GOOD, {"messages": [says("user", 5)]}), ", row 2: .*messages .*'content': 5"),
         (lines(GOOD, {"messages": [says("gtp4", "x")]}), ", row 2: message 1 .*'gtp4'"),
-        (lines(GOOD, {"messages": [says("user", None) | {"name": "a"}]}), ", row 2: .*messages .*'content': None"),
         (lines({"messages": [says("user", [{"type": "image", "url": "a.png"}])]}), ", row 1: content .*'image'"),
         (lines({"text": "one", "domain": 3}), ", row 1: domain .* got int"),
         (lines({"input_ids": [9, 10]}, {"input_ids": [9], "domain": [1]}), ", row 2: domain .* got list"),
-        (lines({"input_ids": ["a"]}), ": input_ids .* got list<item: string>"),
         (lines({"prompt": "one", "completion": None}), ", row 1: expected messages .* got prompt"),
         (b'{"text": "one"}\n\0\0\n', ", line 2: expected JSON"),
         (b'{"text": "one", "n": ' + b"9" * 5_000 + b'}\n{"text": \n', ", line 1: .* digits"),  # Arrow fails at line 2
@@ -78,18 +73,6 @@ def test_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     with pytest.raises(RunError, match="a.parquet, row 2: .*UTF-8"):
         prepare(str(tmp_path / "a.parquet"), word_tokenizer(), max_length=64)
-
-
-def test_rows_that_are_counted(tmp_path: Path) -> None:
-    rows = [
-        GOOD,
-        {"messages": [says("user", "one")]},  # no answer
-        {"messages": [says("user", "one " * 80), says("assistant", "two")]},  # the answer is past max_length
-        {"messages": [says("user", ""), says("assistant", "")]},  # empty: the end of the turn carries loss
-    ]
-    report = read(tmp_path, lines(*rows)).report
-    assert (report.rows_read, report.documents, report.truncated) == (4, 2, 0)
-    assert report.skipped == {"no token with loss after the first": 2} and report.loss_tokens == 2 + 1
 
 
 def test_a_row_of_many_tokens(tmp_path: Path) -> None:
@@ -122,18 +105,15 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(("stage", "num_rows", "repeats"), [("reading", 800, 50), ("encoding", 13_000, 1)])
-def test_a_disk_that_fills(
-    tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, stage: str, num_rows: int, repeats: int
-) -> None:
-    """The cache's disk fills while the rows are read, or while they are encoded."""
+def test_a_disk_that_fills(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache's disk fills while the rows are encoded."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", small_disk)
     monkeypatch.setattr("datasets.builder.has_sufficient_disk_space", lambda *arguments, **options: True)
-    data = lines(*[{"text": "one two three four five six one two three four five six " * repeats}] * num_rows)
+    data = lines(*[{"text": "one two three four five six one two three four five six "}] * 13_000)
     with pytest.raises(RunError, match=f"the data cache {small_disk} .*No space left on device"):
         read(tmp_path, data)
-    if stage == "encoding":  # the rows are there, and nothing half-written that the next run would find
-        assert [file for file in small_disk.rglob("*.arrow") if "mtp_lightning" not in file.parts]
-        assert not list((small_disk / "mtp_lightning").glob("*.arrow"))
+    # The rows are there, and nothing half-written that the next run would find.
+    assert [file for file in small_disk.rglob("*.arrow") if "mtp_lightning" not in file.parts]
+    assert not list((small_disk / "mtp_lightning").glob("*.arrow"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "large")
-    assert read(tmp_path, data).report.rows_read == num_rows
+    assert read(tmp_path, data).report.rows_read == 13_000

@@ -112,36 +112,23 @@ SYSTEM = [says("system", "be"), *ONE]
 TOOL = [says("user", "sum"), says("assistant", "look"), says("tool", "4"), says("assistant", "four")]
 
 EXPECTED = {
-    ("qwen", "one"): "<|im_start|>user\nhi ab<|im_end|>\n"
-    "<|im_start|>assistant\n[[<think>\n\n</think>\n\nab.\nyes<|im_end|>]]\n",
     ("qwen", "two"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n"
     "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\nno<|im_end|>]]\n",
-    ("qwen", "system"): "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi ab<|im_end|>\n"
-    "<|im_start|>assistant\n[[<think>\n\n</think>\n\nab.\nyes<|im_end|>]]\n",
     ("qwen", "tool"): "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\n[[look<|im_end|>]]\n"
     "<|im_start|>user\n<tool_response>4</tool_response><|im_end|>\n"
     "<|im_start|>assistant\n[[<think>\n\n</think>\n\nfour<|im_end|>]]\n",
-    ("llama3", "two"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi ab<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[ab.\nyes<|eot_id|>]]"
-    "<|start_header_id|>user<|end_header_id|>\n\nmore<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[no<|eot_id|>]]",
     ("llama3", "tool"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nsum<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[look<|eot_id|>]]"
     "<|start_header_id|>ipython<|end_header_id|>\n\n4<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n[[four<|eot_id|>]]",
-    ("mistral", "two"): "<s>[INST] hi ab[/INST][[ ab.\nyes</s>]][INST] more[/INST][[ no</s>]]",
     ("mistral", "system"): "<s>[INST] be\n\nhi ab[/INST][[ ab.\nyes</s>]]",
     ("mistral", "tool"): "<s>[INST] sum[/INST][[ look</s>]][TOOL_RESULTS] 4[/TOOL_RESULTS][[ four</s>]]",
-    ("gemma", "two"): "<bos><start_of_turn>user\nhi ab<end_of_turn>\n<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n"
-    "<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\n[[no<end_of_turn>]]\n",
     ("gemma", "system"): "<bos><start_of_turn>user\nbe\n\nhi ab<end_of_turn>\n"
     "<start_of_turn>model\n[[ab.\nyes<end_of_turn>]]\n",
     ("chatml", "two"): "<|im_start|>user\nhi ab<|im_end|>\n<|im_start|>assistant\n[[ab.\nyes<|im_end|>]]\n"
     "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n[[no<|im_end|>]]\n",
-    ("chatml", "tool"): "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\n[[look<|im_end|>]]\n"
-    "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n[[four<|im_end|>]]\n",
 }
-CONVERSATIONS = {"one": ONE, "two": TWO, "system": SYSTEM, "tool": TOOL}
+CONVERSATIONS = {"two": TWO, "system": SYSTEM, "tool": TOOL}
 
 
 @pytest.mark.parametrize(("family", "conversation"), EXPECTED)
@@ -152,20 +139,6 @@ def test_what_carries_loss(family: str, conversation: str) -> None:
 def test_a_template_without_tools_says_so() -> None:
     with pytest.raises(RunError, match="roles: user, assistant, tool, assistant.*: Tools are not"):
         encoded("gemma", TOOL)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_truncation_in_the_middle_of_an_answer(family: str, write) -> None:
-    """A row that is too long loses its end, with the end-of-turn token; what is left keeps its labels."""
-    tokenizer = tokenizer_of(family)
-    before, _, rest = EXPECTED[family, "two"].partition("[[")
-    length = len(tokenizer(before, add_special_tokens=False)["input_ids"]) + 2
-    rows = prepare(write("a.jsonl", [{"messages": TWO}]), tokenizer, max_length=length)[0]
-    row = rows.rows.row(0)
-    answer = " ab" if family == "mistral" else "ab."  # two tokens: ab is one
-    assert rest.startswith(answer)
-    assert shown(tokenizer, row.input_ids.tolist(), (row.labels >= 0).tolist()) == f"{before}[[{answer}]]"
-    assert (rows.report.truncated, rows.report.loss_tokens) == (1, 2)
 
 
 # thinking, as Qwen 3 has it
@@ -189,8 +162,6 @@ def test_tool_calls_carry_loss() -> None:
         "<|im_start|>user\n<tool_response>4</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n[[<think>\n\n</think>\n\nfour<|im_end|>]]\n"
     )
-    messages[1] = says("assistant", "look", tool_calls=call)
-    assert "[[look\n<tool_call>add</tool_call><|im_end|>]]\n<|im_start|>user" in encoded("qwen", messages)
 
 
 def test_a_content_in_parts_is_their_text(write) -> None:
@@ -244,22 +215,6 @@ def test_all_loss_where_there_are_user_turns_is_an_error() -> None:
     template = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     with pytest.raises(RunError, match="roles: user, assistant"):
         encode_row({"messages": ONE}, tokenizer_of("chatml"), template)
-
-
-@pytest.mark.parametrize(
-    ("message", "named"),
-    [
-        (says("gpt", "x"), "message 2 .*'gpt'.*'assistant'"),
-        ({"role": 3, "content": "x"}, "'role': 3"),
-        (says("assistant", 5), "'content': 5"),
-        (says("assistant", None), "'content': None"),
-        ({"content": "x"}, "'content': 'x'"),
-        ("assistant: x", "'assistant: x'"),
-    ],
-)
-def test_rejected_messages(message: object, named: str) -> None:
-    with pytest.raises(RunError, match=named):
-        encode_row({"messages": [says("user", "q"), message]}, tokenizer_of("chatml"))
 
 
 def test_a_role_that_the_template_names_is_accepted() -> None:

@@ -46,13 +46,8 @@ def row_ids(loader) -> list[int]:
     "arguments",
     [
         {"max_length": 1},
-        {"batch_size": 0},
         {"eval_batch_size": 0},
-        {"max_blocks_per_row": 0},
         {"num_workers": -1},
-        {"seed": -1},
-        {"max_rows": 0},
-        {"streaming_rows": 0},
         {"block_fraction": 0.0},
         {"validation_fraction": 1.0},
         {"validation_fraction": 0.1, "validation": "a"},

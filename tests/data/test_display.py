@@ -39,17 +39,6 @@ def test_roles_by_hand() -> None:
     assert row_text(batch_of([9, 5, 9], []), 0, word_tokenizer()).plain == "no loss one ⏎ one"
 
 
-def test_the_first_token_of_each_document_carries_no_loss() -> None:
-    batch = batch_of([9, 10, 11, 12], [0, 1, 2, 3], [0, 0, 1, 1])
-    assert [piece[:3] for piece in row_pieces(batch, 0)] == [
-        (0, False, False),
-        (0, True, False),
-        (1, False, False),
-        (1, True, False),
-    ]
-    assert row_text(batch, 0, word_tokenizer()).plain == "no loss one\nloss    two\nno loss three\nloss    four"
-
-
 def test_what_a_step_holds() -> None:
     batch = batch_of([9, 10, 11, 12, 13], [2, 3, 4], max_blocks_per_row=1)
     # 2 rows padded to 12 tokens, one block of 2 masks each

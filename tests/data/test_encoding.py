@@ -82,14 +82,10 @@ def test_ids(tokenizer) -> None:
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({"prompt": "one", "text": None}, "messages .* got prompt"),
-        ({}, "no field"),
-        ({"text": 3}, "text .* int"),
         ({"prompt": "one", "completion": ["two"]}, "completion .* list"),
         ({"prompt": "one", "completion_ids": ["two"]}, "completion_ids .*'two'"),
         ({"input_ids": [1, 2], "labels": [1]}, r"labels .* input_ids \(2\), got 1"),
         ({"input_ids": [5, 6, 7], "labels": [X, 7, X]}, "labels .* 7 at position 1 .* shift"),
-        ({"messages": [{"from": "gpt", "value": "x"}]}, "messages .*'from'"),
     ],
 )
 def test_rejected_rows(tokenizer, row: dict, named: str) -> None:

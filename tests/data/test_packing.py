@@ -83,13 +83,6 @@ def test_the_end_of_other_rows_is_dropped() -> None:
     assert documents.eligible_starts.tolist() == [2, 0, 0, 1]
 
 
-def test_mix_by_hand() -> None:
-    even = weighted_mix([2, 3], [1, 1], seed=0)
-    assert len(even) == 6 and even[:2].tolist() == [0, 1] and even[2] in (0, 1) and even[3:].tolist() == [2, 3, 4]
-    assert weighted_mix([2, 3], [2, 3], seed=0).tolist() == [0, 1, 2, 3, 4]
-    assert weighted_mix([4], [0.1], seed=0).tolist() == [0, 1, 2, 3]
-
-
 def test_mix_has_the_shares_and_every_document() -> None:
     drawn = weighted_mix([100, 37, 250], [0.5, 0.3, 0.2], seed=1)
     counts = np.bincount(drawn, minlength=387)

@@ -24,7 +24,7 @@ from mtp_lightning.losses import (
     term_value,
 )
 from mtp_lightning.modeling import masking
-from mtp_lightning.types import ANCHOR, MTP, NTP, HiddenStates, LossSum, MaskedInput, TokenRow
+from mtp_lightning.types import MTP, HiddenStates, MaskedInput, TokenRow
 
 
 def rows_with(ignored: int) -> list[TokenRow]:
@@ -177,14 +177,6 @@ def test_nothing_to_count_gives_zero_and_zero_gradients() -> None:
             assert not grad.any() and grad.isfinite().all(), name
         for p in term.parameters():  # takes part all the same: no rank waits for its gradient
             assert torch.autograd.grad(value, p)[0] == 0, name
-
-
-def test_term_value_divides_each_sum_by_its_own_count() -> None:
-    two, counts = torch.tensor(2.0), torch.tensor([4.0, 8.0, 0.0], dtype=torch.float64)
-    assert term_value([LossSum(two, NTP)], counts) == 0.5
-    assert term_value([LossSum(two, NTP), LossSum(two, MTP)], counts) == 0.75
-    assert term_value([LossSum(two, (NTP, MTP))], counts) == 2 / 12
-    assert term_value([LossSum(torch.tensor(0.0), ANCHOR)], counts) == 0
 
 
 def test_a_head_without_output_at_ntp_positions() -> None:

@@ -65,13 +65,6 @@ def test_before_any_update_the_value_is_nan(metric: torch.nn.Module) -> None:
     assert math.isnan(metric.compute())
 
 
-def test_acceptance_length_takes_numbers_and_tensors() -> None:
-    metric = AcceptanceLength()
-    metric.update(30, 10)
-    metric.update(torch.tensor([4, 6]), torch.tensor([[5], [5]]))
-    assert metric.compute().item() == 2.0
-
-
 @pytest.mark.parametrize("name", ["acceptance_length", "forced_acceptance", "term_mean"])
 def test_examples_in_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"mtp_lightning.metrics.{name}"), extraglobs={"torch": torch})

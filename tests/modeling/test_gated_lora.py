@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 from pathlib import Path
 
@@ -130,15 +129,6 @@ def test_an_open_gate_is_the_standard_lora_of_peft(architecture: str) -> None:
     for mine, other in zip(ours[:2], theirs[:2], strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
 
-    merged = copy.deepcopy(model)
-    for layer in lora_layers(merged.base):
-        update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-        layer.base_layer.weight += 3 / 4 * update
-        layer.lora_B["default"].weight.zero_()
-    by_weight = merged.hidden_states(batch)
-    # Float64 through the layers, with W x + B A x summed in another order.
-    for mine, other in zip(ours[:2], by_weight[:2], strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
     assert (ours.ntp - closed_states(model, batch).ntp).abs().mean() > 0.05
 
 
@@ -154,7 +144,7 @@ def test_outside_a_forward_pass_the_gate_is_closed() -> None:
         model.train().base(ids)
 
 
-@pytest.mark.parametrize("architecture", FEW)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
 def test_gradient_checkpointing_gives_the_same_gradients(architecture: str) -> None:
     model = in_one_pass(tiny_model(architecture)).train()
     expected = gradients(model)
@@ -187,10 +177,9 @@ def test_gradient_checkpointing_keeps_the_gate_of_each_forward_pass() -> None:
 @pytest.mark.parametrize("gated", [True, False])
 def test_other_gradient_checkpointing_is_refused(gated: bool) -> None:
     model = tiny_model(lora=LoRA(rank=4, gated=gated)).train()
-    for options in ({"use_reentrant": True}, {"use_reentrant": False}, {}):
-        enable_checkpointing(model.base, options)
-        with pytest.raises(UsageError, match="enable_gradient_checkpointing"):
-            loss(model)
+    enable_checkpointing(model.base, {"use_reentrant": False})
+    with pytest.raises(UsageError, match="enable_gradient_checkpointing"):
+        loss(model)
 
 
 def test_dropout_acts_in_training_only_and_only_on_the_adapter() -> None:
@@ -204,12 +193,8 @@ def test_dropout_acts_in_training_only_and_only_on_the_adapter() -> None:
 
 
 def test_merging_is_refused() -> None:
-    layer = lora_layers(tiny_model().base)[0]
-    before = layer.base_layer.weight.clone()
-    for safe in (True, False):
-        with pytest.raises(UsageError, match="cannot be merged"):
-            layer.merge(safe_merge=safe)
-    assert torch.equal(layer.base_layer.weight, before)
+    with pytest.raises(UsageError, match="cannot be merged"):
+        lora_layers(tiny_model().base)[0].merge()
 
 
 def test_targets() -> None:

@@ -34,15 +34,6 @@ def test_a_variant_computes_the_forward_pass() -> None:
     assert torch.equal(layer(x), 2 * layer.base_layer(x)), "PEFT's LoRA layers no longer call their variant"
 
 
-def test_parts_of_a_layer_that_are_read() -> None:
-    layer = one_layer()
-    assert (layer.merged, layer.disable_adapters, layer.active_adapters, layer.fan_in_fan_out) == (
-        False, False, ["default"], False,
-    )  # fmt: skip
-    for name in ("lora_A", "lora_B", "lora_dropout", "scaling"):
-        assert "default" in getattr(layer, name), f"a LoRA layer's {name} has moved"
-
-
 def test_another_place_for_variants_is_said() -> None:
     layer = one_layer()
     del layer.lora_variant

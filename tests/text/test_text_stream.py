@@ -175,11 +175,6 @@ def test_stops_cut_the_same_tokens_however_many_come_in_a_step(stops: list[str],
     assert seen[0] == 0 < min(seen[1:])  # drafts were kept
 
 
-def test_partial_stop_length() -> None:
-    lengths = [text_stream.partial_stop_length(text, "two") for text in ("one t", "one tw", "one two", "", "w")]
-    assert lengths == [1, 2, 0, 0, 0] and text_stream.partial_stop_length("abab", "ababc") == 4
-
-
 def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
