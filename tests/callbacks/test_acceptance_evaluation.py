@@ -21,9 +21,8 @@ from tiny_run import LAST
 from zygote import Zygote
 
 from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
-from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.evaluation.acceptance import PromptResult, summarise
+from mtp_lightning.evaluation.acceptance import PromptResult
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.training.module import MTPModule
 
@@ -128,38 +127,6 @@ def test_validate_and_test(
     assert latest["forced"]["acceptance_length"] == values["test/forced_acceptance_length"]
 
 
-def test_a_lossy_decoder_is_reported(
-    fit: Fit,
-    module: MTPModule,
-    prompts: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    # Every draft is believed.
-    monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, *others: torch.full((len(draft),), draft.shape[1]))
-    fit(module, AcceptanceEvaluation(prompts, max_new_tokens=12, num_lossless=9))
-    lossless = read(tmp_path)["latest"]["overall"]["lossless"]
-    assert lossless["checked"] == 5 and lossless["equal"] < 5
-    assert all(difference["gap"] > 0 for difference in lossless["differences"])
-    assert "Differs from autoregressive decoding: prompt" in capsys.readouterr().out
-
-
-def test_ranks_share_the_prompts(module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module.configure_model()
-    callback = AcceptanceEvaluation(prompts, max_new_tokens=12, num_lossless=1)
-
-    def evaluate(rank: int, world: int) -> list[PromptResult]:
-        trainer: Any = SimpleNamespace(global_rank=rank, world_size=world, global_step=1, is_global_zero=False)
-        callback.setup(trainer, module, "validate")
-        callback._evaluate(trainer, module)
-        return [r._replace(seconds=0.0) for r in callback.results]
-
-    alone, shares = evaluate(0, 1), [evaluate(rank, 2) for rank in range(2)]
-    assert [[r.prompt_index for r in share] for share in shares] == [[0, 2, 4], [1, 3]]
-    assert summarise(shares[1] + shares[0]) == summarise(alone)
-
-
 def test_with_shards_all_processes_time_the_same_prompts(
     module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,12 +148,11 @@ def test_with_shards_all_processes_time_the_same_prompts(
     assert sum(r.speed_up == 1.5 for r in callback.results) == 2
 
 
-@pytest.mark.parametrize("bar", [[], [TQDMProgressBar()]])
 def test_with_a_progress_bar(
-    fit: Fit, module: MTPModule, prompts: str, bar: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fit: Fit, module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(acceptance_evaluation, "SECONDS_BETWEEN_LINES", 0.0)
-    fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6), *bar, enable_progress_bar=True)
+    fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6), TQDMProgressBar(), enable_progress_bar=True)
     out = capsys.readouterr().out
     assert out.count("Acceptance by real decoding") == 2
     assert out.count("acceptance: 5 of 5 prompts decoded") == 2

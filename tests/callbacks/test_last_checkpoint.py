@@ -42,11 +42,9 @@ MAX_TIME = ("--trainer.max_time", "00:01:00:00")
 @pytest.mark.parametrize(
     ("prelude", "step", "in_step"),
     [
-        (TIME_IS_UP.replace("@AT", "6"), 6, False),  # a validation is due
-        (TIME_IS_UP.replace("@AT", "11"), 11, False),  # the last batch of an epoch
         (TIME_IS_UP.replace("@AT", "5"), 2, True),
-        (STOPPED_IN_VALIDATION, 6, False),
-        (STOPPED_IN_VALIDATION, 2, True),  # the validation comes after 6 batches
+        pytest.param(TIME_IS_UP.replace("@AT", "11"), 11, False, marks=pytest.mark.slow),  # the last batch of an epoch
+        pytest.param(STOPPED_IN_VALIDATION, 6, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_stopped_resumes(
@@ -63,6 +61,7 @@ def test_a_run_that_is_stopped_resumes(
     assert history(folder) == history(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_at_the_end_of_an_epoch_resumes(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
     """Lightning's early stopping decides at the end of the first epoch, which no step or validation would save."""
     uninterrupted, folder = (fresh(whole, tmp_path / name) for name in ("uninterrupted", "run"))

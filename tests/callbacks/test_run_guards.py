@@ -85,13 +85,6 @@ def test_what_is_not_finite_stops_before_it_reaches_a_weight(here: dict[str, Any
         assert mtp(*FIT, "--ckpt_path", "last") == 0
 
 
-def test_all_rows_of_an_accumulated_step_are_looked_at(here: dict[str, Any], capsys) -> None:
-    spoil(here, "nan", at=4, accumulate_grad_batches=3)  # the first batch of the second step
-    found = failed(capsys)
-    assert " at step 2 (epoch 0, rows " in found
-    assert len(found.partition("rows ")[2].partition(" of data.train")[0].split(", ")) == 2
-
-
 def test_the_estimate_is_printed_and_memory_that_runs_out_gets_advice(here: dict[str, Any], capsys) -> None:
     spoil(here, "memory")
     assert mtp(*FIT) == 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from interrupted_runs import ACCUMULATED, FIT, fresh, history, signal_at
 from tiny_run import LAST, assert_same_run
@@ -31,11 +32,17 @@ AcceptanceEvaluation._evaluate, acceptance.decode_batch = evaluate, decodes
 """
 
 
-def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-    """One run that is stopped in a batch, in an evaluation, where a validation is due, and in its last batch."""
+STOPS = [(signal_at(3), 3), (WHILE_EVALUATING, 5), (signal_at(1), 7), (signal_at(7), 14)]
+"""In a batch, in an evaluation, where a validation is due, and in the last batch, with the step that is saved.
+
+The number of a batch is counted from each start. In step 6 a validation is due: it and the step after it are finished.
+"""
+
+
+@pytest.mark.parametrize("stops", [STOPS[:1], pytest.param(STOPS, marks=pytest.mark.slow)])
+def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path, stops: list[tuple[str, int]]) -> None:
     folder = fresh(whole, tmp_path / "run")
-    # The number of a batch is counted from each start. In step 6 a validation is due: it and the step after it are finished.
-    for prelude, step in ((signal_at(3), 3), (WHILE_EVALUATING, 5), (signal_at(1), 7), (signal_at(7), 14)):
+    for prelude, step in stops:
         ended = zygote.run(folder, *FIT, prelude=prelude)
         assert ended.code == 143, ended.err
         assert f"mtp: SIGTERM: saved '{LAST}' after step {step}." in ended.err.splitlines()[-1]
@@ -46,6 +53,7 @@ def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path) ->
     assert history(folder) == history(whole) and ("val", 5) in history(whole)
 
 
+@pytest.mark.slow
 def test_no_checkpoint_between_the_batches_of_a_step(zygote: Zygote, whole: Path, accumulated: Path, tmp_path: Path) -> None:
     """A step takes 4 batches, a validation comes every 6: the signal comes after 5 batches, and a validation in a step."""
     folder = fresh(whole, tmp_path / "run")

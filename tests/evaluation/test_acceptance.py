@@ -9,11 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from bigram import bigram_base, planted_drafts
 from prompt_results import result
 
-from mtp_lightning.decoding import loop as decoding
 from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation import acceptance
@@ -54,20 +52,6 @@ def test_results_against_plain_loops(model: MTPModel, decoding_kind: Any) -> Non
     assert [r.prompt_index for r in results] == list(range(5))
     accepted = {count for r in results for count in r.accepted_per_step}
     assert accepted == {0} if decoding_kind == "autoregressive" else accepted >= {0, 1, 2}
-
-
-@pytest.mark.parametrize("decoding_kind", ["quadratic", "linear"])
-@pytest.mark.parametrize(
-    "n, max_new_tokens, max_steps", [(2, 1, None), (2, 2, None), (2, 7, None), (2, 40, 5), (61, 40, None), (58, 40, None)]
-)
-def test_drafted_per_step_near_every_limit(
-    model: MTPModel, decoding_kind: Any, n: int, max_new_tokens: int, max_steps: int | None
-) -> None:
-    fed: list[int] = []
-    model.register_forward_pre_hook(lambda _, inputs: fed.append(inputs[0].num_drafts))
-    options = DecodingOptions(decoding_kind, max_new_tokens=max_new_tokens, max_steps=max_steps)
-    steps = list(decoding.decode(model, torch.arange(1, n + 1), options))
-    assert [step.num_drafts for step in steps] == fed
 
 
 def test_processes_share_the_prompts(model: MTPModel) -> None:

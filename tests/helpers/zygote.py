@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -99,8 +100,11 @@ class Zygote:
         """Run ``mtp words`` to its end."""
         return self.start(folder, words, prelude, environment).wait()
 
-    def ranks(self, folder: Path, port: int, *words: Sequence[object], preludes: Sequence[str] = ()) -> list[Process]:
+    def ranks(self, folder: Path, *words: Sequence[object], preludes: Sequence[str] = ()) -> list[Process]:
         """One process a rank, each with its own words, as a cluster starts them."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         started = []
         for rank, each in enumerate(words):
             environment = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

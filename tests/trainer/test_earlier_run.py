@@ -11,7 +11,6 @@ import pytest
 import torch
 from command_line import read_metrics
 from interrupted_runs import FIT, KILL, fresh, run_name
-from ports import free_port
 from tiny_run import LAST, assert_same_run
 from zygote import Zygote
 
@@ -51,7 +50,7 @@ MTPModule.validation_step = validation_step
 """
 
 
-@pytest.mark.parametrize("what", ["sanity check", "optimizer state"])
+@pytest.mark.parametrize("what", ["sanity check", pytest.param("optimizer state", marks=pytest.mark.slow)])
 def test_a_start_that_fails_changes_nothing(zygote: Zygote, whole: Path, tmp_path: Path, what: str) -> None:
     folder, words, prelude, reason = tmp_path / "run", list(FIT[:-2]), FAILING_CHECK, "in the sanity check"
     shutil.copytree(whole, folder)
@@ -77,12 +76,13 @@ files._sync_folder = no_room
 """
 
 
+@pytest.mark.slow
 def test_one_process_reports_for_all(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
     """A warning, and an error in the first process alone, which ends both."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     words = [*FIT[:-2], "--trainer.strategy", "ddp", "--trainer.devices", 2]
-    started = zygote.ranks(folder, free_port(), words, words, preludes=[FULL_DISK, FULL_DISK])
+    started = zygote.ranks(folder, words, words, preludes=[FULL_DISK, FULL_DISK])
     first, second = (process.wait() for process in started)
     assert (first.code, second.code) == (1, 0)
     assert "of an earlier run" in first.err and "run_id.txt" in first.error

@@ -6,17 +6,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sharded_model
 import torch
 import two_processes
-import yaml
-from command_line import ParseOnly, read_metrics
+from command_line import read_metrics
 from interrupted_runs import signal_at
 from lightning.pytorch.strategies import ModelParallelStrategy
-from ports import free_port
 from tiny import tiny_model
 from tiny_run import LAST, write_config, write_run
 from zygote import Ended, Zygote
@@ -55,7 +52,7 @@ def run(zygote: Zygote, folder: Path, world: int, name: str, *words: object) -> 
     common += ["--trainer.logger.save_dir", name]
     if world == 1:
         return [zygote.run(folder, *common)]
-    return [process.wait() for process in zygote.ranks(folder, free_port(), *([common] * world))]
+    return [process.wait() for process in zygote.ranks(folder, *([common] * world))]
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
@@ -90,37 +87,26 @@ def same_state(one: Path, many: Path) -> None:
             torch.testing.assert_close(others[number][name], value, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("name", "world", "words"),
-    [
-        ("ddp2", 2, ["--config", STRATEGIES / "ddp.yaml"]),
-        pytest.param("ddp4", 4, ["--config", STRATEGIES / "ddp.yaml"], marks=pytest.mark.slow),
-        ("fsdp2", 2, FSDP2),
-    ],
-)
-def test_many_processes_are_one(zygote: Zygote, here: Path, name: str, world: int, words: Sequence[Any]) -> None:
-    for ended in run(zygote, here, world, name, *words):
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ddp_is_one_process(zygote: Zygote, here: Path, world: int) -> None:
+    for ended in run(zygote, here, world, f"ddp{world}", "--config", STRATEGIES / "ddp.yaml"):
         assert ended.code == 0, ended.err
-    assert_alike(here / "one", here / name)
+    assert_alike(here / "one", here / f"ddp{world}")
 
 
-def test_checkpoints_go_from_one_strategy_to_another(zygote: Zygote, here: Path, tmp_path: Path) -> None:
-    """One process stops at step 2, two sharded ones continue to step 4, and one process ends: the uninterrupted run."""
-    folder = tmp_path / "here"
-    shutil.copytree(here, folder, ignore=lambda at, names: {"one", "ddp2", "fsdp2", "ddp4", "fsdp2_offload"} & set(names))
-    last = ("--ckpt_path", "last")
-    assert run(zygote, folder, 1, "run", "--trainer.max_steps", 2)[0].code == 0
-    for ended in run(zygote, folder, 2, "run", *FSDP2, "--trainer.max_steps", 4, *last):
+def test_fsdp2_resumes_one_process(zygote: Zygote, here: Path) -> None:
+    """One process stops at step 2 and two sharded ones continue: the run of one process, and its checkpoint."""
+    assert run(zygote, here, 1, "fsdp2", "--trainer.max_steps", 2)[0].code == 0
+    for ended in run(zygote, here, 2, "fsdp2", *FSDP2, "--ckpt_path", "last"):
         assert ended.code == 0, ended.err
-    sharded = torch.load(folder / LAST, weights_only=True)
-    assert sharded["global_step"] == 4
-    model = MTPModel.from_pretrained(str(folder / LAST), base_model=str(folder / "base"))  # and it is a model by itself
-    weights = dict(model.trained_parameters())
-    assert weights and all(sharded["state_dict"][f"model.{name}"].equal(weights[name].data) for name in weights)
-    assert run(zygote, folder, 1, "run", *last)[0].code == 0
-    same_state(here / "one/checkpoints/last.ckpt", folder / LAST)
+    assert_alike(here / "one", here / "fsdp2")
+    path = here / "fsdp2/checkpoints/last.ckpt"
+    state = torch.load(path, weights_only=True)["state_dict"]
+    weights = dict(MTPModel.from_pretrained(str(path), base_model=str(here / "base")).trained_parameters())
+    assert weights and all(state[f"model.{name}"].equal(weights[name].data) for name in weights)
 
 
+@pytest.mark.slow
 def test_offloaded_recomputed_and_accumulated(zygote: Zygote, here: Path) -> None:
     """Shards in host memory, loaded in turns, with recomputed layers, accumulated batches and clipped gradients."""
     common = ["--trainer.accumulate_grad_batches", 2, "--trainer.max_steps", 2, "--trainer.gradient_clip_val", 0.01]
@@ -146,13 +132,14 @@ LastCheckpoint.on_train_batch_end = stops
 """
 
 
+@pytest.mark.slow
 def test_the_logged_loss_is_of_all_batches_and_processes(zygote: Zygote, here: Path) -> None:
     """Steps of 3 batches; a stop is asked for in the second step, which is logged only because it is the last."""
     common = ["--trainer.limit_val_batches", 0, "--data.packing", "true"]
     words = [*common, "--trainer.accumulate_grad_batches", 3, "--trainer.log_every_n_steps", 50]
     words = ["fit", "--config", "config.yaml", *words, "--data.batch_size", 2, "--trainer.devices", 2]
     words += ["--trainer.strategy", "ddp", "--trainer.logger.save_dir", "stopped"]
-    for process in zygote.ranks(here, free_port(), words, words, preludes=[STOPS_IN_A_STEP] * 2):
+    for process in zygote.ranks(here, words, words, preludes=[STOPS_IN_A_STEP] * 2):
         ended = process.wait()
         assert ended.code == 0, ended.err
     at_once = ["--data.batch_size", 12, "--trainer.max_steps", 2, "--trainer.logger.save_dir", "at_once"]
@@ -168,10 +155,11 @@ def test_the_logged_loss_is_of_all_batches_and_processes(zygote: Zygote, here: P
 def two(zygote: Zygote, folder: Path, first: Sequence[object], second: Sequence[object], *preludes: str) -> list[Ended]:
     """Two DDP processes with words of their own."""
     words = ["fit", "--config", "config.yaml", "--trainer.strategy", "ddp", "--trainer.devices", 2]
-    started = zygote.ranks(folder, free_port(), [*words, *first], [*words, *second], preludes=preludes)
+    started = zygote.ranks(folder, [*words, *first], [*words, *second], preludes=preludes)
     return [process.wait() for process in started]
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_stop_at_the_start(zygote: Zygote, here: Path, tmp_path: Path) -> None:
     """The second process has the same configuration and another file of the same name."""
     other = tmp_path / "other"
@@ -187,6 +175,7 @@ def test_processes_that_disagree_stop_at_the_start(zygote: Zygote, here: Path, t
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_in_all(zygote: Zygote, here: Path, tmp_path: Path) -> None:
     words = ["--trainer.logger.save_dir", tmp_path / "run"]
     first, second = two(zygote, here, words, words, "", signal_at(2))
@@ -215,7 +204,7 @@ sys.exit()
 
 def test_shards_of_a_model(zygote: Zygote, tmp_path: Path) -> None:
     preludes = [SHARDED.format(rank=rank, folder=str(tmp_path)) for rank in range(2)]
-    for process in zygote.ranks(tmp_path, free_port(), [], [], preludes=preludes):
+    for process in zygote.ranks(tmp_path, [], [], preludes=preludes):
         ended = process.wait()
         assert ended.code == 0, ended.err
     (first, own_0, calls_0, found, dtypes), (second, own_1, calls_1, *_) = two_processes.results(tmp_path)
@@ -229,16 +218,3 @@ def test_shards_of_a_model(zygote: Zygote, tmp_path: Path) -> None:
     for name, grad in found.items():
         # The same products in each process; the mean is rounded in float32.
         torch.testing.assert_close(grad, (alone[0][name] + alone[1][name]) / 2, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("path", sorted(STRATEGIES.glob("*.yaml")), ids=lambda path: path.name)
-def test_a_strategy_changes_only_what_it_names(path: Path) -> None:
-    config = ["--config", ROOT / "configs/tulu3_8b.yaml"]
-    alone, combined = ParseOnly(*config).settings, ParseOnly(*config, "--config", path).settings
-    expected = yaml.safe_load(path.read_text())
-    strategy = expected["trainer"]["strategy"]
-    assert combined.trainer.strategy.class_path == strategy["class_path"]
-    for name, value in strategy["init_args"].items():
-        assert getattr(combined.trainer.strategy.init_args, name) == value
-    checkpointing = expected.get("model", {}).get("gradient_checkpointing", alone.model.gradient_checkpointing)
-    assert combined.model.gradient_checkpointing == checkpointing and combined.data == alone.data
