@@ -30,33 +30,24 @@ SHORT: tuple[object, ...] = (
 )
 
 
-def test_there_are_configurations_and_fragments() -> None:
-    assert {"demo.yaml", *HUB} <= {path.name for path in CONFIGS}
-    assert len(FRAGMENTS) >= 3
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_fragment_adds_its_callback_to_every_configuration(path: Path) -> None:
-    words = ["--config", path]
-    expected = [entry.class_path for entry in ParseOnly(*words).settings.trainer.callbacks]
-    assert expected
+def test_every_fragment_adds_its_callback() -> None:
+    words, expected = ["--config", ROOT / "configs" / "demo.yaml"], []
     for fragment in FRAGMENTS:
         words += ["--config", fragment]
         expected += [entry["class_path"] for entry in yaml.safe_load(fragment.read_text())["trainer"]["callbacks+"]]
-    assert [entry.class_path for entry in ParseOnly(*words).settings.trainer.callbacks] == expected
+    found = [entry.class_path for entry in ParseOnly(*words).settings.trainer.callbacks]
+    assert len(FRAGMENTS) >= 3 and len(found) > len(expected) and found[-len(expected) :] == expected
 
 
-@pytest.mark.parametrize("path", CONFIGS + FRAGMENTS, ids=lambda path: path.name)
-def test_callbacks_are_always_added(path: Path) -> None:
-    content = yaml.safe_load(path.read_text())
-    assert "callbacks+" in content["trainer"] and "callbacks" not in content["trainer"]
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_a_configuration_names_its_machine_and_launch_command(path: Path) -> None:
-    comment = [line for line in path.read_text().splitlines() if line.startswith("# ")]
-    launch = f"Launch: mtp fit --config {path.relative_to(ROOT)}"
-    assert any("Machine: " in line for line in comment) and any(launch in line for line in comment)
+def test_a_configuration_adds_callbacks_and_names_its_machine_and_launch_command() -> None:
+    assert {"demo.yaml", *HUB} <= {path.name for path in CONFIGS}
+    for path in CONFIGS:
+        text = path.read_text()
+        trainer = yaml.safe_load(text)["trainer"]
+        assert "callbacks+" in trainer and "callbacks" not in trainer
+        comment = [line for line in text.splitlines() if line.startswith("# ")]
+        launch = f"Launch: mtp fit --config {path.relative_to(ROOT)}"
+        assert any("Machine: " in line for line in comment) and any(launch in line for line in comment)
 
 
 def test_the_papers_run_to_the_letter() -> None:

@@ -80,11 +80,6 @@ def test_the_files_it_names_exist() -> None:
     assert missing == set()
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1])
-def test_python_compiles(code: str) -> None:
-    compile(code, "README.md", "exec")
-
-
 def test_the_loss_of_ones_own() -> None:
     names: dict[str, Any] = {}
     exec(focal_source(), names)

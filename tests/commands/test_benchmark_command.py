@@ -44,11 +44,8 @@ def test_the_command(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) 
     ("options", "code", "named"),
     [
         ("", 2, ["prompts"]),
-        ("--prompts no.jsonl", 1, ["no.jsonl"]),
         ("--prompts prompts.jsonl --batch_size 0", 2, ["batch_size", "got 0"]),
-        ("--prompts prompts.jsonl --num_masks 4", 2, ["num_masks", "1 to 3"]),
         ("--prompts prompts.jsonl --decoding autoregressive", 2, ["autoregressive"]),
-        ("--prompts prompts.jsonl --max_new_tokenz 3", 2, ["max_new_tokenz", "did you mean max_new_tokens"]),
         ("--prompts long.txt", 1, ["long.txt, line 2", "100 tokens", "96"]),
         ("--prompts prompts.jsonl --output config.yaml", 1, ["config.yaml", "not a folder"]),
     ],

@@ -98,13 +98,6 @@ def test_ctrl_c_in_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert out.startswith(f"> {beginning}") and "stopped" in err and "/exit leaves" in err
 
 
-def test_ctrl_c_in_a_pipe_ends_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    stdin = Terminal("^C\n")
-    monkeypatch.setattr(stdin, "isatty", lambda: False)
-    monkeypatch.setattr(sys, "stdin", stdin)
-    assert mtp("chat", folder / "saved") == 130 and capsys.readouterr().err.endswith("mtp: interrupted\n")
-
-
 def test_a_message_that_does_not_fit(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,22 +166,6 @@ def program(*words: object, **streams: Any) -> Iterator[subprocess.Popen[bytes]]
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.mark.slow
-def test_generate_keeps_what_was_printed(endless: Path) -> None:
-    words = ["generate", endless, "--prompt", "def f(x):", "--max_new_tokens", 19_000]
-    with program(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        text = read_until(process.stdout.fileno(), "def f(x):\n")
-        process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=240)
-    text += rest.decode()
-    assert process.returncode == 130 and err.decode().endswith("\nmtp: interrupted\n") and b"Traceback" not in err
-    model = MTPModel.from_pretrained(endless)
-    ids = model.tokenizer("def f(x):", return_tensors="pt").input_ids
-    whole = model.tokenizer.decode(model.generate(ids, max_new_tokens=200, num_masks=1).sequences[0])
-    assert len(text) > len("def f(x):") and whole.startswith(text[: len(whole)])
 
 
 @pytest.mark.slow

@@ -32,9 +32,6 @@ def change(path: str, alter: Callable[[dict[str, Any]], object]) -> None:
 CHANGES: dict[str, Callable[[], object]] = {
     "truncated": lambda: os.truncate(LAST, 1000),
     "pickle": lambda: Path(LAST).write_bytes(b"cos\nsystem\n(S'echo run'\ntR."),
-    "another program": lambda: torch.save({"state_dict": {}}, LAST),
-    "num_masks": lambda: change(LAST, lambda checkpoint: checkpoint["mtp_settings"].pop("num_masks")),
-    "state_dict": lambda: change(LAST, lambda checkpoint: checkpoint.pop("state_dict")),
     "mask_embeddings": lambda: change(LAST, lambda checkpoint: checkpoint["state_dict"].pop("model.mask_embeddings")),
     "mtp_label_counts": lambda: change(LAST, lambda checkpoint: checkpoint.update(mtp_label_counts=torch.zeros(3))),
     "optimizer_states": lambda: change(LAST, lambda checkpoint: checkpoint.pop("optimizer_states")),
@@ -46,13 +43,9 @@ CHANGES: dict[str, Callable[[], object]] = {
     [
         ("fit", "truncated", f"'{LAST}' can't be read"),
         ("generate", "pickle", f"'{LAST}' can't be read"),
-        ("validate", "another program", f"'{LAST}' was not written by mtp fit"),
-        ("predict", "num_masks", f"'{LAST}' is damaged"),
-        ("distill", "state_dict", f"'{LAST}' is damaged"),
         ("fit", "mask_embeddings", "model.mask_embeddings should be (3, 32) and is absent"),
         ("generate", "mask_embeddings", "mask_embeddings should be (3, 32) and is absent"),
         ("validate", "mtp_label_counts", "the checkpoint is damaged"),
-        ("generate", "mtp_label_counts", f"'{LAST}' is damaged"),
         ("fit", "optimizer_states", f"'{LAST}' has no optimizer_states"),
     ],
 )
@@ -60,12 +53,7 @@ def test_a_damaged_checkpoint(run: Path, here: Path, capsys, command: str, damag
     CHANGES[damage]()
     before = contents(here)
     configured = ["--config", "config.yaml", "--ckpt_path", LAST]
-    words = {
-        "generate": [LAST, "--prompt", "one"],
-        "export": ["--ckpt_path", LAST, "--output", "saved"],
-        "distill": [LAST, "--prompts", "prompts.jsonl", "--output", "a.jsonl"],
-        "predict": [*configured, "--prompts", "prompts.jsonl"],
-    }.get(command, configured)
+    words = [LAST, "--prompt", "one"] if command == "generate" else configured
     assert message in error_of(capsys, 1, command, *words)
     assert contents(here) == before
 
@@ -74,7 +62,6 @@ def test_a_damaged_checkpoint(run: Path, here: Path, capsys, command: str, damag
     ("command", "key", "value"),
     [
         ("fit", "model.num_masks", "4"),
-        ("validate", "model.sampler_head.hidden_size", "16"),
         ("test", "model.base_model", "wider"),
     ],
 )
@@ -84,7 +71,7 @@ def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: 
     # Seen before the data is read.
     no_data = [word for split in ("train", "validation", "test") for word in (f"--data.{split}", "no.jsonl")]
     message = error_of(capsys, 1, command, "--config", "config.yaml", "--ckpt_path", LAST, f"--{key}", value, *no_data)
-    assert f"Change {key.removesuffix('.hidden_size')} or --ckpt_path." in message
+    assert f"Change {key} or --ckpt_path." in message
     assert contents(run) == before
 
 
@@ -114,50 +101,15 @@ def test_predict_compares_only_what_is_named(run: Path, here: Path, capsys) -> N
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("config.json", "[]", "base model 'base' could not be loaded"),
         ("config.json", {"hidden_size": 64}, "base model 'base' could not be loaded"),
-        ("model.safetensors", None, "base model 'base' could not be loaded"),
-        ("tokenizer.json", "{}", "no tokenizer could be loaded from 'base'"),
+        ("tokenizer.json", None, "no tokenizer could be loaded from 'base'"),
     ],
 )
-def test_a_damaged_base(
-    run: Path, here: Path, capsys, name: str, content: str | dict[str, Any] | None, expected: str
-) -> None:
+def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[str, Any] | None, expected: str) -> None:
     path = here / "base" / name
-    whole = path.read_bytes()
-    if content is None:
-        path.write_bytes(whole[: len(whole) // 2])
-    else:
-        path.write_text(content if isinstance(content, str) else json.dumps(json.loads(whole) | content))
+    path.write_text("{}" if content is None else json.dumps(json.loads(path.read_bytes()) | content))
     before = contents(here)
     assert error_of(capsys, 1, "fit", "--config", "config.yaml").startswith(expected)
-    assert error_of(capsys, 1, "distill", "base", "--prompts", "prompts.jsonl", "--output", "a.jsonl").startswith(expected)
-    assert contents(here) == before
-
-
-@pytest.mark.parametrize(
-    ("file", "words", "message"),
-    [
-        ("train.jsonl", "fit --config config.yaml", "train.jsonl: it can't be read: Permission denied"),
-        (LAST, "validate --config config.yaml --ckpt_path {last}", "'{last}' can't be read: Permission denied"),
-        ("run", "validate --config config.yaml --ckpt_path last.ckpt", "'run/metrics.csv': Permission denied"),
-        (".", "distill base --prompts prompts.jsonl --output a.jsonl", "a.jsonl: '.' can't be written to"),
-    ],
-)
-def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, message: str) -> None:
-    Path("last.ckpt").write_bytes(Path(LAST).read_bytes())
-    places = [Path(file), *Path(file).glob("metrics.csv")]
-    before = contents(here)
-    modes = [place.stat().st_mode for place in places]
-    for place in places:
-        place.chmod(0o555 if place.is_dir() else 0o400 if place.name == "metrics.csv" else 0)
-    try:
-        if any(os.access(place, os.W_OK) for place in places):
-            pytest.skip("this user may read and write everything")
-        assert message.format(last=LAST) in error_of(capsys, 1, *words.format(last=LAST).split())
-    finally:
-        for place, mode in zip(places, modes, strict=True):
-            place.chmod(mode)
     assert contents(here) == before
 
 
@@ -170,8 +122,6 @@ def test_no_permission(run: Path, here: Path, capsys, file: str, words: str, mes
             " --trainer.val_check_interval 1000",
             "`val_check_interval`",  # found while the schedule is built
         ),
-        ("--model.optimizer.lr -1", "model.optimizer"),
-        ("--config config.yaml", "trainer.callbacks"),
     ],
 )
 def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, capsys, option: str, name: str) -> None:

@@ -76,7 +76,7 @@ def test_batches_and_seeds(run: Path, capsys) -> None:
     """A prompt's draws depend on the seed and its place in the file, not on what is decoded with it."""
     Path("many.txt").write_text("one two\nsix\nthree four five\none two\n")
     words = ["generate", LAST, "--prompts", "many.txt", "--max_new_tokens", 12, "--dtype", "float64", "--json"]
-    for options in (["--temperature", 0.9, "--top_p", 0.95, "--top_k", 20, "--seed", 4], [], ["--stop", " "]):
+    for options in (["--temperature", 0.9, "--top_p", 0.95, "--top_k", 20, "--seed", 4], ["--stop", " "]):
         assert mtp(*words, *options, "--num_masks", 3) == 0
         alone = without_times(json_lines(capsys))
         assert mtp(*words, *options, "--batch_size", 3, "--num_masks", 2, "--decoding", "linear") == 0

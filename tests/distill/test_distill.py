@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import signal
 import time
@@ -72,8 +73,10 @@ def test_training_takes_exactly_those_tokens(tmp_path: Path, base: str) -> None:
 
 
 @pytest.mark.slow
-def test_killed_four_times(tmp_path: Path, base: str, processes) -> None:
+def test_killed_four_times(tmp_path: Path, base: str) -> None:
     """SIGKILL at random moments: at the end the same rows as without, none twice, no torn line."""
+    processes = multiprocessing.get_context("forkserver")  # processes that begin with the imports done
+    processes.set_forkserver_preload(["distill_process", "mtp_lightning.commands.distill", "transformers.models.llama"])
     write_rows(tmp_path / "q.jsonl", questions(24))
 
     def words(output: str) -> list[str]:
@@ -158,11 +161,8 @@ def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> 
     ("words", "code", "name"),
     [
         (["--shard", "2/2"], 2, "shard"),
-        (["--batch_size", "0"], 2, "batch_size"),
-        (["--tempo", "1"], 2, "--tempo"),
         (["--output", "a.txt"], 2, "output"),
         (["--prompts", "none.txt"], 1, "none.txt"),
-        (["--device", "nothing"], 2, "device"),
     ],
 )
 def test_mistakes(tmp_path: Path, base: str, capsys, words: list[str], code: int, name: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import error_of, mtp, save_base, write_rows
-from distill_process import distill, questions, read
+from distill_process import questions, read
 from toy_tokenizers import word_tokenizer
 from transformers.utils.import_utils import is_serve_available
 
@@ -265,28 +265,6 @@ def test_an_error_comes_after_what_was_answered(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RunError, match="refused"):
         next(replies)
     assert all(thread.daemon for thread in threads.values())  # pending requests do not keep the process alive
-
-
-@pytest.mark.slow
-def test_an_error_does_not_wait_for_other_requests(tmp_path: Path, base: str, serve, processes) -> None:
-    write_rows(tmp_path / "q.jsonl", questions(4))
-    over = threading.Event()
-
-    def refuse_the_second(number: int, handler: BaseHTTPRequestHandler) -> bool:
-        if number == 2:
-            say(handler, 404, b"no")
-        else:
-            over.wait(120)
-        return number == 2
-
-    server = serve(refuse_the_second)
-    process = processes.Process(target=distill, args=(words(base, tmp_path, server.url, concurrency=4),))
-    process.start()
-    process.join(60)  # seconds: the start of a process on a busy machine; the requests under way would take 120
-    alive = process.is_alive()
-    over.set()
-    process.join()
-    assert not alive and len(server.requests) >= 2
 
 
 def test_a_server_of_another_kind(serve) -> None:

@@ -19,10 +19,9 @@ from mtp_lightning.modeling.label_counts import LabelCounts
 from mtp_lightning.modeling.peft_private import lora_layers
 
 
-@pytest.mark.parametrize(("key", "value"), [("hidden_size", 40), ("num_hidden_layers", 3)])
-def test_a_base_of_another_shape_is_refused(kept: Path, tmp_path: Path, key: str, value: int) -> None:
-    save_base(tmp_path / "base", "llama", word_tokenizer(), torch.float32, **{key: value})
-    with pytest.raises(RunError, match=rf"base with {key} \d+, and '.*base' has {value}\."):
+def test_a_base_of_another_shape_is_refused(kept: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base", "llama", word_tokenizer(), torch.float32, num_hidden_layers=3)
+    with pytest.raises(RunError, match=r"base with num_hidden_layers \d+, and '.*base' has 3\."):
         MTPModel.from_pretrained(kept / "saved", base_model=str(tmp_path / "base"))
 
 
@@ -68,10 +67,8 @@ def test_an_offloaded_base(kept: Path, tmp_path: Path) -> None:
     assert {p.device.type for p in base.parameters()} == {"cpu", "meta"}
     model = MTPModel.from_pretrained(kept / "saved", base=base)
     whole = MTPModel.from_pretrained(kept / "saved")
-    for decoding in ("quadratic", "linear", "autoregressive"):
-        options = {"max_new_tokens": 20, "decoding": decoding, "num_masks": 2}
-        assert model.generate(PROMPT, **options).sequences.equal(whole.generate(PROMPT, **options).sequences)
-        assert model.generate(PROMPT, **options).accepted_per_step == whole.generate(PROMPT, **options).accepted_per_step
+    found, expected = (each.generate(PROMPT, max_new_tokens=20, num_masks=2) for each in (model, whole))
+    assert found.sequences.equal(expected.sequences) and found.accepted_per_step == expected.accepted_per_step
 
 
 def test_device_map_auto(kept: Path) -> None:
