@@ -3,17 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import io
-import os
-import pty
-import select
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +16,6 @@ from toy_tokenizers import CHATML, word_tokenizer
 from mtp_lightning import MTPModel
 from mtp_lightning.commands.chat import run_conversation
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.modeling.base import load_base, load_tokenizer
-from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.text.chat import Conversation
 
@@ -122,65 +111,3 @@ def test_a_base_without_a_template(
         assert mtp("chat", tmp_path / "saved", "--chat_template", template, "--max_new_tokens", 5) == 0
         out, err = capsys.readouterr()
         assert out.endswith("\n") and "tokens/s]" in err
-
-
-# Real processes and signals
-
-
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that writes for longer than any test waits: the demo's base, without end tokens, in a longer context."""
-    folder = tmp_path_factory.mktemp("endless")
-    base, tokenizer = load_base("package://demo/base", dtype="float64"), load_tokenizer("package://demo/base")
-    base.generation_config.eos_token_id = base.config.eos_token_id = None
-    base.config.max_position_embeddings = 20_000
-    tokenizer.eos_token = None
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    model = MTPModel(load_base(str(folder / "base")), 8, LoRA(rank=2), None, load_tokenizer(str(folder / "base")))
-    model.save_pretrained(folder / "saved")
-    return folder / "saved"
-
-
-def read_until(descriptor: int, wanted: str, seconds: float = 240) -> str:
-    """What comes from a file descriptor until it contains a text."""
-    text, end = b"", time.monotonic() + seconds
-    while wanted not in text.decode(errors="ignore") and time.monotonic() < end:
-        if select.select([descriptor], [], [], 0.2)[0]:
-            try:
-                text += os.read(descriptor, 1 << 14)
-            except OSError:  # the other side of a terminal was closed
-                break
-    return text.decode(errors="replace")
-
-
-@contextlib.contextmanager
-def program(*words: object, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
-    # A shell starts jobs in the background with Ctrl-C ignored, and children would inherit that.
-    accept_sigint = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mtp_lightning", *map(str, words)], preexec_fn=accept_sigint, **streams
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.slow
-def test_a_real_terminal(endless: Path) -> None:
-    """A prompt, an answer that Ctrl-C stops, and the end."""
-    ours, theirs = pty.openpty()
-    words = ["chat", endless, "--chat_template", "plain", "--max_new_tokens", 19_000]
-    with program(*words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
-        os.close(theirs)
-        assert "> " in read_until(ours, "> ")
-        os.write(ours, b"Hi\n")
-        assert "e" in read_until(ours, "Hi\r\n") + read_until(ours, "e")
-        os.kill(process.pid, signal.SIGINT)  # the terminal is not the program's controlling one
-        stopped = read_until(ours, "> ")
-        assert "stopped" in stopped and "Traceback" not in stopped
-        os.write(ours, b"/exit\n")
-        assert process.wait(timeout=120) == 0
-    os.close(ours)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from command_line import error_of, mtp, save_base
+from saved import files_of
 from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
-from trained_run import CONTEXT, contents
+from trained_run import CONTEXT
 
 from mtp_lightning.commands.lightning_cli import MTPCLI
 from mtp_lightning.errors import UsageError
@@ -51,11 +52,11 @@ CHANGES: dict[str, Callable[[], object]] = {
 )
 def test_a_damaged_checkpoint(run: Path, here: Path, capsys, command: str, damage: str, message: str) -> None:
     CHANGES[damage]()
-    before = contents(here)
+    before = files_of(here)
     configured = ["--config", "config.yaml", "--ckpt_path", LAST]
     words = [LAST, "--prompt", "one"] if command == "generate" else configured
     assert message in error_of(capsys, 1, command, *words)
-    assert contents(here) == before
+    assert files_of(here) == before
 
 
 @pytest.mark.parametrize(
@@ -67,12 +68,12 @@ def test_a_damaged_checkpoint(run: Path, here: Path, capsys, command: str, damag
 )
 def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: str, key: str, value: str) -> None:
     save_base(here / "wider", "llama", word_tokenizer(), torch.float32, max_position_embeddings=CONTEXT, hidden_size=40)
-    before = contents(run)
+    before = files_of(run)
     # Seen before the data is read.
     no_data = [word for split in ("train", "validation", "test") for word in (f"--data.{split}", "no.jsonl")]
     message = error_of(capsys, 1, command, "--config", "config.yaml", "--ckpt_path", LAST, f"--{key}", value, *no_data)
     assert f"Change {key} or --ckpt_path." in message
-    assert contents(run) == before
+    assert files_of(run) == before
 
 
 def test_predict_compares_only_what_is_named(run: Path, here: Path, capsys) -> None:
@@ -108,9 +109,9 @@ def test_predict_compares_only_what_is_named(run: Path, here: Path, capsys) -> N
 def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[str, Any] | None, expected: str) -> None:
     path = here / "base" / name
     path.write_text("{}" if content is None else json.dumps(json.loads(path.read_bytes()) | content))
-    before = contents(here)
+    before = files_of(here)
     assert error_of(capsys, 1, "fit", "--config", "config.yaml").startswith(expected)
-    assert contents(here) == before
+    assert files_of(here) == before
 
 
 @pytest.mark.parametrize(
@@ -125,9 +126,9 @@ def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[
     ],
 )
 def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, capsys, option: str, name: str) -> None:
-    before = contents(here)
+    before = files_of(here)
     assert name in error_of(capsys, 2, "fit", "--config", "config.yaml", *option.split())
-    assert contents(here) == before
+    assert files_of(here) == before
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from command_line import error_of
+from saved import files_of
 from tiny_run import LAST
-from trained_run import contents
 
 FILES = {
     "long.txt": "one\n" + "one " * 99 + "\n",
@@ -120,7 +120,7 @@ def test_wrong_input(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    before = contents(folder)
+    before = files_of(folder)
     # str.format would take the braces of a mix of sources for a field.
     assert name in error_of(capsys, code, *shlex.split(words.replace("{last}", LAST)))
-    assert contents(folder) == before
+    assert files_of(folder) == before

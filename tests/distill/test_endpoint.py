@@ -291,6 +291,7 @@ def test_wrong_options(options: dict) -> None:
 # ---------------------------------------------------------------------------------------------- transformers serve
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_serve_available(), reason="needs the extra transformers[serving]")
 def test_transformers_serve(tmp_path: Path, base: str) -> None:
     """Greedy answers of the server are those of the base itself, for texts and for messages."""

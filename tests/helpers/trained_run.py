@@ -71,11 +71,6 @@ def fit(*options: object) -> int:
     return mtp("fit", "--config", "config.yaml", *options)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Path and content of all files."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 from command_line import mtp, read_metrics
+from saved import files_of
 from tiny_run import LAST, label_counts
-from trained_run import NUM_MASKS, STEPS, contents, fit, losses, validations, weights
+from trained_run import NUM_MASKS, STEPS, fit, losses, validations, weights
 
 from mtp_lightning import MTPModel
 from mtp_lightning.training import module
@@ -22,7 +23,7 @@ FIGURES |= {f"loss/{term}" for term in TERMS} | {f"accuracy/offset_{o}" for o in
 
 
 def test_a_run_folder_and_the_logged_names(trained: Path) -> None:
-    assert set(contents(trained / "run")) == {
+    assert set(files_of(trained / "run")) == {
         *("config.yaml", "metrics.csv", "run_id.txt"),
         *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
     }
@@ -75,7 +76,7 @@ def test_a_checkpoint_counts_the_labels_of_the_masks(here: Path, monkeypatch: py
 def test_the_saved_configuration_alone_is_the_same_run(trained: Path, here: Path) -> None:
     shutil.copy(trained / "run" / "config.yaml", "saved.yaml")
     assert mtp("fit", "--config", "saved.yaml") == 0
-    assert contents(here / "run")["metrics.csv"] == contents(trained / "run")["metrics.csv"]
+    assert files_of(here / "run")["metrics.csv"] == files_of(trained / "run")["metrics.csv"]
     assert (here / "run" / "config.yaml").read_text() == Path("saved.yaml").read_text()
 
 
