@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What carries loss under five chat templates, against texts written by hand: between ``[[`` and ``]]``.
+"""What carries loss under four chat templates, against texts written by hand: between ``[[`` and ``]]``.
 
-The templates are our own, of the structure of those that Qwen 3, Llama 3, Mistral, Gemma and plain ChatML models ship.
+The templates are our own, of the structure of those that Qwen 3, Mistral, Gemma and plain ChatML models ship.
 """
 
 from __future__ import annotations
@@ -38,13 +38,6 @@ QWEN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-LLAMA3 = """\
-{{- '<|begin_of_text|>' }}
-{%- for m in messages %}
-{%- set role = 'ipython' if m.role == 'tool' else m.role %}
-{{- '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' ~ (m.content | trim) ~ '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
 # No generation prompt; the system message goes into the first question.
 MISTRAL = """\
@@ -72,7 +65,6 @@ GEMMA = """\
 
 FAMILIES = {
     "qwen": (QWEN, ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"], "<|im_end|>"),
-    "llama3": (LLAMA3, ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>"),
     "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"], "</s>"),
     "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<eos>"),
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
@@ -117,10 +109,6 @@ EXPECTED = {
     ("qwen", "tool"): "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\n[[look<|im_end|>]]\n"
     "<|im_start|>user\n<tool_response>4</tool_response><|im_end|>\n"
     "<|im_start|>assistant\n[[<think>\n\n</think>\n\nfour<|im_end|>]]\n",
-    ("llama3", "tool"): "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nsum<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[look<|eot_id|>]]"
-    "<|start_header_id|>ipython<|end_header_id|>\n\n4<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n[[four<|eot_id|>]]",
     ("mistral", "system"): "<s>[INST] be\n\nhi ab[/INST][[ ab.\nyes</s>]]",
     ("mistral", "tool"): "<s>[INST] sum[/INST][[ look</s>]][TOOL_RESULTS] 4[/TOOL_RESULTS][[ four</s>]]",
     ("gemma", "system"): "<bos><start_of_turn>user\nbe\n\nhi ab<end_of_turn>\n"
@@ -134,11 +122,6 @@ CONVERSATIONS = {"two": TWO, "system": SYSTEM, "tool": TOOL}
 @pytest.mark.parametrize(("family", "conversation"), EXPECTED)
 def test_what_carries_loss(family: str, conversation: str) -> None:
     assert encoded(family, CONVERSATIONS[conversation]) == EXPECTED[family, conversation]
-
-
-def test_a_template_without_tools_says_so() -> None:
-    with pytest.raises(RunError, match="roles: user, assistant, tool, assistant.*: Tools are not"):
-        encoded("gemma", TOOL)
 
 
 # thinking, as Qwen 3 has it
@@ -189,32 +172,35 @@ def test_an_empty_answer_carries_loss_on_its_end() -> None:
 
 # refusals
 
+ALL_MARKED = f"{{% generation %}}{CHATML}{{% endgeneration %}}"
+
 
 @pytest.mark.parametrize(
-    "template",
+    ("template", "named"),
     [
         # A turn is written twice; earlier answers are shortened.
-        "{{ messages[1].content if messages[3] }}{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
-        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content[: 9 if loop.last else 1] }}<|im_end|>{% endfor %}",
+        (
+            "{{ messages[1].content if messages[3] }}"
+            "{% for m in messages %}{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}",
+            "message 2 of 4",
+        ),
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content[: 9 if loop.last else 1] }}<|im_end|>{% endfor %}",
+            "message 2 of 4",
+        ),
+        (ALL_MARKED, "token 0"),
+        ("<|im_start|>" + ALL_MARKED, "token 1"),
+        (CHATML + "{% generation %}{% endgeneration %}", "generation markers"),
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
+            "roles: user",
+        ),
+        (GEMMA.replace("'tool'", "'user'"), "roles: user, assistant, user, assistant.*: Tools are not"),
     ],
 )
-def test_templates_that_rewrite_earlier_turns_are_refused(template: str) -> None:
-    with pytest.raises(RunError, match="message 2 of 4"):
+def test_refused_templates(template: str, named: str) -> None:
+    with pytest.raises(RunError, match=named):
         encode_row({"messages": TWO}, tokenizer_of("chatml"), template)
-
-
-def test_a_template_that_marks_everything_is_an_error() -> None:
-    start = "{% generation %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    with pytest.raises(RunError, match="token 0"):
-        encode_row({"messages": TWO}, tokenizer_of("chatml"), start + "{% endgeneration %}")
-    with pytest.raises(RunError, match="token 1"):
-        encode_row({"messages": TWO}, tokenizer_of("chatml"), "<|im_start|>" + start + "{% endgeneration %}")
-
-
-def test_all_loss_where_there_are_user_turns_is_an_error() -> None:
-    template = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-    with pytest.raises(RunError, match="roles: user, assistant"):
-        encode_row({"messages": ONE}, tokenizer_of("chatml"), template)
 
 
 def test_a_role_that_the_template_names_is_accepted() -> None:

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from command_line import error_of, mtp, save_base, write_rows
-from rich.console import Console
 from tiny import token_row
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning.data.display import row_pieces, row_text, show_steps, step_size
+from mtp_lightning.data.display import row_pieces, row_text
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.types import TokenRow
 
@@ -37,20 +35,6 @@ def test_roles_by_hand() -> None:
     ]
     assert row_text(batch, 0, word_tokenizer()).plain == "no loss onetwo▮\nloss    three▮four five"
     assert row_text(batch_of([9, 5, 9], []), 0, word_tokenizer()).plain == "no loss one ⏎ one"
-
-
-def test_what_a_step_holds() -> None:
-    batch = batch_of([9, 10, 11, 12, 13], [2, 3, 4], max_blocks_per_row=1)
-    # 2 rows padded to 12 tokens, one block of 2 masks each
-    assert step_size([batch]) == (2, 17, 3 + 11, 2, 2 * 12 + 2 * 2)
-    assert step_size([batch, batch]) == (4, 34, 28, 4, 56)
-    console = Console(file=io.StringIO(), width=300)
-    show_steps([[batch], [batch, batch]], 3, 1234, console)
-    assert console.file.getvalue() == (
-        "\n42 (82 %) of the tokens carry loss, 6 (12 %) start a block of 2 masks\n"
-        "a step on 3 devices: 6 to 12 rows, 51 to 102 tokens, 6 to 12 blocks, 84 to 168 positions (masks and padding"
-        " included); 1,234 steps an epoch\n"
-    )
 
 
 @pytest.fixture

@@ -49,13 +49,6 @@ def row_ids(batches) -> list[list[int]]:
 # rows
 
 
-def test_rows() -> None:
-    row = token_rows([3, 2]).row(1)
-    assert row.input_ids.tolist() == [10, 11] and row.labels.tolist() == [-100, 11]
-    assert (row.document_ids.tolist(), row.row_id, row.domain) == ([0, 0], 1, "odd")
-    assert row.input_ids.dtype == row.labels.dtype == row.document_ids.dtype == torch.int64
-
-
 def test_packed_rows() -> None:
     rows = token_rows([3, 2, 2], np.array([0, 2, 1]), np.array([0, 2, 3]))
     assert len(rows) == 2 and rows.lengths.tolist() == [5, 2]
@@ -132,15 +125,6 @@ def test_counts_are_those_of_the_whole_step() -> None:
     assert [batch.counts.tolist() for batch in batches] == [first.tolist()] * 4 + [last.tolist()] * 2
     assert first[0] != plain[0].counts[0]
     assert sum(batch.counts for batch in plain)[0] == sum(LENGTHS) - len(LENGTHS)
-
-
-def test_a_limit_ends_the_last_window() -> None:
-    loader = windowed(accumulate=2, limit=3)
-    plain = list(windowed())
-    batches = list(loader)
-    assert len(loader) == 6 and len(batches) == 3
-    assert batches[2].counts.tolist() == plain[2].counts.tolist()
-    assert row_ids(loader) != row_ids(batches) and (loader.epoch, loader.delivered) == (1, 3)
 
 
 def test_accumulation_may_change_from_epoch_to_epoch() -> None:

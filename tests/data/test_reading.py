@@ -115,33 +115,6 @@ def test_folders_and_files_without_data(write, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "named"),
-    [
-        ("a.jsonl", "", ": .* is empty"),
-        ("b.txt", "<|endoftext|>", ": .* is empty"),
-        ("a.jsonl", '{"text": "one"}\n\n{"text": "two"\n{"text": "three"}\n', ", line 3: expected JSON"),
-        ("a.json", '[\n  {"text": "one"},\n  {"text": two}\n]\n', ", line 3: expected JSON"),
-        ("a.jsonl", '{"text": "one"}\n[1, 2]\n', ", line 2: .* got list"),
-        ("a.parquet", "not a table", ": it cannot be read: "),
-        ("a.txt", b"\xff\xfe\xff", ": .*UTF-8"),
-        ("a.jsonl", '{"question": "one", "answer": "two"}', ": .* got the fields question, answer"),
-    ],
-)
-def test_files_that_are_rejected(tmp_path: Path, caplog, name: str, content: str | bytes, named: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(RunError, match="^" + re.escape(str(path)) + named):
-        read_source(str(path))
-    assert caplog.records == []  # datasets would log a second line
-
-
-def test_empty_table(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
-    with pytest.raises(RunError, match=r"a.parquet: .* is empty"):
-        read_source(str(tmp_path / "a.parquet"))
-
-
-@pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"messages", "text", "prompt", "completion"}, "messages"),

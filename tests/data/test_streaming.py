@@ -75,19 +75,19 @@ def test_a_cycle_holds_what_reading_everything_holds(folder: str) -> None:
             assert row.input_ids[row.document_ids == document].tolist() in documents
 
 
-@pytest.mark.parametrize(("kind", "packing"), [("folder", False), ("list", True), ("mix", False), ("mix", True)])
+@pytest.mark.parametrize(("kind", "packing"), [("folder", False), ("list", True), ("mix", False)])
 def test_resume_from_any_position(folder: str, write, kind: str, packing: bool) -> None:
     """Amounts that end in the middle of batches, files and cycles; positions are what a checkpoint can keep."""
     other = write("f.jsonl", texts(5, 100))
     sources = {"folder": folder, "list": [other, folder], "mix": {folder: 3, other: 1}}[kind]
-    amounts = [1, 7, 13, 20, 5]
+    amounts = [1, 13, 20, 5]
     whole, states, expected = stream(sources, packing=packing), [], []
     for amount in amounts:
         kept = io.BytesIO()
         torch.save(whole.state(), kept)
         states.append(kept)
         expected.append(ids(whole.take(amount)))
-    assert len({tuple(map(tuple, rows)) for rows in expected}) == 5
+    assert len({tuple(map(tuple, rows)) for rows in expected}) == 4
     for place, kept in enumerate(states):
         kept.seek(0)
         resumed = stream(sources, packing=packing)
@@ -135,7 +135,7 @@ def test_no_more_is_read_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None
         ('{"text": "one"}\n{"text": 5}\n', "a.jsonl, row 2: text .* int"),
         ('{"text": "one"}\n{"text": "two"\n', "a.jsonl, line 2: expected JSON"),
         ('{"text": ""}\n' * 20, "data.train: none of the last 20 rows"),
-        ("", "a.jsonl: .* is empty"),
+        ('{"text": "one"}\n{"text": "\xff"}\n', "a.jsonl, line 2: .*UTF-8"),
     ],
 )
 def test_rejected_rows_are_named(tmp_path: Path, rows: str, named: str) -> None:
@@ -145,9 +145,9 @@ def test_rejected_rows_are_named(tmp_path: Path, rows: str, named: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning's, about small machines and few batches
-@pytest.mark.parametrize("workers", [0, 2])
-def test_fit_and_resume(tmp_path: Path, folder: str, workers: int, capsys) -> None:
-    """Three epochs of 10 rows, resumed after each step: the same rows, starts and counts."""
+@pytest.mark.parametrize(("workers", "steps"), [(0, (2, 5)), (2, (3,))])
+def test_fit_and_resume(tmp_path: Path, folder: str, workers: int, steps: tuple[int, ...], capsys) -> None:
+    """Three epochs of 10 rows in two steps each, resumed at the end and in the middle: the same rows, starts and counts."""
     arguments = {"train": folder, "max_length": 16, "batch_size": 3, "block_fraction": 0.5, "streaming_rows": 10}
     arguments |= {"validation": folder, "num_workers": workers}
     options = {"accumulate_grad_batches": 2}
@@ -155,8 +155,7 @@ def test_fit_and_resume(tmp_path: Path, folder: str, workers: int, capsys) -> No
     assert [seen[0] for seen in whole.seen] == [0] * 4 + [1] * 4 + [2] * 4
     assert sorted(number for seen in whole.seen[:4] for number in seen[1]) == list(range(10))
     assert "data.train, epoch 2: " in capsys.readouterr().err
-    for number, checkpoint in enumerate(checkpoints(tmp_path)[:-1], 1):
-        if workers and number != 3:
-            continue
-        resumed = fit(tmp_path, MTPDataModule(**arguments), ckpt_path=str(checkpoint), **options)
-        assert resumed.seen == whole.seen[2 * number :], checkpoint.name
+    saved = checkpoints(tmp_path)
+    for step in steps:
+        resumed = fit(tmp_path, MTPDataModule(**arguments), ckpt_path=str(saved[step - 1]), **options)
+        assert resumed.seen == whole.seen[2 * step :], step

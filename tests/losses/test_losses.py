@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
-from tiny import tiny_rows, token_row
+from tiny import tiny_model, tiny_rows, token_row
 from torch import Tensor
 from toy_losses import UNEMBED, D, Focal, K, V
 
@@ -24,6 +25,8 @@ from mtp_lightning.losses import (
     term_value,
 )
 from mtp_lightning.modeling import masking
+from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.types import MTP, HiddenStates, MaskedInput, TokenRow
 
 
@@ -44,11 +47,14 @@ def random_states(batch: MaskedInput, dtype: torch.dtype = torch.float64, sample
     return HiddenStates(*states[:3], states[3] if sampler_ntp else None)
 
 
-class Position:
+class Position(NamedTuple):
     """One position that counts: m_j of the block after x_i (j from 1), or the NTP position i (j = 0)."""
 
-    def __init__(self, row: int, p: int, i: int, j: int, label: int) -> None:
-        self.row, self.p, self.i, self.j, self.label = row, p, i, j, label
+    row: int
+    p: int
+    i: int
+    j: int
+    label: int
 
 
 def carries(row: TokenRow, ignored: int, start: int, t: int) -> bool:
@@ -186,3 +192,27 @@ def test_a_head_without_output_at_ntp_positions() -> None:
         SamplerCrossEntropy(positions="ntp")(states, batch, UNEMBED)
     both, alone = (SamplerCrossEntropy(positions=p)(states, batch, UNEMBED) for p in ("all", "mtp"))
     assert len(both) == 1 and torch.equal(both[0].total, alone[0].total) and both[0].denominator == MTP
+
+
+# on a model
+
+
+def test_a_sampler_term_without_a_sampler_head_is_refused() -> None:
+    batch = masking.build_masked_input(tiny_rows(), K)
+    model = tiny_model(num_masks=K)
+    for term in (SamplerCrossEntropy(), AnchorDistillation(), Focal("sampler")):
+        with pytest.raises(UsageError, match=f"{type(term).__name__} needs a sampler head, and model.sampler_head is false"):
+            model(batch, {"x": term})
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_loss_gradients_reach_what_is_trained_and_nothing_else(gated: bool) -> None:
+    model = tiny_model(num_masks=K, sampler_head=GRUSamplerHead(), lora=LoRA(rank=2, gated=gated))
+    batch = masking.build_masked_input(tiny_rows(), K)
+    terms = {"base": BaseCrossEntropy(), "sampler": SamplerCrossEntropy(), "lcm": LatentConsistency()}
+    sums = model(batch, terms).sums
+    torch.stack([term_value(s, batch.counts) for s in sums.values()]).sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, name
+    ntp = term_value(model(batch, {"ntp": BaseCrossEntropy(positions="ntp")}).sums["ntp"], batch.counts)
+    assert ntp.requires_grad == (not gated)  # of a gated model it is a constant

@@ -6,6 +6,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import two_processes
 from metric_data import CASES, DENOMINATORS, K, batches, computed
 
 from mtp_lightning.metrics import AcceptanceLength, ForcedAcceptance, TermMean
+from mtp_lightning.metrics.functional import repeated_ngrams, share_of_reference, survival_counts
 
 
 def blocks() -> list[tuple[list[bool], list[bool]]]:
@@ -69,3 +71,23 @@ def test_before_any_update_the_value_is_nan(metric: torch.nn.Module) -> None:
 def test_examples_in_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"mtp_lightning.metrics.{name}"), extraglobs={"torch": torch})
     assert results.attempted and not results.failed
+
+
+def test_share_of_reference() -> None:
+    assert share_of_reference(1.905, 2.81) == pytest.approx(0.5)
+    assert share_of_reference(1.0, 2.81) == 0.0
+    assert math.isnan(share_of_reference(1.0, 1.0))
+
+
+@pytest.mark.parametrize(("length", "n"), [(0, 1), (7, 1), (7, 8), (8, 8), (60, 8)])
+def test_repeated_ngrams_against_a_loop(length: int, n: int) -> None:
+    tokens = random.Random(length).choices(range(2), k=length)
+    grams = [tokens[i : i + n] for i in range(length) if i + n <= length]
+    num_repeats = sum(grams[i] in grams[:i] for i in range(len(grams)))
+    assert repeated_ngrams(tokens, n) == (num_repeats / len(grams) if grams else 0.0)
+
+
+def test_survival_counts_against_a_loop() -> None:
+    accepted = random.Random(0).choices(range(5), k=30)
+    assert survival_counts(accepted, 4).tolist() == [sum(a >= j for a in accepted) for j in (1, 2, 3, 4)]
+    assert survival_counts([], 3).tolist() == [0, 0, 0]

@@ -257,9 +257,3 @@ def test_a_quantized_base(quantization: str, tmp_path: Path) -> None:
         adapted, closed = model.hidden_states(batch), closed_states(model, batch)
     assert torch.equal(adapted.ntp, closed.ntp)
     assert (adapted.mtp - closed.mtp).abs().mean() > 0.1
-    if quantization == "4bit":
-        # Not so with 8 bits: bitsandbytes keeps a feature out of the quantized product for all positions as soon as it is
-        # above 6 at any one of them, so positions in one pass change each other's rounding.
-        in_one_pass(model)
-        with torch.no_grad():
-            assert torch.equal(model.hidden_states(batch).ntp, closed_states(model, batch).ntp)

@@ -134,53 +134,32 @@ def test_rows_of_a_batch_are_padded() -> None:
 # ---------------------------------------------------------------------------------------------- attention
 
 
-def sees_in_words(batch: MaskedInput, row: int, num_masks: int, query: int, key: int, window: int | None = None) -> bool:
-    """docs/method.md §2, position by position: NTP sees earlier NTP of its document, m_j sees x_0..x_i and m_1..m_j."""
-    L = batch.input_ids.shape[1]
-    documents = batch.document_ids[row].tolist()
-    place = batch.position_ids[row].tolist()
-
-    def describe(index: int) -> tuple[int, int, int, int]:  # start, j (0 at NTP), document, position id
-        if index < L:
-            return index, 0, documents[index], place[index]
-        block, j = divmod(index - L, num_masks)
-        start = int(batch.starts[row, block])
-        return start, j + 1, documents[start] if start >= 0 else -1, (place[start] if start >= 0 else place[0]) + j + 1
-
-    start, j, document, position = describe(query)
-    other_start, other_j, other_document, other_position = describe(key)
-    if query == key:
-        return True
-    if document < 0 or document != other_document or start < 0 or other_start < 0:
-        return False
-    if window is not None and position - other_position >= window:
-        return False
-    if other_j == 0:
-        return other_start <= start
-    return j > 0 and other_start == start and other_j <= j
-
-
-@pytest.mark.parametrize(("num_masks", "window"), [(1, None), (3, None), (2, 1), (3, 2)])
-def test_dense_mask_is_the_rule_in_words(num_masks: int, window: int | None) -> None:
-    rows = [
-        token_row([10, 11, 12, 13, 14, 15], documents=[0, 0, 0, 0, 1, 1]),
-        token_row([20, 21, 22, 23], labels=[X, X, 22, 23], row_id=1),
-        token_row([30, 31, 32, 33, 34], documents=[0, 0, 1, 1, 1], row_id=2),
+def test_dense_mask_by_hand() -> None:
+    """The table of masking.py: k = 2, four tokens, blocks after x_0 and x_1; then a window, two documents and padding."""
+    batch = single([10, 11, 12, 13], 2)
+    pattern = attention_pattern(batch, 2)
+    assert dense_mask(pattern, 4)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 1, 0, 0, 0],
+        [1, 0, 0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 0, 1, 1],
     ]
-    batch = build_masked_input(rows, num_masks)
-    L = batch.input_ids.shape[1]
-    mask = dense_mask(attention_pattern(batch, num_masks), L, window)
-    S = L + batch.starts.shape[1] * num_masks
-    assert mask.shape == (3, 1, S, S) and mask.dtype == torch.bool
-    real = torch.cat([batch.document_ids >= 0, (batch.starts >= 0).repeat_interleave(num_masks, 1)], 1)
-    for row in range(3):
-        for query in range(S):
-            if not real[row, query]:  # padding may see anything, but not nothing
-                assert mask[row, 0, query, query]
-                continue
-            for key in range(S):
-                expected = sees_in_words(batch, row, num_masks, query, key, window)
-                assert bool(mask[row, 0, query, key]) == expected, (row, query, key)
+    # Positions 0 1 2 3 | 1 2 | 2 3
+    assert dense_mask(pattern, 4, 2)[0, 0].int()[[3, 5, 6, 7]].tolist() == [
+        [0, 0, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0, 0],
+        [0, 1, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1, 1],
+    ]
+    # Blocks after the first token of each document, and a row of padding, which sees itself.
+    rows = [token_row([10, 11, 12, 20, 21, 22], documents=[0, 0, 0, 1, 1, 1]), token_row([30, 31], row_id=1)]
+    mask = dense_mask(attention_pattern(build_masked_input(rows, 1), 1), 6)[:, 0].int()
+    assert mask[0, [3, 6, 7]].tolist() == [[0, 0, 0, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0, 0, 1]]
+    assert mask.diagonal(dim1=1, dim2=2).all()
 
 
 # ---------------------------------------------------------------------------------------------- sampling

@@ -24,6 +24,7 @@ from tiny import (
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, SamplerCrossEntropy
 from mtp_lightning.model import MTPModel
+from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.modeling.peft_private import lora_layers
@@ -169,3 +170,11 @@ def test_what_is_trained_is_float32_on_a_half_precision_base() -> None:
     assert {name.split(".")[0] for name in trained if "lora_" not in name} == {"mask_embeddings", "sampler_head"}
     states = model.hidden_states(tiny_batch())
     assert states.sampler is not None and states.sampler.dtype == states.mtp.dtype == torch.bfloat16
+
+
+def test_the_context_ends_where_rope_changes() -> None:
+    config = tiny_model("phi3").base.config
+    full = config.max_position_embeddings
+    assert context_length(config) == full
+    config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": full // 2}
+    assert context_length(config) == full // 2

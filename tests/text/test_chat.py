@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from saved import model_on_disk
 from toy_tokenizers import CHATML, word_tokenizer
 
@@ -127,12 +126,3 @@ def test_a_plain_dialogue() -> None:
     text = tokenizer.apply_chat_template(said, chat_template=PLAIN_TEMPLATE, tokenize=False, add_generation_prompt=True)
     assert text == "Be brief.\nUser: Hi\nAssistant: Hello\nUser: How much is 2 + 2?\nAssistant:"
     assert PLAIN_STOP in text
-
-
-def test_a_seed_draws_the_same_again(model: MTPModel) -> None:
-    """Turns with a seed draw the same again after a reset."""
-    talk = Conversation(model, DecodingOptions(max_new_tokens=12, temperature=1.0, seed=3))
-    first = "".join(talk.say("one"))
-    talk.reset()
-    torch.manual_seed(99)
-    assert "".join(talk.say("one")) == first

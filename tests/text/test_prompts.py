@@ -12,7 +12,7 @@ import pytest
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.errors import MTPError, RunError, UsageError
-from mtp_lightning.text.prompts import Prompt, PromptRow, encode_prompt, encode_prompt_row, read_prompts, round_robin
+from mtp_lightning.text.prompts import Prompt, PromptRow, encode_prompt, encode_prompt_row, read_prompts
 
 BOS, EOS, START, END, NEWLINE, ONE, TWO = 1, 2, 3, 4, 5, 9, 10
 USER, ASSISTANT = 7, 8
@@ -87,18 +87,6 @@ def test_standard_input(text: str, ids: list[list[int]], monkeypatch: pytest.Mon
     assert [p.input_ids for p in read_prompts("-", word_tokenizer())] == ids
 
 
-def test_a_shipped_file(write, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write([{"prompt": "one"}])
-    monkeypatch.setattr("mtp_lightning.text.prompts.resolve", {"package://demo/p.jsonl": path}.__getitem__)
-    assert len(read_prompts("package://demo/p.jsonl", word_tokenizer())) == 1
-
-
-def test_round_robin() -> None:
-    assert round_robin("aaabb") == [0, 3, 1, 4, 2]
-    assert round_robin("ba") == [0, 1]
-    assert round_robin([]) == []
-
-
 def test_a_limit_takes_evenly_from_the_domains(write) -> None:
     domains = "aaaabbc"
     source = write([{"prompt": "one " * (i + 1), "domain": domain} for i, domain in enumerate(domains)])
@@ -126,6 +114,7 @@ def user(content: object) -> str:
         ('{"prompt": "one", "domain": 3}\n', ", line 1: .*domain .* int"),
         ('{"prompt": "one", "id": "\\ud800"}\n', ", line 1: .*id .*ud800"),
         (user("\ud800"), ", line 1: .*surrogate"),
+        (user(" "), ", line 1: message 1 .* empty"),
         ('{"prompt": "one"}\n{"prompt": "one", "id": ' + "9" * 5_000 + "}\n", ", line 2: .* digits"),
         ('{"messages": [{"role": "usr", "content": "one"}]}\n', ", line 1: message 1 .*'usr'"),
         ('{"prompt": "one"}\n{"prompt": "  "}\n', ", line 2: .* token"),
