@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -36,6 +37,20 @@ def restore_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for name in ("my_losses", "my_heads"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, list[Any] | str], str]:
+    """Writes rows as JSON lines, or a text as it is, and gives the path as a string."""
+
+    def write_file(name: str, content: list[Any] | str) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+        path.write_text(text, encoding="utf-8", newline="")
+        return str(path)
+
+    return write_file
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,14 @@ from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.data.display import row_pieces, row_text
 from mtp_lightning.modeling.masking import build_masked_input
-from mtp_lightning.types import TokenRow
+from mtp_lightning.types import MaskedInput, TokenRow
 
 
-def batch_of(ids: list[int], loss: list[int], documents: list[int] | None = None, **options):
+def batch_of(ids: list[int], loss: list[int]) -> MaskedInput:
     labels = torch.full((len(ids),), -100)
     labels[loss] = torch.tensor(ids)[loss]
-    row = TokenRow(torch.tensor(ids), labels, torch.tensor(documents or [0] * len(ids)), 0)
-    return build_masked_input([row, token_row([12], row_id=1)], 2, **options)
+    row = TokenRow(torch.tensor(ids), labels, torch.zeros(len(ids), dtype=torch.int64), 0)
+    return build_masked_input([row, token_row([12], row_id=1)], 2)
 
 
 def test_roles_by_hand() -> None:

@@ -31,30 +31,19 @@ class AppendingTokenizer:
         return {"input_ids": self.inner(text)["input_ids"] + ([EOS] if add_special_tokens else [])}
 
 
-@pytest.fixture
-def write(tmp_path: Path):
-    def write_file(content: str | list, name: str = "prompts.jsonl") -> str:
-        path = tmp_path / name
-        text = (
-            content if isinstance(content, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-        )
-        path.write_bytes(text.encode())
-        return str(path)
-
-    return write_file
-
-
 def chat(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def test_text_file_has_one_prompt_a_line(write) -> None:
-    source = write("one two\r\n\n  \ntwo\n", "prompts.txt")
+    source = write("prompts.txt", "one two\r\n\n  \ntwo\n")
     assert read_prompts(source, word_tokenizer()) == [Prompt("one two", [BOS, ONE, TWO], ""), Prompt("two", [BOS, TWO], "")]
 
 
 def test_jsonl_with_prompts_and_messages(write) -> None:
-    source = write([{"prompt": "one", "domain": "code"}, {"messages": chat("two"), "more": 3}, {"prompt": chat("two")}])
+    source = write(
+        "p.jsonl", [{"prompt": "one", "domain": "code"}, {"messages": chat("two"), "more": 3}, {"prompt": chat("two")}]
+    )
     rendered = "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
     ids = [START, USER, NEWLINE, TWO, END, NEWLINE, START, ASSISTANT, NEWLINE]  # and no second <bos>
     expected = [Prompt("one", [BOS, ONE], "code"), Prompt(rendered, ids, ""), Prompt(rendered, ids, "")]
@@ -63,18 +52,18 @@ def test_jsonl_with_prompts_and_messages(write) -> None:
 
 def test_an_answer_at_the_end_is_dropped(write) -> None:
     answered, unanswered = read_prompts(
-        write([{"messages": chat("one", "two")}, {"messages": chat("one")}]), word_tokenizer()
+        write("p.jsonl", [{"messages": chat("one", "two")}, {"messages": chat("one")}]), word_tokenizer()
     )
     assert answered == unanswered
 
 
 def test_line_separators_inside_json_strings_do_not_split(write) -> None:
     text = "one\u2028two\x85"
-    assert [p.text for p in read_prompts(write([{"prompt": text}]), word_tokenizer())] == [text]
+    assert [p.text for p in read_prompts(write("p.jsonl", f'{{"prompt": "{text}"}}'), word_tokenizer())] == [text]
 
 
 def test_an_appended_end_token_is_stripped_and_one_in_the_text_is_not(write) -> None:
-    source = write("one two\none <eos>\n", "p.txt")
+    source = write("p.txt", "one two\none <eos>\n")
     tokenizer = AppendingTokenizer()
     assert tokenizer("one two")["input_ids"] == [ONE, TWO, EOS]
     assert [p.input_ids for p in read_prompts(source, tokenizer)] == [[ONE, TWO], [ONE, EOS, EOS]]
@@ -89,7 +78,7 @@ def test_standard_input(text: str, ids: list[list[int]], monkeypatch: pytest.Mon
 
 def test_a_limit_takes_evenly_from_the_domains(write) -> None:
     domains = "aaaabbc"
-    source = write([{"prompt": "one " * (i + 1), "domain": domain} for i, domain in enumerate(domains)])
+    source = write("p.jsonl", [{"prompt": "one " * (i + 1), "domain": domain} for i, domain in enumerate(domains)])
 
     def taken(limit: int | None) -> list[int]:
         return [len(p.input_ids) - 2 for p in read_prompts(source, word_tokenizer(), limit)]
@@ -121,13 +110,13 @@ def user(content: object) -> str:
     ],
 )
 def test_rejected_lines_are_named(write, content: str, named: str) -> None:
-    source = write(content)
+    source = write("p.jsonl", content)
     with pytest.raises(RunError, match="^" + re.escape(source) + named):
         read_prompts(source, word_tokenizer(bos=False))
 
 
 def test_messages_without_a_template_or_refused_by_it(write) -> None:
-    source = write([{"messages": chat("one")}])
+    source = write("p.jsonl", [{"messages": chat("one")}])
     strict = word_tokenizer()
     strict.chat_template = "{{ raise_exception('only systems') }}"
     for tokenizer, named in ((AppendingTokenizer(), "no chat template"), (strict, "only systems")):
@@ -139,7 +128,7 @@ def test_wrong_sources(write, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("one\n\xe9t\xe9".encode("latin-1"))
     wrong: list[tuple[str, type[MTPError], str]] = [
         (str(tmp_path / "none.jsonl"), RunError, "nothing is there"),
-        (write("one", "p.csv"), UsageError, ".jsonl"),
+        (write("p.csv", "one"), UsageError, ".jsonl"),
         (str(tmp_path), RunError, "folder"),
         (str(tmp_path / "latin.txt"), RunError, "line 2: .*UTF-8"),
     ]
@@ -147,7 +136,7 @@ def test_wrong_sources(write, tmp_path: Path) -> None:
         with pytest.raises(error, match=f"^{source}.* {named}"):
             read_prompts(source, word_tokenizer())
     with pytest.raises(UsageError, match="num_prompts .* 0"):
-        read_prompts(write("one", "p.txt"), word_tokenizer(), 0)
+        read_prompts(write("p.txt", "one"), word_tokenizer(), 0)
 
 
 def test_prompts_that_cannot_be_encoded(write) -> None:
@@ -156,7 +145,7 @@ def test_prompts_that_cannot_be_encoded(write) -> None:
             encode_prompt_row(PromptRow("here", content, "", 1), None)
     with pytest.raises(UsageError, match="surrogate"):
         encode_prompt("\udcff", word_tokenizer())
-    source = write("one\none one one\n", "p.txt")
+    source = write("p.txt", "one\none one one\n")
     assert len(read_prompts(source, word_tokenizer(), context=5)) == 2
     with pytest.raises(RunError, match="p.txt, line 2: .* 4 tokens"):
         read_prompts(source, word_tokenizer(), context=4)
