@@ -32,11 +32,12 @@ def test_text_carries_loss_everywhere(tokenizer) -> None:
     assert encode_row({"text": "one"}, tokenizer).splittable
     check({"text": "one <eos>"}, tokenizer, [BOS, ONE, EOS], [BOS, ONE, EOS])
     check({"text": ""}, tokenizer, [], [])
+    check({"text": "one", "input_ids": [3], "prompt": "two"}, tokenizer, [BOS, ONE, EOS], [BOS, ONE, EOS])
     check({"text": "one two"}, word_tokenizer(bos=False, eos=False), [ONE, TWO], [ONE, TWO])
 
 
 def test_prompt_carries_no_loss(tokenizer) -> None:
-    row = {"prompt": "one two", "completion": "three"}
+    row = {"prompt": "one two", "completion": "three", "text": "six"}
     check(row, tokenizer, [BOS, ONE, TWO, THREE, EOS], [X, X, X, THREE, EOS])
     assert not encode_row(row, tokenizer).splittable
 
@@ -117,7 +118,7 @@ def test_generation_markers_by_hand(tokenizer, template: str) -> None:
 
 
 def test_no_assistant_turn_no_loss(tokenizer) -> None:
-    check({"messages": TWO_TURNS[:1]}, tokenizer, TWO_TURNS_IDS[:6], [X] * 6)
+    check({"messages": TWO_TURNS[:1], "prompt": "two", "completion": "two"}, tokenizer, TWO_TURNS_IDS[:6], [X] * 6)
 
 
 def test_no_template() -> None:

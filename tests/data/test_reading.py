@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mtp_lightning.data.reading import read_source, row_type
+from mtp_lightning.data.reading import read_source
 from mtp_lightning.errors import RunError, UsageError
 
 
@@ -112,17 +112,3 @@ def test_folders_and_files_without_data(write, tmp_path: Path) -> None:
         read_source(str(tmp_path))
     with pytest.raises(UsageError, match="a.csv: .*.parquet"):
         read_source(write("a.csv", "x"))
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"messages", "text", "prompt", "completion"}, "messages"),
-        ({"prompt", "completion", "text"}, "prompt"),
-        ({"prompt", "text"}, "text"),
-        ({"input_ids", "labels"}, "input_ids"),
-        ({"prompt"}, None),
-    ],
-)
-def test_row_type(fields: set[str], expected: str | None) -> None:
-    assert row_type(fields) == expected

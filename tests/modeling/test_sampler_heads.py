@@ -16,7 +16,6 @@ from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerH
 HEADS: dict[str, Callable[[], SamplerHead]] = {
     "mlp": MLPSamplerHead,
     "gru": GRUSamplerHead,
-    "gru-wide": lambda: GRUSamplerHead(hidden_size=40),
     "gru-hidden": lambda: GRUSamplerHead(hidden_size=20, read_hidden=True),
 }
 

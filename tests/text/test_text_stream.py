@@ -99,7 +99,7 @@ def test_an_incomplete_character_is_held_back() -> None:
     tokenizer = byte_tokenizer(["<a>"], "<a>")
     model = tiny_model(sampler_head=GRUSamplerHead(8), vocab_size=len(tokenizer), seed=5)
     model.tokenizer = tokenizer
-    for seed in range(3):
+    for seed in range(2):
         stream = model.stream("ab", max_new_tokens=40, temperature=1.0, seed=seed)
         pieces = list(stream)
         whole = tokenizer.decode(stream.token_ids, skip_special_tokens=True).rstrip("\ufffd")
