@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from zygote import Zygote
 from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.acceptance import PromptResult
-from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.training.module import MTPModule
 
 Fit = Callable[..., Trainer]
@@ -125,27 +123,6 @@ def test_validate_and_test(
     latest = read(tmp_path)["latest"]
     assert latest["stage"] == "test"
     assert latest["forced"]["acceptance_length"] == values["test/forced_acceptance_length"]
-
-
-def test_with_shards_all_processes_time_the_same_prompts(
-    module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module.configure_model()
-    callback = AcceptanceEvaluation(prompts, max_new_tokens=6, num_speed_pairs=2)
-    trainer: Any = SimpleNamespace(global_rank=0, world_size=1, global_step=1, is_global_zero=False)
-    callback.setup(trainer, module, "validate")
-    timed: list[list[int]] = []
-
-    def pairs(model: Any, chosen: list[Any], options: Any) -> list[float]:
-        timed.append([len(prompt.input_ids) for prompt in chosen])
-        return [1.5] * len(chosen)
-
-    monkeypatch.setattr(acceptance_evaluation, "paired_speed_ups", pairs)
-    monkeypatch.setattr(MTPNetwork, "is_sharded", True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    callback._evaluate(trainer, module)
-    assert len(timed) == 1 and [r.prompt_index for r in callback.results] == list(range(len(callback.loaded)))
-    assert sum(r.speed_up == 1.5 for r in callback.results) == 2
 
 
 def test_with_a_progress_bar(

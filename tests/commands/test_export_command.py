@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from saved import files_of
 from tiny_run import LAST, label_counts
 from toy_tokenizers import word_tokenizer
-from trained_run import STEPS, as_if_trained_here, fit, json_lines, without_times
+from trained_run import as_if_trained_here, json_lines, without_times
 
 from mtp_lightning import MTPModel
 from mtp_lightning.modeling.label_counts import LABEL_COUNTS
@@ -40,26 +40,27 @@ def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:
     assert files_of(Path("again")) == files_of(Path("saved"))
 
 
-def test_the_card_has_the_runs_acceptance(here: Path, capsys) -> None:
-    callback = ["--trainer.callbacks+", "mtp_lightning.callbacks.AcceptanceEvaluation"]
-    assert fit(*callback, "--trainer.callbacks.prompts", "prompts.jsonl", "--trainer.callbacks.max_new_tokens", 12) == 0
-    assert mtp("export", "--ckpt_path", LAST, "--output", "saved") == 0
+def test_the_card_has_the_runs_acceptance(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(whole, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
     latest = json.loads(Path("run/acceptance.json").read_text())["latest"]
+    checkpoint = torch.load(LAST, weights_only=True)
+    # Weights of the step that was measured, and of another step.
+    torch.save({**checkpoint, "global_step": latest["step"]}, LAST)
+    assert mtp("export", "--ckpt_path", LAST, "--output", "saved") == 0
     card = Path("saved/README.md").read_text()
-    assert (
-        "Measured on 2 prompts of `prompts.jsonl`, at most 12 tokens each: quadratic decoding, 3 masks, sampler head,"
-        " greedy."
-    ) in card
+    measured = (
+        "Measured on 2 prompts of `prompts.jsonl`, at most 6 tokens each: quadratic decoding, 2 masks, sampler head, greedy."
+    )
+    assert measured in card
     for name, figures in (*latest["domains"].items(), ("overall", latest["overall"])):
         assert f"\n| {name} | {figures['num_prompts']} | {figures['acceptance_length']:.2f} |" in card
-    # Weights of another step than those that were measured.
-    checkpoint = torch.load(LAST, weights_only=True)
     torch.save({**checkpoint, "global_step": 2}, LAST)
     assert mtp("export", "--ckpt_path", LAST, "--output", "earlier") == 0
-    sentence = f"greedy. That was after {STEPS} training steps; these weights are those of step 2."
+    sentence = f"greedy. That was after {latest['step']} training steps; these weights are those of step 2."
     assert sentence in Path("earlier/README.md").read_text()
     shutil.copy("run/acceptance.json", "figures.json")
-    torch.save(checkpoint, "elsewhere.ckpt")
+    torch.save({**checkpoint, "global_step": latest["step"]}, "elsewhere.ckpt")
     assert mtp("export", "--ckpt_path", "elsewhere.ckpt", "--output", "given", "--acceptance", "figures.json") == 0
     assert Path("given/README.md").read_text() == card
 

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mtp distill``: its rows and what training makes of them, kills at random moments, shards, mistakes."""
+"""``mtp distill``: its rows and what training makes of them, a torn file, shards, mistakes."""
 
 from __future__ import annotations
 
-import multiprocessing
-import random
-import signal
-import time
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import error_of, mtp, save_base, write_rows
-from distill_process import distill, questions, read
+from distill_rows import questions, read
 from tiny import greedy_text
 from toy_tokenizers import word_tokenizer
 from transformers import AutoModelForCausalLM
@@ -72,44 +69,17 @@ def test_training_takes_exactly_those_tokens(tmp_path: Path, base: str) -> None:
         assert row["seed"] == AnswerOptions().row_seed(row["id"])
 
 
-@pytest.mark.slow
-def test_killed_four_times(tmp_path: Path, base: str) -> None:
-    """SIGKILL at random moments: at the end the same rows as without, none twice, no torn line."""
-    processes = multiprocessing.get_context("forkserver")  # processes that begin with the imports done
-    processes.set_forkserver_preload(["distill_process", "mtp_lightning.commands.distill", "transformers.models.llama"])
-    write_rows(tmp_path / "q.jsonl", questions(24))
-
-    def words(output: str) -> list[str]:
-        options = {"--prompts": tmp_path / "q.jsonl", "--output": tmp_path / output, "--max_new_tokens": 12}
-        options |= {"--temperature": 1, "--batch_size": 3, "--device": "cpu"}
-        return [base, *(str(word) for pair in options.items() for word in pair)]
-
-    assert mtp("distill", *words("whole.jsonl")) == 0
-    assert len(read(tmp_path / "whole.jsonl")) == 24
-    output, chance, kills, sizes = tmp_path / "killed.jsonl", random.Random(0), 0, []
-    while kills < 4:
-        before = output.stat().st_size if output.exists() else 0
-        process = processes.Process(target=distill, args=(words("killed.jsonl"),))
-        process.start()
-        # A batch or two are written, and then it is killed anywhere within the next ones.
-        while process.is_alive() and (output.stat().st_size if output.exists() else 0) <= before:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.03))
-        process.kill()
-        process.join()
-        if process.exitcode != -signal.SIGKILL:
-            # It was done before the kill: start again from a torn file, so that four kills are four kills.
-            data = output.read_bytes()
-            output.write_bytes(data[: len(data) // 3])
-            continue
-        kills += 1
-        sizes.append(output.stat().st_size)
-    assert len(set(sizes)) > 1  # the kills came at different places
-    assert mtp("distill", *words("killed.jsonl")) == 0
-    rows = read(output)
-    assert len(rows) == 24 == len({row["id"] for row in rows})
-    by_id = {row["id"]: row for row in rows}
-    assert by_id == {row["id"]: row for row in read(tmp_path / "whole.jsonl")}
+def test_a_file_that_a_kill_left_is_completed(tmp_path: Path, base: str) -> None:
+    """Its last line is torn: at the end the same rows, none twice."""
+    write_rows(tmp_path / "q.jsonl", questions(12))
+    words = ["distill", base, "--prompts", tmp_path / "q.jsonl", "--max_new_tokens", 6, "--temperature", 1]
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert mtp(*words, "--batch_size", 3, "--output", whole) == 0
+    shutil.copy(f"{whole}.settings", f"{killed}.settings")
+    lines = whole.read_bytes().splitlines(keepends=True)
+    killed.write_bytes(b"".join(lines[:5]) + lines[5][:30])
+    assert mtp(*words, "--batch_size", 3, "--output", killed) == 0
+    assert len(read(killed)) == 12 and {row["id"]: row for row in read(killed)} == {row["id"]: row for row in read(whole)}
 
 
 def test_shards_share_the_prompts(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers from a server: a small one in the test that fails as servers do, and ``transformers serve`` itself on loopback."""
+"""Answers from a server: a small one in the test that fails as servers do."""
 
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import error_of, mtp, save_base, write_rows
-from distill_process import questions, read
+from distill_rows import questions, read
 from toy_tokenizers import word_tokenizer
-from transformers.utils.import_utils import is_serve_available
 
 from mtp_lightning.data.encoding import encode_row
 from mtp_lightning.data.preparing import prepare
@@ -115,9 +111,6 @@ def words(base: str, folder: Path, server: str, **options: object) -> list[str]:
     return [base, *(str(word) for name, value in named.items() for word in (f"--{name}", value))]
 
 
-# ---------------------------------------------------------------------------------------------- rows
-
-
 def test_rows_of_a_server(tmp_path: Path, base: str, serve, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path / "q.jsonl", questions(6))
     monkeypatch.setenv("MTP_API_KEY", "secret")
@@ -171,9 +164,6 @@ def test_token_ids_of_the_server_are_taken(tmp_path: Path, base: str, serve) -> 
     assert mtp("distill", *words(base, tmp_path, serve(reply=with_ids).url, token_ids="true")) == 0
     found = {row["id"]: (row["prompt_ids"], row["completion_ids"]) for row in read(tmp_path / "a.jsonl")}
     assert found == {0: ([3, 7], [9, 9, 4]), "q1": ([3, 8], [9, 9, 4])}
-
-
-# ---------------------------------------------------------------------------------------------- failures
 
 
 def failing(number: int, handler: BaseHTTPRequestHandler) -> bool:
@@ -286,46 +276,3 @@ def test_no_server_answers() -> None:
 def test_wrong_options(options: dict) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         EndpointOptions(**{"endpoint": "http://localhost:1/v1", **options})
-
-
-# ---------------------------------------------------------------------------------------------- transformers serve
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not is_serve_available(), reason="needs the extra transformers[serving]")
-def test_transformers_serve(tmp_path: Path, base: str) -> None:
-    """Greedy answers of the server are those of the base itself, for texts and for messages."""
-    write_rows(tmp_path / "q.jsonl", questions(6))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = "from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", code, "serve", base, "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    try:
-        _until_it_listens(process, port, tmp_path / "log")
-        url = f"http://127.0.0.1:{port}/v1"
-        served = words(base, tmp_path, url, max_new_tokens=6, concurrency=2, output=tmp_path / "served.jsonl")
-        assert mtp("distill", *served) == 0, (tmp_path / "log").read_text()[-3000:]
-    finally:
-        process.terminate()
-        process.wait(30)
-        log.close()
-    own = ["--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "own.jsonl", "--max_new_tokens", 6, "--device", "cpu"]
-    assert mtp("distill", base, *own) == 0
-    found = [{row["id"]: row for row in read(tmp_path / name)} for name in ("served.jsonl", "own.jsonl")]
-    assert set(found[0]) == set(found[1]) == {0, "q1", 2, "q3", 4, "q5"}
-    for name, row in found[1].items():
-        assert found[0][name]["completion"] == row["completion"] and found[0][name]["prompt_ids"] == row["prompt_ids"]
-
-
-def _until_it_listens(process: subprocess.Popen, port: int, log: Path) -> None:
-    for _ in range(600):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=5).close()
-            return
-        except OSError:
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.2)
-    raise AssertionError(log.read_text()[-3000:])

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 from prompt_results import result
 from rich.console import Console
 
@@ -36,10 +35,8 @@ def test_table() -> None:
     assert "Forced" not in printed(summarise(results))
 
 
-@pytest.mark.parametrize("num_domains", [0, 14])
-def test_plot_for_any_number_of_domains(num_domains: int, tmp_path: Path) -> None:
+def test_plot_of_many_domains(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "acceptance.png"
-    domains = [f"domain number {i}" for i in range(num_domains)] or [""]
-    save_plot(summarise([result(i, domain, (0, 2, 1)) for i, domain in enumerate(domains)]), path)
+    save_plot(summarise([result(i, f"domain number {i}", (0, 2, 1)) for i in range(14)]), path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert list(path.parent.iterdir()) == [path]

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -86,24 +84,6 @@ def test_peft_alone_gives_exactly_the_base(tmp_path: Path, kept: Path) -> None:
         expected = base(ids).logits
         changed = PeftModel.from_pretrained(base, str(tmp_path / "saved"))(ids).logits
         assert not torch.allclose(changed, expected)
-
-
-@pytest.mark.slow
-def test_a_process_without_lightning(kept: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, torch\n"
-        "sys.modules.update(lightning=None, pytorch_lightning=None)\n"  # importing either would raise
-        "from mtp_lightning import MTPModel\n"
-        f"model = MTPModel.from_pretrained({str(kept / 'saved')!r})\n"
-        f"out = model.generate(torch.tensor({PROMPT.tolist()}), max_new_tokens=24)\n"
-        f"model.save_pretrained({str(tmp_path / 'saved')!r})\n"
-        "print(out.sequences.tolist(), sorted(n for n in sys.modules if n.startswith('lightning.')))\n"
-    )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    model = MTPModel.from_pretrained(kept / "saved")
-    assert done.stdout.split("\n")[-2] == f"{model.generate(PROMPT, max_new_tokens=24).sequences.tolist()} []"
-    assert files_of(tmp_path / "saved") == files_of(kept / "saved")
 
 
 def test_a_folder_is_replaced_whole(saved_copy: Path, kept: Path) -> None:

@@ -1,25 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mtp distill`` in a process that can be killed (which must be able to import this file), its prompts and its rows."""
+"""Prompts for ``mtp distill``, and the rows it wrote."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 WORDS = "one two three four five six".split()
-
-
-def distill(words: list[str]) -> None:
-    """Run the command, quietly."""
-    import torch
-
-    from mtp_lightning.commands.cli import main
-
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
-    main(["distill", *words])
 
 
 def questions(number: int) -> list[dict]:
