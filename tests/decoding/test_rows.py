@@ -214,7 +214,7 @@ def test_masks_of_steps_that_follow_each_other(architecture: str, kernel: str) -
         first, end = cache.reach(Q)
         windows = {"full_attention": None, "sliding_attention": WINDOW}
         by_window = {windows[name]: mask for name, mask in given.items()} if isinstance(given, dict) else {}
-        for window in cache.kinds:
+        for window in cache.windows:
             mask = by_window[window] if by_window else given
             seen = [
                 [[[sees(each, length, query, slot, window) for slot in range(first[window], end)] for query in range(Q)]]

@@ -24,7 +24,7 @@ def test_the_attention_kernel_is_read_and_switched() -> None:
     assert private.can_switch_attention(type(base)), "_can_set_attn_implementation has moved"
     ids = torch.arange(5)[None]
     expected = base(ids).logits
-    with private.switched_attention(private.attention_configs(base), "counting_sdpa"):
+    with private.SwitchedAttention(base, "counting_sdpa"):
         assert private.attention_kernel(base) == "counting_sdpa", "config._attn_implementation_internal has moved"
         assert torch.equal(base(ids).logits, expected)
     assert len(calls) == 2, "the decoder does not look up its attention function by name"  # one a layer
@@ -33,7 +33,7 @@ def test_the_attention_kernel_is_read_and_switched() -> None:
 
 def test_a_kernel_that_is_set_meanwhile_is_kept() -> None:
     base = tiny_base()
-    with private.switched_attention(private.attention_configs(base), "sdpa"):
+    with private.SwitchedAttention(base, "sdpa"):
         base.set_attn_implementation("eager")
     assert private.attention_kernel(base) == "eager"
 

@@ -127,27 +127,24 @@ class RowCache(Cache):
         graphs: graphs of steps over these buffers, by what they feed; dropped when the buffers grow.
         lengths: tokens of each row that count.
         tokens: those tokens, and behind them what the last step fed, [B, capacity] int64.
+        windows: the sliding windows that layers have; None: full attention.
     """
 
     def __init__(self, base: PreTrainedModel, num_rows: int) -> None:
-        self.windows = layer_windows(base)
+        windows = layer_windows(base)
+        self.windows = set(windows)
         self._place = _Place()
         self._place.rows = num_rows
         self.fixed = False
         self.graphs: dict[Any, Any] = {}
         self.lengths = [0] * num_rows
         self.tokens = torch.zeros(num_rows, 0, dtype=torch.int64, device=base.device)
-        super().__init__(layers=[RowLayer(self._place, window) for window in self.windows])
+        super().__init__(layers=[RowLayer(self._place, window) for window in windows])
 
     @property
     def capacity(self) -> int:
         """Slots of a row."""
         return self._place.capacity
-
-    @property
-    def kinds(self) -> set[int | None]:
-        """The windows that there are."""
-        return set(self.windows)
 
     @property
     def num_bytes(self) -> int:
@@ -173,9 +170,9 @@ class RowCache(Cache):
     def reach(self, num_positions: int) -> tuple[dict[int | None, int], int]:
         """The slots that the queries of a step of Q positions can see: the first one for each window, and the end."""
         if self.fixed:
-            return dict.fromkeys(self.kinds, 0), self.capacity
+            return dict.fromkeys(self.windows, 0), self.capacity
         shortest = min(self.lengths)
-        first = {window: 0 if window is None else max(0, shortest - window + 1) for window in self.kinds}
+        first = {window: 0 if window is None else max(0, shortest - window + 1) for window in self.windows}
         return first, max(self.lengths) + num_positions
 
     def begin_step(self, num_positions: int, fed: Tensor, slots: Tensor | None) -> None:

@@ -7,10 +7,9 @@ if a library changes one of them; each docstring says what happens then.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -42,29 +41,29 @@ def can_switch_attention(model_class: Any) -> bool:
     return can_set is not None and bool(can_set())
 
 
-def attention_configs(base: PreTrainedModel) -> list[Any]:
-    """The configurations that name the attention function of the base's decoder."""
-    return [*{id(config): config for config in (base.config, base.config.get_text_config(decoder=True))}.values()]
+class SwitchedAttention:
+    """Runs the base's decoder with another attention function within the ``with`` block.
 
-
-@contextlib.contextmanager
-def switched_attention(configs: Sequence[Any], name: str | None) -> Iterator[None]:
-    """Run a decoder with another attention function within the ``with`` block.
-
-    Only for classes that ``can_switch_attention``; ``configs`` are its ``attention_configs``. The public
-    ``set_attn_implementation`` does the same, but walks all modules, which costs as much as a decoding step of a small
-    model. A kernel that is set meanwhile is kept.
+    Only for classes that ``can_switch_attention``. The public ``set_attn_implementation`` does the same, but walks all
+    modules, which costs as much as a decoding step of a small model. A kernel that is set meanwhile is kept.
     """
-    key = "_attn_implementation_internal"  # through vars(): setattr of a configuration validates, which is slow
-    before = [vars(config)[key] for config in configs]
-    for config in configs:
-        vars(config)[key] = name
-    try:
-        yield
-    finally:
-        for config, kernel in zip(configs, before, strict=True):
-            if vars(config)[key] == name:
-                vars(config)[key] = kernel
+
+    KEY = "_attn_implementation_internal"
+
+    def __init__(self, base: PreTrainedModel, name: str | None) -> None:
+        configs = {id(config): config for config in (base.config, base.config.get_text_config(decoder=True))}
+        self._settings = [vars(config) for config in configs.values()]  # setattr of a configuration validates: slow
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._before = [settings[self.KEY] for settings in self._settings]
+        for settings in self._settings:
+            settings[self.KEY] = self._name
+
+    def __exit__(self, *_: object) -> None:
+        for settings, kernel in zip(self._settings, self._before, strict=True):
+            if settings[self.KEY] == self._name:
+                settings[self.KEY] = kernel
 
 
 def is_stateful(base: PreTrainedModel) -> bool:

@@ -63,7 +63,7 @@ class DecodeCache:
 
     def __init__(self) -> None:
         self._fingerprint: tuple[Any, ...] | None = None
-        self._forwards: list[tuple[nn.Module, Forward]] = []
+        self._forwards: list[tuple[dict[str, Any], Forward]] = []  # vars() of each layer: its setattr is slow
         self._chain: Chain | None = None
         self._output: nn.Linear | None = None
         self._shortlist: tuple[LabelCounts | None, int, Shortlist] | None = None
@@ -81,10 +81,14 @@ class DecodeCache:
 
     @contextlib.contextmanager
     def fused(self) -> Iterator[None]:
-        """Run the layers with the prepared weights within the ``with`` block; cheap, and one thread at a time."""
+        """Run the layers with the prepared weights within the ``with`` block; cheap, and one thread at a time.
+
+        Under autocast they keep their own forward pass: packed weights are not cast.
+        """
+        assert self._device_and_dtype is not None, "not prepared"
         with self.lock:
-            for layer, forward in self._forwards:
-                vars(layer)["forward"] = forward  # setattr of a module is slow
+            for attributes, forward in [] if is_autocast(self._device_and_dtype[0]) else self._forwards:
+                attributes["forward"] = forward
             self._depth += 1
             try:
                 yield
@@ -94,8 +98,8 @@ class DecodeCache:
                     self._restore()
 
     def _restore(self) -> None:
-        for layer, _ in self._forwards:
-            vars(layer).pop("forward", None)
+        for attributes, _ in self._forwards:
+            attributes.pop("forward", None)
 
     def prepare(self, model: MTPNetwork) -> None:
         """Prepare weights, unless those there are were prepared from the same. The check is slow: once per text."""
@@ -118,10 +122,11 @@ class DecodeCache:
             return
 
         self.clear()  # first: both may not fit into memory
-        self._forwards = fused_forwards(base, layers, model.gate)
+        forwards = fused_forwards(base, layers, model.gate)
         unembedding = None if self._output is None else packed_unembedding(self._output, layers)
         if unembedding is not None:
-            self._forwards.append((output, unembedding))
+            forwards.append((output, unembedding))
+        self._forwards = [(vars(layer), forward) for layer, forward in forwards]
         if head is not None and all(type(p.data) is Tensor and p.device == device for p in head.parameters()):
             with torch.autocast(device.type, enabled=False):
                 self._chain = unrolled_chain(head, base.get_input_embeddings(), model.unembed.vocab_size, dtype)

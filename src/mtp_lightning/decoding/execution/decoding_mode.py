@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel
 from mtp_lightning.modeling.network import MTPNetwork
-from mtp_lightning.modeling.transformers_private import attention_configs, switched_attention
+from mtp_lightning.modeling.transformers_private import SwitchedAttention
 
 
 class DecodingMode:
@@ -24,7 +24,7 @@ class DecodingMode:
 
     def __init__(self, model: MTPNetwork, fused: bool = True) -> None:
         self._model, self._base, self._cache, self._fused = model, model.base, decode_cache(model), fused
-        self._kernel, self._configs = decoding_kernel(model.base), attention_configs(model.base)
+        self._attention = SwitchedAttention(model.base, decoding_kernel(model.base))
         self._partly_training = True  # not known yet: parts may be in training mode while the model is not
 
     @contextlib.contextmanager
@@ -40,7 +40,7 @@ class DecodingMode:
                 model.eval()
             try:
                 fused = self._cache.fused() if self._fused else contextlib.nullcontext()
-                with switched_attention(self._configs, self._kernel), fused:
+                with self._attention, fused:
                     yield
             finally:
                 for module in training:

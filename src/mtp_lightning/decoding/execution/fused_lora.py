@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.decoding.packed_linear import PackedLinear, is_autocast, packed_dtypes
+from mtp_lightning.decoding.packed_linear import PackedLinear, packed_dtypes
 from mtp_lightning.modeling.gated_lora import Gate, GatedVariant
 from mtp_lightning.modeling.peft_private import ADAPTER, LoraLinear, get_variant
 from mtp_lightning.modeling.transformers_private import offload_hook
@@ -69,8 +69,8 @@ def can_fuse(layer: Any, gate: Gate) -> bool:
 
 
 def _needs_peft(x: Tensor) -> bool:
-    """True for a wrong shape (PEFT reports it), under autocast, or where gradients are needed."""
-    return x.ndim != 3 or torch.is_grad_enabled() or is_autocast(x.device)
+    """True for a wrong shape (PEFT reports it), or where gradients are needed."""
+    return x.ndim != 3 or torch.is_grad_enabled()
 
 
 def _joined_matrices(layers: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
@@ -216,7 +216,7 @@ def packed_unembedding(output: nn.Linear, layers: Sequence[Any]) -> Forward | No
     linear = PackedLinear(weight, output.bias)
 
     def forward(x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or is_autocast(x.device):
+        if torch.is_grad_enabled():
             return type(output).forward(output, x)
         return linear(x)
 
