@@ -111,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        "| model | dtype | texts | tokens a step | texts that differ | first at token | largest gap | in roundings | ties |"
+        "| model | dtype | texts | tokens per step | texts that differ | first at token | largest gap | roundings | ties |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for architecture in options.architectures:

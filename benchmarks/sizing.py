@@ -64,7 +64,7 @@ def run() -> None:
     step = StepSize(rows=1, length=a.max_length, block_fraction=a.block_fraction, num_masks=a.num_masks, kernel=a.kernel,
                     checkpointing=True, autocast=True, cuda=True)  # fmt: skip
     print(
-        f"rows of {a.max_length} tokens, block_fraction {a.block_fraction:g}: {step.length + step.mtp:,} positions a row;"
+        f"rows of {a.max_length} tokens, block_fraction {a.block_fraction:g}: {step.length + step.mtp:,} positions per row;"
         f" k {a.num_masks}, rank {a.rank}, {a.kernel}, gradient checkpointing, bf16-mixed;"
         f" {a.steps:,} steps of {a.rows_a_step} rows; GPUs of {a.device_gb:g} GB, {a.tflops:g} TFLOP/s at"
         f" {a.utilization:.0%} (assumed)\n"

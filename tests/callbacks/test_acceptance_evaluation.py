@@ -77,7 +77,7 @@ def test_a_run_logs_prints_and_writes(
     assert set(logged(tmp_path, "val/acceptance_length")) == {1, 3}  # Lightning's axis begins at 0
     assert (tmp_path / "acceptance.png").stat().st_size > 10_000
     out = capsys.readouterr().out
-    assert out.count("Acceptance by real decoding") == 2 and "Forced, on given text" in out
+    assert out.count("Acceptance by real decoding") == 2 and "Teacher-forced: " in out
 
 
 def test_evaluation_leaves_training_as_it_is(fit: Fit, new_module: Callable[[], MTPModule], prompts: str) -> None:
@@ -101,7 +101,7 @@ def test_every_n_steps_in_training(
     # Four steps; the validations after steps 2 and 4 use what was just measured.
     assert evaluated == [5] * 4
     out = capsys.readouterr().out
-    assert (out.count("Acceptance by real decoding"), out.count("Forced, on given text")) == (4, 2)
+    assert (out.count("Acceptance by real decoding"), out.count("Teacher-forced: ")) == (4, 2)
     # Lightning's own log interval is 50 steps: it would have dropped these.
     assert set(logged(tmp_path, "val/acceptance_length")) == {0, 1, 2, 3}
     written = read(tmp_path)

@@ -62,7 +62,7 @@ def test_samples_are_printed_and_logged(
     steps = [step.tokens for step in decode(module.model, torch.tensor(module.tokenizer("a")["input_ids"]), options)]
     marked = "a" + plain(mark_drafts(steps, module.tokenizer))
     assert "\u27e6" in marked and text.endswith(f"\n\n````\n{marked}\n````")
-    assert text.startswith(f"sample 0 (code), {12 / len(steps):.2f} tokens a step")
+    assert text.startswith(f"sample 0 (code), {12 / len(steps):.2f} tokens per step")
 
 
 def test_wrong_options() -> None:

@@ -49,7 +49,7 @@ def test_never_always_sometimes(agree: str, kind: str, J: int, inject: Callable[
     assert out.finish_reasons == ["length"]
     if agree == "never":
         assert kept == [0] * G
-    elif agree == "always":  # the prompt's step, then J + 1 tokens a step
+    elif agree == "always":  # the prompt's step, then J + 1 tokens per step
         assert len(kept) == 1 + -(-(G - 1) // (J + 1)) and set(kept[1:-1]) <= {J}
     elif kind == "quadratic" and J == 3:
         assert {0, 1, 2, 3} <= set(kept)

@@ -27,7 +27,7 @@ def test_the_attention_kernel_is_read_and_switched() -> None:
     with private.SwitchedAttention(base, "counting_sdpa"):
         assert private.attention_kernel(base) == "counting_sdpa", "config._attn_implementation_internal has moved"
         assert torch.equal(base(ids).logits, expected)
-    assert len(calls) == 2, "the decoder does not look up its attention function by name"  # one a layer
+    assert len(calls) == 2, "the decoder does not look up its attention function by name"  # one per layer
     assert private.attention_kernel(base) == "sdpa"
 
 

@@ -37,8 +37,8 @@ class AcceptanceEvaluation(DecodingCallback):
         prompts: ``.txt`` (one prompt a line) or ``.jsonl`` file (``prompt`` or ``messages``, optional ``domain``) that
             training has not seen, or ``package://...`` for one shipped with this package.
         num_prompts: the most prompts to decode, evenly from the domains; None: all.
-        max_new_tokens: the most tokens a prompt.
-        max_steps: the most steps a prompt (the paper: 100); None: no limit.
+        max_new_tokens: maximum tokens per prompt.
+        max_steps: maximum steps per prompt (the paper: 100); None: no limit.
         decoding: ``quadratic``, ``linear`` or ``autoregressive``.
         num_masks: masks in a block, at most as many as are trained; ``auto``: all, so that steps are the same everywhere.
         sampler_head: draft with the sampler head; false: from the base head.

@@ -37,7 +37,7 @@ class SampleText(DecodingCallback):
         prompts: ``.txt`` (one prompt a line) or ``.jsonl`` file (``prompt`` or ``messages``, optional ``domain``), or
             ``package://...`` for one shipped with this package.
         num_samples: the most texts, evenly from the domains.
-        max_new_tokens: the most tokens a text.
+        max_new_tokens: maximum tokens per text.
         decoding: ``quadratic``, ``linear`` or ``autoregressive``.
         num_masks: masks in a block, at most as many as are trained; ``auto``: all.
         sampler_head: draft with the sampler head; false: from the base head.
@@ -69,7 +69,7 @@ class SampleText(DecodingCallback):
                 continue
             spans = mark_drafts(steps, module.tokenizer)
             length = sum(map(len, steps)) / len(steps)
-            heading = f"sample {number}{prompt.domain and f' ({prompt.domain})'}, {length:.2f} tokens a step"
+            heading = f"sample {number}{prompt.domain and f' ({prompt.domain})'}, {length:.2f} tokens per step"
             console = progress_console(trainer)
             console.print(heading, style="bold", highlight=False)
             console.print(

@@ -17,7 +17,7 @@ from mtp_lightning.training.run_size import peak_memory, step_size
 from mtp_lightning.training.sizing import ModelSize, StepSize, model_size, step_flops
 
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "L4": 121, "V100": 125}
-"""Dense 16-bit peak of a GPU by a part of its name, in 1e12 operations a second; the makers' figures."""
+"""Dense 16-bit peak of a GPU by a part of its name, in 1e12 operations per second; the makers' figures."""
 
 
 class Throughput(Callback):
@@ -36,7 +36,7 @@ class Throughput(Callback):
     Validations, evaluations in training and sample texts are left out of all speeds and of the waiting.
 
     Args:
-        peak_tflops: peak of one device in 1e12 operations a second. None: by the GPU's name, if it is known.
+        peak_tflops: peak of one device in 1e12 operations per second. None: by the GPU's name, if it is known.
     """
 
     def __init__(self, peak_tflops: float | None = None) -> None:
@@ -147,7 +147,7 @@ class Throughput(Callback):
         return {"hours_left": (left * pace + evaluation_seconds(self._evaluations, left)) / 3600}
 
     def peak(self, device: torch.device) -> float | None:
-        """Peak of a device in 1e12 operations a second, or None if it is not known."""
+        """Peak of a device in 1e12 operations per second, or None if it is not known."""
         if self.peak_tflops is not None or device.type != "cuda":
             return self.peak_tflops
         name = torch.cuda.get_device_name(device)

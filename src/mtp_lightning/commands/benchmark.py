@@ -36,7 +36,7 @@ def run_benchmark(args: list[str]) -> None:
     """``mtp benchmark MODEL --prompts F``."""
     parser = CommandParser(
         prog="mtp benchmark",
-        description="Measures tokens a step and speed-up on prompts, and compares each text with autoregressive decoding.",
+        description="Measures tokens per step and speed-up on prompts, and compares each text with autoregressive decoding.",
     )
     parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
     parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")

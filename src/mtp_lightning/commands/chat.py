@@ -144,7 +144,7 @@ def _print_answer(conversation: Conversation, text: str) -> bool:
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined] # it is a generator
         print(flush=True)
-        _note("[stopped; the beginning of the answer is kept]")
+        _note("[stopped]" if empty else "[stopped; the beginning of the answer is kept]")
         return True
     except MTPError as error:
         _note(f"mtp: {error}")

@@ -27,14 +27,14 @@ COMMANDS = {
     "fit": Command("train", "lightning_cli", "run_trainer"),
     "validate": Command("losses, NTP figure and acceptance on the validation set", "lightning_cli", "run_trainer"),
     "test": Command("the same on the test set", "lightning_cli", "run_trainer"),
-    "predict": Command("speculative generation over the test prompts, one JSON line a prompt", "predict", "run_predict"),
+    "predict": Command("speculative generation over the test prompts, one JSON line per prompt", "predict", "run_predict"),
     "generate": Command("generate text with a trained model", "generate", "run_generate"),
     "chat": Command("talk with a trained model", "chat", "run_chat"),
     "data": Command("show a few rows with the role of every token, and the shares", "data", "run_data"),
     "distill": Command("write the base model's own answers to prompts, to train on", "distill", "run_distill"),
     "export": Command("checkpoint to saved folder (safetensors and JSON)", "export", "run_export"),
     "benchmark": Command(
-        "tokens a step by domain and number of masks, speed-up, losslessness", "benchmark", "run_benchmark"
+        "tokens per step by domain and number of masks, speed-up, losslessness", "benchmark", "run_benchmark"
     ),
 }
 
@@ -95,7 +95,7 @@ def _run(words: list[str]) -> None:
     if words[0] not in COMMANDS:
         raise UsageError(f"unknown command {words[0]!r}: expected one of {', '.join(COMMANDS)}.")
     # Before torch is imported: its idle threads spin, and on a core that another process uses too this costs milliseconds at
-    # each of hundreds of small operations a token.
+    # each of hundreds of small operations per token.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _silence_libraries()
     command = COMMANDS[words[0]]

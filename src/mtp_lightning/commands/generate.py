@@ -25,7 +25,7 @@ from mtp_lightning.text.stream import GeneratedText
 
 
 def print_generations(model: MTPModel, prompts: list[Prompt], arguments: DecodingArguments, as_json: bool) -> None:
-    """Generate for each prompt and print text as it is decoded, or one JSON line a prompt."""
+    """Generate for each prompt and print text as it is decoded, or one JSON line per prompt."""
     options, stops = arguments.options(), [arguments.stop] if arguments.stop else []
     resolve_num_masks(model, options)  # an error shows before anything is printed
     seeds = row_seeds(arguments.seed, len(prompts))
@@ -77,7 +77,7 @@ def run_generate(args: list[str]) -> None:
     parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
     parser.add_argument("--prompt", type=str, default=None, help="the prompt")
     parser.add_argument("--prompts", type=str, default=None, help=".txt or .jsonl file of prompts; - standard input")
-    parser.add_argument("--json", action="store_true", help="print one JSON line a prompt")
+    parser.add_argument("--json", action="store_true", help="print one JSON line per prompt")
     DecodingArguments.add_to(parser)
     config = parser.parse_args(args)
     if (config.prompt is None) == (config.prompts is None):

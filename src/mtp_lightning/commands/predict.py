@@ -47,12 +47,12 @@ class PredictCLI(SettingsCLI):
         super().add_arguments_to_parser(parser)
         parser.add_argument("--ckpt_path", type=str, required=True, help="path of a checkpoint that mtp fit wrote")
         parser.add_argument("--prompts", type=str, default=None, help="prompts file. Default: data.test")
-        parser.add_argument("--json", action="store_true", help="one JSON line a prompt, which is what this command prints")
+        parser.add_argument("--json", action="store_true", help="one JSON line per prompt: what it always prints")
         DecodingArguments.add_to(parser)
 
 
 def run_predict(args: list[str]) -> None:
-    """``mtp predict``: decode the test prompts with a checkpoint, one JSON line a prompt."""
+    """``mtp predict``: decode the test prompts with a checkpoint, one JSON line per prompt."""
     cli = PredictCLI(args)
     config = cli.config
     if config.ckpt_path == "last":

@@ -106,7 +106,7 @@ class WindowedLoader:
         self.constant = constant
         self.epoch = epoch
         self.delivered = 0
-        self._advanced = False  # True once a batch was delivered since the position was last set
+        self._advanced = False  # True once a batch has been delivered since the position was last set
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -206,7 +206,7 @@ class StreamingLoader:
         self.epoch = self.delivered = 0
         self._epoch_begin = stream.state()
         self._windows: WindowedLoader | None = None
-        self._advanced = False  # True once a batch was delivered since the position was last set
+        self._advanced = False  # True once a batch has been delivered since the position was last set
 
     def __len__(self) -> int:
         return self.length

@@ -45,7 +45,7 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
     forced, speed_up = summary["forced"], summary["overall"]["speed_up"]
     if forced is not None:
         yield (
-            f"Forced, on given text: acceptance length {decimals(forced['acceptance_length'])},"
+            f"Teacher-forced: acceptance length {decimals(forced['acceptance_length'])},"
             f" reference {decimals(forced['reference'])}, share of reference {decimals(forced['share_of_reference'])}."
         )
     if speed_up is not None:
@@ -96,7 +96,7 @@ def _draw_lengths(axes: Axes, groups: dict[str, dict[str, Any]]) -> None:
     label = f"texts with under {REPETITION_THRESHOLD:.0%} repeated 8-grams"
     _draw_bars(axes, non_repeating, height / 2, height, color=LIGHT, label=label)
     axes.axvline(1, color=GREY, linewidth=1, linestyle="--")
-    note = "one token a step:\nordinary decoding"
+    note = "one token per step:\nordinary decoding"
     coordinates: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
     axes.annotate(note, (1, 1), (3, -4), va="top", fontsize=8, color=GREY, **coordinates)
     axes.set_yticks(range(len(groups)), list(groups))
@@ -104,7 +104,7 @@ def _draw_lengths(axes: Axes, groups: dict[str, dict[str, Any]]) -> None:
     axes.set_ylim(len(groups) - 0.4 + margin, -1.05 - margin)
     axes.set_xlim(0, 1.32 * max(1.0, *(figures["acceptance_length"] or 0.0 for figures in all_texts + non_repeating)))
     axes.set_xlabel("acceptance length (tokens generated per step)")
-    axes.set_title("How many tokens a step gains", fontsize=11)
+    axes.set_title("Tokens gained per step", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -163,7 +163,7 @@ def save_benchmark_plot(report: dict[str, Any], path: Path) -> None:
         shared = shared or axes
         _draw_lengths(axes, _families(report), domain)
         if index % columns == 0:
-            axes.set_ylabel("acceptance length (tokens a step)")
+            axes.set_ylabel("acceptance length (tokens per step)")
     shared.set_ylim(bottom=0.95)  # after all curves are drawn: a fixed limit ends autoscaling
     figure.legend(*shared.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     if has_speed:

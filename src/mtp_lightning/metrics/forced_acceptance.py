@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acceptance on given text, without decoding: forced acceptance length, and accuracy at each offset."""
+"""Teacher-forced acceptance, without decoding: forced acceptance length, and accuracy at each offset."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         try:
             prompt = self._prompt()
-        except Exception:  # also whatever the template raises: the conversation continues without this message
+        except BaseException:  # whatever the template raises, or Ctrl-C: the conversation continues without this message
             self.messages.pop()
             raise
         stream = TextStream(self.model, prompt, self.options, self.stops, self.cache)

@@ -37,7 +37,7 @@ QUANTIZATION = ("4bit", "8bit")
 
 
 class MTPModule(LightningModule):
-    """Teaches a base model to predict several tokens a step.
+    """Teaches a base model to predict several tokens per step.
 
     Args:
         base_model: folder or hub id of a causal language model, or ``package://demo/base``.
@@ -258,7 +258,7 @@ class MTPModule(LightningModule):
     # ---- evaluation
 
     def evaluation_step(self, batch: MaskedInput) -> None:
-        """Update the metrics with a batch of given text."""
+        """Update the metrics with one teacher-forced batch."""
         output: ForwardOutput = self.model(batch, self.terms, with_measurement=True)
         for name, sums in output.sums.items():
             self.term_means[name].update(sums, batch.counts)

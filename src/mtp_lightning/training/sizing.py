@@ -98,7 +98,7 @@ class Estimate:
     def __str__(self) -> str:
         gathered = f", gathered weights {gigabytes(self.gathered)}" if self.gathered else ""
         return (
-            f"up to {self.ntp_positions + self.mtp_positions:,} positions a step ({self.ntp_positions:,} tokens and"
+            f"up to {self.ntp_positions + self.mtp_positions:,} positions per step ({self.ntp_positions:,} tokens and"
             f" {self.mtp_positions:,} masks); base {gigabytes(self.base)}, trained weights with gradients and AdamW's states"
             f" {gigabytes(self.trained)}, activations {gigabytes(self.activations)}, attention mask {gigabytes(self.mask)},"
             f" logits {gigabytes(self.logits)}{gathered}: about {gigabytes(self.total)} on each device"
