@@ -72,20 +72,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def _not_written(path: Path, error: OSError) -> RunError:
     intact = " Its previous content is intact." if path.exists() else ""
-    return RunError(
-        f"{str(path)!r} could not be written: {os_reason(error)}.{intact} Free disk space or choose another folder."
-    )
+    return RunError(f"{str(path)!r} could not be written: {os_reason(error)}.{intact}")
 
 
 def _sync_folder(folder: Path) -> None:
     """Make a renaming survive a power cut, where the file system can."""
-    try:
+    with suppress(OSError):  # not every system opens folders
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # not every system opens folders
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

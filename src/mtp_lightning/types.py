@@ -77,13 +77,9 @@ class MaskedInput(NamedTuple):
         return MaskedInput(*(field.to(device, non_blocking=non_blocking) for field in self))
 
     def at_anchors(self, values: Tensor) -> Tensor:
-        """The values at the anchor i + j of each MTP position, clamped to the row.
+        """Values [B, L] or [B, L, D] at each MTP position's anchor i + j, clamped to the row: [B, P, K] or [B, P, K, D].
 
-        Args:
-            values: a value per NTP position, [B, L] or [B, L, D].
-
-        Returns:
-            Values, [B, P, K] or [B, P, K, D]. Entries whose label is ignored are meaningless.
+        Entries whose label is ignored are meaningless.
         """
         (B, P), K = self.starts.shape, self.mtp_labels.shape[2]
         anchors = self.starts[:, :, None] + torch.arange(1, K + 1, device=self.starts.device)

@@ -173,5 +173,5 @@ def test_what_is_wrong_shows_before_training(fit: Fit, module: MTPModule, prompt
         fit(module, AcceptanceEvaluation(str(tmp_path / "none.txt")))
     long = tmp_path / "long.txt"
     long.write_text("x" * 64)
-    with pytest.raises(RunError, match="expected prompts of fewer tokens than the base's context, 64; one has 64: 'xxx"):
+    with pytest.raises(RunError, match="has 64 tokens, and the base's context is 64: 'xxx"):
         fit(module, AcceptanceEvaluation(str(long)))

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toy_tokenizers import byte_tokenizer
 
 from mtp_lightning.callbacks import SampleText
-from mtp_lightning.callbacks.sample_text import Span, colour, mark_drafts, plain
+from mtp_lightning.callbacks.sample_text import colour, mark_drafts, plain
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
@@ -29,15 +29,15 @@ def test_drafted_and_free_tokens_are_told_apart() -> None:
 
     steps = [ids("x"), ids("yz1"), ids("2")]
     spans = mark_drafts(steps, tokenizer)
-    assert spans == [Span("x", False), Span("yz", True), Span("1", False), Span("2", False)]
+    assert spans == [("x", False), ("yz", True), ("1", False), ("2", False)]
     assert plain(spans) == "x\u27e6yz\u27e712"
     assert colour("p[b]", spans).plain == "p[b]xyz12"
     # A character of three bytes: its last byte comes for free, so it is free.
     euro = ids("\u20ac")
     assert len(euro) == 3
-    assert mark_drafts([ids("x") + euro, ids("y")], tokenizer) == [Span("x", True), Span("\u20ac", False), Span("y", False)]
+    assert mark_drafts([ids("x") + euro, ids("y")], tokenizer) == [("x", True), ("\u20ac", False), ("y", False)]
     # One that is never completed is left out.
-    assert mark_drafts([ids("x"), euro[:2]], tokenizer) == [Span("x", False)]
+    assert mark_drafts([ids("x"), euro[:2]], tokenizer) == [("x", False)]
 
 
 def test_samples_are_printed_and_logged(

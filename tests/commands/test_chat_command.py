@@ -95,7 +95,7 @@ def test_a_message_that_does_not_fit(
     assert mtp("chat", folder / "saved", "--max_new_tokens", 5) == 1
     out, err = capsys.readouterr()
     assert "mtp: error: 1 of 2 messages" in err.splitlines()[-1]
-    assert "mtp: the message makes a prompt of " in err and out.endswith("\n") and err.count("tokens/s]") == 1
+    assert "mtp: the prompt has " in err and out.endswith("\n") and err.count("tokens/s]") == 1
 
 
 def test_a_base_without_a_template(

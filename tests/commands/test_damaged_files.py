@@ -72,7 +72,7 @@ def test_a_checkpoint_of_other_settings(run: Path, here: Path, capsys, command: 
     # Seen before the data is read.
     no_data = [word for split in ("train", "validation", "test") for word in (f"--data.{split}", "no.jsonl")]
     message = error_of(capsys, 1, command, "--config", "config.yaml", "--ckpt_path", LAST, f"--{key}", value, *no_data)
-    assert f"Change {key} or --ckpt_path." in message
+    assert f"({key})" in message
     assert files_of(run) == before
 
 
@@ -93,10 +93,10 @@ def test_predict_compares_only_what_is_named(run: Path, here: Path, capsys) -> N
     (here / "logger.yaml").write_text("trainer: {logger: {class_path: lightning.pytorch.loggers.CometLogger}}")
     assert mtp(*words, "--config", "logger.yaml", "--model.lora.dropout", "0.5", "--model.lora.alpha", "4") == 0
     (here / "default.yaml").write_text("model: {num_masks: 8}")  # the default, named
-    assert "Change model.num_masks" in error_of(capsys, 1, *words, "--config", "default.yaml")
-    assert "Change model.lora.target_modules" in error_of(capsys, 1, *words, "--model.lora.target_modules", "[q_proj]")
+    assert "model.num_masks" in error_of(capsys, 1, *words, "--config", "default.yaml")
+    assert "model.lora.target_modules" in error_of(capsys, 1, *words, "--model.lora.target_modules", "[q_proj]")
     no_head = ["--model.sampler_head", "false", "--model.losses", "{base: BaseCrossEntropy}"]
-    assert "Change model.sampler_head" in error_of(capsys, 1, *words, *no_head)
+    assert "model.sampler_head" in error_of(capsys, 1, *words, *no_head)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ ALL_MARKED = f"{{% generation %}}{CHATML}{{% endgeneration %}}"
         (CHATML + "{% generation %}{% endgeneration %}", "generation markers"),
         (
             "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}",
-            "roles: user",
+            "roles are user",
         ),
         (GEMMA.replace("'tool'", "'user'"), "roles: user, assistant, user, assistant.*: Tools are not"),
     ],

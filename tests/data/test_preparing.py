@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_report_by_hand(write, tokenizer) -> None:
         ],
     )
     rows, _ = prepare(path, tokenizer, max_length=5)
-    assert rows.report.as_dict() == {
+    assert asdict(rows.report) == {
         "rows_read": 7,
         "skipped": {"shorter than two tokens": 1, "no token with loss after the first": 1},
         "cut": 2,

@@ -79,7 +79,7 @@ def test_a_changed_file_is_read_again(write) -> None:
 def test_hub_ids(monkeypatch: pytest.MonkeyPatch, source: str, requested: tuple) -> None:
     seen = []
 
-    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, config: str | None = None, *, split: str, streaming: bool) -> datasets.Dataset:
         seen.append((name, config, split))
         return datasets.Dataset.from_dict({"text": ["one"], "id": [0]})
 

@@ -52,7 +52,7 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with AnswerFile(path, {"seed": 0, "temperature": 1.0}) as file:
         file.append([row(1)])
-    with pytest.raises(UsageError, match="temperature 1.0, and this command has 0.5"):
+    with pytest.raises(UsageError, match="temperature 1.0, the command 0.5"):
         AnswerFile(path, {"seed": 0, "temperature": 0.5})
 
 
@@ -99,7 +99,7 @@ def test_a_file_of_another_program_is_left_alone(tmp_path: Path, settings: str |
     path.write_text('{"id": 1, "prompt": "p"}\n')
     if settings is not None:
         (tmp_path / "a.jsonl.settings").write_text(settings)
-    with pytest.raises(RunError, match="a.jsonl.settings: it was not written by mtp distill"):
+    with pytest.raises(RunError, match="a.jsonl was not written by mtp distill"):
         AnswerFile(path, {})
     assert path.read_text() == '{"id": 1, "prompt": "p"}\n'
 

@@ -188,7 +188,7 @@ def test_nothing_to_count_gives_zero_and_zero_gradients() -> None:
 def test_a_head_without_output_at_ntp_positions() -> None:
     batch = masking.build_masked_input(tiny_rows(), K)
     states = random_states(batch, sampler_ntp=False)
-    with pytest.raises(UsageError, match="Set its positions to mtp"):
+    with pytest.raises(UsageError, match="counts NTP positions"):
         SamplerCrossEntropy(positions="ntp")(states, batch, UNEMBED)
     both, alone = (SamplerCrossEntropy(positions=p)(states, batch, UNEMBED) for p in ("all", "mtp"))
     assert len(both) == 1 and torch.equal(both[0].total, alone[0].total) and both[0].denominator == MTP

@@ -140,7 +140,7 @@ def test_outside_a_forward_pass_the_gate_is_closed() -> None:
     assert model.gate.num_mtp is None
     with torch.no_grad():
         assert torch.equal(model.base(ids).logits, tiny_base()(ids).logits)
-    with pytest.raises(RuntimeError, match="without a gate"):
+    with pytest.raises(RuntimeError, match="no gate"):
         model.train().base(ids)
 
 

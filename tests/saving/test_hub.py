@@ -44,7 +44,7 @@ def test_a_hub_id_and_the_revision_of_its_base(hub: Path) -> None:
     assert MTPModel.from_pretrained("owner/mtp").revision == "a" * 40  # the base moved on, the folder's commit is loaded
     with pytest.warns(UserWarning, match=f"revision {'a' * 40} of 'owner/base', and revision {'b' * 40} is used"):
         assert MTPModel.from_pretrained("owner/mtp", revision="main").revision == "b" * 40
-    with pytest.raises(RunError, match="nor a hub id that this machine can reach"):
+    with pytest.raises(RunError, match="nor a hub id"):
         MTPModel.from_pretrained(f"owner/mtp@{'d' * 40}")
 
 

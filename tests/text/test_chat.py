@@ -103,7 +103,7 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full(model: MTPModel) 
             break
     assert sizes[:3] == [2, 4, 6] and talk.dropped == 2
     before = list(talk.messages)
-    with pytest.raises(UsageError, match=r"prompt of \d+ tokens .* context is 160"):
+    with pytest.raises(UsageError, match=r"prompt has \d+ tokens.* context is 160"):
         list(talk.say("one " * 200))
     assert talk.messages == before
 

@@ -187,7 +187,7 @@ def test_a_signal_to_one_process_saves_in_all(zygote: Zygote, here: Path, tmp_pa
 
 
 def test_what_can_not_be_sharded_is_refused() -> None:
-    with pytest.raises(UsageError, match="Use --config configs/strategies/fsdp2.yaml"):
+    with pytest.raises(UsageError, match="configs/strategies/fsdp2.yaml"):
         MTPModule("nowhere")._check_sharding(ModelParallelStrategy())
     with pytest.raises(UsageError, match="model.quantization 4bit can't be sharded"):
         MTPModule("nowhere", quantization="4bit")._check_sharding(FullyShardedStrategy())

@@ -51,10 +51,8 @@ class DecodingCallback(Callback):
         prompts = read_prompts(self.prompts, module.tokenizer, self.num_prompts)
         for prompt in prompts:
             if len(prompt.input_ids) >= module.context:
-                raise RunError(
-                    f"{self.prompts}: expected prompts of fewer tokens than the base's context, {module.context}; one has"
-                    f" {len(prompt.input_ids)}: {prompt.text[:60]!r}... Shorten or delete it."
-                )
+                length = f"{len(prompt.input_ids)} tokens, and the base's context is {module.context}"
+                raise RunError(f"{self.prompts}: a prompt has {length}: {prompt.text[:60]!r}...")
         self.loaded = prompts
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
@@ -20,11 +20,8 @@ OPEN, CLOSE = "\u27e6", "\u27e7"
 """Around accepted drafts where there is no colour."""
 
 
-class Span(NamedTuple):
-    """A piece of generated text."""
-
-    text: str
-    drafted: bool  # from accepted draft tokens; else from the base head
+Span = tuple[str, bool]
+"""A piece of generated text, and True if it is from accepted draft tokens."""
 
 
 class SampleText(DecodingCallback):
@@ -99,16 +96,16 @@ def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:
             tokens += piece
             text = tokenizer.decode(tokens).rstrip("\ufffd")
             if len(text) > written:
-                spans.append(Span(text[written:], drafted))
+                spans.append((text[written:], drafted))
                 written = len(text)
     return spans
 
 
 def plain(spans: Iterable[Span]) -> str:
     """The text with accepted drafts in double brackets."""
-    return "".join(f"{OPEN}{span.text}{CLOSE}" if span.drafted else span.text for span in spans)
+    return "".join(f"{OPEN}{text}{CLOSE}" if drafted else text for text, drafted in spans)
 
 
 def colour(prompt: str, spans: Iterable[Span]) -> Text:
     """The prompt dimmed, and the text with accepted drafts in green."""
-    return Text.assemble((prompt, "dim"), *((span.text, "green" if span.drafted else "") for span in spans))
+    return Text.assemble((prompt, "dim"), *((text, "green" if drafted else "") for text, drafted in spans))

@@ -88,7 +88,8 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
     }
     batches = batches_by_domain(prompts, config.batch_size, config.speed_rounds)
     if batches:
-        chosen = _speed_options(model, config, options)
+        head = model.sampler_head is not None and config.sampler_head is not False
+        chosen = replace(options, decoding=config.decoding or "quadratic", sampler_head=head)
         masks = [setting.num_masks for setting in settings if setting[:2] == (chosen.decoding, chosen.sampler_head)]
         masks += ["auto"] if config.num_masks is None else []
         systems = speed_systems(model, chosen, masks, config.batch_size, arguments.stop)
@@ -112,12 +113,6 @@ def _settings(model: MTPModel, config: Any) -> list[Setting]:
         resolve_num_masks(model, DecodingOptions(num_masks=config.num_masks))  # fails before anything is decoded
         return grid_settings(model, decodings, heads, [config.num_masks])
     return grid_settings(model, decodings, heads, range(1, model.num_masks + 1))
-
-
-def _speed_options(model: MTPModel, config: Any, options: DecodingOptions) -> DecodingOptions:
-    """The decoding and head that are timed: the given ones, else quadratic with the sampler head."""
-    head = model.sampler_head is not None and config.sampler_head is not False
-    return replace(options, decoding=config.decoding or "quadratic", sampler_head=head)
 
 
 def _device(model: MTPModel) -> str:

@@ -63,10 +63,7 @@ def open_conversation(
     if template is not None:
         model.tokenizer.chat_template = template
     elif not model.tokenizer.chat_template:
-        raise UsageError(
-            "the base's tokenizer has no chat template: it was not made for chat. Give --chat_template FILE, or"
-            " --chat_template plain for a simple dialogue."
-        )
+        raise UsageError("the tokenizer has no chat template: give --chat_template FILE, or plain for a simple dialogue.")
     stops = [arguments.stop] if arguments.stop else []
     return Conversation(model, arguments.options(), stops + ([PLAIN_STOP] if template == PLAIN_TEMPLATE else []), system)
 

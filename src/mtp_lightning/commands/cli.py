@@ -110,7 +110,8 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*intended to run from within Python.*")  # main() passes the arguments on
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     warnings.showwarning = _show_warning
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_not_advertisement)
+    # Lightning's tip to install another of its makers' packages.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For seamless" not in r.getMessage())
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils.logging import disable_progress_bar  # seconds, which --help does not need
 
@@ -125,11 +126,6 @@ def _show_warning(
         print(f"mtp: warning: {message}", file=sys.stderr)
     else:
         _PYTHONS_SHOW_WARNING(message, category, filename, lineno, file, line)
-
-
-def _is_not_advertisement(record: logging.LogRecord) -> bool:
-    """False for Lightning's tip to install another of its makers' packages."""
-    return "Tip: For seamless" not in record.getMessage()
 
 
 def _user_fixable(error: BaseException) -> MTPError | None:

@@ -86,10 +86,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
     parser.add_argument("--output", type=str, required=True, help="the .jsonl file to write or to resume")
     parser.add_argument(
-        "--shard",
-        type=str,
-        default=None,
-        help="i/n: every n-th prompt from number i, 0 to n - 1. Default: RANK/WORLD_SIZE",
+        "--shard", type=str, default=None, help="i/n: every n-th prompt from number i, 0 to n - 1. Default: RANK/WORLD_SIZE"
     )
     parser.add_argument("--batch_size", type=int, default=16, help="prompts that are answered together")
     parser.add_argument("--dtype", type=str, default="auto", help="dtype of the base; auto: the one it was saved in")
@@ -206,8 +203,7 @@ def _check_prompts(file: AnswerFile, job: Job) -> None:
     for row_id, prompt_checksum in file.done.items():
         if row_id not in job.tasks or checksum(job.tasks[row_id].prompt.text) != prompt_checksum:
             raise UsageError(
-                f"{file.path}: row {row_id!r} answers another prompt than --prompts has now. Give the prompts that"
-                " it was started with (more may follow them), or another --output."
+                f"{file.path}: row {row_id!r} answers another prompt than --prompts has. Give another --output."
             )
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from mtp_lightning.errors import RunError, one_line
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def cache_folder() -> Path:
@@ -29,12 +28,9 @@ def cache_errors() -> Iterator[None]:
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in _DISK_FULL | _NOT_WRITABLE:
-                advice = "Free some space there" if cause.errno in _DISK_FULL else "Make it a writable folder"
-                raise RunError(
-                    f"the data cache {cache_folder()} can't be written: {one_line(cause, 200)}. {advice}, or set"
-                    " HF_DATASETS_CACHE to another folder."
-                ) from error
+            if isinstance(cause, OSError) and cause.errno in _UNWRITABLE:
+                reason = f"{one_line(cause, 200)}. Free space, or set HF_DATASETS_CACHE to a writable folder"
+                raise RunError(f"the data cache {cache_folder()} can't be written: {reason}.") from error
             cause = cause.__cause__ or cause.__context__
         raise
 

@@ -51,10 +51,7 @@ def encode_messages(
     if _GENERATION.search(template):
         ids, loss = _encode_with_markers(messages, tokenizer, template)
     elif not tokenizer.is_fast:
-        raise RunError(
-            "finding what the assistant wrote needs a fast tokenizer (with offsets), and the base has a slow one."
-            " Give rows with prompt + completion or input_ids + labels."
-        )
+        raise RunError("rows with messages need a fast tokenizer: give prompt + completion or input_ids + labels.")
     else:
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = out["input_ids"]
@@ -63,10 +60,7 @@ def encode_messages(
         first_characters = [begin for begin, _ in out["offset_mapping"]]
         loss = (np.searchsorted(borders, first_characters, side="right") % 2 == 1).tolist()
     if all(loss) and any(message["role"] != "assistant" for message in messages):
-        raise RunError(
-            f"every token carries loss, though not all messages are the assistant's (roles: {_roles(messages)}): the chat"
-            f" template marks all, or writes the assistant's turns alone. {_MARKERS} and nothing else."
-        )
+        raise RunError(f"every token carries loss, though the messages' roles are {_roles(messages)}. {_MARKERS} only.")
     return ids, loss
 
 
@@ -99,7 +93,7 @@ def clean_messages(messages: Sequence[Message]) -> list[Message]:
     An assistant message that calls a tool needs no content.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RunError(f"messages must be a list of {{role, content}}, got {_short(messages)}.")
+        raise RunError(f"messages must be a list of {{role, content}}, got {one_line(repr(messages), 80)}.")
     cleaned = []
     for message in messages:
         fields = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
@@ -107,7 +101,9 @@ def clean_messages(messages: Sequence[Message]) -> list[Message]:
         calls_tool = role == "assistant" and (fields.get("tool_calls") or fields.get("function_call"))
         has_content = isinstance(content, str | list) or (content is None and calls_tool)
         if not isinstance(role, str) or not has_content:
-            raise RunError(f"each of messages must be {{role, content}} with text in both, got {_short(message)}.")
+            raise RunError(
+                f"each of messages must be {{role, content}} with text in both, got {one_line(repr(message), 80)}."
+            )
         if isinstance(content, list):
             fields["content"] = _joined(content)
         cleaned.append(fields)
@@ -117,12 +113,12 @@ def clean_messages(messages: Sequence[Message]) -> list[Message]:
 def _joined(parts: list[Any]) -> str:
     """The text of a content in parts: many templates would write the list itself."""
     texts = []
-    for part in parts or [None]:
+    for part in parts or [parts]:
         text = part
         if isinstance(part, dict):
             text = part.get("text") if (part.get("type") or "text") == "text" else None
         if not isinstance(text, str):
-            raise RunError(f"content of a message must be text or parts of text, got {_short(part if parts else parts)}.")
+            raise RunError(f"content of a message must be text or parts of text, got {one_line(repr(part), 80)}.")
         texts.append(text)
     return "".join(texts)
 
@@ -134,10 +130,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
-        raise UsageError(
-            "rows with messages need a chat template, and the base's tokenizer has none."
-            " Set data.chat_template to a jinja file, or give rows with prompt + completion."
-        ) from error
+        raise UsageError("rows with messages need a chat template: set data.chat_template to a jinja file.") from error
 
 
 def render(
@@ -159,8 +152,7 @@ def check_roles(messages: Sequence[Message], template: str) -> None:
         role = message["role"]
         if role not in _ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
             raise RunError(
-                f"message {number} has the role {role!r}, which the chat template does not name; expected one of"
-                f" {', '.join(sorted(_ROLES))}. Only turns of 'assistant' carry loss."
+                f"message {number} has the role {role!r}, not in the template; expected one of {', '.join(sorted(_ROLES))}."
             )
 
 
@@ -181,10 +173,7 @@ def _encode_with_markers(
     if any(loss) and before:
         num_before = len(_tokenize(render(before, tokenizer, template), tokenizer))
         if loss.index(True) < num_before - 1:  # the last token may be a different one where text follows
-            raise RunError(
-                f"the generation markers of the chat template mark token {loss.index(True)}, which is before the first turn"
-                " of the assistant: they belong around what the assistant says."
-            )
+            raise RunError(f"the template's generation markers mark token {loss.index(True)}, before the assistant's turns.")
 
     # The end-of-turn token carries loss even if it follows the marked part: otherwise no answer learns to stop.
     try:
@@ -241,10 +230,7 @@ def _span_by_placeholder(
 
 
 def _not_found(place: str) -> RunError:
-    return RunError(
-        f"the chat template writes {place} in a way that changes when messages follow, so what the assistant wrote cannot be"
-        f" found. {_MARKERS}, or make a row of each assistant turn."
-    )
+    return RunError(f"the chat template writes {place} differently once messages follow. {_MARKERS}.")
 
 
 def _turn_length(turn: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -261,8 +247,3 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _roles(messages: Sequence[Message]) -> str:
     return ", ".join(str(message["role"]) for message in messages)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,7 @@ class MTPDataModule(LightningDataModule):
             raise UsageError("data.validation and data.validation_fraction are both set: leave one of them out.")
         for name in ("validation_fraction", "max_rows"):
             if self.streaming_rows is not None and getattr(self, name):
-                raise UsageError(
-                    f"data.{name} needs all rows, and data.streaming_rows reads a stream: leave one of them out."
-                )
+                raise UsageError(f"data.{name} needs all rows, data.streaming_rows reads a stream: leave one of them out.")
 
     def prepare_data(self) -> None:
         """Read and encode everything once, on one process of each machine; ``setup`` then finds it in the cache."""
@@ -187,9 +186,7 @@ class MTPDataModule(LightningDataModule):
             return Path(resolve(self.chat_template)).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
-            raise RunError(
-                f"data.chat_template must be a jinja file, {self.chat_template!r} cannot be read: {reason}."
-            ) from error
+            raise RunError(f"data.chat_template {self.chat_template!r} can't be read: {reason}.") from error
 
     def _attached(self) -> tuple[Trainer, Any]:
         """The trainer and its module, which owns tokenizer, num_masks and context: none of them is an argument here."""
@@ -202,7 +199,7 @@ class MTPDataModule(LightningDataModule):
         self.rows[split] = prepared.rows
         loader = self._loader(split)
         prepared.report.padding_share = loader.row_sampler().padding_share()
-        self.report[split] = prepared.report.as_dict()
+        self.report[split] = asdict(prepared.report)
         if self._attached()[0].is_global_zero:
             print(f"{title}: {prepared.report}", file=sys.stderr)
         return loader

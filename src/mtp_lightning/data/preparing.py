@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -46,10 +46,6 @@ class Report:
     loss_tokens: int = 0  # those that carry loss
     eligible_starts: int = 0  # positions whose next token carries loss
     padding_share: float = 0.0  # share of a batch's positions that is padding; filled in where batches are formed
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return asdict(self)
 
     def __str__(self) -> str:
         changes = [f"{number:,} left out ({reason})" for reason, number in self.skipped.items()]
@@ -106,10 +102,7 @@ def prepare(
     num_held_out = max(1, round(num_read * held_out)) if held_out else 0
     apart = np.isin(rows, np.random.default_rng(_HOLD_OUT_SEED).permutation(num_read)[:num_held_out])
     if held_out and not ((usable & apart).any() and (usable & ~apart).any()):
-        raise RunError(
-            f"{name}: holding out {held_out:g} of {num_read} rows leaves no usable row on one side."
-            " Give more rows, another data.validation_fraction, or a data.validation source."
-        )
+        raise RunError(f"{name}: data.validation_fraction {held_out:g} leaves no usable row of {num_read} on one side.")
 
     def prepared(chosen: np.ndarray, side: np.ndarray, rows_read: int) -> Prepared:
         order, offsets = arrange(documents, chosen, packing, max_length)

@@ -93,9 +93,7 @@ def raise_unreadable(name: str, files: list[Path], error: Exception) -> NoReturn
     for file in files:
         if FORMATS[file.suffix] == "json":
             _raise_bad_json(file, error)
-    raise RunError(
-        f"{name}: it cannot be read: {one_line(error.__cause__ or error)}. Check the format and the permissions."
-    ) from error
+    raise RunError(f"{name}: it cannot be read: {one_line(error.__cause__ or error)}.") from error
 
 
 def row_type(fields: set[str]) -> str | None:
@@ -116,10 +114,7 @@ def _local_files(source: str) -> list[Path] | None:
     """The files that a source names, sorted, or None if it is a hub id."""
     # A mix or list that YAML did not parse arrives here as a string.
     if not source.strip() or (source.lstrip()[0] in "{[" and not Path(source).exists()):
-        raise UsageError(
-            "a data source must be a file, folder, glob or hub id, a list of them, or a mix {source: weight} with numbers as"
-            f" weights, got {source!r}."
-        )
+        raise UsageError(f"a data source must be a path, glob, hub id, list, or mix {{source: weight}}, got {source!r}.")
     path = Path(resolve(source))
     if path.is_file():
         if path.suffix not in FORMATS:
@@ -149,19 +144,14 @@ def _load_hub(source: str, streaming: bool = False) -> Any:
     parts = name.split("/")
     if not all(parts):
         raise UsageError(f"{source}: expected a path, or a hub id like owner/name, owner/name/config or owner/name:split.")
-    options = {"streaming": True} if streaming else {}
     try:
         with cache_errors():
-            return load_dataset(
-                "/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split or "train", **options
-            )
+            return load_dataset("/".join(parts[:2]), *parts[2:], split=split or "train", streaming=streaming)
     except RunError:
         raise
     except Exception as error:  # the hub's client raises many types, with nothing in common
         raise RunError(
-            f"{source}: no such file here, and as a dataset on the Hugging Face hub it could not be loaded: "
-            f"{one_line(error)}. Check the name, config and split (owner/name/config:split), the network, or"
-            " give a local path."
+            f"{source}: no such file here, and no dataset (owner/name/config:split) that the hub returns: {one_line(error)}."
         ) from error
 
 
@@ -172,12 +162,11 @@ def _load_files(files: list[Path], streaming: bool = False) -> Any:
     file_format = FORMATS[files[0].suffix]
     # datasets logs errors before raising them, which would print them twice.
     logging.getLogger(f"datasets.packaged_modules.{file_format}.{file_format}").setLevel(logging.CRITICAL)
-    options = {"streaming": True} if streaming else {}
     try:
         for file in files:
             _check_not_empty(file)
         with cache_errors():
-            return load_dataset(file_format, data_files=[str(file) for file in files], split="train", **options)
+            return load_dataset(file_format, data_files=list(map(str, files)), split="train", streaming=streaming)
     except RunError:
         raise
     except Exception as error:  # Arrow, pandas and datasets raise many types
@@ -217,9 +206,7 @@ def _raise_bad_json(file: Path, error: Exception) -> None:
                     raise RunError(f"{file}, line {number}: expected UTF-8 text, {one_line(bad)}.") from error
     for place, row in _json_rows(file):
         if not isinstance(row, dict):
-            raise RunError(
-                f"{file}, {place}: expected an object with fields ({ROW_TYPES}), got {type(row).__name__}."
-            ) from error
+            raise RunError(f"{file}, {place}: expected an object ({ROW_TYPES}), got {type(row).__name__}.") from error
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -270,6 +257,6 @@ def _read_documents(file: Path) -> list[str]:
 def _select_fields(rows: Dataset, name: str) -> Dataset:
     fields = [field for field in FIELDS if field in rows.column_names]
     if row_type(set(fields)) is None:
-        columns = one_line(Exception(", ".join(rows.column_names)), 120)
+        columns = one_line(", ".join(rows.column_names), 120)
         raise RunError(f"{name}: expected rows with {ROW_TYPES}, got the fields {columns}.")
     return rows.select_columns(fields)

@@ -36,15 +36,10 @@ class DrawnRow(NamedTuple):
 
 
 class TokenRows(TorchDataset[DrawnRow]):
-    """Rows of tokens.
+    """Rows of tokens, with their ``lengths``, [rows] int64, over the output of ``documents.encode_dataset``.
 
-    Args:
-        documents: output of ``documents.encode_dataset``, of one or of several sources.
-        order: documents of all rows, one row after another, [n] int64.
-        offsets: where each row begins in ``order`` and the last one ends, [rows + 1] int64; None: one document per row.
-
-    Attributes:
-        lengths: tokens of each row, [rows] int64.
+    ``order`` are the documents of all rows, one row after another, [n] int64; ``offsets`` say where each row begins in it
+    and the last one ends, [rows + 1] int64; None: one document per row.
     """
 
     def __init__(self, documents: Dataset, order: np.ndarray, offsets: np.ndarray | None = None) -> None:

@@ -167,9 +167,7 @@ class RowStream:
                 tables.append(encode_batch(fields, indices, source.name, self.encoder))
         if not tables:
             if all(source.cycle > 0 for source in self.sources):
-                raise RunError(
-                    f"{self.name}: expected rows in {', '.join(source.name for source in self.sources)}, got none."
-                )
+                raise RunError(f"{self.name}: no rows in {', '.join(source.name for source in self.sources)}.")
             return self._next_batch()  # a part had just ended
         documents = datasets.Dataset(pa.concat_tables(tables))
         usable = np.flatnonzero(column(documents, "outcome") < SHORT)

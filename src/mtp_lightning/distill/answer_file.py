@@ -88,10 +88,8 @@ class AnswerFile:
             os.ftruncate(self._file, end)
             if not isinstance(error, OSError):
                 raise
-            raise RunError(
-                f"{self.path} could not be written: {os_reason(error)}. Its {len(self.done)} rows are intact: free disk"
-                " space and run the same command again to resume."
-            ) from error
+            intact = f"Its {len(self.done)} rows are intact: run the command again to resume"
+            raise RunError(f"{self.path} could not be written: {os_reason(error)}. {intact}.") from error
         self.done.update((row["id"], checksum(row["prompt"])) for row in rows)
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
@@ -103,15 +101,11 @@ class AnswerFile:
         try:
             found = dict(json.loads(self._settings_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise RunError(
-                f"{self.path} has rows, and no settings can be read from {self._settings_path.name}: it was not written by"
-                " mtp distill. Change --output."
-            ) from error
+            raise RunError(f"{self.path} was not written by mtp distill: no {self._settings_path.name}.") from error
         for name in sorted(set(settings) | set(found)):
             if settings.get(name) != found.get(name):
                 raise UsageError(
-                    f"{self.path} was started with {name} {found.get(name)!r}, and this command has {settings.get(name)!r}:"
-                    " change it back, or give another --output."
+                    f"{self.path} has {name} {found.get(name)!r}, the command {settings.get(name)!r}. Change --output."
                 )
 
     def _read_rows(self) -> None:
@@ -128,9 +122,7 @@ class AnswerFile:
                     if name in self.done:
                         raise ValueError(f"row {name!r} is in it twice")
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise RunError(
-                        f"{self.path}, line {number}: expected a row of mtp distill. Delete the line, or change --output."
-                    ) from error
+                    raise RunError(f"{self.path}, line {number}: expected a row of mtp distill. Change --output.") from error
                 self.done[name] = prompt_checksum
                 length += len(line)
         if length != os.fstat(self._file).st_size:

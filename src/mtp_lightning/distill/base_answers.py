@@ -148,10 +148,8 @@ def base_answers(
                 logits_processor=_processors(options, [prompt.row_id for prompt in batch], base.device),
             )
         except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"a batch of {len(batch)} prompts does not fit in the device's memory: lower --batch_size ({batch_size}) or"
-                f" --max_new_tokens ({options.max_new_tokens}), and run the command again to resume."
-            ) from error
+            remedy = f"lower --batch_size ({batch_size}) and run the command again to resume"
+            raise RunError(f"a batch of {len(batch)} prompts does not fit in memory: {remedy}.") from error
         texts = zip(batch, out[:, longest:].tolist(), strict=True)
         yield [_answer(prompt.row_id, tokens, ends) for prompt, tokens in texts if prompt.row_id not in done]
 

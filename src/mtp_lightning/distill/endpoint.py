@@ -143,10 +143,8 @@ class Endpoint:
                 return self._ask_once(question)
             except _Transient as error:
                 if attempt == self.options.retries or self._stopped.is_set():
-                    raise RunError(
-                        f"{self.url}: no answer to row {question.row_id!r} after {attempt + 1} attempts: {error}."
-                        " Check the server, then run the same command again to resume."
-                    ) from error
+                    failed = f"no answer to row {question.row_id!r} after {attempt + 1} attempts: {error}"
+                    raise RunError(f"{self.url}: {failed}. Run the command again to resume.") from error
                 # Random, so that requests that failed together are not retried together.
                 pause = min(MAX_BACKOFF, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
                 self._stopped.wait(max(pause, min(error.retry_after or 0.0, MAX_BACKOFF)))
@@ -176,8 +174,7 @@ class Endpoint:
             reason = choice["finish_reason"]
         except (KeyError, IndexError, TypeError) as error:
             raise RunError(
-                f"{self.url}/{path}: expected choices with text and finish_reason, got {json.dumps(answer)[:200]}."
-                " Is it an OpenAI-compatible server?"
+                f"{self.url}/{path}: expected choices with finish_reason, got {json.dumps(answer)[:200]}."
             ) from error
         prompt_ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
         return Reply(question.row_id, text or "", reason != "length", choice.get("token_ids"), prompt_ids)
@@ -191,7 +188,7 @@ class Endpoint:
             with urllib.request.urlopen(request, timeout=self.options.timeout) as response:
                 answer = json.loads(response.read())
         except urllib.error.HTTPError as error:
-            reason = one_line(Exception(_error_body(error)), 200)
+            reason = one_line(_error_body(error), 200)
             if error.code in _TRANSIENT_STATUS or error.code >= 500:
                 raise _Transient(f"status {error.code}: {reason}", _retry_after(error.headers.get("Retry-After"))) from error
             raise RunError(

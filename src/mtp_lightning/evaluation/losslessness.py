@@ -43,10 +43,7 @@ def find_difference(model: MTPNetwork, prompt: Prompt, options: DecodingOptions,
     of the same model may differ.
     """
     if options.temperature and (options.seed is None or options.verification == "rejection"):
-        raise UsageError(
-            "sampled texts can be compared only with a seed and coupled verification."
-            " Set a seed and verification='coupled', or temperature 0."
-        )
+        raise UsageError("sampled texts can be compared only with a seed and coupled verification.")
     reference = autoregressive(options, None if options.max_steps is None else len(tokens))
     (expected,), _ = decode_batch(model, [prompt], reference)
     return first_difference(model, prompt, expected.tokens, tokens, options)

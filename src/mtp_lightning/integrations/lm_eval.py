@@ -56,12 +56,7 @@ class MTPLM(HFLM):
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
         return super()._model_generate(
-            context,
-            max_length,
-            stop,
-            custom_generate=self.mtp.custom_generate,
-            **self.decoding_options,
-            **generation_kwargs,
+            context, max_length, stop, custom_generate=self.mtp.custom_generate, **self.decoding_options, **generation_kwargs
         )
 
 

@@ -130,10 +130,7 @@ class TokenLoss(LossTerm):
     def forward(self, states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Sequence[LossSum]:
         """The sums over NTP and MTP positions that this term counts."""
         if self.head == "sampler" and states.sampler is None:
-            raise UsageError(
-                f"loss term {type(self).__name__} needs a sampler head, and model.sampler_head is false."
-                " Remove the term from model.losses or name a sampler head."
-            )
+            raise UsageError(f"loss term {type(self).__name__} needs a sampler head, and model.sampler_head is false.")
         ntp = states.ntp if self.head == "base" else states.sampler_ntp
         mtp = states.mtp if self.head == "base" else states.sampler
         assert mtp is not None
@@ -149,22 +146,13 @@ class TokenLoss(LossTerm):
             anchors = states.ntp.detach() if self.uses_anchors else None
             sums.append(LossSum(self._sum(ntp, batch.ntp_labels, ones, ones, anchors, unembed), NTP))
         if not sums:
-            raise UsageError(
-                f"loss term {type(self).__name__} counts NTP positions only, and this sampler head has no output there."
-                " Set its positions to mtp."
-            )
+            raise UsageError(f"loss term {type(self).__name__} counts NTP positions, where this sampler head has no output.")
         if self.joint_mean and len(sums) == 2:
             sums = [LossSum(sums[0].total + sums[1].total, (NTP, MTP))]
         return sums
 
     def _sum(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        offsets: Tensor,
-        anchors: Tensor | None,
-        unembed: Unembedding,
+        self, hidden: Tensor, labels: Tensor, weights: Tensor, offsets: Tensor, anchors: Tensor | None, unembed: Unembedding
     ) -> Tensor:
         """The weighted sum over the positions whose label counts, a chunk of logits at a time."""
         counted = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # the one place here that waits for the device

@@ -29,12 +29,7 @@ def chunk_size(hidden: Tensor, vocab_size: int) -> int:
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weights: Tensor,
-        losses: Callable[[Tensor, slice], Tensor],
-        size: int,
-        *parameters: Tensor,
+        ctx: Any, hidden: Tensor, weights: Tensor, losses: Callable[[Tensor, slice], Tensor], size: int, *parameters: Tensor
     ) -> Tensor:
         dtype = compute_dtype(hidden.dtype)
         total = torch.zeros((), dtype=dtype, device=hidden.device)

@@ -41,22 +41,11 @@ def load_base(
     quantization: str | None = None,
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model.
+    """Load a causal language model, in evaluation mode; RunError if it does not exist or can't be read.
 
-    Args:
-        base_model: a folder, a hub id, or ``package://...`` for a folder shipped with this package.
-        revision: hub revision.
-        dtype: name of a torch dtype, or ``auto``.
-        attention: ``sdpa``, ``eager``, ``flex_attention``, or None for the architecture's own choice.
-        quantization: ``4bit``, ``8bit`` (bitsandbytes), or None.
-        device: where to put it. None: the CPU.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        RunError: the model does not exist or can't be read.
-        UsageError: a wrong option, or an architecture whose layers can't take mask tokens.
+    The base is a folder, a hub id or a ``package://`` name; ``attention`` is ``sdpa``, ``eager``, ``flex_attention``, or
+    None for the architecture's own choice; ``quantization`` is ``4bit`` or ``8bit`` (bitsandbytes). UsageError for a wrong
+    option, or an architecture whose layers can't take mask tokens.
     """
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "device_map": device}
     if attention is not None:
@@ -78,9 +67,7 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(resolve(base_model), revision=revision)
     except Exception as error:  # a damaged file makes transformers and tokenizers raise anything
-        raise RunError(
-            f"no tokenizer could be loaded from {base_model!r}: {_reason(error)} Put the base's tokenizer into that folder."
-        ) from error
+        raise RunError(f"no tokenizer could be loaded from {base_model!r}: {_reason(error)}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

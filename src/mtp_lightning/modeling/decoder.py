@@ -26,10 +26,8 @@ def check_layer_types(config: Any, is_recurrent: bool = False) -> None:
     """
     unsupported = sorted(set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS)
     if unsupported or is_recurrent:
-        raise UsageError(
-            f"base model {config.model_type} has {', '.join(unsupported) or 'a recurrent state'}; mask tokens need layers of"
-            " full or sliding-window attention. Choose another model.base_model."
-        )
+        problem = ", ".join(unsupported) or "a recurrent state"
+        raise UsageError(f"base model {config.model_type} has {problem}; masks need full or sliding-window attention.")
 
 
 def context_length(config: Any) -> int:

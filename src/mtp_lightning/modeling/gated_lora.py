@@ -114,17 +114,11 @@ class GatedVariant(LoraVariant):
         """
         num_mtp = self.gate.num_mtp
         if num_mtp is None and module.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "a gated LoRA layer ran in training without a gate. Call MTPModel, not its base; with gradient"
-                " checkpointing use MTPModel.enable_gradient_checkpointing()."
-            )
+            raise RuntimeError("no gate: call MTPModel, not its base, and MTPModel.enable_gradient_checkpointing().")
         if not num_mtp:
             return result
         if x.ndim != 3:
-            raise RuntimeError(
-                f"a gated LoRA layer needs inputs [rows, positions, features], got {tuple(x.shape)}. Leave layers that"
-                " regroup positions (experts) out of model.lora.target_modules."
-            )
+            raise RuntimeError(f"expected [B, S, in], got {tuple(x.shape)}: no experts in model.lora.target_modules.")
         tail = module.lora_dropout[active_adapter](x[:, x.shape[1] - num_mtp :])
         update = module.lora_B[active_adapter](module.lora_A[active_adapter](tail)) * module.scaling[active_adapter]
         update = update.to(result.dtype)

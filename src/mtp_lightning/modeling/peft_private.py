@@ -34,10 +34,7 @@ def lora_layers(base: nn.Module) -> list[Any]:
 def set_variant(layer: Any, variant: LoraVariant) -> None:
     """Let a variant compute the LoRA layer's forward pass; RunError if this version of PEFT has no place for it."""
     if not isinstance(getattr(layer, "lora_variant", None), dict):
-        raise RunError(
-            f"peft {peft.__version__} keeps LoRA variants elsewhere, so the LoRA can't be gated;"
-            " this package is tested with 0.19 to 0.21."
-        )
+        raise RunError(f"peft {peft.__version__} keeps LoRA variants elsewhere; this package is tested with 0.19 to 0.21.")
     layer.lora_variant[ADAPTER] = variant
 
 

@@ -42,10 +42,7 @@ def check_layer_shape(expected: dict[str, Any], config: Any, name: str) -> None:
     shape = layer_shape(config)
     for key in LAYER_SHAPE:
         if key in expected and expected[key] != shape.get(key):
-            raise RunError(
-                f"the weights belong to a base with {key} {expected[key]}, and {name!r} has {shape.get(key)}."
-                " Set base_model to the base they were trained on."
-            )
+            raise RunError(f"the weights belong to a base with {key} {expected[key]}, and {name!r} has {shape.get(key)}.")
 
 
 def warn_if_other_base(trained_on: str, trained_revision: str | None, name: str, revision: str | None) -> None:

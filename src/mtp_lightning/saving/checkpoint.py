@@ -67,11 +67,7 @@ def checkpoint_settings(module: TrainingSettings) -> dict[str, Any]:
 
 def part_settings(module: TrainingSettings) -> dict[str, Any]:
     """The settings of the trained parts: masks, LoRA and sampler head; plain types."""
-    return {
-        "num_masks": module.num_masks,
-        "lora": asdict(module.lora),
-        "sampler_head": head_settings(module.sampler_head),
-    }
+    return {"num_masks": module.num_masks, "lora": asdict(module.lora), "sampler_head": head_settings(module.sampler_head)}
 
 
 def named_base(settings: dict[str, Any]) -> str:
@@ -105,9 +101,7 @@ def check_settings(
     ]
     for name, value, expected_value, key in pairs:
         if value != expected_value:
-            raise RunError(
-                f"the checkpoint's {name} is {value}, the configuration's is {expected_value}. Change {key} or --ckpt_path."
-            )
+            raise RunError(f"the checkpoint's {name} is {value}, the configuration's {expected_value} ({key}).")
     if "base_model" in expected:
         warn_if_other_base(settings["base_model"], settings["revision"], expected["base_model"], expected["revision"])
 

@@ -65,14 +65,8 @@ def save_model(
 ) -> None:
     """Write a saved folder; see ``MTPModel.save_pretrained``.
 
-    Args:
-        model: the model.
-        folder: where to; a saved folder is replaced, and files of others in it are kept.
-        base_model: what to call the base; None: what it was loaded from.
-        revision: its hub commit; None: the one that was loaded.
-        acceptance: figures for the card, of ``model_card.card_figures``; None: those that the model came with.
-        weights: trained weights by name, to save instead of the model's.
-        hub_name: the hub repository that the folder goes to.
+    A saved folder is replaced, and files of others in it are kept. ``weights`` are saved instead of the model's trained
+    ones; ``hub_name`` is the hub repository that the folder goes to.
     """
     name = absolute_name(base_model or model.base_model)
     if not name:
@@ -94,13 +88,17 @@ def save_model(
         "files": {},
     }
     trained = trained_weights(model) if weights is None else weights
-    adapter = {name: value for name, value in trained.items() if ".lora_" in name}
+    adapter = {
+        PEFT_PREFIX + name.removeprefix("base.").replace(".default.weight", ".weight"): value
+        for name, value in trained.items()
+        if ".lora_" in name
+    }
     heads = {name: value for name, value in trained.items() if ".lora_" not in name}
     if model.label_counts is not None:
         heads[LABEL_COUNTS] = model.label_counts.counts
     with atomic_folder(path) as target:
         _write_json(_adapter_config(model, name, config["revision"]), target / ADAPTER_CONFIG_FILE)
-        _write_tensors({_peft_name(name): value for name, value in adapter.items()}, target / ADAPTER_FILE)
+        _write_tensors(adapter, target / ADAPTER_FILE)
         _write_tensors(heads, target / HEADS_FILE)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(target)
@@ -155,10 +153,6 @@ def _adapter_config(model: MTPNetwork, base_model: str, revision: str | None) ->
         settings["alora_invocation_tokens"] = [int(model.unembed.vocab_size)]
     settings = LoraConfig(**settings).to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-
-
-def _peft_name(name: str) -> str:
-    return PEFT_PREFIX + name.removeprefix("base.").replace(".default.weight", ".weight")
 
 
 def _write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
@@ -220,6 +214,4 @@ def push_model(
             api.create_repo(name, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise RunError(
-                f"{name} can't be uploaded: {one_line(error)}. Check the name, the token and the network."
-            ) from error
+            raise RunError(f"{name} can't be uploaded: {one_line(error)}. Check the name and the token.") from error

@@ -55,26 +55,12 @@ def build_network(
     attention: str | None = None,
     quantization: str | None = None,
 ) -> Network:
-    """Load the base, and build a model of it and the trained parts.
+    """Load the base, and build a model of it and the trained parts, in evaluation mode.
 
-    Args:
-        network_class: the class to build.
-        parts: what was trained.
-        base_model: where the base lies now, if it moved.
-        revision: hub revision of the base; None: the one that was trained on.
-        base: the base model, loaded already; it gets the adapters in place.
-        dtype: dtype of the base; trained weights follow it.
-        device: where to put the model.
-        device_map: transformers' placement of the base on several devices, ``auto`` or a dict, instead of ``device``.
-        attention: ``sdpa``, ``eager``, or None for the architecture's own choice.
-        quantization: ``4bit``, ``8bit``, or None.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        RunError: the base can't be loaded, or the trained parts do not fit it.
-        UsageError: arguments that exclude each other, or a device that does not exist.
+    ``base_model`` is where the base lies now, if it moved; without a ``revision`` it is the one that was trained on. A
+    ``base`` that is loaded already gets the adapters in place. ``device_map`` is transformers' placement on several devices,
+    instead of ``device``. Trained weights follow the base's dtype. RunError if the base can't be loaded or the trained parts
+    do not fit it.
     """
     check_placement(device, device_map, base)
     try:

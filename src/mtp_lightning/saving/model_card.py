@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import RunError, one_line
+from mtp_lightning.evaluation.reporting import decimals
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
 
 _TEXT = """---
@@ -92,10 +93,10 @@ def acceptance_text(figures: dict[str, Any] | None) -> str:
     for name, group in [*figures["domains"].items(), ("overall", figures["overall"])]:
         equal, checked = group["lossless"]
         lines.append(
-            f"| {name} | {group['num_prompts']} | {_decimals(group['acceptance_length'])}"
-            f" | {_decimals(group['non_repeating'])} ({group['num_non_repeating']})"
+            f"| {name} | {group['num_prompts']} | {decimals(group['acceptance_length'])}"
+            f" | {decimals(group['non_repeating'])} ({group['num_non_repeating']})"
             f" | {'-' if group['repeated_8grams'] is None else format(group['repeated_8grams'], '.0%')}"
-            f" | {f'{equal}/{checked}' if checked else '-'} | {_decimals(group['speed_up'])} |"
+            f" | {f'{equal}/{checked}' if checked else '-'} | {decimals(group['speed_up'])} |"
         )
     lines += ["", "Acceptance length: tokens generated over forward passes of the base, the free token included."]
     return "\n".join(lines)
@@ -107,10 +108,6 @@ def _other_step(figures: dict[str, Any]) -> str:
     if None in (measured, saved) or measured == saved:
         return ""
     return f" That was after {measured} training steps; these weights are those of step {saved}."
-
-
-def _decimals(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> dict[str, Any]:
@@ -148,6 +145,4 @@ def read_figures(file: Path, checkpoint_step: int | None) -> dict[str, Any] | No
     try:
         return card_figures(json.loads(file.read_text(encoding="utf-8"))["latest"], checkpoint_step)
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{file} was not written by the acceptance evaluation: {one_line(error, 100)}. Delete or replace it."
-        ) from error
+        raise RunError(f"{file} was not written by the acceptance evaluation: {one_line(error, 100)}.") from error

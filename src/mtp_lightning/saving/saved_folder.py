@@ -49,10 +49,7 @@ def find_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise RunError(
-            f"{name!r} is not a file or folder here, nor a hub id that this machine can reach: {_hub_reason(error)}."
-            " Give a .ckpt file, a folder that mtp export wrote, or a hub id."
-        ) from error
+        raise RunError(f"{name!r} is neither a file or folder nor a hub id: {_hub_reason(error)}.") from error
 
 
 def _hub_reason(error: Exception) -> str:
@@ -113,10 +110,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise RunError(f"{file} was not written by mtp export: its format is not {FORMAT!r}.")
     if config.get("version") != VERSION:
-        raise RunError(
-            f"{file} has version {config.get('version')} of the format, and this mtp-lightning reads version {VERSION}."
-            " Update mtp-lightning."
-        )
+        raise RunError(f"{file} has version {config.get('version')} of the format, not {VERSION}: update mtp-lightning.")
     for key, expected in CONFIG_TYPES.items():
         if key not in config or not isinstance(config[key], expected):
             raise RunError(f"{file} is damaged: {key} is {config.get(key, 'missing')!r}. Save or copy the folder again.")
@@ -157,7 +151,4 @@ def check_head(settings: dict[str, Any] | None, local_folder: Path | None) -> No
     in_current_directory = (here / f"{top}.py").is_file() or (here / top / "__init__.py").is_file()
     if local_folder is not None and in_current_directory and not here.is_relative_to(local_folder.resolve()):
         return
-    raise UsageError(
-        f"the folder's sampler head is {path}, and opening a folder imports no other package: that would run its code."
-        " Import the module first, run in the directory that holds it, or give trust_remote_code."
-    )
+    raise UsageError(f"importing the sampler head {path} would run its code: import it first, or give trust_remote_code.")

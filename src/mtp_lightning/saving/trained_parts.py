@@ -47,10 +47,7 @@ def head_settings(head: SamplerHead | None) -> dict[str, Any] | None:
     names = [name for name in inspect.signature(type(head).__init__).parameters if name not in ("self", "args", "kwargs")]
     missing = [name for name in names if not hasattr(head, name)]
     if missing:
-        raise UsageError(
-            f"sampler head {path} must keep its arguments as attributes of the same name, so that a checkpoint can name"
-            f" them; missing: {', '.join(missing)}. Set self.{missing[0]} in __init__."
-        )
+        raise UsageError(f"sampler head {path} must keep its arguments as attributes; missing: {', '.join(missing)}.")
     return {"class_path": path, "init_args": {name: getattr(head, name) for name in names}}
 
 

@@ -88,8 +88,7 @@ class Conversation:
                 break
         if len(prompt.input_ids) >= context:
             raise UsageError(
-                f"the message makes a prompt of {len(prompt.input_ids)} tokens and the model's context is {context}:"
-                " shorten it."
+                f"the prompt has {len(prompt.input_ids)} tokens, and the context is {context}: shorten the message."
             )
         self.dropped = first
         del self.messages[:first]

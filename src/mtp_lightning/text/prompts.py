@@ -38,21 +38,11 @@ class PromptRow(NamedTuple):
 
 
 def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context: int | None = None) -> list[Prompt]:
-    """The prompts of a source, tokenised as the tokenizer does it, without an end token that it may append.
+    """The prompts of a source, at least one, tokenised as the tokenizer does it, without an end token that it may append.
 
-    Args:
-        source: a ``.txt`` or ``.jsonl`` file, ``package://...`` for one shipped with this package, or ``-``.
-        tokenizer: the base's tokenizer.
-        limit: maximum number of prompts, taken evenly from the domains. None: all, in the order of the file.
-        context: the model's context, which must have space for a token after each prompt. None: not checked.
-
-    Returns:
-        At least one prompt.
-
-    Raises:
-        UsageError: an unsupported file format, or a limit below 1.
-        RunError: the file is missing or empty, a line can't be used or is too long, or there are messages and no chat
-            template.
+    The source is a ``.txt`` or ``.jsonl`` file, ``package://...`` or ``-``. At most ``limit`` prompts are taken, evenly from
+    the domains; None: all, in the order of the file. With a ``context``, each prompt must leave space in it for a token.
+    UsageError for another file format, RunError if the file is missing or empty or a line can't be used.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"num_prompts must be 1 or more, got {limit}.")
@@ -62,10 +52,7 @@ def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context:
     prompts = [encode_prompt_row(row, tokenizer) for row in rows]
     for row, prompt in zip(rows, prompts, strict=True):
         if context is not None and len(prompt.input_ids) >= context:
-            raise RunError(
-                f"{row.location}: the prompt has {len(prompt.input_ids)} tokens and the model's context is {context}:"
-                f" shorten it to {context - 1} or less, or delete the line."
-            )
+            raise RunError(f"{row.location}: the prompt has {len(prompt.input_ids)} tokens, the context is {context}.")
     return prompts
 
 
@@ -203,11 +190,7 @@ def render_messages(messages: list[Any], tokenizer: Any) -> Prompt:
 
 def _render(row: PromptRow, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        raise RunError(
-            f"{row.location}: there are messages, and the base's tokenizer has no chat template."
-            " Give prompts of text alone (a prompt field; in a configuration trainer.callbacks.prompts names the file),"
-            " or take a base model made for chat."
-        )
+        raise RunError(f"{row.location}: the base's tokenizer has no chat template for messages: give text.")
     try:
         messages, template = clean_messages(drop_final_answer(list(row.content))), template_of(tokenizer, None)
         check_roles(messages, template)

@@ -116,18 +116,8 @@ class GeneratedText:
 class TextStream:
     """An iterator over pieces of text, each emitted as soon as its tokens are verified.
 
-    It may be abandoned at any time: its attributes keep what was emitted so far.
-
-    Args:
-        model: the model, with a tokenizer.
-        prompt: the prompt.
-        options: how to decode.
-        stops: stop strings, which are cut off.
-        cache: ``RowCache(model.base, 1)`` to continue from, or None.
-
-    Attributes:
-        generated: the text so far, with its tokens and counts.
-        finish_reason: ``stop`` or ``length``; None while more may come.
+    It may be abandoned at any time: its attributes keep what was emitted so far. ``finish_reason`` is ``stop`` or
+    ``length``, and None while more may come. The cache is a ``RowCache(model.base, 1)`` to continue from.
     """
 
     def __init__(
@@ -189,9 +179,7 @@ def stream_text(
     """Generate for one prompt as an iterator over pieces of text; see ``MTPModel.stream``."""
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise UsageError(
-            "streaming text needs a tokenizer: set model.tokenizer, or load the model from a folder that has one."
-        )
+        raise UsageError("streaming text needs a tokenizer, and the model has none: set model.tokenizer.")
     if isinstance(prompt, str):
         encoded = Prompt(prompt, encode_prompt(prompt, tokenizer), "")
     elif not isinstance(prompt, Tensor) and len(prompt) and isinstance(prompt[0], dict):

@@ -19,15 +19,9 @@ def run_error(error: BaseException) -> RunError | None:
     """The error to raise instead of one from outside of this program, or None if it is not known."""
     text = one_line(error, 200)
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return RunError(
-            f"a data loader worker died ({text}). It may have run out of memory or have been killed: lower"
-            f" data.num_workers, or set it to 0 to see its own error.{RESUME_HINT}"
-        )
+        return RunError(f"a data loader worker died ({text}): lower data.num_workers; 0 shows its error.{RESUME_HINT}")
     if any(words in text for words in LOST_PROCESS):
-        return RunError(
-            f"another process of this run has ended, and this one can't continue alone ({text}). Its own message is above,"
-            f" unless it was killed.{RESUME_HINT}"
-        )
+        return RunError(f"another process of this run has ended ({text}); its own message is above.{RESUME_HINT}")
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         name = "a file" if error.filename is None else repr(str(error.filename))
         return RunError(f"{name} could not be written: {error.strerror}. Make room or give another folder.{RESUME_HINT}")

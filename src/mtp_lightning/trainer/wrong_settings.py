@@ -33,29 +33,20 @@ def check_training_state(path: str, checkpoint: Mapping[str, Any], command: str)
     needed += ["loops", "optimizer_states", "lr_schedulers"] if command == "fit" else []
     missing = [name for name in needed if name not in checkpoint]
     if missing:
-        raise RunError(
-            f"checkpoint {path!r} has no {', '.join(missing)}: it holds only weights, or was changed, and mtp {command}"
-            " needs the training state. Give one that mtp fit wrote."
-        )
+        raise RunError(f"checkpoint {path!r} has no {', '.join(missing)}, which mtp {command} needs.")
 
 
 def check_validation_interval(trainer: Trainer, interval: Any) -> None:
     """Refuse validations by the clock with several processes: each has its own clock, and they would wait for each other."""
     if trainer.world_size > 1 and not isinstance(interval, int | float | None):
-        raise UsageError(
-            f"trainer.val_check_interval must be a number of batches or a share of the epoch with several processes, got"
-            f" the time {interval}."
-        )
+        raise UsageError(f"trainer.val_check_interval must count batches with several processes, got the time {interval}.")
 
 
 def trainer_error(error: BaseException) -> UsageError | None:
     """The error to raise instead of one from the trainer's constructor, or None if it is not known."""
     reason = one_line(error)
     if isinstance(error, RuntimeError) and "more than one stateful callback" in reason:
-        return UsageError(
-            "trainer.callbacks has a callback twice with the same settings, as when a configuration with callbacks+ is given"
-            f" twice: leave one out ({one_line(error, 80)})."
-        )
+        return UsageError(f"trainer.callbacks has a callback twice: leave one out ({one_line(error, 80)}).")
     if isinstance(error, MisconfigurationException | ValueError | TypeError | ModuleNotFoundError):
         return UsageError(f"invalid trainer configuration: {reason}. Change trainer.*.")
     return None

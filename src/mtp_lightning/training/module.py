@@ -78,8 +78,9 @@ class MTPModule(LightningModule):
         if num_masks < 1:
             raise UsageError(f"model.num_masks must be 1 or more, got {num_masks}.")
         parse_dtype(dtype)
-        _check_choice("attention", attention, ATTENTION)
-        _check_choice("quantization", quantization, QUANTIZATION)
+        for name, value, choices in (("attention", attention, ATTENTION), ("quantization", quantization, QUANTIZATION)):
+            if value is not None and value not in choices:
+                raise UsageError(f"model.{name} must be one of {', '.join(choices)}, or null, got {value!r}.")
         self.base_model = base_model
         self.revision = revision
         self.dtype_name = dtype
@@ -155,10 +156,8 @@ class MTPModule(LightningModule):
         strategy: Any = None if trainer is None else trainer.strategy
         if trainer is not None:
             if str(trainer.precision) in ("bf16-true", "16-true"):
-                raise UsageError(
-                    f"trainer.precision {trainer.precision} would round the weights of the losses. Set model.dtype"
-                    " for the frozen base, and trainer.precision 32-true or bf16-mixed for what is trained."
-                )
+                remedy = "set model.dtype for the base, and trainer.precision 32-true or bf16-mixed"
+                raise UsageError(f"trainer.precision {trainer.precision} would round the trained weights: {remedy}.")
             if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
                 self._check_sharding(strategy)
         # Straight to the device where that is known, not through host memory.
@@ -175,21 +174,11 @@ class MTPModule(LightningModule):
     def _check_sharding(self, strategy: Any) -> None:
         """Refuse what can't be sharded."""
         if not isinstance(strategy, FullyShardedStrategy):
-            raise UsageError(
-                f"trainer.strategy {type(strategy).__name__} can't shard a frozen base with trained float32 weights"
-                " and write checkpoints of these. Use --config configs/strategies/fsdp2.yaml, whose strategy is"
-                " mtp_lightning.trainer.FullyShardedStrategy."
-            )
+            raise UsageError(f"trainer.strategy {type(strategy).__name__} can't shard: use configs/strategies/fsdp2.yaml.")
         if self.quantization is not None:
-            raise UsageError(
-                f"model.quantization {self.quantization} can't be sharded. Set model.quantization: null, or"
-                " trainer.strategy: ddp."
-            )
+            raise UsageError(f"model.quantization {self.quantization} can't be sharded. Use trainer.strategy: ddp.")
         if any(True for _ in self.losses.parameters()):
-            raise UsageError(
-                "a loss term has weights of its own, which FullyShardedStrategy would not average over the processes. Use"
-                " trainer.strategy: ddp."
-            )
+            raise UsageError("a loss term has weights of its own, which can't be sharded. Use trainer.strategy: ddp.")
 
     def _build(self, device: Any, strategy: Any) -> None:
         """Load the base and add the trained parts."""
@@ -330,25 +319,13 @@ def paper_losses(with_sampler: bool) -> dict[str, LossTerm]:
     return {**terms, "sampler": SamplerCrossEntropy()} if with_sampler else terms
 
 
-def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    """Refuse an unknown value of ``model.<name>``."""
-    if value is not None and value not in choices:
-        raise UsageError(f"model.{name} must be one of {', '.join(choices)}, or null, got {value!r}.")
-
-
 def _check_heads(terms: dict[str, LossTerm], head: SamplerHead | None) -> None:
     """Refuse a sampler head that no term trains, and a term that needs the head that is missing."""
     for name, term in terms.items():
         if isinstance(term, TokenLoss) and term.head == "sampler" and head is None:
-            raise UsageError(
-                f"loss term {name} ({type(term).__name__}) needs a sampler head, and model.sampler_head is false."
-                f" Remove model.losses.{name} or name a sampler head."
-            )
+            raise UsageError(f"loss term {name} ({type(term).__name__}) needs model.sampler_head, which is false.")
     if head is not None and all(
         isinstance(term, LatentConsistency) or (isinstance(term, TokenLoss) and term.head == "base")
         for term in terms.values()
     ):
-        raise UsageError(
-            "no loss term trains the sampler head, which would draft untrained. Add SamplerCrossEntropy or another term"
-            " of the sampler head to model.losses, or set model.sampler_head: false."
-        )
+        raise UsageError("no loss term trains the sampler head: add SamplerCrossEntropy, or set model.sampler_head: false.")
