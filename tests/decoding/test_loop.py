@@ -102,7 +102,7 @@ def test_a_standard_lora_decodes_its_own_text(kind: str, inject: Callable[..., I
     prompt = token_row([N]).input_ids
     sequence = prompt
     for _ in range(G + K + 2):
-        with torch.no_grad(), model.gate.open(len(sequence)):
+        with torch.no_grad(), model.gate.over_last(len(sequence)):
             sequence = torch.cat([sequence, model.base(sequence[None], use_cache=False).logits[0, -1:].argmax(-1)])
     assert sequence[N:].tolist() != list(prompt_and_text("llama")[1])
     inject(model, [sequence.tolist()], RUNS["sometimes"])

@@ -70,7 +70,7 @@ def test_the_model_that_verifies_is_the_reference(gated: bool) -> None:
     text, prompt = texts[0], PROMPTS[0].input_ids
     assert (text == greedy_text(model.base, torch.tensor(prompt), 20)) == gated
     # The gap is of the same logits: the most likely token there is the next one of the text.
-    with model.gate.open(0 if gated else 7):
+    with model.gate.over_last(0 if gated else 7):
         logits = model.base(torch.tensor([prompt + text[:5]])).logits[0, -1]
     assert logits.argmax() == text[5]
     expected = (logits.max() - logits.topk(2).values[1]).item()

@@ -18,7 +18,7 @@ from mtp_lightning.model import MTPModel
 def hidden_states(model: MTPModel, num_mtp: int, rows: int) -> Tensor:
     ids = torch.stack([token_row([9], seed=r).input_ids for r in range(rows)])
     inputs = torch.cat([model.embed(ids), model.mask_embeddings.expand(rows, -1, -1)], dim=1)
-    with model.gate.open(num_mtp):
+    with model.gate.over_last(num_mtp):
         return model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
 

@@ -166,7 +166,7 @@ def naive_states(model: MTPModel, tokens: Tensor, num_masks: int) -> tuple[Tenso
     transformers builds mask and position ids itself. Returns the hidden states at the tokens [n, D] and the masks [J, D].
     """
     inputs = torch.cat([model.embed(tokens), model.mask_embeddings[:num_masks].to(model.base.dtype)])
-    with model.gate.open(num_masks):
+    with model.gate.over_last(num_masks):
         hidden = model.base.get_decoder()(inputs_embeds=inputs[None], use_cache=False).last_hidden_state[0]
     return hidden[: len(tokens)], hidden[len(tokens) :]
 

@@ -35,7 +35,7 @@ def closed_states(model: MTPModel, batch: MaskedInput) -> HiddenStates:
 def decoder_states(model: MTPModel, num_mtp: int, seed: int = 0) -> Tensor:
     """Hidden states of two rows of 9 random inputs, the last ``num_mtp`` of each in the gate."""
     inputs = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    with model.gate.open(num_mtp):
+    with model.gate.over_last(num_mtp):
         return model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
 
@@ -102,7 +102,7 @@ def test_one_layer_is_the_formula() -> None:
     layer = lora_layers(model.base)[0]
     weight, a, b = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(2, 7, 32, dtype=torch.float64)
-    with model.gate.open(3):
+    with model.gate.over_last(3):
         y = layer(x)
     assert torch.equal(y[:, :4], layer.base_layer(x)[:, :4])
     # Float64: sums of 32 products in another order.
@@ -135,7 +135,7 @@ def test_an_open_gate_is_the_standard_lora_of_peft(architecture: str) -> None:
 def test_outside_a_forward_pass_the_gate_is_closed() -> None:
     model, ids = tiny_model(), tiny_batch().input_ids
     model.hidden_states(tiny_batch())
-    with pytest.raises(ZeroDivisionError), model.gate.open(2):
+    with pytest.raises(ZeroDivisionError), model.gate.over_last(2):
         raise ZeroDivisionError
     assert model.gate.num_mtp is None
     with torch.no_grad():

@@ -68,7 +68,7 @@ def first_difference(
 @torch.inference_mode()
 def top_two_gap(model: MTPNetwork, tokens: list[int], options: DecodingOptions) -> float | None:
     """Difference of the two largest scores that the token after ``tokens`` is chosen from; None: only one is possible."""
-    with DecodingMode(model, fused=False).active(), model.gate.open(0 if model.lora.gated else len(tokens)):
+    with DecodingMode(model, fused=False).active(), model.gate.over_last(0 if model.lora.gated else len(tokens)):
         ids = torch.tensor([tokens], device=model.base.device)
         hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     choice = TokenChoice(options, row_seeds(options.seed, 1), ids.device)

@@ -72,7 +72,7 @@ class Gate:
         self.num_mtp: int | None = None
 
     @contextlib.contextmanager
-    def open(self, num_mtp: int | None) -> Iterator[None]:
+    def over_last(self, num_mtp: int | None) -> Iterator[None]:
         """Let the adapters act on the last ``num_mtp`` positions within the ``with`` block."""
         before, self.num_mtp = self.num_mtp, num_mtp
         try:

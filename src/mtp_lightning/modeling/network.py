@@ -179,9 +179,9 @@ class MTPNetwork(nn.Module):
         computed for them.
         """
         L, cache, positions = tokens.shape[1], DynamicCache(), pattern.position_ids
-        with torch.no_grad(), self.gate.open(0):
+        with torch.no_grad(), self.gate.over_last(0):
             ntp = run_decoder(self.base, tokens, attention_mask(self.base, pattern, L, 0, L), positions[:, :L], cache)
-        with self.gate.open(masks.shape[1]):
+        with self.gate.over_last(masks.shape[1]):
             mtp = run_decoder(self.base, masks, attention_mask(self.base, pattern, L, L), positions[:, L:], cache)
         return ntp, mtp
 
@@ -189,7 +189,7 @@ class MTPNetwork(nn.Module):
         """All positions at once, under gradient checkpointing or with a gate that is always open."""
         L, gated = tokens.shape[1], self.lora.gated
         inputs, mask = torch.cat([tokens, masks], 1), attention_mask(self.base, pattern, L)
-        with self.gate.open(masks.shape[1] if gated else inputs.shape[1]):
+        with self.gate.over_last(masks.shape[1] if gated else inputs.shape[1]):
             hidden = run_decoder(self.base, inputs, mask, pattern.position_ids)
         return hidden[:, :L].detach() if gated else hidden[:, :L], hidden[:, L:]
 

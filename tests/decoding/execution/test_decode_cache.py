@@ -38,7 +38,7 @@ def test_between_steps_modules_are_as_they_were() -> None:
     steps = [next(suspended)]
     assert [set(vars(module)) for module in model.modules()] == keys
     assert drafts(model) == expected  # another text in the middle of one
-    with model.gate.open(2), torch.enable_grad(), torch.inference_mode(False):  # training, too
+    with model.gate.over_last(2), torch.enable_grad(), torch.inference_mode(False):  # training, too
         inputs = model.embed(token_row([5]).input_ids[None].clone()).clone()
         model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
     assert all(layer.lora_B["default"].weight.grad is not None for layer in lora_layers(model.base))

@@ -56,7 +56,7 @@ class _StepParts:
         def call() -> Tensor:
             positions, mask = self.masks.get(layouts, None, self.cache, None)
             self.cache.begin_step(num_positions, tokens, None)
-            with model.gate.open(num_positions - 1 if model.lora.gated else num_positions):
+            with model.gate.over_last(num_positions - 1 if model.lora.gated else num_positions):
                 return run_decoder(model.base, inputs, mask, positions, self.cache)
 
         return call

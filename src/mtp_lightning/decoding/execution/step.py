@@ -222,7 +222,7 @@ def decode_step(model: MTPNetwork, step: StepInput) -> StepOutput:
     if num_mtp:
         masks = model.mask_embeddings.to(inputs.dtype).index_select(0, mask_index(layouts[0], inputs.device))
         inputs = torch.cat([inputs, masks.expand(B, -1, -1)], dim=1)
-    with model.gate.open(num_mtp if model.lora.gated else size):
+    with model.gate.over_last(num_mtp if model.lora.gated else size):
         hidden = run_decoder(model.base, inputs, step.attention_mask, step.position_ids, step.cache)
     # 2. Verify at the last verified token and the drafts.
     if len({layout.last for layout in layouts}) == 1:
