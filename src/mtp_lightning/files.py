@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are written under a temporary name and then renamed, so that their name never stands for a half."""
+"""Files and folders that are written under a temporary name and then renamed, so that a reader never sees half of one."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def absolute_name(name: str) -> str:
 
 
 def why_unwritable(folder: Path) -> str | None:
-    """Why a folder, existing or not, can't be created or written to; None if nothing speaks against it."""
+    """Why a folder, existing or not, can't be created or written to; None if it can."""
     for path in (folder, *folder.parents):
         if os.path.isdir(path):
             return None if os.access(path, os.W_OK | os.X_OK) else f"{str(path)!r} can't be written to"

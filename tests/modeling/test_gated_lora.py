@@ -25,7 +25,7 @@ from mtp_lightning.types import HiddenStates, MaskedInput
 
 def closed_states(model: MTPModel, batch: MaskedInput) -> HiddenStates:
     """The same forward pass with no position in the gate."""
-    model.gate.open = lambda num_mtp: Gate.open(model.gate, 0)  # type: ignore[method-assign]
+    model.gate.over_last = lambda num_mtp: Gate.over_last(model.gate, 0)  # type: ignore[method-assign]
     try:
         return model.hidden_states(batch)
     finally:

@@ -82,7 +82,7 @@ class Gate:
 
     def checkpoint_context(self) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
         """``context_fn`` of non-reentrant checkpointing: the recomputation in backward sees the forward pass's gate."""
-        return contextlib.nullcontext(), self.open(self.num_mtp)
+        return contextlib.nullcontext(), self.over_last(self.num_mtp)
 
 
 class GatedVariant(LoraVariant):
