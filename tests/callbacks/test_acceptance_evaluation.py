@@ -94,14 +94,17 @@ def test_evaluation_leaves_training_as_it_is(fit: Fit, new_module: Callable[[], 
         assert torch.equal(parameter, trained[name])
 
 
-def test_every_n_steps_in_training(
-    fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, evaluated: list[int], capsys: pytest.CaptureFixture[str]
+def test_every_n_steps_in_training_below_a_progress_bar(
+    fit: Fit, module: MTPModule, prompts: str, tmp_path: Path, evaluated: list[int], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6, every_n_steps=1, num_lossless=0))
+    monkeypatch.setattr(acceptance_evaluation, "SECONDS_BETWEEN_LINES", 0.0)
+    callback = AcceptanceEvaluation(prompts, max_new_tokens=6, every_n_steps=1, num_lossless=0)
+    fit(module, callback, TQDMProgressBar(), enable_progress_bar=True)
     # Four steps; the validations after steps 2 and 4 use what was just measured.
     assert evaluated == [5] * 4
     out = capsys.readouterr().out
     assert (out.count("Acceptance by real decoding"), out.count("Teacher-forced: ")) == (4, 2)
+    assert out.count("acceptance: 5 of 5 prompts decoded") == 4
     # Lightning's own log interval is 50 steps: it would have dropped these.
     assert set(logged(tmp_path, "val/acceptance_length")) == {0, 1, 2, 3}
     written = read(tmp_path)
@@ -123,16 +126,6 @@ def test_validate_and_test(
     latest = read(tmp_path)["latest"]
     assert latest["stage"] == "test"
     assert latest["forced"]["acceptance_length"] == values["test/forced_acceptance_length"]
-
-
-def test_with_a_progress_bar(
-    fit: Fit, module: MTPModule, prompts: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(acceptance_evaluation, "SECONDS_BETWEEN_LINES", 0.0)
-    fit(module, AcceptanceEvaluation(prompts, max_new_tokens=6), TQDMProgressBar(), enable_progress_bar=True)
-    out = capsys.readouterr().out
-    assert out.count("Acceptance by real decoding") == 2
-    assert out.count("acceptance: 5 of 5 prompts decoded") == 2
 
 
 def test_several_with_different_settings_have_their_own_state() -> None:

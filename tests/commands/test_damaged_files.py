@@ -123,6 +123,7 @@ def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[
             " --trainer.val_check_interval 1000",
             "`val_check_interval`",  # found while the schedule is built
         ),
+        ("--model.optimizer.lr -1", "model.optimizer"),
     ],
 )
 def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, capsys, option: str, name: str) -> None:
@@ -141,21 +142,6 @@ def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, caps
 def test_a_file_that_may_not_be_touched(path: str, message: str) -> None:
     assert str(setting_error(PermissionError(errno.EACCES, "Permission denied", path), Path("run"))) == message
     assert setting_error(PermissionError(errno.EPERM, "Operation not permitted"), Path("run")) is None
-
-
-def test_wrong_data_that_a_schedule_asks_for_is_no_wrong_schedule() -> None:
-    def setup_data() -> None:
-        raise ValueError("a row is wrong")
-
-    def configure_optimizers(data: bool) -> None:
-        setup_data() if data else int("no number")
-
-    found = []
-    for data in (False, True):
-        with pytest.raises(ValueError) as caught:
-            configure_optimizers(data)
-        found.append(setting_error(caught.value, Path("run")))
-    assert isinstance(found[0], UsageError) and found[1] is None
 
 
 class Made(MTPCLI):

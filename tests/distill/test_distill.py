@@ -56,19 +56,6 @@ def test_rows_hold_prompt_answer_and_their_tokens(tmp_path: Path, base: str, cap
         assert row.get("domain") == question.get("domain") and row["seed"] is None
 
 
-def test_training_takes_exactly_those_tokens(tmp_path: Path, base: str) -> None:
-    """The two commands: what distill wrote is read as it is, loss on the answer."""
-    write_rows(tmp_path / "q.jsonl", questions(8))
-    output = tmp_path / "a.jsonl"
-    mtp("distill", base, "--prompts", tmp_path / "q.jsonl", "--output", output, "--max_new_tokens", 6, "--temperature", 1)
-    rows = prepare(str(output), word_tokenizer(bos=False), max_length=64)[0].rows
-    for number, row in enumerate(read(output)):
-        found = rows.row(number)
-        assert found.input_ids.tolist() == row["prompt_ids"] + row["completion_ids"]
-        assert found.labels.tolist() == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
-        assert row["seed"] == AnswerOptions().row_seed(row["id"])
-
-
 def test_a_file_that_a_kill_left_is_completed(tmp_path: Path, base: str) -> None:
     """Its last line is torn: at the end the same rows, none twice."""
     write_rows(tmp_path / "q.jsonl", questions(12))
@@ -80,6 +67,13 @@ def test_a_file_that_a_kill_left_is_completed(tmp_path: Path, base: str) -> None
     killed.write_bytes(b"".join(lines[:5]) + lines[5][:30])
     assert mtp(*words, "--batch_size", 3, "--output", killed) == 0
     assert len(read(killed)) == 12 and {row["id"]: row for row in read(killed)} == {row["id"]: row for row in read(whole)}
+    # Training reads exactly those tokens, with a loss on the answer.
+    rows = prepare(str(whole), word_tokenizer(bos=False), max_length=64)[0].rows
+    for number, row in enumerate(read(whole)):
+        found = rows.row(number)
+        assert found.input_ids.tolist() == row["prompt_ids"] + row["completion_ids"]
+        assert found.labels.tolist() == [-100] * len(row["prompt_ids"]) + row["completion_ids"]
+        assert row["seed"] == AnswerOptions().row_seed(row["id"])
 
 
 def test_shards_share_the_prompts(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,29 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from bigram import bigram_base, planted_drafts
 from prompt_results import result
 
-from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation import acceptance
 from mtp_lightning.evaluation.acceptance import PromptResult, evaluate_prompts, paired_speed_ups, summarise
 from mtp_lightning.evaluation.decoded_text import DecodedText
 from mtp_lightning.evaluation.losslessness import Difference
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.text.prompts import Prompt
 
-VOCAB = 96
 PROMPTS = [Prompt("", [1 + i, 5], domain) for i, domain in enumerate(("code", "code", "maths", "code", "maths"))]
 OPTIONS = DecodingOptions(num_masks=3, max_new_tokens=20)
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> MTPModel:
-    """It counts up, token by token, and its drafts have planted mistakes: of J tokens 0, 1, .. or J are accepted."""
-    monkeypatch.setattr(decoding_step, "draft_block", planted_drafts(VOCAB, VOCAB))
-    return MTPModel(bigram_base(VOCAB, VOCAB), 3, LoRA(rank=2)).eval()
 
 
 @pytest.mark.parametrize("decoding_kind", ["quadratic", "linear", "autoregressive"])

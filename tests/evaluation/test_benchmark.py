@@ -8,31 +8,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bigram import bigram_base, bigram_text, planted_drafts
+from bigram import bigram_text
 from prompt_results import result
 from tiny import tiny_model, token_row
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation import benchmark
 from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, grid_settings, order_violations
 from mtp_lightning.evaluation.decoded_text import decode_batch
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.text.prompts import Prompt
 
 VOCAB = 96
 PROMPTS = [Prompt("", [1 + i, 5 + 7 * i], domain) for i, domain in enumerate(("code", "code", "maths", "code", "maths"))]
 OPTIONS = DecodingOptions(max_new_tokens=20)
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> MTPModel:
-    """It counts up, token by token, and its drafts have planted mistakes: of J tokens 0, 1, .. or J are accepted."""
-    monkeypatch.setattr(decoding_step, "draft_block", planted_drafts(VOCAB, VOCAB))
-    return MTPModel(bigram_base(VOCAB, VOCAB), 3, LoRA(rank=2)).eval()
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

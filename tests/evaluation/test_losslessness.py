@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from bigram import bigram_base, planted_drafts
 from tiny import greedy_text, tiny_model
 
 from mtp_lightning.decoding import loop as decoding
@@ -22,7 +21,6 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.text.prompts import Prompt
 
-VOCAB = 96
 PROMPTS = [Prompt("", [1 + i, 5], "") for i in range(5)]
 OPTIONS = DecodingOptions(num_masks=3, max_new_tokens=20)
 
@@ -32,9 +30,7 @@ def decoded(model: MTPModel, prompt: Prompt, options: DecodingOptions) -> list[i
 
 
 @pytest.mark.parametrize("max_steps", [None, 3])
-def test_a_lossy_decoder_is_caught(max_steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = MTPModel(bigram_base(VOCAB, VOCAB), 3, LoRA(rank=2)).eval()
-    monkeypatch.setattr(decoding_step, "draft_block", planted_drafts(VOCAB, VOCAB))
+def test_a_lossy_decoder_is_caught(model: MTPModel, max_steps: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     # Every draft is accepted.
     monkeypatch.setattr(decoding_step, "num_accepted", lambda draft, *others: torch.full((len(draft),), draft.shape[1]))
     options = replace(OPTIONS, max_steps=max_steps)
