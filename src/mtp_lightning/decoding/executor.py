@@ -79,15 +79,9 @@ class StepShape(NamedTuple):
 
 
 def step_shape(plan: Plan, rows: Sequence[Row], all_layouts: bool = False) -> StepShape:
-    """The layouts of a plan's step: the rows' last tokens, their drafts, and blocks of masks.
+    """The layouts of a plan's step, all of the longest row's size: the rows' last tokens, their drafts, and blocks of masks.
 
-    Args:
-        plan: what to feed.
-        rows: the rows.
-        all_layouts: True to list every layout that rows of such a plan may have, so that shapes stay few.
-
-    Returns:
-        The layouts, which all have the size of the longest row.
+    ``all_layouts`` lists every layout that rows of such a plan may have, so that shapes stay few.
     """
     c, width = plan.num_drafts, max(row.num_fed for row in rows)
     num_verified = [min(row.num_waiting, c) for row in rows]
@@ -103,13 +97,7 @@ def step_shape(plan: Plan, rows: Sequence[Row], all_layouts: bool = False) -> St
 
 
 class EagerExecutor:
-    """Runs steps one operation after another.
-
-    Args:
-        model: the model, prepared for decoding.
-        options: how to decode.
-        choice: how tokens are chosen.
-    """
+    """Runs steps one operation after another; the model is prepared for decoding."""
 
     fixed_shapes = False
 
@@ -172,13 +160,7 @@ class EagerExecutor:
 
 
 class CompiledExecutor(EagerExecutor):
-    """Runs steps as graphs, one for each shape, once that shape has come up a few times.
-
-    Args:
-        model: the model, prepared for decoding; see ``can_compile``.
-        options: how to decode.
-        choice: how tokens are chosen.
-    """
+    """Runs steps as graphs, one for each shape, once that shape has come up a few times; see ``can_compile``."""
 
     fixed_shapes = True
 

@@ -68,14 +68,8 @@ def gumbel_noise(keys: Tensor, tokens: int | Tensor) -> Tensor:
 def row_seeds(seed: int | Sequence[int] | None, num_rows: int, first: int = 0) -> list[int]:
     """The seed of each row of a batch: row 0 has the seed itself, row r one made from (seed, r).
 
-    Args:
-        seed: an int; or one for each row, used as they are; or None: one is drawn from torch's default generator, so that
-            ``torch.manual_seed`` decides.
-        num_rows: number of rows.
-        first: number of the first row, if a batch is a part of a longer list.
-
-    Returns:
-        int64 numbers.
+    Several seeds are used as they are; None: one is drawn from torch's default generator. ``first`` is the number of the
+    first row, if the batch is a part of a longer list.
     """
     if seed is None:
         seed = int(torch.randint(2**63 - 1, ()).item())

@@ -27,28 +27,28 @@ class DecodingOptions:
     Args:
         decoding: quadratic (a block of masks after the verified token and after every draft token), linear (one block
             after the draft) or autoregressive (no masks).
-        num_masks: masks in a block, at most as many as were trained; auto: in each step as many drafts and masks as pay on
-            this machine. The text is the same.
+        num_masks: masks in a block, at most the number the model was trained with; auto: chosen for each step by what is
+            fastest on this machine. The text is the same.
         sampler_head: draft with the sampler head; False: with the base's head.
         max_new_tokens: maximum number of generated tokens.
         max_steps: maximum number of steps (forward passes of the base), the prompt's included; None: no limit.
         eos_token_id: token or tokens that end the text; None: the base's own.
-        temperature: 0: greedy; else the logits are divided by it and tokens are drawn.
-        top_k: draw from the k most likely tokens; None: all. No effect on greedy decoding.
-        top_p: draw from the most likely tokens that together have this probability; None: all. No effect on greedy decoding.
-        repetition_penalty: transformers' penalty on tokens that the text or its prompt has; 1: none.
+        temperature: sampling temperature; 0: greedy decoding.
+        top_k: sample from the k most likely tokens; None: all. No effect on greedy decoding.
+        top_p: sample from the most likely tokens whose probabilities sum to p; None: all. No effect on greedy decoding.
+        repetition_penalty: transformers' penalty on tokens that occur in the prompt or text; 1: none.
         logits_processor: transformers' processors of the base's logits (greedy too). They are called for one row and one
             position at a time, with the row's tokens before that position, the draft's included.
-        seed: seed of sampling: an int, or one for each row; None: one is drawn from torch's generator.
-        verification: of sampling: coupled (the text is a function of prompt and seed, the same for every way to decode) or
-            rejection (accepts a few more drafts; only the distribution of the text is the base's).
-        draft_vocabulary: number of tokens that drafts are chosen from, the most frequent labels of training (the first ids,
-            if those were not counted); all; auto: enough for nearly all labels, if that is known and at most half of the
-            vocabulary, else all. The text is the same; under the rejection rule its distribution is.
-        prompt_lookup: with num_masks auto, also verify drafts that the text itself offers (what followed its last tokens
-            where they occurred before). The text is the same. No effect under the rejection rule.
-        compile: run steps as graphs, one for each shape: CUDA graphs, or on a CPU torch.compile, which takes many seconds
-            for the first step of a shape. No effect with logits processors or the rejection rule.
+        seed: sampling seed: an int, or one for each row; None: drawn from torch's generator.
+        verification: when sampling: coupled (the text depends on prompt and seed only, whatever the decoding) or rejection
+            (accepts a few more drafts; only the distribution of the text is the base's).
+        draft_vocabulary: number of tokens that drafts are chosen from, the most frequent training labels (the first ids if
+            labels were not counted), or all; auto: enough to cover nearly all labels, if known and at most half of the
+            vocabulary, else all. The text is the same (with rejection: its distribution).
+        prompt_lookup: with num_masks auto, also verify drafts copied from the text: what followed an earlier occurrence of
+            its last tokens. The text is the same. No effect with rejection.
+        compile: run steps as graphs, one for each shape: CUDA graphs, or torch.compile on a CPU, which takes many seconds
+            for the first step of a shape. No effect with logits processors or rejection.
     """
 
     decoding: Decoding = "quadratic"

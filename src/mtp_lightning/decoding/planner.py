@@ -37,12 +37,7 @@ class Planner(Protocol):
 
 
 class FixedPlanner:
-    """Verifies all drafts and places blocks of a fixed number of masks: the paper's decoding.
-
-    Args:
-        decoding: ``quadratic``: a block after every token; ``linear``: one after a row's last draft; ``autoregressive``.
-        num_masks: masks in a block, J; 0 for autoregressive decoding.
-    """
+    """Verifies all drafts and places blocks of a fixed number of masks (autoregressive: 0): the paper's decoding."""
 
     def __init__(self, decoding: Decoding, num_masks: int) -> None:
         self.where, self.num_masks = "all" if decoding == "quadratic" else "last", num_masks
@@ -59,13 +54,7 @@ class FixedPlanner:
 
 
 class AutoPlanner:
-    """Plans what gains the most tokens a second, from acceptance statistics and step times.
-
-    Args:
-        budget: values plans.
-        state: the rows.
-        prompt_lookup: True if rows may have drafts from the text.
-    """
+    """Plans what gains the most tokens a second, from acceptance statistics and step times."""
 
     def __init__(self, budget: Budget, state: DecodeState, prompt_lookup: bool) -> None:
         self._budget, self._rows = budget, state.rows
@@ -100,7 +89,8 @@ class AutoPlanner:
         """See ``Planner``."""
         num_drawn = result.output.drafts.tokens.shape[1]
         if state.num_steps > 1 and result.from_graph is not None:
-            self._budget.observe(self._plan, num_drawn, time.perf_counter() - self._begin, result.from_graph)
+            seconds = time.perf_counter() - self._begin
+            self._budget.costs.observe(self._plan, num_drawn, seconds, result.from_graph)
         rows = state.active
         self._budget.learn(
             [RowOutcome(row.num_accepted, row.num_verified, row.num_drafts, row.draft_probs, row.gained) for row in rows]

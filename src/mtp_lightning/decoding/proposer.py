@@ -44,12 +44,7 @@ class HeadProposer:
 
 
 class NgramProposer:
-    """Prompt lookup: what followed the text's last tokens where they occurred before.
-
-    Args:
-        prompts: token ids of each row, by its number.
-        max_drafts: tokens of a draft.
-    """
+    """Prompt lookup: what followed the text's last tokens where they occurred before; ``prompts`` by number of the row."""
 
     def __init__(self, prompts: Sequence[Tensor], max_drafts: int) -> None:
         self.max_drafts = max_drafts

@@ -176,13 +176,10 @@ class RowCache(Cache):
         return first, max(self.lengths) + num_positions
 
     def begin_step(self, num_positions: int, fed: Tensor, slots: Tensor | None) -> None:
-        """Set where the next forward pass writes, after the tokens that count, and record its tokens.
+        """Set where the next forward pass, of Q positions, writes, after the tokens that count; record its tokens [B, T].
 
-        Args:
-            num_positions: positions that it feeds, Q.
-            fed: its tokens, [B, T].
-            slots: lengths of the rows, [B, 1] int64; None if all are equal. Required if ``fixed``: a graph reads the
-                lengths from it.
+        ``slots`` are the lengths of the rows, [B, 1] int64; None if all are equal. Required if ``fixed``: a graph reads
+        them.
         """
         place = self._place
         place.first, place.end = self.reach(num_positions)

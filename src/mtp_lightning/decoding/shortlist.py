@@ -17,15 +17,7 @@ from mtp_lightning.modeling.unembedding import FrozenUnembedding
 
 
 class Shortlist:
-    """Logits of the listed tokens.
-
-    Args:
-        unembed: the base's unembedding, whose layer is a plain linear one.
-        tokens: ids of the listed tokens, ascending, [N] int64 on the layer's device.
-
-    Attributes:
-        tokens: the listed tokens.
-    """
+    """Logits of the listed ``tokens``, ids [N] int64, ascending; the base's output layer is a plain linear one."""
 
     def __init__(self, unembed: FrozenUnembedding, tokens: Tensor) -> None:
         self.unembed, self.tokens = unembed, tokens

@@ -105,23 +105,7 @@ class Row:
 
 
 class DecodeState:
-    """The rows in flight: tokens, lengths, limits, seeds, drafts and KV cache.
-
-    Args:
-        prompts: token ids of each row.
-        limits: tokens that each row may have, the prompt's included.
-        cache: the keys and values of what is not fed again.
-        choice: how tokens are chosen; has the rows' seeds.
-        end_tokens: tokens that end a row.
-        max_steps: steps after which all rows end; None: no limit.
-        fixed_shapes: True if shapes of steps must stay few: finished rows then keep their places.
-
-    Attributes:
-        rows: the rows of the batch.
-        num_steps: steps so far.
-        last_tokens: what the next step feeds before the drafts, [B, n] int64, padded at the end.
-        drafts: the drafts from the blocks of masks.
-    """
+    """The rows in flight: tokens, lengths, limits, seeds, drafts and KV cache."""
 
     def __init__(
         self,
@@ -134,7 +118,7 @@ class DecodeState:
         fixed_shapes: bool = False,
     ) -> None:
         self.cache, self.choice, self.end_tokens, self.max_steps = cache, choice, end_tokens, max_steps
-        self.fixed_shapes = fixed_shapes
+        self.fixed_shapes = fixed_shapes  # finished rows then keep their places, so that shapes of steps stay few
         self.num_steps = 0
         device = cache.tokens.device
         remaining = [prompt[held:].to(device) for prompt, held in zip(prompts, cache.lengths, strict=True)]
@@ -142,6 +126,7 @@ class DecodeState:
             Row(number, len(prompt), limit, len(rest))
             for number, (prompt, limit, rest) in enumerate(zip(prompts, limits, remaining, strict=True))
         ]
+        # What the next step feeds before the drafts, [B, n] int64, padded at the end; then the drafts of blocks of masks.
         self.last_tokens = torch.nn.utils.rnn.pad_sequence(remaining, batch_first=True)
         self.drafts = Drafts(self.last_tokens[:, :0], None)
 

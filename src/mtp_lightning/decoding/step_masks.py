@@ -77,12 +77,7 @@ def step_pattern(layout: StepLayout, device: torch.device) -> AttentionPattern:
 
 
 class StepMasks:
-    """Positions and masks of steps over a growing cache.
-
-    Args:
-        base: the base model.
-        context: how many positions the base was made for.
-    """
+    """Positions and masks of steps over a growing cache, for a base that was made for ``context`` positions."""
 
     def __init__(self, base: PreTrainedModel, context: int) -> None:
         self.base = base
@@ -101,17 +96,11 @@ class StepMasks:
     def get(
         self, layouts: tuple[StepLayout, ...], layout_index: Tensor | None, cache: RowCache, slots: Tensor | None
     ) -> tuple[Tensor, Any]:
-        """Position ids and the decoder's mask argument.
+        """Position ids [B or 1, Q] and the decoder's mask argument, over the slots that the cache will hand out.
 
-        Args:
-            layouts: the layouts of the rows, of one size; a single one is all rows'.
-            layout_index: which of them each row has, [B] int64; None with a single one.
-            cache: the keys and values before the step's.
-            slots: tokens of each row in the cache, [B, 1] int64; None if all have the same number.
-
-        Returns:
-            Position ids [B or 1, Q], and a mask [B or 1, 1, Q, W] over the slots that the cache will hand out, or a dict of
-            masks by layer type.
+        A mask is [B or 1, 1, Q, W]; the argument is one mask or a dict of masks by layer type. ``layouts`` and
+        ``layout_index`` are as in ``StepInput``; ``slots`` [B, 1] are the tokens of each row in the cache, None if all have
+        the same number.
         """
         if cache.capacity != self._capacity:
             self._capacity = cache.capacity

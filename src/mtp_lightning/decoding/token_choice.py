@@ -127,14 +127,7 @@ class TokenChoice:
     def noisy(self, scores: Tensor, positions: Tensor, stream: int = TOKEN_STREAM, tokens: Tensor | None = None) -> Tensor:
         """The scores plus the noise of positions and tokens, whose largest is drawn; greedy: unchanged.
 
-        Args:
-            scores: [B, C, V], or of some tokens alone, [B, C, N].
-            positions: absolute positions of the tokens, [B, C] int64.
-            stream: which noise.
-            tokens: ids of these tokens, [N] int64; None: all.
-
-        Returns:
-            A tensor like ``scores``.
+        Scores are [B, C, V], or [B, C, N] of the token ids ``tokens`` [N]; positions [B, C] are absolute.
         """
         if self.greedy:
             return scores
@@ -142,14 +135,9 @@ class TokenChoice:
         return gumbel_noise(keys, scores.shape[-1] if tokens is None else tokens).add_(scores)
 
     def draft(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Draft tokens, drawn as the base's own would be, but from the drafting head's logits.
+        """Draft tokens, drawn as the base's own would be, but from the drafting head's logits [B, C, V] or [B, C, N].
 
-        Args:
-            logits: [B, C, V], or of the shortlist's tokens, [B, C, N].
-            positions: absolute positions of the tokens, [B, C] int64.
-
-        Returns:
-            The index of each among the logits, [B, C], and the scores that they were chosen from.
+        Returns the index of each among the logits, [B, C], and the scores that they were chosen from.
         """
         scores = self.warped(logits)
         listed = None if self.shortlist is None else self.shortlist.tokens

@@ -120,15 +120,7 @@ def choice_options(processors: list[Any], do_sample: bool, padding: Sequence[int
     """Options of ``DecodingOptions`` that do what a list of transformers' processors does.
 
     A penalty in front and temperature, top-k and top-p at the end are applied to many positions at once; others remain
-    processors.
-
-    Args:
-        processors: what ``generate`` prepared.
-        do_sample: True if tokens are drawn.
-        padding: number of padding tokens of each row.
-
-    Returns:
-        Keyword arguments.
+    processors. ``padding`` is the number of padding tokens of each row.
     """
     options: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0}
     rest = list(processors)

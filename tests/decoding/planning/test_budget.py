@@ -144,7 +144,7 @@ def test_plain_steps_are_measured_again_across_short_texts() -> None:
             steps += 1
             slow = plan == PLAIN and plain < 4
             plain += plan == PLAIN
-            budget.observe(plan, plan.masks, 10.0 if slow else 1.0)
+            budget.costs.observe(plan, plan.masks, 10.0 if slow else 1.0)
             accepted = min(waiting[0], plan.num_drafts)
             verified, waiting = accepted, [dict(plan.blocks()).get(accepted, 0)]
             budget.learn([RowOutcome(accepted, verified, waiting[0], [0.9] * 8)])

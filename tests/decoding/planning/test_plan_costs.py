@@ -45,7 +45,7 @@ def test_measured_times_of_graphs_replace_the_curve() -> None:
     budget.costs.batch = 1, 256
     for plan, seconds in ((PLAIN, 1.0), (Plan(2, 0, "last"), 5.0)):
         for _ in range(3):
-            budget.observe(plan, 0, seconds, True)
+            budget.costs.observe(plan, 0, seconds, True)
     budget.costs.refresh()
     without_masks = budget.costs.without_masks()
     assert without_masks[:2] == pytest.approx([1.0, 5.0]) and without_masks[2] >= 5.0  # more drafts never take less

@@ -13,13 +13,9 @@ from mtp_lightning.modeling.transformers_private import SwitchedAttention
 
 
 class DecodingMode:
-    """Evaluation mode, an attention kernel for few queries, and the prepared layers.
+    """Evaluation mode, an attention kernel for few queries, and (if ``fused``) the layers that ``DecodeCache`` has prepared.
 
     Applied around each step, so that a reader who pauses has the model as it was; threads take turns.
-
-    Args:
-        model: the model.
-        fused: True to run the layers that ``DecodeCache.prepare`` has prepared; False: the model's own.
     """
 
     def __init__(self, model: MTPNetwork, fused: bool = True) -> None:

@@ -136,18 +136,10 @@ def num_accepted(draft: Tensor, base_tokens: Tensor, verify_mask: Tensor | None 
 def draft_block(
     model: MTPNetwork, hidden: Tensor, verified: Tensor, positions: Tensor, choice: TokenChoice, sampler_head: bool
 ) -> Drafts:
-    """Draft the tokens of one block a row, one after another.
+    """Draft the tokens of one block a row, one after another, with the sampler head if asked for and present.
 
-    Args:
-        model: the model.
-        hidden: hidden states of m_1..m_J, [B, J, D].
-        verified: the token at m_1's position, chosen by the base head, [B] int64.
-        positions: its absolute position, [B] int64.
-        choice: how tokens are chosen.
-        sampler_head: True to use the sampler head, if the model has one.
-
-    Returns:
-        The drafts.
+    ``hidden`` [B, J, D] are the hidden states of m_1..m_J; ``verified`` [B] is the token at m_1's position, chosen by the
+    base head, and ``positions`` [B] its absolute position.
     """
     unembed, J = choice.shortlist or model.unembed, hidden.shape[1]
     at = positions[:, None] + torch.arange(1, J + 1, device=positions.device)

@@ -90,19 +90,9 @@ CAPTURES: dict[str, Callable[[Step, Sequence[Tensor]], Replay]] = {"cpu": compil
 
 
 class StepGraph:
-    """A step of one shape over one cache.
+    """A step of one shape over one cache; the model's fused layers are in use.
 
-    Args:
-        model: the model, its fused layers in use.
-        cache: the batch's keys and values.
-        choice: how tokens are chosen, apart from the seeds.
-        acceptance: how drafts are verified.
-        sampler_head: True to draft with the sampler head.
-        layouts: what rows may feed.
-        num_drafts: draft tokens fed for each row, c.
-
-    Raises:
-        Exception: whatever a compiler or driver raises.
+    ``layouts`` are all that rows may feed. Making one raises whatever a compiler or driver raises.
     """
 
     def __init__(
@@ -177,18 +167,10 @@ class StepGraph:
         num_verified: list[int],
         seeds: Tensor,
     ) -> tuple[StepOutput, Tensor]:
-        """Run the step.
+        """Run the step; returns its output, overwritten by the next run, and that ``packed`` for the host.
 
-        Args:
-            tokens: each row's last verified token and its draft, [B, 1 + c] int64.
-            slots: tokens of each row in the cache.
-            lengths: verified tokens of each row.
-            layout_index: which of the layouts each row has.
-            num_verified: drafts of each row that are to be verified.
-            seeds: one a row, [B] int64.
-
-        Returns:
-            What it gives, overwritten by the next run, and that ``packed`` for the host.
+        ``tokens`` [B, 1 + c] as ``StepInput`` has them; for each row its tokens in the cache (``slots``), verified tokens
+        (``lengths``), layout, drafts to verify, and seed.
         """
         self.tokens.copy_(tokens)
         self.rows.copy_(torch.tensor([slots, lengths, layout_index, num_verified]).t())

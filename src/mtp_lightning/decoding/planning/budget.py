@@ -65,7 +65,7 @@ class Budget:
         blocks_anywhere: True if blocks may be placed elsewhere than after the last draft.
         coupled: True if plans may depend on the drafts. The rejection rule forbids it: whether a token is verified must not
             depend on the token. Then only what earlier steps accepted counts.
-        timed: True if ``observe`` will be told what steps take.
+        timed: True if ``costs.observe`` will be told what steps take.
         few_shapes: True if each new shape must be compiled, so that there should be very few.
         stops_early: True if a draft ends when its path probability falls below ``min_path_prob``.
 
@@ -122,23 +122,14 @@ class Budget:
     def choose(self, max_masks: int, num_waiting: Sequence[int], lookup_drafts: Sequence[LookupDraft | None] = ()) -> Plan:
         """The best plan for the next step.
 
-        Args:
-            max_masks: largest block that is of use.
-            num_waiting: drafts of each row's block that may be verified.
-            lookup_drafts: the draft that each row's text offers; empty: no lookup.
-
-        Returns:
-            The plan.
+        ``max_masks`` is the largest useful block, ``num_waiting`` the drafts of each row's block that may be verified, and
+        ``lookup_drafts`` the draft that each row's text offers; empty: no lookup.
         """
         for row, draft in zip(self.rows, lookup_drafts, strict=False):
             row.lookup_draft = row.chosen_lookup = draft
         if self._drafting_paused:
             return self._or_probe(max_masks, *self._best_without_masks())
         return self._best(max_masks, num_waiting, self.timed)
-
-    def observe(self, plan: Plan, num_drafted: int, seconds: float, graph: bool = False) -> None:
-        """Record what a step took; see ``PlanCosts.observe``. Plans depend on it, the text does not."""
-        self.costs.observe(plan, num_drafted, seconds, graph)
 
     def learn(self, outcomes: Sequence[RowOutcome]) -> None:
         """Record the outcome of a step for each active row."""

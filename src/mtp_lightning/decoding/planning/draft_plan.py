@@ -32,7 +32,9 @@ class Plan:
         if not self.masks:
             return ()
         c = self.num_drafts
-        starts = {"last": [c if drafted is None else drafted], "ends": sorted({0, c}), "all": list(range(c + 1))}[self.where]
+        if self.where == "last":
+            return ((c if drafted is None else drafted, self.masks),)
+        starts = range(c + 1) if self.where == "all" else sorted({0, c})
         return tuple((start, self.masks) for start in starts)
 
 

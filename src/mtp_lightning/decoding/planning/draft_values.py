@@ -57,13 +57,10 @@ class DraftValues:
         self.rate = 0.0
 
     def sweep(self, accept_prob: np.ndarray, seconds: np.ndarray, sweeps: int = 1, tolerance: float = 0.0) -> None:
-        """Improve the values by damped relative value iteration.
+        """Improve the values by damped relative value iteration, until they change by less than ``tolerance`` tokens.
 
-        Args:
-            accept_prob: acceptance probability of each draft of a block, given that those before are accepted, [k].
-            seconds: what each plan takes, drafting included, [c, m, where].
-            sweeps: at most this number of sweeps.
-            tolerance: stop when values change less than this number of tokens.
+        ``accept_prob`` [k] is the acceptance probability of each draft of a block, given that those before are accepted;
+        ``seconds`` [c, m, where] is what each plan takes, drafting included.
         """
         path_prob = np.concatenate([[1.0], accept_prob.cumprod()])
         tokens = path_prob.cumsum()[self.sizes]  # expected tokens of verifying c drafts
