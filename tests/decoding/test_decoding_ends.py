@@ -6,17 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from injected_drafts import (
-    RUNS,
-    G,
-    InjectedDrafts,
-    K,
-    N,
-    expected_steps,
-    new_tokens,
-    prompt_and_text,
-    shared_model,
-)
+from injected_drafts import RUNS, G, InjectedDrafts, K, N, expected_steps, new_tokens, prompt_and_text, shared_model
 from tiny import CONTEXT, greedy_text, tiny_base, tiny_model, token_row
 
 from mtp_lightning.decoding.limits import end_tokens
@@ -24,7 +14,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
-@pytest.mark.parametrize("where", range(12))
+@pytest.mark.parametrize("where", [0, *range(4, 9)])
 def test_a_stop_token_ends_the_text_wherever_it_falls(kind: str, where: int, inject: Callable[..., InjectedDrafts]) -> None:
     """With whole drafts of 4 it falls on every place of a step in turn: first, inside the draft, the free token."""
     model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
@@ -53,35 +43,34 @@ def test_stop_tokens_come_from_the_base_and_may_be_many() -> None:
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
-@pytest.mark.parametrize("agree", RUNS)
+@pytest.mark.parametrize("agree", ["always", "sometimes"])
 def test_every_length_limit(agree: str, kind: str, inject: Callable[..., InjectedDrafts]) -> None:
     model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
     drafts = inject(model, [[*prompt.tolist(), *text]], RUNS[agree])
-    for limit in range(1, 16):
+    for limit in (1, 2, 5, 6, 7, 15):
         out = model.generate(prompt[None], decoding=kind, num_masks=4, max_new_tokens=limit)
         assert out.sequences[0, N:].tolist() == list(text[:limit]) and out.finish_reasons == ["length"]
         assert out.accepted_per_step[0] == expected_steps(RUNS[agree], 4, kind, limit)
-    # No mask is fed that could only speak of tokens past the limit.
-    for step in drafts.steps:
-        drafted = step.lengths[0] + step.layouts[0].depth
-        assert drafted <= N + 15
+    # No mask is fed that could only predict tokens past the limit.
+    assert all(step.lengths[0] + step.layouts[0].depth <= N + 15 for step in drafts.steps)
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
-@pytest.mark.parametrize("length", [1, 2, CONTEXT - 12, CONTEXT - 3, CONTEXT - 2, CONTEXT - 1])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "mistral-window"])
+@pytest.mark.parametrize(
+    ("architecture", "length"), [("llama", 1), ("gemma3", 2), ("gemma3", CONTEXT - 3), ("mistral-window", CONTEXT - 1)]
+)
 def test_short_prompts_and_prompts_near_the_whole_context(
     architecture: str, length: int, kind: str, inject: Callable[..., InjectedDrafts]
 ) -> None:
     model, prompt = shared_model(architecture), token_row([length], seed=2).input_ids
-    room = min(12, CONTEXT - length)
-    text = greedy_text(tiny_base(architecture), prompt, room)
+    num_tokens = min(12, CONTEXT - length)
+    text = greedy_text(tiny_base(architecture), prompt, num_tokens)
     drafts = inject(model, [[*prompt.tolist(), *text]], RUNS["sometimes"])
     out = model.generate(prompt[None], decoding=kind, num_masks=5, max_new_tokens=12 if length < 9 else 100)
     assert out.sequences[0].tolist() == [*prompt.tolist(), *text] and out.finish_reasons == ["length"]
     assert all(int(step.position_ids.max()) < CONTEXT for step in drafts.steps)
     if kind == "autoregressive":
-        assert len(drafts.steps) == room
+        assert len(drafts.steps) == num_tokens
 
 
 def test_max_steps_counts_the_prompts_step() -> None:

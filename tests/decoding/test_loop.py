@@ -28,31 +28,9 @@ from tiny import ARCHITECTURES, greedy_text, tiny_base, tiny_model, token_row, t
 
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.sampler_heads import MLPSamplerHead
-
-
-@pytest.mark.parametrize("kind", ["quadratic", "linear"])
-@pytest.mark.parametrize("agree", RUNS)
-@pytest.mark.parametrize("J", [1, 2, 3, 8])
-def test_never_always_sometimes(agree: str, kind: str, J: int, inject: Callable[..., InjectedDrafts]) -> None:
-    model, run = shared_model("llama"), RUNS[agree]
-    prompt, text = prompt_and_text("llama")
-    inject(model, [[*prompt.tolist(), *text]], run)
-    out = model.generate(prompt[None], decoding=kind, num_masks=J, max_new_tokens=G)
-    assert out.sequences[0].tolist() == [*prompt.tolist(), *text[:G]]
-    kept = expected_steps(run, J, kind)
-    assert out.accepted_per_step == [kept]
-    assert out.num_steps.tolist() == [len(kept)] and out.acceptance_length.tolist() == [G / len(kept)]
-    assert out.finish_reasons == ["length"]
-    if agree == "never":
-        assert kept == [0] * G
-    elif agree == "always":  # the prompt's step, then J + 1 tokens per step
-        assert len(kept) == 1 + -(-(G - 1) // (J + 1)) and set(kept[1:-1]) <= {J}
-    elif kind == "quadratic" and J == 3:
-        assert {0, 1, 2, 3} <= set(kept)
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
@@ -77,20 +55,12 @@ def test_greedy_text_is_the_bases_for_every_number_of_masks(
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
-@pytest.mark.parametrize("head", ["none", "mlp", "gru"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize(("architecture", "head"), [("gemma3", "mlp"), ("qwen3_moe", "none"), ("llama", "gru")])
 def test_greedy_text_is_the_bases_with_its_own_drafts(architecture: str, head: str, kind: str) -> None:
     model, (prompt, text) = shared_model(architecture, head), prompt_and_text(architecture)
-    for J in (1, 8) if head == "none" else (3,):
-        for listed in ("all", 5):
-            options = {"decoding": kind, "num_masks": J, "draft_vocabulary": listed}
-            assert new_tokens(model, prompt, max_new_tokens=12, **options) == list(text[:12])
-
-
-def test_autoregressive_decoding_takes_a_step_a_token() -> None:
-    model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
-    out = model.generate(prompt[None], decoding="autoregressive", max_new_tokens=G)
-    assert out.sequences[0, N:].tolist() == list(text[:G]) and out.num_steps.tolist() == [G]
+    for J, listed in ((8, "all"), (3, 5)):
+        options = {"decoding": kind, "num_masks": J, "draft_vocabulary": listed}
+        assert new_tokens(model, prompt, max_new_tokens=12, **options) == list(text[:12])
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
@@ -111,44 +81,15 @@ def test_a_standard_lora_decodes_its_own_text(kind: str, inject: Callable[..., I
     assert out.accepted_per_step[0] == expected_steps(RUNS["sometimes"], 3, kind)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager", "flex_attention"])
-def test_attention_kernels(kernel: str, inject: Callable[..., InjectedDrafts]) -> None:
-    model = tiny_model("gemma3", 3, attn_implementation=kernel)
-    prompt, text = prompt_and_text("gemma3")
-    inject(model, [[*prompt.tolist(), *text]], RUNS["sometimes"])
-    assert new_tokens(model, prompt, num_masks=3, max_new_tokens=G) == list(text[:G])
-    assert model.base.config._attn_implementation == kernel  # FlexAttention is set aside while decoding, and put back
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch(side: str) -> None:
-    model, base = shared_model("gemma3", "mlp"), tiny_base("gemma3")
-    prompts = [token_row([n], seed=4).input_ids for n in (7, 3, 1, 11)]
-    expected = [greedy_text(base, p, 10) for p in prompts]
-    ids, mask = torch.full((4, 11), 5), torch.zeros(4, 11, dtype=torch.int64)
+    model, prompts = shared_model("gemma3", "mlp"), [token_row([n], seed=4).input_ids for n in (7, 3, 1, 11)]
+    ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side=side)
+    out = model.generate(ids.clamp(min=5), (ids >= 0).long(), max_new_tokens=10)
     for r, p in enumerate(prompts):
-        place = slice(11 - len(p), 11) if side == "left" else slice(0, len(p))
-        ids[r, place], mask[r, place] = p, 1
-    out = model.generate(ids, mask, max_new_tokens=10)
-    for r, p in enumerate(prompts):
-        assert out.sequences[r, : len(p) + 10].tolist() == [*p.tolist(), *expected[r]]
+        assert out.sequences[r, : len(p) + 10].tolist() == [*p.tolist(), *greedy_text(tiny_base("gemma3"), p, 10)]
     assert out.sequences.shape == (4, 21) and len(out.accepted_per_step) == 4
     assert not out.sequences[2, 11:].any()  # no end token is known: padded with 0
-
-
-def test_training_flags_and_gradients_are_put_back() -> None:
-    model, (prompt, text) = tiny_model(num_masks=2, sampler_head=MLPSamplerHead()), prompt_and_text("llama")
-    model.train()
-    model.base.get_decoder().layers[1].eval()  # someone's own choice
-    before = [module.training for module in model.modules()]
-    assert new_tokens(model, prompt, max_new_tokens=5) == list(text[:5])
-    assert [module.training for module in model.modules()] == before
-    with pytest.raises(UsageError):
-        model.generate(prompt[None], num_masks=3)
-    assert [module.training for module in model.modules()] == before and torch.is_grad_enabled()
-    sums = model(build_masked_input([token_row([6])], 2), {"base": BaseCrossEntropy()}).sums
-    sums["base"][0].total.backward()  # and it still trains
-    assert model.mask_embeddings.grad is not None
 
 
 def test_a_paused_reader_holds_nothing_of_the_model() -> None:
@@ -166,7 +107,7 @@ def test_a_paused_reader_holds_nothing_of_the_model() -> None:
         optimizer.zero_grad()
         loss = model(build_masked_input([token_row([6])], 2), {"base": BaseCrossEntropy()}).sums["base"][0].total
         loss.backward()
-        assert all(float(parameter.grad.norm()) > 0 for parameter in (model.mask_embeddings,))
+        assert float(model.mask_embeddings.grad.norm()) > 0
         optimizer.step()
     assert tokens == list(text[:G])
 
@@ -180,7 +121,7 @@ def test_threads_take_turns() -> None:
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
-@pytest.mark.parametrize("agree", RUNS)
+@pytest.mark.parametrize("agree", ["never", "sometimes"])
 def test_a_step_is_one_forward_pass_of_the_base(kind: str, agree: str, inject: Callable[..., InjectedDrafts]) -> None:
     model, (prompt, text) = shared_model("llama"), prompt_and_text("llama")
     inject(model, [[*prompt.tolist(), *text]], RUNS[agree])
@@ -189,6 +130,7 @@ def test_a_step_is_one_forward_pass_of_the_base(kind: str, agree: str, inject: C
     handle = decoder.register_forward_pre_hook(lambda _, a, kw: sizes.append(kw["inputs_embeds"].shape[1]), with_kwargs=True)
     out = model.generate(prompt[None], decoding=kind, num_masks=3, max_new_tokens=G)
     handle.remove()
+    assert out.sequences[0, N:].tolist() == list(text[:G])
     assert len(sizes) == int(out.num_steps[0]) == len(out.accepted_per_step[0])
     if kind == "quadratic":
         assert sizes[:2] == [N + 3, 1 + 3 + 4 * 3]  # k^2 + k masks after the first step

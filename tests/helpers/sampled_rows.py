@@ -18,7 +18,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.label_counts import LabelCounts
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
 
-ROWS, G, K, SEED = 16, 14, 8, 11
+ROWS, G, K, SEED = 8, 14, 8, 11
 
 LENGTHS = [1 + 3 * r % 11 for r in range(ROWS)]
 

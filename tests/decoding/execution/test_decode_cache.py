@@ -11,7 +11,6 @@ import pytest
 import torch
 from hidden import fused, hidden_states
 from tiny import tiny_model, token_row
-from torch import nn
 
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.loop import decode
@@ -38,10 +37,6 @@ def test_between_steps_modules_are_as_they_were() -> None:
     steps = [next(suspended)]
     assert [set(vars(module)) for module in model.modules()] == keys
     assert drafts(model) == expected  # another text in the middle of one
-    with model.gate.over_last(2), torch.enable_grad(), torch.inference_mode(False):  # training, too
-        inputs = model.embed(token_row([5]).input_ids[None].clone()).clone()
-        model.base.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state.sum().backward()
-    assert all(layer.lora_B["default"].weight.grad is not None for layer in lora_layers(model.base))
     assert [*steps, *suspended] == expected
     assert decode_cache(model)._forwards is forwards  # prepared once
 
@@ -51,18 +46,9 @@ def change_in_place(model: MTPModel) -> None:
     lora_layers(model.base)[0].lora_B["default"].weight.mul_(3.0)
 
 
-def change_parameter(model: MTPModel) -> None:
-    matrix = lora_layers(model.base)[0].lora_A["default"]
-    matrix.weight = nn.Parameter(torch.randn_like(matrix.weight))
-
-
 def change_data(model: MTPModel) -> None:
     for layer in lora_layers(model.base):
         layer.base_layer.weight.data.copy_(torch.randn_like(layer.base_layer.weight))
-
-
-def change_output(model: MTPModel) -> None:
-    model.base.get_output_embeddings().weight.data.mul_(-1.0)
 
 
 def change_by_a_fused_optimizer(model: MTPModel) -> None:
@@ -78,9 +64,7 @@ def change_scaling(model: MTPModel) -> None:
         layer.set_scale("default", 3.0)
 
 
-@pytest.mark.parametrize(
-    "change", [change_in_place, change_parameter, change_data, change_output, change_by_a_fused_optimizer, change_scaling]
-)
+@pytest.mark.parametrize("change", [change_in_place, change_data, change_by_a_fused_optimizer, change_scaling])
 def test_changed_weights_are_noticed(change: Any) -> None:
     model = tiny_model("llama", 3, dtype=torch.float32)
     drafts(model)
@@ -124,19 +108,13 @@ def test_a_model_made_in_inference_mode_decodes() -> None:
     assert shared.mask_embeddings.is_inference()
 
 
-@pytest.mark.parametrize("head", [None, GRUSamplerHead])
-def test_decoding_under_autocast(head: Any) -> None:
+def test_decoding_under_autocast() -> None:
     """Products are bfloat16 there and prepared weights are not; float64 would not be cast at all."""
-
-    def model() -> MTPModel:
-        return tiny_model("llama", 3, sampler_head=head and head(), dtype=torch.float32)
-
-    one, expected = model(), drafts(model())
+    one, other = (tiny_model("llama", 3, sampler_head=GRUSamplerHead(), dtype=torch.float32) for _ in range(2))
+    expected = drafts(other)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fast = [token for step in drafts(one) for token in step.tokens]
         slow = decode(one, token_row([6]).input_ids, DecodingOptions("autoregressive", max_new_tokens=12))
         assert fast == [token for step in slow for token in step.tokens]
     assert drafts(one) == expected  # prepared weights are not rounded
-    if head is not None:
-        with fused(other := model()):
-            assert torch.equal(decode_cache(one)._chain.table, decode_cache(other)._chain.table)  # type: ignore[union-attr]
+    assert torch.equal(decode_cache(one)._chain.table, decode_cache(other)._chain.table)  # type: ignore[union-attr]

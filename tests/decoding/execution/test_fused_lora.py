@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hidden import fused, hidden_states
-from tiny import ARCHITECTURES, FEW, tiny_model
+from tiny import FEW, tiny_model
 from torch import nn
 
 from mtp_lightning.decoding.execution import fused_lora
@@ -22,28 +22,20 @@ EXACT = {"rtol": 1e-11, "atol": 1e-11}
 """float64 sums in another order, through a few layers."""
 
 
-@pytest.mark.parametrize(
-    ("architecture", "joined"), [*((name, True) for name in ARCHITECTURES), *((name, False) for name in FEW)]
-)
-def test_fused_layers_compute_what_pefts_do(architecture: str, joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not joined:
-        monkeypatch.setattr(fused_lora, "MAX_COPY_BYTES", 0)
+@pytest.mark.parametrize("limit", [None, "MAX_COPY_BYTES", "MAX_BLOCK_DIAGONAL"])
+@pytest.mark.parametrize("architecture", FEW)
+def test_fused_layers_compute_what_pefts_do(architecture: str, limit: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where weights are too large to copy, and where adapters are multiplied one by one."""
+    if limit is not None:
+        monkeypatch.setattr(fused_lora, limit, 0)
     model = tiny_model(architecture, 4)
-    for rows, num_mtp in ((1, 4), (3, 4), (2, 13), (2, 0)):
+    for rows, num_mtp in ((1, 4), (2, 13), (2, 0)):
         expected = hidden_states(model, num_mtp, rows)
         with fused(model):
             assert all("forward" in vars(layer) for layer in lora_layers(model.base))
             torch.testing.assert_close(hidden_states(model, num_mtp, rows), expected, **EXACT)
-        if num_mtp == 4:  # and the adapters do something
+        if num_mtp == 4:  # the adapters have an effect
             assert (hidden_states(model, 0, rows) - expected)[:, -4:].abs().max() > 1e-3
-
-
-def test_adapters_multiplied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_lora, "MAX_BLOCK_DIAGONAL", 0)
-    model = tiny_model("qwen2", 4)
-    expected = hidden_states(model, 4, 2)
-    with fused(model):
-        torch.testing.assert_close(hidden_states(model, 4, 2), expected, **EXACT)
 
 
 def test_packed_layers_compute_what_pefts_do() -> None:

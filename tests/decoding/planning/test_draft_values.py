@@ -8,11 +8,11 @@ import itertools
 import numpy as np
 import pytest
 
-from mtp_lightning.decoding.planning.draft_values import WARMUP_SWEEPS, DraftValues, rows_with_block
+from mtp_lightning.decoding.planning.draft_values import WARMUP_SWEEPS, DraftValues
 
 SIZES = (0, 1, 2)
 RNG = np.random.default_rng(0)
-CASES = [(RNG.uniform(0.1, 0.99, 2), RNG.uniform(0.1, 1.0, 3)) for _ in range(6)]
+CASES = [(RNG.uniform(0.1, 0.99, 2), RNG.uniform(0.1, 1.0, 3)) for _ in range(3)]
 
 
 def plan_seconds(costs: np.ndarray, num_placements: int) -> np.ndarray:
@@ -43,7 +43,7 @@ def best_rate(accept_prob: np.ndarray, seconds: np.ndarray) -> float:
     return max(policy_rate(dict(enumerate(plans)), accept_prob, seconds) for plans in itertools.product(*options))
 
 
-@pytest.mark.parametrize(("case", "num_placements"), [*((case, 1) for case in range(6)), (0, 3), (1, 3)])
+@pytest.mark.parametrize(("case", "num_placements"), [(0, 1), (1, 1), (2, 1), (0, 3), (1, 3)])
 def test_the_rate_is_that_of_the_best_policy(case: int, num_placements: int) -> None:
     accept_prob, costs = CASES[case]
     seconds = plan_seconds(0.3 * costs, num_placements)
@@ -66,16 +66,3 @@ def test_values_do_not_oscillate_where_the_best_policy_alternates() -> None:
     for sweeps in (1, 1, 2, 3):
         values.sweep(accept_prob, seconds, sweeps)
         assert values.rate == pytest.approx(best, rel=0.01)
-
-
-def test_where_drafts_never_pay_the_rate_is_that_of_plain_steps() -> None:
-    values = DraftValues(SIZES)
-    values.sweep(np.array([0.05, 0.05]), plan_seconds(np.ones(3), 3) * 0.5, 1000)
-    assert values.rate == pytest.approx(2.0)
-
-
-def test_rows_with_block() -> None:
-    path_prob, all_accepted = np.array([1.0, 0.5, 0.0]), np.array([1.0, 0.5, 0.5])
-    everywhere = rows_with_block(path_prob, all_accepted, 0.5, 3)
-    np.testing.assert_allclose(everywhere, [[1.0, 1.0, 1.0], [0.5, 1.0, 1.0], [0.5, 0.5, 1.0]])
-    np.testing.assert_allclose(rows_with_block(path_prob, all_accepted, 0.5, 1), all_accepted[:, None])

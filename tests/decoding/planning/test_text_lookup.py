@@ -33,7 +33,7 @@ def search(text: list[int], num_tokens: int) -> LookupDraft | None:
     return None
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 5, 50])
+@pytest.mark.parametrize("vocab", [1, 3, 50])
 def test_lookup_finds_what_a_search_finds(vocab: int) -> None:
     generator, num_found = random.Random(vocab), 0
     for _ in range(40):
@@ -82,22 +82,6 @@ def test_the_cost_per_token_does_not_grow_with_the_text() -> None:
         lookup.extend([token % 97])
         lookup.draft(4)
     assert Counting.calls <= 1500 * 2 * len(NGRAM_SIZES)
-
-
-def test_rates_are_those_observed() -> None:
-    stats, generator = LookupStats(), np.random.default_rng(0)
-    prior = stats.accept_probs(LookupDraft([1] * 20, 1))
-    assert (np.diff(stats.mean) > 0).all() and stats.mean[0] == pytest.approx(0.2)
-    assert prior[MAX_MATCH - 1 :] == prior[-1:] * 5  # longer matches count as MAX_MATCH
-    for _ in range(2000):  # after 3 tokens texts continue in 70 of 100 cases, after 4 in 20
-        same = int(generator.uniform() < 0.7)
-        stats.learn(LookupDraft([5, 6, 7], 3), [5, 6 if generator.uniform() < 0.2 else 0] if same else [4, 6])
-    # A hundred to two hundred observations are remembered: three standard errors are 0.12.
-    np.testing.assert_allclose(stats.mean[2:4], [0.7, 0.2], atol=0.12)
-    assert stats.accept_probs(LookupDraft([1], 2)) == prior[1:2] and stats.accept_probs(LookupDraft([1], 5)) == prior[4:5]
-    before = stats.accept_probs(LookupDraft([1] * 8, 2))
-    stats.learn(LookupDraft([1, 2], 2), [])
-    assert stats.accept_probs(LookupDraft([1] * 8, 2)) == before
 
 
 def test_rates_are_lowered_by_a_standard_error() -> None:
