@@ -29,7 +29,7 @@ def closed_states(model: MTPModel, batch: MaskedInput) -> HiddenStates:
     try:
         return model.hidden_states(batch)
     finally:
-        del model.gate.open
+        del model.gate.over_last
 
 
 def decoder_states(model: MTPModel, num_mtp: int, seed: int = 0) -> Tensor:
