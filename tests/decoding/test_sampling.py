@@ -42,11 +42,9 @@ def test_autoregressive_sampling_is_the_documented_rule(setting: int) -> None:
     assert out.seeds == row_seeds(SEED, ROWS) and out.num_steps.tolist() == [G] * ROWS
 
 
-@pytest.mark.parametrize(
-    ("head", "kind", "setting"), [("gru", "quadratic", 0), ("gru", "linear", 1), ("mlp", "quadratic", 1)]
-)
-def test_every_decoding_draws_the_same_text(head: str, kind: str, setting: int) -> None:
-    model, expected, seeds = fitted(head), [list(text) for text in reference(setting)], row_seeds(SEED, ROWS)
+@pytest.mark.parametrize(("kind", "setting"), [("quadratic", 0), ("linear", 1)])
+def test_every_decoding_draws_the_same_text(kind: str, setting: int) -> None:
+    model, expected, seeds = fitted("gru"), [list(text) for text in reference(setting)], row_seeds(SEED, ROWS)
     common = {"decoding": kind, "max_new_tokens": G, **SETTINGS[setting]}
     accepted: set[int] = set()
     for J in (1, 3, K, "auto"):
@@ -68,7 +66,7 @@ def test_every_decoding_draws_the_same_text(head: str, kind: str, setting: int) 
 
 
 def test_seeds() -> None:
-    model, prompt = fitted("mlp"), prompts()[3]
+    model, prompt = fitted("gru"), prompts()[3]
     batch = prompt.expand(4, -1)
     options = {"max_new_tokens": 8, "temperature": 1.0}
     same = model.generate(batch, seed=[5, 5, 6, 5], **options).sequences.tolist()
@@ -128,8 +126,15 @@ def planted(bias: float) -> Callable[..., Tensor]:
     return noise
 
 
-@pytest.mark.parametrize("count", [40_000, pytest.param(200_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("verification", "listed"), [("coupled", "all"), ("rejection", "all"), ("rejection", 3)])
+@pytest.mark.parametrize(
+    ("verification", "listed", "count"),
+    [
+        ("coupled", "all", 40_000),
+        ("rejection", 3, 40_000),
+        pytest.param("coupled", 3, 200_000, marks=pytest.mark.slow),
+        pytest.param("rejection", "all", 200_000, marks=pytest.mark.slow),
+    ],
+)
 def test_sequences_have_the_bases_probabilities(verification: str, listed: Any, count: int) -> None:
     p, share = p_value(count, 5_000, num_masks=2, verification=verification, draft_vocabulary=listed)
     assert p > 0.01 / TESTS
