@@ -18,6 +18,7 @@ from mtp_lightning.decoding.planning import plan_costs
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan, draft_sizes, few_sizes
 from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowOutcome
+from mtp_lightning.decoding.planning.plan_costs import PlanCosts
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.planning.text_lookup import MAX_MATCH, TextLookup
 from mtp_lightning.model import MTPModel
@@ -105,7 +106,7 @@ def test_plans_keep_to_the_masks_and_drafts_that_are_of_use() -> None:
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans in a decoding loop that do not depend on the clock."""
-    monkeypatch.setattr(Budget, "observe", lambda *args: None)
+    monkeypatch.setattr(PlanCosts, "observe", lambda *args: None)
     monkeypatch.setattr(plan_costs, "PLAIN_FIRST", 0)
 
 
