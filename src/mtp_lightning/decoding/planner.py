@@ -13,7 +13,7 @@ from mtp_lightning.decoding.execution.calibration import measure_step_costs
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
 from mtp_lightning.decoding.executor import can_compile, token_choice
-from mtp_lightning.decoding.limits import resolve_num_masks, uses_auto, uses_prompt_lookup
+from mtp_lightning.decoding.limits import resolve_num_masks, uses_auto
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget
 from mtp_lightning.decoding.planning.draft_plan import Plan, plan_positions
@@ -28,7 +28,7 @@ class Planner(Protocol):
     """Decides what each step feeds."""
 
     def plan(self, state: DecodeState) -> Plan:
-        """The plan of the next step; the first one feeds the prompts. May drop ``lookup_draft`` of rows."""
+        """The plan of the next step; the first one feeds the prompts. May drop the ``text_draft`` of rows."""
         ...
 
     def update(self, state: DecodeState, result: StepResult) -> None:
@@ -44,7 +44,7 @@ class FixedPlanner:
 
     def plan(self, state: DecodeState) -> Plan:
         """See ``Planner``."""
-        num_drafts = max(row.num_drafts for row in state.rows)
+        num_drafts = max(row.num_waiting for row in state.rows)
         if state.fixed_shapes and num_drafts:
             num_drafts = max(num_drafts, self.num_masks)
         return Plan(num_drafts, state.max_useful_masks(self.num_masks), self.where)
@@ -56,11 +56,11 @@ class FixedPlanner:
 class AutoPlanner:
     """Plans what gains the most tokens a second, from acceptance statistics and step times."""
 
-    def __init__(self, budget: Budget, state: DecodeState, prompt_lookup: bool) -> None:
+    def __init__(self, budget: Budget, state: DecodeState, text_drafts: bool) -> None:
         self._budget, self._rows = budget, state.rows
         budget.costs.batch = len(state.rows), state.cache.capacity
         state.choice.return_draft_probs = budget.coupled
-        if prompt_lookup:
+        if text_drafts:
             budget.use_lookup()
 
     def plan(self, state: DecodeState) -> Plan:
@@ -68,9 +68,9 @@ class AutoPlanner:
         rows, budget = self._selected(state), self._budget
         max_masks = state.max_useful_masks(budget.num_masks)
         if state.num_steps:
-            self._plan = budget.choose(max_masks, [row.num_drafts for row in rows], [row.lookup_draft for row in rows])
+            self._plan = budget.choose(max_masks, [row.num_drafts for row in rows], [row.text_draft for row in rows])
             for row, known in zip(rows, budget.rows, strict=True):
-                row.lookup_draft = known.chosen_lookup
+                row.text_draft = known.chosen_lookup
         else:
             self._plan = budget.first(max_masks)
         state.choice.min_path_prob = budget.min_path_prob
@@ -97,8 +97,8 @@ class AutoPlanner:
         )
 
 
-def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState) -> Planner:
-    """The planner that the options ask for."""
+def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState, text_drafts: bool) -> Planner:
+    """The planner that the options ask for; ``text_drafts`` says whether a proposer offers drafts from the text."""
     if not uses_auto(model, options):
         return FixedPlanner(options.decoding, resolve_num_masks(model, options))
     on_cpu, graphs = model.base.device.type == "cpu", state.fixed_shapes
@@ -114,7 +114,7 @@ def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState
         few_shapes=graphs and on_cpu,  # there each shape takes seconds to compile
         stops_early=options.coupled and on_cpu and uses_head and not graphs,
     )
-    return AutoPlanner(budget, state, uses_prompt_lookup(model, options))
+    return AutoPlanner(budget, state, text_drafts)
 
 
 def calibration(

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mtp_lightning.decoding.limits import uses_prompt_lookup
+from mtp_lightning.decoding.limits import resolve_num_masks, uses_prompt_lookup
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.text_lookup import TextLookup
@@ -17,13 +17,19 @@ from mtp_lightning.modeling.network import MTPNetwork
 
 
 class Proposer(Protocol):
-    """Offers drafts after each step. How many are verified, and whose, is the planner's decision."""
+    """Offers drafts after each step. How many are verified, and with ``auto`` whose, is the planner's decision.
+
+    Attributes:
+        reads_text: True if it offers drafts from the text (``Row.offer``), False if from masks.
+    """
+
+    reads_text: bool
 
     def propose(self, state: DecodeState, plan: Plan, result: StepResult) -> None:
         """Leave drafts in the state after a step has been committed.
 
         Args:
-            state: gets ``drafts`` and its rows' ``num_drafts``, or its rows' ``lookup_draft``.
+            state: gets ``drafts`` and its rows' ``num_drafts``, or a draft by ``Row.offer``, good for one step.
             plan: what the step fed.
             result: what it gave.
         """
@@ -32,6 +38,8 @@ class Proposer(Protocol):
 
 class HeadProposer:
     """The drafts that the step itself made: from its block of masks after the last accepted token."""
+
+    reads_text = False
 
     def propose(self, state: DecodeState, plan: Plan, result: StepResult) -> None:
         """See ``Proposer``."""
@@ -46,6 +54,8 @@ class HeadProposer:
 class NgramProposer:
     """Prompt lookup: what followed the text's last tokens where they occurred before; ``prompts`` by number of the row."""
 
+    reads_text = True
+
     def __init__(self, prompts: Sequence[Tensor], max_drafts: int) -> None:
         self.max_drafts = max_drafts
         self._texts = [TextLookup(prompt.tolist()) for prompt in prompts]
@@ -55,12 +65,17 @@ class NgramProposer:
         for row in state.active:
             text, length = self._texts[row.number], min(row.max_drafts, self.max_drafts)
             text.extend(row.gained)
-            row.lookup_draft = text.draft(length) if length else None
+            if length:
+                row.offer(text.draft(length))
 
 
 def make_proposers(model: MTPNetwork, options: DecodingOptions, prompts: Sequence[Tensor]) -> list[Proposer]:
-    """The proposers that the options ask for."""
+    """The proposers that the options ask for.
+
+    A draft from the text has at most J tokens, and needs coupled verification: the rejection rule would have to know the
+    distribution that it was drawn from.
+    """
     proposers: list[Proposer] = [HeadProposer()]
     if uses_prompt_lookup(model, options):
-        proposers.append(NgramProposer(prompts, model.num_masks))
+        proposers.append(NgramProposer(prompts, resolve_num_masks(model, options)))
     return proposers

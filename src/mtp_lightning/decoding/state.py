@@ -69,7 +69,7 @@ class Row:
         num_fed: tokens that the next step feeds before its drafts: the prompt's, later the last verified one.
         num_drafts: draft tokens from its block of masks.
         draft_probs: the drafting head's probability of each; empty if the head does not tell.
-        lookup_draft: a draft that was read off the text itself, verified in place of the block's; None: there is none.
+        text_draft: a draft proposed from the text itself, verified in place of the block's; None: there is none.
         num_verified: draft tokens that the last step verified.
         gained: tokens of the last step: the accepted drafts and the base model's own.
         finish_reason: ``stop`` after an end token, ``length`` at a limit; None: not finished.
@@ -82,11 +82,16 @@ class Row:
     num_fed: int
     num_drafts: int = 0
     draft_probs: list[float] = field(default_factory=list)
-    lookup_draft: LookupDraft | None = None
+    text_draft: LookupDraft | None = None
     num_verified: int = 0
     gained: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     active: bool = True
+
+    def offer(self, draft: LookupDraft | None) -> None:
+        """Propose a draft from the text; of several the one that matches most of the text is kept."""
+        if draft is not None and (self.text_draft is None or draft.matched > self.text_draft.matched):
+            self.text_draft = draft
 
     @property
     def num_accepted(self) -> int:
@@ -96,7 +101,7 @@ class Row:
     @property
     def num_waiting(self) -> int:
         """Draft tokens that wait to be verified."""
-        return self.num_drafts if self.lookup_draft is None else len(self.lookup_draft.tokens)
+        return self.num_drafts if self.text_draft is None else len(self.text_draft.tokens)
 
     @property
     def max_drafts(self) -> int:
@@ -155,9 +160,9 @@ class DecodeState:
         if scores is not None:
             scores = F.pad(scores[:, :num_drafts], (0, 0, 0, max(0, missing)))
         replaced = [
-            [r, *(row.lookup_draft.tokens + [0] * num_drafts)[:num_drafts]]
+            [r, *(row.text_draft.tokens + [0] * num_drafts)[:num_drafts]]
             for r, row in enumerate(self.rows)
-            if row.lookup_draft is not None
+            if row.text_draft is not None
         ]
         if replaced:
             numbers = torch.tensor(replaced, device=tokens.device)  # one tensor: each copy to the device is waited for
@@ -174,6 +179,7 @@ class DecodeState:
             if not row.active:
                 continue
             row.num_verified, row.gained = min(row.num_waiting, plan.num_drafts), read.tokens
+            row.text_draft = None
             self.cache.lengths[r] += row.num_fed + row.num_accepted
             row.num_fed = 1
             row.length += len(row.gained)
@@ -190,7 +196,7 @@ class DecodeState:
         ]
         if self.fixed_shapes:
             for r in {*range(len(self.rows))}.difference(kept):
-                self.rows[r].active, self.rows[r].num_drafts, self.rows[r].lookup_draft = False, 0, None
+                self.rows[r].active, self.rows[r].num_drafts, self.rows[r].text_draft = False, 0, None
         elif kept and len(kept) < len(self.rows):
             self._keep(_filled(kept))
         return bool(kept)
