@@ -85,7 +85,7 @@ def test_a_standard_lora_decodes_its_own_text(kind: str, inject: Callable[..., I
 def test_a_padded_batch(side: str) -> None:
     model, prompts = shared_model("gemma3", "mlp"), [token_row([n], seed=4).input_ids for n in (7, 3, 1, 11)]
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side=side)
-    out = model.generate(ids.clamp(min=5), (ids >= 0).long(), max_new_tokens=10)
+    out = model.generate(ids.masked_fill(ids < 0, 5), (ids >= 0).long(), max_new_tokens=10)
     for r, p in enumerate(prompts):
         assert out.sequences[r, : len(p) + 10].tolist() == [*p.tolist(), *greedy_text(tiny_base("gemma3"), p, 10)]
     assert out.sequences.shape == (4, 21) and len(out.accepted_per_step) == 4
