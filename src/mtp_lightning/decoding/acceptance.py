@@ -6,7 +6,7 @@ A draft token is accepted if it equals that token and all drafts before it are a
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,48 +15,38 @@ from mtp_lightning.decoding.noise import ACCEPT_STREAM, RESIDUAL_STREAM, noise_k
 from mtp_lightning.decoding.token_choice import TokenChoice
 
 
+class VerifiedStep(NamedTuple):
+    """What a rule of acceptance reads.
+
+    Attributes:
+        scores: target scores, [B, c + 1, V].
+        positions: absolute positions, [B, c + 1] int64.
+        draft: draft tokens, [B, c] int64.
+        verify_mask: which of them are to be verified, [B, c] bool; None: all.
+        draft_scores: what they were drawn from, [B, c, V]; None if the rule does not need them.
+    """
+
+    scores: Tensor
+    positions: Tensor
+    draft: Tensor
+    verify_mask: Tensor | None
+    draft_scores: Tensor | None
+
+
 class Acceptance(Protocol):
-    """A rule of acceptance."""
+    """Chooses the token at each position; a draft token that equals it is accepted (``num_accepted``)."""
 
-    def base_tokens(
-        self,
-        choice: TokenChoice,
-        scores: Tensor,
-        positions: Tensor,
-        draft: Tensor,
-        verify_mask: Tensor | None,
-        draft_scores: Tensor | None,
-    ) -> Tensor:
-        """The base model's own token at each position, each as if all before it were accepted.
-
-        Args:
-            choice: how tokens are chosen.
-            scores: target scores, [B, c + 1, V].
-            positions: absolute positions, [B, c + 1] int64.
-            draft: draft tokens, [B, c] int64.
-            verify_mask: which of them are to be verified, [B, c] bool; None: all.
-            draft_scores: what they were drawn from, [B, c, V]; None where a rule does not need them.
-
-        Returns:
-            [B, c + 1] int64.
-        """
+    def base_tokens(self, choice: TokenChoice, step: VerifiedStep) -> Tensor:
+        """The token at each position, each as if all drafts before it were accepted, [B, c + 1] int64."""
         ...
 
 
 class MatchAcceptance:
     """The token is drawn whatever the draft is, so the text is a function of prompt and seed alone."""
 
-    def base_tokens(
-        self,
-        choice: TokenChoice,
-        scores: Tensor,
-        positions: Tensor,
-        draft: Tensor,
-        verify_mask: Tensor | None,
-        draft_scores: Tensor | None,
-    ) -> Tensor:
+    def base_tokens(self, choice: TokenChoice, step: VerifiedStep) -> Tensor:
         """See ``Acceptance``."""
-        return choice.draw(scores, positions)
+        return choice.draw(step.scores, step.positions)
 
 
 class RejectionAcceptance:
@@ -66,16 +56,9 @@ class RejectionAcceptance:
     max(p - q, 0), and where there is no draft from p. Whether there is one must not depend on d.
     """
 
-    def base_tokens(
-        self,
-        choice: TokenChoice,
-        scores: Tensor,
-        positions: Tensor,
-        draft: Tensor,
-        verify_mask: Tensor | None,
-        draft_scores: Tensor | None,
-    ) -> Tensor:
+    def base_tokens(self, choice: TokenChoice, step: VerifiedStep) -> Tensor:
         """See ``Acceptance``."""
+        scores, positions, draft, verify_mask, draft_scores = step
         c = draft.shape[1]
         if verify_mask is None:
             verify_mask = torch.ones_like(draft, dtype=torch.bool)
@@ -93,6 +76,17 @@ class RejectionAcceptance:
             weights = torch.cat([rest, p[:, c:]], dim=1)
         drawn = choice.draw(weights.log(), positions, RESIDUAL_STREAM)
         return torch.cat([torch.where(accept, draft, drawn[:, :c]), drawn[:, c:]], dim=1)
+
+
+def num_accepted(draft: Tensor, base_tokens: Tensor, verify_mask: Tensor | None = None) -> Tensor:
+    """How many draft tokens are accepted, [B] int64: the run of equal tokens from the front.
+
+    ``draft [[5, 6, 7]], base_tokens [[5, 6, 9, 2]] -> [2]``; ``verify_mask`` [B, c] says which draft tokens count.
+    """
+    equal = draft == base_tokens[:, : draft.shape[1]]
+    if verify_mask is not None:
+        equal = equal & verify_mask
+    return equal.long().cumprod(1).sum(1)
 
 
 def acceptance_rule(choice: TokenChoice) -> Acceptance:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.acceptance import Acceptance
+from mtp_lightning.decoding.acceptance import Acceptance, VerifiedStep, num_accepted
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout
@@ -122,17 +122,6 @@ def read_rows(packed: Tensor, num_drafts: int) -> list[RowOutput]:
     ]
 
 
-def num_accepted(draft: Tensor, base_tokens: Tensor, verify_mask: Tensor | None = None) -> Tensor:
-    """How many draft tokens are accepted, [B] int64: the run of equal tokens from the front.
-
-    ``draft [[5, 6, 7]], base_tokens [[5, 6, 9, 2]] -> [2]``; ``verify_mask`` [B, c] says which draft tokens count.
-    """
-    equal = draft == base_tokens[:, : draft.shape[1]]
-    if verify_mask is not None:
-        equal = equal & verify_mask
-    return equal.long().cumprod(1).sum(1)
-
-
 def draft_block(
     model: MTPNetwork, hidden: Tensor, verified: Tensor, positions: Tensor, choice: TokenChoice, sampler_head: bool
 ) -> Drafts:
@@ -182,7 +171,8 @@ def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:
     scores = choice.target(logits, Prefixes(step.cache.tokens, step.lengths, step.num_verified))
     draft = step.tokens[:, step.tokens.shape[1] - c :]
     positions = step.first_positions[:, None] + torch.arange(c + 1, device=step.first_positions.device)
-    base_tokens = step.acceptance.base_tokens(choice, scores, positions, draft, step.verify_mask, step.draft_scores)
+    verified = VerifiedStep(scores, positions, draft, step.verify_mask, step.draft_scores)
+    base_tokens = step.acceptance.base_tokens(choice, verified)
     return base_tokens, num_accepted(draft, base_tokens, step.verify_mask) if c else torch.zeros_like(base_tokens[:, 0])
 
 
