@@ -112,10 +112,10 @@ def test_experts_that_the_host_picks(recordings: list[Any]) -> None:
     ("kind", "masks", "head", "options"),
     [
         ("quadratic", 4, "gru", {}),
-        ("quadratic", "auto", "mlp", {"draft_vocabulary": 40}),
-        ("linear", 4, "gru", {"draft_vocabulary": 9, "sampler_head": False}),
-        ("quadratic", "auto", "gru", {"temperature": 0.7, "top_p": 0.9, "seed": 5}),
         ("linear", 3, "gru", {"temperature": 1.0, "top_p": 0.9, "seed": 6}),
+        pytest.param("quadratic", "auto", "mlp", {"draft_vocabulary": 40}, marks=pytest.mark.slow),
+        pytest.param("linear", 4, "gru", {"draft_vocabulary": 9, "sampler_head": False}, marks=pytest.mark.slow),
+        pytest.param("quadratic", "auto", "gru", {"temperature": 0.7, "top_p": 0.9, "seed": 5}, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_steps_are_the_eager_ones(
@@ -133,7 +133,7 @@ def test_compiled_steps_are_the_eager_ones(
     assert recordings
 
 
-@pytest.mark.parametrize(("kind", "temperature"), [("quadratic", 0.0), ("linear", 1.0)])
+@pytest.mark.parametrize(("kind", "temperature"), [("quadratic", 0.0), pytest.param("linear", 1.0, marks=pytest.mark.slow)])
 def test_any_plan_and_lookup_drafts(
     kind: str, temperature: float, monkeypatch: pytest.MonkeyPatch, recordings: list[Any]
 ) -> None:
