@@ -16,21 +16,13 @@ from mtp_lightning.decoding.token_choice import TokenChoice
 
 
 class VerifiedStep(NamedTuple):
-    """What a rule of acceptance reads.
+    """What a rule of acceptance reads."""
 
-    Attributes:
-        scores: target scores, [B, c + 1, V].
-        positions: absolute positions, [B, c + 1] int64.
-        draft: draft tokens, [B, c] int64.
-        verify_mask: which of them are to be verified, [B, c] bool; None: all.
-        draft_scores: what they were drawn from, [B, c, V]; None if the rule does not need them.
-    """
-
-    scores: Tensor
-    positions: Tensor
-    draft: Tensor
-    verify_mask: Tensor | None
-    draft_scores: Tensor | None
+    scores: Tensor  # target scores, [B, c + 1, V]
+    positions: Tensor  # absolute positions, [B, c + 1] int64
+    draft: Tensor  # draft tokens, [B, c] int64
+    verify_mask: Tensor | None  # which of them are to be verified, [B, c] bool; None: all
+    draft_scores: Tensor | None  # what they were drawn from, [B, c, V]; None if the rule does not need them
 
 
 class Acceptance(Protocol):

@@ -63,19 +63,12 @@ class Executor(Protocol):
 
 
 class StepShape(NamedTuple):
-    """What a step feeds for every row.
+    """What a step feeds for every row."""
 
-    Attributes:
-        num_drafts: draft tokens fed for each row, c.
-        num_verified: how many of them are to be verified, one a row.
-        layouts: the different layouts, of one size.
-        layout_index: which one each row has.
-    """
-
-    num_drafts: int
-    num_verified: list[int]
-    layouts: tuple[StepLayout, ...]
-    layout_index: list[int]
+    num_drafts: int  # draft tokens fed for each row, c
+    num_verified: list[int]  # how many of them are to be verified, one per row
+    layouts: tuple[StepLayout, ...]  # the different layouts, of one size
+    layout_index: list[int]  # which one each row has
 
 
 def step_shape(plan: Plan, rows: Sequence[Row], all_layouts: bool = False) -> StepShape:
@@ -226,7 +219,7 @@ class CompiledExecutor(EagerExecutor):
 
 
 def can_compile(model: MTPNetwork, options: DecodingOptions) -> bool:
-    """True if steps are to be graphs and can be: no code of the host's has a part in them, and no process has to agree."""
+    """True if steps are to be graphs and can be: nothing in them runs on the host, and no other process takes part."""
     device = model.base.device
     if not options.compile or options.logits_processor or options.repetition_penalty != 1.0 or device.type not in CAPTURES:
         return False

@@ -26,7 +26,7 @@ class Generation:
         num_steps: forward passes of the base that each row took part in, [B] int64.
         acceptance_length: tokens generated over steps for each row, [B] float64.
         accepted_per_step: draft tokens accepted in each step, one list a row. A row generated their sum plus its steps.
-        finish_reasons: ``stop`` at an end token, else ``length``, one a row.
+        finish_reasons: ``stop`` at an end token, else ``length``, one per row.
         seeds: each row's seed, with which it can be generated again alone; None if decoding was greedy.
     """
 

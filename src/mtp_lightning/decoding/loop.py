@@ -65,7 +65,7 @@ def decode_rows(
         prompts: token ids of each prompt, [n] int64, n at least 1.
         options: how to decode.
         cache: see ``decode``; with a single prompt.
-        stopped: rows that the reader wants no more of; read before each step.
+        stopped: rows that the caller has cancelled; read before each step.
 
     Yields:
         For each row that took part in the step what it gained.

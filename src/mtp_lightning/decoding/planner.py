@@ -54,7 +54,7 @@ class FixedPlanner:
 
 
 class AutoPlanner:
-    """Plans what gains the most tokens a second, from acceptance statistics and step times."""
+    """Plans what gains the most tokens per second, from acceptance statistics and step times."""
 
     def __init__(self, budget: Budget, state: DecodeState, text_drafts: bool) -> None:
         self._budget, self._rows = budget, state.rows
@@ -120,7 +120,7 @@ def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState
 def calibration(
     model: MTPNetwork, options: DecodingOptions, choice: TokenChoice, graphs: bool
 ) -> tuple[StepCosts, DraftStats]:
-    """What steps cost, measured once a model, and the acceptance statistics of its drafts."""
+    """What steps cost, measured once per model, and the acceptance statistics of its drafts."""
     shortlist = choice.shortlist
     kind = graphs, model.unembed.vocab_size if shortlist is None else len(shortlist.tokens)
     known = decode_cache(model).calibrations

@@ -19,74 +19,47 @@ from mtp_lightning.decoding.token_choice import TokenChoice
 
 
 class StepTokens(NamedTuple):
-    """What a row gained in a step.
+    """What a row gained in a step."""
 
-    Attributes:
-        tokens: the accepted drafts and the base model's own token, so at least one; cut after an end token.
-        num_drafts: draft tokens that were verified.
-    """
-
-    tokens: list[int]
-    num_drafts: int
+    tokens: list[int]  # the accepted drafts and the base model's own token, so at least one; cut after an end token
+    num_drafts: int  # draft tokens that were verified
 
 
 class RowStep(NamedTuple):
-    """What a step gained in one row of a batch.
+    """What a step gained in one row of a batch."""
 
-    Attributes:
-        row: number of the row.
-        step: what it gained.
-        finish_reason: ``stop`` after an end token, ``length`` at a limit; None: the row is not finished.
-    """
-
-    row: int
-    step: StepTokens
-    finish_reason: str | None
+    row: int  # number of the row
+    step: StepTokens  # what it gained
+    finish_reason: str | None  # ``stop`` after an end token, ``length`` at a limit; None: the row is not finished
 
 
 class StepResult(NamedTuple):
-    """What an executor returns.
+    """What an executor returns."""
 
-    Attributes:
-        output: the step's tensors.
-        rows: what the host needs of them, one a row.
-        from_graph: True if the step ran as a graph; None if that graph was made in this step, which takes long.
-    """
-
-    output: StepOutput
-    rows: list[RowOutput]
+    output: StepOutput  # the step's tensors
+    rows: list[RowOutput]  # what the host reads, one per row
+    # True if the step ran as a graph; None if that graph was made in this step, which is slow
     from_graph: bool | None = False
 
 
 @dataclass(eq=False)
 class Row:
-    """A row that is being decoded.
+    """A row that is being decoded."""
 
-    Attributes:
-        number: its number in the batch that was given.
-        length: verified tokens, the prompt's included.
-        limit: verified tokens that it may have.
-        num_fed: tokens that the next step feeds before its drafts: the prompt's, later the last verified one.
-        num_drafts: draft tokens from its block of masks.
-        draft_probs: the drafting head's probability of each; empty if the head does not tell.
-        text_draft: a draft proposed from the text itself, verified in place of the block's; None: there is none.
-        num_verified: draft tokens that the last step verified.
-        gained: tokens of the last step: the accepted drafts and the base model's own.
-        finish_reason: ``stop`` after an end token, ``length`` at a limit; None: not finished.
-        active: False for a finished row that stays in the batch because shapes must not change.
-    """
-
-    number: int
-    length: int
-    limit: int
-    num_fed: int
-    num_drafts: int = 0
+    number: int  # its number in the batch that was given
+    length: int  # verified tokens, the prompt's included
+    limit: int  # verified tokens that it may have
+    num_fed: int  # tokens that the next step feeds before its drafts: the prompt's, later the last verified one
+    num_drafts: int = 0  # draft tokens from its block of masks
+    # the drafting head's probability of each; empty if the head does not tell
     draft_probs: list[float] = field(default_factory=list)
+    # a draft proposed from the text itself, verified in place of the block's; None: there is none
     text_draft: LookupDraft | None = None
-    num_verified: int = 0
+    num_verified: int = 0  # draft tokens that the last step verified
+    # tokens of the last step: the accepted drafts and the base model's own
     gained: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    active: bool = True
+    finish_reason: str | None = None  # ``stop`` after an end token, ``length`` at a limit; None: not finished
+    active: bool = True  # False for a finished row that stays in the batch because shapes must not change
 
     def offer(self, draft: LookupDraft | None) -> None:
         """Propose a draft from the text; of several the one that matches most of the text is kept."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What decoding steps feed: their layout, and its positions and attention masks, made once a layout.
+"""What decoding steps feed: their layout, and its positions and attention masks, made once per layout.
 
 A step feeds T tokens (the last verified one and the draft, or the whole prompt) and then blocks of masks, each after one
 of the tokens. It is the masked input of training with a cache in front, so the rule is ``masking.dense_mask``'s.
@@ -21,17 +21,11 @@ from mtp_lightning.types import compute_dtype
 
 
 class StepLayout(NamedTuple):
-    """What a step feeds for a row.
+    """What a step feeds for a row."""
 
-    Attributes:
-        num_tokens: T, tokens fed.
-        last: index of the last verified token; drafts come after it.
-        blocks: start (index of a token) and number of masks of each block, starts ascending.
-    """
-
-    num_tokens: int
-    last: int
-    blocks: tuple[tuple[int, int], ...]
+    num_tokens: int  # T, tokens fed
+    last: int  # index of the last verified token; drafts come after it
+    blocks: tuple[tuple[int, int], ...]  # start (index of a token) and number of masks of each block, starts ascending
 
     @property
     def num_mtp(self) -> int:

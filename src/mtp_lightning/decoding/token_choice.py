@@ -26,16 +26,11 @@ from mtp_lightning.decoding.shortlist import Shortlist
 
 
 class Prefixes(NamedTuple):
-    """The tokens before each verified position, for processors that read them.
+    """The tokens before each verified position, for processors that read them."""
 
-    Attributes:
-        tokens: each row's text so far, at its front, [B, *] int64.
-        lengths: tokens of each row before its first verified position.
-        num_verified: drafts of each row that are verified, if some rows have fewer than are fed; None: all.
-    """
-
-    tokens: Tensor
-    lengths: list[int]
+    tokens: Tensor  # each row's text so far, at its front, [B, *] int64
+    lengths: list[int]  # tokens of each row before its first verified position
+    # drafts of each row that are verified, if some rows have fewer than are fed; None: all
     num_verified: list[int] | None = None
 
 
@@ -44,7 +39,7 @@ class TokenChoice:
 
     Args:
         options: how to decode.
-        seeds: one a row; not read when decoding is greedy.
+        seeds: one per row; not read when decoding is greedy.
         device: the logits' device.
         shortlist: the tokens that drafts are chosen from; None: the whole vocabulary.
 

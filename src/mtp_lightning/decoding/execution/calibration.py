@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what the parts of a decoding step cost on this machine: once a model, in about a second."""
+"""Measures what the parts of a decoding step cost on this machine: once per model, in about a second."""
 
 from __future__ import annotations
 

@@ -22,41 +22,24 @@ from mtp_lightning.modeling.network import MTPNetwork
 
 
 class StepInput(NamedTuple):
-    """What one decoding step feeds.
+    """What one decoding step feeds."""
 
-    Attributes:
-        tokens: the prompts, or each row's last verified token and its draft, [B, T] int64.
-        num_drafts: how many of the last tokens are drafts, c.
-        verify_mask: which of them are to be verified, [B, c] bool; None: all. A row may have fewer than others.
-        num_verified: the same as a number for each row.
-        draft_scores: what drafts were drawn from, [B, c, V], for the rejection rule; else None.
-        layouts: layouts of the rows, of one size; a single one is all rows'.
-        layout_index: which of the layouts each row has, [B] int64; None with a single one.
-        position_ids: [B or 1, Q] int64.
-        attention_mask: the decoder's mask argument.
-        lengths: verified tokens of each row, so the absolute position of the first token to choose.
-        first_positions: the same on the device, [B] int64.
-        cache: keys and values of the verified tokens before ``tokens``.
-        choice: how tokens are chosen.
-        acceptance: how drafts are verified.
-        sampler_head: True to draft with the sampler head.
-    """
-
-    tokens: Tensor
-    num_drafts: int
+    tokens: Tensor  # the prompts, or each row's last verified token and its draft, [B, T] int64
+    num_drafts: int  # how many of the last tokens are drafts, c
+    # which of them are to be verified, [B, c] bool; None: all. A row may have fewer than others
     verify_mask: Tensor | None
-    num_verified: list[int] | None
-    draft_scores: Tensor | None
-    layouts: tuple[StepLayout, ...]
-    layout_index: Tensor | None
-    position_ids: Tensor
-    attention_mask: Any
-    lengths: list[int]
-    first_positions: Tensor
-    cache: RowCache
-    choice: TokenChoice
-    acceptance: Acceptance
-    sampler_head: bool
+    num_verified: list[int] | None  # the same as a number for each row
+    draft_scores: Tensor | None  # what drafts were drawn from, [B, c, V], for the rejection rule; else None
+    layouts: tuple[StepLayout, ...]  # layouts of the rows, of one size; a single one is all rows'
+    layout_index: Tensor | None  # which of the layouts each row has, [B] int64; None with a single one
+    position_ids: Tensor  # [B or 1, Q] int64
+    attention_mask: Any  # the decoder's mask argument
+    lengths: list[int]  # verified tokens of each row, so the absolute position of the first token to choose
+    first_positions: Tensor  # the same on the device, [B] int64
+    cache: RowCache  # keys and values of the verified tokens before ``tokens``
+    choice: TokenChoice  # how tokens are chosen
+    acceptance: Acceptance  # how drafts are verified
+    sampler_head: bool  # True to draft with the sampler head
 
     def run(self, network: MTPNetwork) -> StepOutput:
         """See ``decode_step``."""
@@ -64,17 +47,11 @@ class StepInput(NamedTuple):
 
 
 class Drafts(NamedTuple):
-    """The next draft of each row.
+    """The next draft of each row."""
 
-    Attributes:
-        tokens: [B, J] int64; fewer than masks where more were not worth it.
-        scores: what they were chosen from, [B, J, V]; None if unused.
-        probabilities: the drafting head's probability of each, [B, J]; None if unused.
-    """
-
-    tokens: Tensor
-    scores: Tensor | None
-    probabilities: Tensor | None = None
+    tokens: Tensor  # [B, J] int64; fewer than masks where more were not worth it
+    scores: Tensor | None  # what they were chosen from, [B, J, V]; None if unused
+    probabilities: Tensor | None = None  # the drafting head's probability of each, [B, J]; None if unused
 
 
 PROBABILITY_UNIT = 1 << 20
@@ -82,28 +59,18 @@ PROBABILITY_UNIT = 1 << 20
 
 
 class RowOutput(NamedTuple):
-    """What the host needs of one row.
+    """What the host needs of one row."""
 
-    Attributes:
-        tokens: the accepted drafts and the base model's own token.
-        probabilities: the drafting head's probabilities of the next draft; empty if unused.
-    """
-
-    tokens: list[int]
-    probabilities: list[float]
+    tokens: list[int]  # the accepted drafts and the base model's own token
+    probabilities: list[float]  # the drafting head's probabilities of the next draft; empty if unused
 
 
 class StepOutput(NamedTuple):
-    """What one decoding step gives. All on the device: nothing here waits for it.
+    """What one decoding step gives. All on the device: nothing here waits for it."""
 
-    Attributes:
-        base_tokens: the base model's own token after each verified position, [B, c + 1] int64.
-        num_accepted: draft tokens accepted in each row, a, [B] int64; the row gains ``base_tokens[:, : a + 1]``.
-        drafts: the drafts for the next step; of a row as many count as the block after its last accepted token has masks.
-    """
-
-    base_tokens: Tensor
-    num_accepted: Tensor
+    base_tokens: Tensor  # the base model's own token after each verified position, [B, c + 1] int64
+    num_accepted: Tensor  # draft tokens accepted in each row, a, [B] int64; the row gains ``base_tokens[:, : a + 1]``
+    # the drafts for the next step; of a row as many count as the block after its last accepted token has masks
     drafts: Drafts
 
     def packed(self) -> Tensor:

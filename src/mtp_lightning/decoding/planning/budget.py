@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planned drafting: which drafts to verify and which masks to feed, so that decoding gains the most tokens a second.
+"""Planned drafting: which drafts to verify and which masks to feed, so that decoding gains the most tokens per second.
 
 Beyond the paper, and lossless: verification does not depend on which drafts there are. Before each step all plans of a small
 set are valued. A plan verifies c drafts and places blocks of m masks after some of the tokens: after each row's last draft
@@ -10,7 +10,7 @@ set are valued. A plan verifies c drafts and places blocks of m masks after some
   (``draft_stats``). Where the text itself offers a better draft (``text_lookup``), that is verified instead.
 * Tokens gained later: the probability that there is a block after the last accepted token, times the value of its draft
   (``draft_values``), as far as lookup drafts do not provide the same for free.
-* Cost: the seconds of the plan's positions, verification and drafting (``plan_costs``), times the tokens a second that the
+* Cost: the seconds of the plan's positions, verification and drafting (``plan_costs``), times the tokens per second that the
   best plans reach.
 
 Where drafting does not pay, the best plan is a plain step; then occasional probes, steps with a small block, find out if
@@ -218,7 +218,7 @@ class Budget:
         return self._or_probe(max_masks, plan, float(gain.max() - gain[0, 0, 0]) / rate)
 
     def _estimate(self) -> _Estimates:
-        """Costs of plans and the rate of the best ones, in tokens a second; updated every few steps."""
+        """Costs of plans and the rate of the best ones, in tokens per second; updated every few steps."""
         B, values, known = len(self.rows), self._values(), self._estimates
         if known is None or known.num_rows != B or known.step + PLAN_EVERY <= self._steps:
             continue_prob = None

@@ -14,17 +14,12 @@ FEW_SIZES = (0, 2, 4)
 
 @dataclass(frozen=True)
 class Plan:
-    """What to feed.
+    """What to feed."""
 
-    Attributes:
-        num_drafts: drafts to verify, c.
-        masks: masks in a block.
-        where: the tokens that get a block: ``last``: each row's last verified draft, or its last token if it has none;
-            ``ends``: draft c and the row's last token; ``all``.
-    """
-
-    num_drafts: int
-    masks: int
+    num_drafts: int  # drafts to verify, c
+    masks: int  # masks in a block
+    # the tokens that get a block: ``last``: each row's last verified draft, or its last token if it has none;
+    # ``ends``: draft c and the row's last token; ``all``
     where: str
 
     def blocks(self, drafted: int | None = None) -> tuple[tuple[int, int], ...]:

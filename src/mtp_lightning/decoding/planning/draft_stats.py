@@ -71,42 +71,27 @@ class DraftStats:
 
 
 class RowOutcome(NamedTuple):
-    """The outcome of a step for one row.
+    """The outcome of a step for one row."""
 
-    Attributes:
-        num_accepted: drafts accepted.
-        num_verified: drafts verified.
-        num_drafts: drafts that the row has now from its block.
-        head_probs: the head's probabilities of these, or none if it does not tell.
-        tokens: the tokens gained.
-    """
-
-    num_accepted: int
-    num_verified: int
-    num_drafts: int
-    head_probs: Sequence[float]
-    tokens: Sequence[int] = ()
+    num_accepted: int  # drafts accepted
+    num_verified: int  # drafts verified
+    num_drafts: int  # drafts that the row has now from its block
+    head_probs: Sequence[float]  # the head's probabilities of these, or none if it does not tell
+    tokens: Sequence[int] = ()  # the tokens gained
 
 
 @dataclass
 class RowStats:
-    """Statistics of one row.
+    """Statistics of one row."""
 
-    Attributes:
-        accept_prob: moving average of the acceptance probability of each draft of a block, given that those before are
-            accepted, [k].
-        head_probs: the head's probabilities of the drafts that wait to be verified.
-        num_blocks: blocks in the average; the prior counts for one.
-        lookup: how often lookup drafts of this text are right; None: nothing is looked up.
-        lookup_draft: the draft that the text offers.
-        chosen_lookup: the same if it is to be verified, in place of the block's draft.
-        block_need: moving average of the share of a block's expected tokens that lookup drafts do not already provide.
-    """
-
+    # moving average of the acceptance probability of each draft of a block, given that those before are accepted,
+    # [k]
     accept_prob: np.ndarray
+    # the head's probabilities of the drafts that wait to be verified
     head_probs: list[float] = field(default_factory=list)
-    num_blocks: int = 1
-    lookup: LookupStats | None = None
-    lookup_draft: LookupDraft | None = None
-    chosen_lookup: LookupDraft | None = None
+    num_blocks: int = 1  # blocks in the average; the prior counts for one
+    lookup: LookupStats | None = None  # how often lookup drafts of this text are right; None: nothing is looked up
+    lookup_draft: LookupDraft | None = None  # the draft that the text offers
+    chosen_lookup: LookupDraft | None = None  # the same if it is to be verified, in place of the block's draft
+    # moving average of the share of a block's expected tokens that lookup drafts do not already provide
     block_need: float = 1.0

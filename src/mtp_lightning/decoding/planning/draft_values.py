@@ -4,7 +4,7 @@
 A step that makes a draft costs more than a plain one and pays off only later; often not in the next step alone, because
 text whose drafts are accepted keeps having them. So the value of a draft of m tokens is the relative value of the state
 "m drafts are available" when every following step is planned best. Steps take different times: it is a semi-Markov
-decision process, and its average reward is the rate, in tokens a second.
+decision process, and its average reward is the rate, in tokens per second.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DraftValues:
 
     Attributes:
         draft_value: value of a draft of each size over having none, in tokens, [m].
-        rate: tokens a second when all steps are planned best; 0 before the first sweep.
+        rate: tokens per second when all steps are planned best; 0 before the first sweep.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:

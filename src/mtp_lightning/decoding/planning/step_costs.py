@@ -10,21 +10,13 @@ import numpy as np
 
 
 class StepCosts(NamedTuple):
-    """Seconds that the parts of a step take. Costs depend on the positions of all rows of a batch together.
+    """Seconds that the parts of a step take. Costs depend on the positions of all rows of a batch together."""
 
-    Attributes:
-        positions: positions fed, ascending from 1.
-        seconds: what the decoder takes for them.
-        per_verified: what each further verified position adds (unembedding, choice of the token).
-        per_draft: what each draft token of a block adds, tokens being drafted one after another.
-        draft_start: fixed cost of drafting a block.
-    """
-
-    positions: tuple[int, ...]
-    seconds: tuple[float, ...]
-    per_verified: float
-    per_draft: float
-    draft_start: float = 0.0
+    positions: tuple[int, ...]  # positions fed, ascending from 1
+    seconds: tuple[float, ...]  # what the decoder takes for them
+    per_verified: float  # what each further verified position adds (unembedding, choice of the token)
+    per_draft: float  # what each draft token of a block adds, tokens being drafted one after another
+    draft_start: float = 0.0  # fixed cost of drafting a block
 
     def curve(self, largest: int) -> np.ndarray:
         """Decoder seconds for 0, 1, .., ``largest`` positions, [largest + 1]."""

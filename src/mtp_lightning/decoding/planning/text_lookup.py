@@ -26,15 +26,10 @@ SHARED_MEMORY, TEXT_MEMORY = 200.0, 30.0
 
 
 class LookupDraft(NamedTuple):
-    """A draft copied from the text.
+    """A draft copied from the text."""
 
-    Attributes:
-        tokens: what followed the earlier occurrence.
-        matched: tokens before it that equal those at the end of the text, at most ``MAX_MATCH``.
-    """
-
-    tokens: list[int]
-    matched: int
+    tokens: list[int]  # what followed the earlier occurrence
+    matched: int  # tokens before it that equal those at the end of the text, at most ``MAX_MATCH``
 
 
 class LookupStats:
