@@ -9,7 +9,9 @@ import re
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 from toy_tokenizers import word_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from mtp_lightning.errors import MTPError, RunError, UsageError
 from mtp_lightning.text.prompts import Prompt, PromptRow, encode_prompt, encode_prompt_row, read_prompts
@@ -18,17 +20,14 @@ BOS, EOS, START, END, NEWLINE, ONE, TWO = 1, 2, 3, 4, 5, 9, 10
 USER, ASSISTANT = 7, 8
 
 
-class AppendingTokenizer:
-    """Appends an end token, as T5's and some of Llama's do."""
-
-    eos_token_id = EOS
-    chat_template = None
-
-    def __init__(self) -> None:
-        self.inner = word_tokenizer(bos=False)
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": self.inner(text)["input_ids"] + ([EOS] if add_special_tokens else [])}
+def appending_tokenizer() -> PreTrainedTokenizerFast:
+    """Appends an end token, as T5's and some of Llama's do; without a chat template."""
+    tokenizer = word_tokenizer(bos=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", EOS)]
+    )
+    tokenizer.chat_template = None
+    return tokenizer
 
 
 def chat(*contents: str) -> list[dict[str, str]]:
@@ -64,9 +63,9 @@ def test_line_separators_inside_json_strings_do_not_split(write) -> None:
 
 def test_an_appended_end_token_is_stripped_and_one_in_the_text_is_not(write) -> None:
     source = write("p.txt", "one two\none <eos>\n")
-    tokenizer = AppendingTokenizer()
+    tokenizer = appending_tokenizer()
     assert tokenizer("one two")["input_ids"] == [ONE, TWO, EOS]
-    assert [p.input_ids for p in read_prompts(source, tokenizer)] == [[ONE, TWO], [ONE, EOS, EOS]]
+    assert [p.input_ids for p in read_prompts(source, tokenizer)] == [[ONE, TWO], [ONE, EOS]]
     assert [p.input_ids for p in read_prompts(source, word_tokenizer(bos=False))] == [[ONE, TWO], [ONE, EOS]]
 
 
@@ -119,7 +118,7 @@ def test_messages_without_a_template_or_refused_by_it(write) -> None:
     source = write("p.jsonl", [{"messages": chat("one")}])
     strict = word_tokenizer()
     strict.chat_template = "{{ raise_exception('only systems') }}"
-    for tokenizer, named in ((AppendingTokenizer(), "no chat template"), (strict, "only systems")):
+    for tokenizer, named in ((appending_tokenizer(), "no chat template"), (strict, "only systems")):
         with pytest.raises(RunError, match=f"line 1: .*{named}"):
             read_prompts(source, tokenizer)
 

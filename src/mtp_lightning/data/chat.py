@@ -7,9 +7,10 @@ Three methods, the first that fits:
    end-of-turn token that follows, it is added.
 2. Prefixes: the text of the messages before an assistant turn, with the generation prompt, ends where the turn begins;
    the text up to and including the turn ends where it ends. Both must be prefixes of the full text, which is checked.
-3. Placeholder: templates that drop the thinking of earlier turns (Qwen3) write a turn differently once messages follow.
-   The conversation is then rendered with a placeholder as that turn's content: what precedes the placeholder and what
-   follows the turn must be the full text's beginning and end, which is checked too. Anything else is an error.
+3. Placeholder: templates that drop the thinking of earlier turns (Qwen3) write a turn differently once messages follow,
+   and some refuse the messages before a turn alone. The conversation is then rendered with a placeholder as that turn's
+   content: what precedes the placeholder and what follows the turn must be the full text's beginning and end, which is
+   checked too. Anything else is an error.
 
 The text is always the template's own: an earlier turn whose thinking it drops is trained without it. The assistant's
 end-of-turn token carries loss, the newline that some templates put after it does not.
@@ -17,59 +18,109 @@ end-of-turn token carries loss, the newline that some templates put after it doe
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mtp_lightning.data.messages import Message, clean_messages, trained_messages
+from mtp_lightning.data.tokenizing import tokenize, tokenize_with_spans
 from mtp_lightning.errors import RunError, UsageError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, Any]
+Tools = list[dict[str, Any]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython", "environment"}
 _PLACEHOLDER = "turnmark0turnmark"  # letters and a digit only, so that no template trims, splits or escapes it
+_ANSWERED = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PLACEHOLDER}]
 _MARKERS = "Give data.chat_template a template with {% generation %} .. {% endgeneration %} around what the assistant says"
 
 
+class RefusedByTemplate(RunError):
+    """The chat template itself refuses a conversation, for a reason that the message quotes."""
+
+
+class _Template(NamedTuple):
+    """A chat template with the tokenizer and the tools of a conversation."""
+
+    source: str
+    tokenizer: PreTrainedTokenizerBase
+    tools: Tools | None
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
+        return render(messages, self.tokenizer, self.source, generation_prompt, self.tools)
+
+    def try_render(self, messages: Sequence[Message], generation_prompt: bool = False) -> str | None:
+        """None where the template refuses the messages."""
+        try:
+            return self.render(messages, generation_prompt)
+        except RefusedByTemplate:
+            return None
+
+
 def encode_messages(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    tools: Tools | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and for each True if it carries loss: if the assistant wrote it.
 
-    Raises a UsageError if there is no template, and a RunError if the messages are malformed, the template rejects them,
-    or the assistant's part cannot be found.
+    ``tools`` are the functions that the template tells the assistant of; see ``trained_messages`` for messages without
+    loss. Raises a UsageError if there is no template, RefusedByTemplate if it refuses the messages, and a RunError if they
+    are malformed or the assistant's part cannot be found.
     """
-    messages = clean_messages(messages)
-    template = template_of(tokenizer, chat_template)
-    check_roles(messages, template)
-    text = render(messages, tokenizer, template)
-    if _GENERATION.search(template):
-        ids, loss = _encode_with_markers(messages, tokenizer, template)
-    elif not tokenizer.is_fast:
+    cleaned = clean_messages(messages)
+    is_trained = trained_messages(messages)
+    template = _Template(template_of(tokenizer, chat_template), tokenizer, tools)
+    check_roles(cleaned, template.source)
+    text = template.render(cleaned)
+    turns = [number for number, message in enumerate(cleaned) if message["role"] == "assistant"]
+    has_markers = _GENERATION.search(template.source) is not None
+    if not tokenizer.is_fast and not has_markers:
         raise RunError("rows with messages need a fast tokenizer: give prompt + completion or input_ids + labels.")
+    if has_markers:
+        ids, loss = _encode_with_markers(cleaned, turns, template)
     else:
-        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = out["input_ids"]
-        # A token lies in a span if an odd number of span borders is at or before its first character.
-        borders = np.ravel(_assistant_spans(messages, text, tokenizer, template))
-        first_characters = [begin for begin, _ in out["offset_mapping"]]
-        loss = (np.searchsorted(borders, first_characters, side="right") % 2 == 1).tolist()
-    if all(loss) and any(message["role"] != "assistant" for message in messages):
-        raise RunError(f"every token carries loss, though the messages' roles are {_roles(messages)}. {_MARKERS} only.")
+        ids, token_spans = tokenize_with_spans(text, tokenizer, add_first=False)
+        spans = _assistant_spans(cleaned, [turn for turn in turns if is_trained[turn]], text, template)
+        loss = _inside(spans, token_spans)
+    if all(loss) and len(turns) < len(cleaned):
+        raise RunError(f"every token carries loss, though the messages' roles are {_roles(cleaned)}. {_MARKERS} only.")
+    if has_markers and (untrained := [turn for turn in turns if not is_trained[turn]]):
+        marked_ids, token_spans = tokenize_with_spans(text, tokenizer, add_first=False)
+        if marked_ids != ids:
+            raise RunError("the place of messages without loss is unknown: their text gives other tokens than the markers.")
+        cleared = _inside(_assistant_spans(cleaned, untrained, text, template), token_spans)
+        loss = [flag and not off for flag, off in zip(loss, cleared, strict=True)]
     return ids, loss
 
 
+def render_chat_prompt(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    tools: Tools | None = None,
+) -> str:
+    """A conversation that the assistant is to continue as text, generation prompt included."""
+    cleaned, template = clean_messages(messages), template_of(tokenizer, chat_template)
+    check_roles(cleaned, template)
+    return render(cleaned, tokenizer, template, generation_prompt=True, tools=tools)
+
+
 def encode_chat_prompt(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    tools: Tools | None = None,
 ) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue, generation prompt included."""
-    text = render(clean_messages(messages), tokenizer, template_of(tokenizer, chat_template), generation_prompt=True)
-    return _tokenize(text, tokenizer)
+    """Token ids of ``render_chat_prompt``."""
+    return tokenize(render_chat_prompt(messages, tokenizer, chat_template, tools), tokenizer, add_first=False)
 
 
 def end_of_turn(
@@ -79,48 +130,23 @@ def end_of_turn(
 
     Raises a RunError if the template does not write the answer unchanged.
     """
-    answer = {"role": "assistant", "content": _PLACEHOLDER}
-    text = render(clean_messages([*messages, answer]), tokenizer, template_of(tokenizer, chat_template))
+    text = end_of_turn_text(messages, tokenizer, chat_template)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def end_of_turn_text(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    tools: Tools | None = None,
+) -> str:
+    """``end_of_turn`` as text."""
+    template = _Template(template_of(tokenizer, chat_template), tokenizer, tools)
+    text = template.render([*(clean_messages(messages) if messages else []), _ANSWERED[1]])
     if text.count(_PLACEHOLDER) != 1:
         raise RunError("the chat template does not write the assistant's content once and unchanged.")
     after = text.split(_PLACEHOLDER)[1]
-    return _tokenize(after[: _turn_length(after, tokenizer)], tokenizer)
-
-
-def clean_messages(messages: Sequence[Message]) -> list[Message]:
-    """The messages without null fields (tables fill them in), contents as text; a RunError if they are malformed.
-
-    An assistant message that calls a tool needs no content.
-    """
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise RunError(f"messages must be a list of {{role, content}}, got {one_line(repr(messages), 80)}.")
-    cleaned = []
-    for message in messages:
-        fields = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-        role, content = fields.get("role"), fields.get("content")
-        calls_tool = role == "assistant" and (fields.get("tool_calls") or fields.get("function_call"))
-        has_content = isinstance(content, str | list) or (content is None and calls_tool)
-        if not isinstance(role, str) or not has_content:
-            raise RunError(
-                f"each of messages must be {{role, content}} with text in both, got {one_line(repr(message), 80)}."
-            )
-        if isinstance(content, list):
-            fields["content"] = _joined(content)
-        cleaned.append(fields)
-    return cleaned
-
-
-def _joined(parts: list[Any]) -> str:
-    """The text of a content in parts: many templates would write the list itself."""
-    texts = []
-    for part in parts or [parts]:
-        text = part
-        if isinstance(part, dict):
-            text = part.get("text") if (part.get("type") or "text") == "text" else None
-        if not isinstance(text, str):
-            raise RunError(f"content of a message must be text or parts of text, got {one_line(repr(part), 80)}.")
-        texts.append(text)
-    return "".join(texts)
+    return after[: _turn_length(after, tokenizer)]
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
@@ -134,16 +160,48 @@ def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -
 
 
 def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str, generation_prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    generation_prompt: bool = False,
+    tools: Tools | None = None,
 ) -> str:
-    """The conversation as text, special tokens included; a RunError if the template rejects the messages."""
+    """The conversation as text, special tokens included; RefusedByTemplate if the template rejects it.
+
+    A RunError if the template is not valid jinja.
+    """
+    import jinja2
+
+    # Servers write a call's arguments as JSON text. A template that writes them as JSON would quote that text again.
+    if "tojson" in template and "is string" not in template:
+        messages = [_with_parsed_arguments(message) for message in messages]
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, chat_template=template
+            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, chat_template=template
         )
+    except jinja2.TemplateSyntaxError as error:
+        raise RunError(f"the chat template is not valid jinja: line {error.lineno}: {one_line(error)}.") from error
     except Exception as error:  # templates raise whatever jinja and their own checks raise
         roles = _roles(messages) or "none"
-        raise RunError(f"the chat template refuses the messages (roles: {roles}): {one_line(error)}") from error
+        raise RefusedByTemplate(f"the chat template refuses the messages (roles: {roles}): {one_line(error)}") from error
+
+
+def _with_parsed_arguments(message: Message) -> Message:
+    """The message with the arguments of its tool calls as objects."""
+    if not isinstance(calls := message.get("tool_calls"), list):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    if isinstance(call, dict) and isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(call["function"])}
+    if isinstance(call, dict) and isinstance(arguments := call.get("arguments"), str):
+        try:
+            return {**call, "arguments": json.loads(arguments)}
+        except ValueError:
+            return call
+    return call
 
 
 def check_roles(messages: Sequence[Message], template: str) -> None:
@@ -156,28 +214,33 @@ def check_roles(messages: Sequence[Message], template: str) -> None:
             )
 
 
-def _encode_with_markers(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, template: str
-) -> tuple[list[int], list[bool]]:
+def _encode_with_markers(messages: list[Message], turns: list[int], template: _Template) -> tuple[list[int], list[bool]]:
     """Method 1: the template's own generation markers."""
+    tokenizer = template.tokenizer
     out = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=template
+        messages,
+        tools=template.tools,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        chat_template=template.source,
     )
     ids, loss = list(out["input_ids"]), [bool(flag) for flag in out["assistant_masks"]]
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if ids[:2] == [tokenizer.bos_token_id] * 2:  # as ``tokenize`` does it
+        ids, loss = ids[1:], loss[1:]
 
     # Markers in the wrong place.
     if not any(loss) and turns:
         raise RunError("the chat template has generation markers, but they mark no token of the assistant.")
     before = messages[: turns[0]] if turns else messages
     if any(loss) and before:
-        num_before = len(_tokenize(render(before, tokenizer, template), tokenizer))
+        num_before = len(tokenize(template.render(before), tokenizer, add_first=False))
         if loss.index(True) < num_before - 1:  # the last token may be a different one where text follows
             raise RunError(f"the template's generation markers mark token {loss.index(True)}, before the assistant's turns.")
 
     # The end-of-turn token carries loss even if it follows the marked part: otherwise no answer learns to stop.
     try:
-        end = end_of_turn(messages[: turns[-1]], tokenizer, template) if turns else []
+        end = end_of_turn(messages[: turns[-1]], tokenizer, template.source) if turns else []
     except RunError:  # the template rewrites contents: there is nothing to go by but its markers
         end = []
     borders = [place for place in range(1, len(ids)) if loss[place - 1] and not loss[place]]
@@ -187,33 +250,38 @@ def _encode_with_markers(
     return ids, loss
 
 
-def _assistant_spans(
-    messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase, template: str
-) -> list[tuple[int, int]]:
-    """The assistant's turns in the text, in order and disjoint, as [begin, end) in characters."""
+def _inside(spans: list[tuple[int, int]], token_spans: list[tuple[int, int]]) -> list[bool]:
+    """For each token True if it begins in one of the spans of the text, which are in order and disjoint."""
+    # A token lies in a span if an odd number of span borders is at or before its first character.
+    first_characters = [begin for begin, _ in token_spans]
+    return (np.searchsorted(np.ravel(spans), first_characters, side="right") % 2 == 1).tolist()
+
+
+def _assistant_spans(messages: list[Message], turns: list[int], text: str, template: _Template) -> list[tuple[int, int]]:
+    """The turns of the assistant in the text, in order and disjoint, as [begin, end) in characters."""
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(messages[:index], tokenizer, template, generation_prompt=True)
-        through = render(messages[: index + 1], tokenizer, template)
-        if text.startswith(through) and through.startswith(before):  # method 2: prefixes
-            spans.append((len(before), len(before) + _turn_length(through[len(before) :], tokenizer)))
+    for turn in turns:
+        before = template.try_render(messages[:turn], generation_prompt=True)
+        through = template.try_render(messages[: turn + 1])
+        if before is not None and through is not None and text.startswith(through) and through.startswith(before):
+            length = _turn_length(through[len(before) :], template.tokenizer)  # method 2: prefixes
+            spans.append((len(before), len(before) + length))
         else:
-            spans.append(_span_by_placeholder(messages, index, text, before, tokenizer, template))
+            spans.append(_span_by_placeholder(messages, turn, text, before, template))
     if any(begin < end for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)):
         raise _not_found("the messages")
     return spans
 
 
 def _span_by_placeholder(
-    messages: list[Message], index: int, text: str, before: str, tokenizer: PreTrainedTokenizerBase, template: str
+    messages: list[Message], turn: int, text: str, before: str | None, template: _Template
 ) -> tuple[int, int]:
-    """Method 3: a turn that the template writes differently once messages follow."""
-    error = _not_found(f"message {index + 1} of {len(messages)}")
-    marked = [*messages[:index], {**messages[index], "content": _PLACEHOLDER}, *messages[index + 1 :]]
-    full = render(marked, tokenizer, template)
-    alone = render(marked[: index + 1], tokenizer, template)  # without the messages that follow
+    """Method 3: a turn that the template writes differently once messages follow, or whose beginning it refuses alone."""
+    error = _not_found(f"message {turn + 1} of {len(messages)}")
+    marked = [*messages[:turn], {**messages[turn], "content": _PLACEHOLDER}, *messages[turn + 1 :]]
+    full = template.render(marked)
+    # What ends a turn, from one that nothing follows: this turn, or where that is refused, the answer to any question.
+    alone = template.try_render(marked[: turn + 1]) or template.try_render(_ANSWERED) or ""
     if _PLACEHOLDER in text or full.count(_PLACEHOLDER) != 1 or alone.count(_PLACEHOLDER) != 1:
         raise error
 
@@ -221,12 +289,12 @@ def _span_by_placeholder(
     head, tail = full.split(_PLACEHOLDER)
     turn_end = alone.split(_PLACEHOLDER)[1]
     rest = tail.removeprefix(turn_end)
-    begin = len(before) if text.startswith(before) else len(head)
+    begin = len(before) if before is not None and text.startswith(before) else len(head)
     end = len(text) - len(rest)
     pieces_match = tail.startswith(turn_end) and text.startswith(head) and text.endswith(rest) and begin <= end
     if not pieces_match or not text[:end].endswith(turn_end):
         raise error
-    return begin, begin + _turn_length(text[begin:end], tokenizer)
+    return begin, begin + _turn_length(text[begin:end], template.tokenizer)
 
 
 def _not_found(place: str) -> RunError:
@@ -238,11 +306,6 @@ def _turn_length(turn: str, tokenizer: PreTrainedTokenizerBase) -> int:
     special = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     trimmed = turn.rstrip()
     return len(trimmed) if any(trimmed.endswith(token) for token in special if token) else len(turn)
-
-
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # The template writes the special tokens that the base expects: adding them again would double the first.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _roles(messages: Sequence[Message]) -> str:

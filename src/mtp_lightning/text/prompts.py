@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtp_lightning.data.chat import check_roles, clean_messages, render, template_of
+from mtp_lightning.data.chat import check_roles, render, template_of
+from mtp_lightning.data.messages import clean_messages
+from mtp_lightning.data.tokenizing import is_utf8, tokenize
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.json_text import read_json
 from mtp_lightning.paths import resolve
@@ -128,18 +130,9 @@ def _parse_line(source: str, number: int, line: str, is_json: bool) -> PromptRow
     if not isinstance(domain, str | None):
         raise RunError(f"{location}: expected domain as text, got {type(domain).__name__}.")
     row_id = value.get("id", number)
-    if not isinstance(row_id, str | int) or not _is_utf8(str(row_id)):
+    if not isinstance(row_id, str | int) or not is_utf8(str(row_id)):
         raise RunError(f"{location}: expected id as UTF-8 text or a number, got {row_id!r}.")
     return PromptRow(location, content, domain or "", row_id)
-
-
-def _is_utf8(text: str) -> bool:
-    """False if the text contains unpaired surrogates: JSON escapes and undecodable bytes of a terminal give them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
@@ -153,25 +146,21 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
     Raises a UsageError if there is no tokenizer, or the prompt is not valid UTF-8.
     """
     _check_tokenizer(tokenizer)
-    if not _is_utf8(text):
+    if not is_utf8(text):
         raise UsageError("the prompt must be UTF-8 text, it contains an unpaired surrogate.")
-    ids = list(tokenizer(text)["input_ids"])
-    plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    end_appended = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and (not plain or plain[-1] != ids[-1])
-    return ids[:-1] if end_appended else ids
+    return tokenize(text, tokenizer, add_first=True)
 
 
 def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
     """A row as text and token ids; a RunError if it is not valid UTF-8, has no token, or its messages can't be rendered."""
     _check_tokenizer(tokenizer)
     text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
-    if not _is_utf8(text):
+    if not is_utf8(text):
         raise RunError(f"{row.location}: expected UTF-8 text, the prompt contains an unpaired surrogate.")
     if isinstance(row.content, str):
         ids = encode_prompt(text, tokenizer)
     else:
-        # The template writes the special tokens that the base expects: adding them again would double the first.
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = tokenize(text, tokenizer, add_first=False)  # the template writes the special tokens that the base expects
     if not ids:
         raise RunError(f"{row.location}: expected at least one token, the prompt has none.")
     return Prompt(text, ids, row.domain)

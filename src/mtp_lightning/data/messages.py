@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages: the conversation that a row holds, in any of its usual forms -> clean messages and tools. Knows no template.
+
+| fields | form |
+|---|---|
+| ``messages`` | a list of {role, content}, or the same as JSON text |
+| ``conversations``, ``conversation`` | ShareGPT's list of {from, value}, or {role, content} |
+| ``instruction`` (+ ``input``, ``history``), ``output`` | Alpaca's question and answer |
+| ``prompt``, ``completion``, both lists of messages | TRL's form; only the completion is trained |
+
+Each with ``tools`` (a list of functions, or the same as JSON text) and, except ``messages``, with ``system``, both optional.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mtp_lightning.errors import RunError, one_line
+
+Message = dict[str, Any]
+
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
+"""ShareGPT's names of the roles that have another one here."""
+
+_TRAINED = ("weight", "train", "loss")
+"""Fields of a message that say whether it is trained: OpenAI's weight, Axolotl's train, ms-swift's loss."""
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+class Chat(NamedTuple):
+    """A conversation as it is in a row; see ``clean_messages`` and ``trained_messages``."""
+
+    messages: Any  # a list of messages, not checked yet
+    tools: list[dict[str, Any]] | None = None  # functions that the assistant may call
+
+
+def chat_of(row: Mapping[str, Any]) -> Chat | None:
+    """The conversation in the fields of a row, or None if it holds none; a RunError for tools that can't be read."""
+    get = row.get
+    shared = next((get(name) for name in ("messages", "conversations", "conversation") if get(name) is not None), None)
+    prompt, completion = get("prompt"), get("completion")
+    if shared is not None:
+        messages = _from_json(shared)
+    elif isinstance(prompt, list) and isinstance(completion, list):
+        messages = [*({**message, "weight": 0} if isinstance(message, dict) else message for message in prompt), *completion]
+    elif isinstance(get("instruction"), str) and isinstance(get("output"), str):
+        turns = [*(get("history") or []), ["\n\n".join(filter(None, (row["instruction"], get("input")))), row["output"]]]
+        messages = [
+            {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+    else:
+        return None
+    if isinstance(get("system"), str) and row["system"] and get("messages") is None and isinstance(messages, list):
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    return Chat(messages, clean_tools(get("tools")))
+
+
+def clean_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """A row's tools as a list of functions, None if there are none; JSON text is parsed, also in the list."""
+    if isinstance(tools, str):
+        tools = _from_json(tools) if tools.strip() else None
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not tools:
+        return None
+    functions = [_from_json(tool) for tool in tools] if isinstance(tools, list) else []
+    if not functions or not all(isinstance(function, dict) for function in functions):
+        raise RunError(f"tools must be a list of functions, or JSON text of one, got {one_line(repr(tools), 80)}.")
+    return functions
+
+
+def clean_messages(messages: Any) -> list[Message]:
+    """The messages as {role, content, ..}, contents as text, without null fields; a RunError if they are malformed.
+
+    {from, value} is accepted too. An assistant message that calls a tool needs no content.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise RunError(f"messages must be a list of {{role, content}}, got {one_line(repr(messages), 80)}.")
+    return [_clean_message(message) for message in messages]
+
+
+def _clean_message(message: Any) -> Message:
+    fields = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    if "role" not in fields and isinstance(fields.get("from"), str):
+        speaker = fields.pop("from")
+        fields = {"role": _SPEAKERS.get(speaker, speaker), "content": fields.pop("value", None)} | fields
+    role, content = fields.get("role"), fields.get("content")
+    calls_tool = role == "assistant" and (fields.get("tool_calls") or fields.get("function_call"))
+    has_content = isinstance(content, str | list) or (content is None and calls_tool)
+    if not isinstance(role, str) or not has_content:
+        raise RunError(f"each of messages must be {{role, content}} with text in both, got {one_line(repr(message), 80)}.")
+    if isinstance(content, list):
+        fields["content"] = _joined(content)
+    return {key: value for key, value in fields.items() if key not in _TRAINED}
+
+
+def trained_messages(messages: Sequence[Message]) -> list[bool]:
+    """For each message False if it says that it is not trained: ``weight: 0``, ``train: false``, ``loss: false``.
+
+    A RunError for a weight between: a message carries loss or not.
+    """
+    trained = []
+    for message in messages:
+        marks = {name: message[name] for name in _TRAINED if message.get(name) is not None}
+        for name, value in marks.items():
+            if not isinstance(value, bool | int | float) or value not in (0, 1):
+                raise RunError(f"{name} of a message must be 0 or 1, got {one_line(repr(value), 80)}.")
+        trained.append(all(marks.values()))
+    return trained
+
+
+def _joined(parts: list[Any]) -> str:
+    """The text of a content in parts: many templates would write the list itself."""
+    texts = []
+    for part in parts or [parts]:
+        text = part
+        if isinstance(part, dict):
+            text = part.get("text") if (part.get("type") or "text") in _TEXT_PARTS else None
+        if not isinstance(text, str):
+            raise RunError(f"content of a message must be text or parts of text, got {one_line(repr(part), 80)}.")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _from_json(value: Any) -> Any:
+    """The value of JSON text that holds a list or an object; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
