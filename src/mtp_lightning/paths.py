@@ -20,9 +20,20 @@ def resolve(name: str) -> str:
     return os.path.expanduser(name)
 
 
+def is_gguf(name: str) -> bool:
+    """True for the name of a GGUF file, which may not exist."""
+    return name.endswith(".gguf")
+
+
+def is_on_disk(name: str) -> bool:
+    """True if a base's name is that of a folder or GGUF file on this machine."""
+    path = Path(resolve(name))
+    return path.is_file() if is_gguf(name) else path.is_dir()
+
+
 def absolute_name(name: str) -> str:
-    """The absolute path of a folder; a hub id or ``package://`` name as it is."""
-    if not name or name.startswith(PACKAGE) or not Path(resolve(name)).is_dir():
+    """The absolute path of a base's folder or GGUF file; a hub id or ``package://`` name as it is."""
+    if not name or name.startswith(PACKAGE) or not is_on_disk(name):
         return name
     return str(Path(resolve(name)).resolve())
 

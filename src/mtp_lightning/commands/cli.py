@@ -24,6 +24,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "base": Command("download a small chat model (SmolLM2-135M-Instruct) to train on", "base", "run_base"),
     "fit": Command("train", "lightning_cli", "run_trainer"),
     "validate": Command("losses, NTP figure and acceptance on the validation set", "lightning_cli", "run_trainer"),
     "test": Command("the same on the test set", "lightning_cli", "run_trainer"),

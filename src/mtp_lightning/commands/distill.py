@@ -82,7 +82,9 @@ def _parser() -> CommandParser:
         description="Writes the base model's own answers to prompts, one JSON line each: training data that matches what"
         " will be verified. The same command run again resumes.",
     )
-    parser.add_argument("model", type=str, help="the base (folder or hub id), or a checkpoint or saved folder made for it")
+    parser.add_argument(
+        "model", type=str, help="the base (folder, GGUF file or hub id), or a checkpoint or saved folder made for it"
+    )
     parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
     parser.add_argument("--output", type=str, required=True, help="the .jsonl file to write or to resume")
     parser.add_argument(

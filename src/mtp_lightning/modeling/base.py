@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
+from transformers.utils import is_gguf_available
 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.decoder import check_layer_types
-from mtp_lightning.paths import PACKAGE, resolve
+from mtp_lightning.paths import PACKAGE, is_gguf, resolve
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,8 +35,9 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 def load_config(base_model: str, revision: str | None = None) -> Any:
     """The configuration of a model; no weights are read. RunError if it does not exist or can't be read."""
+    source, options = _source(base_model)
     try:
-        return AutoConfig.from_pretrained(resolve(base_model), revision=revision)
+        return AutoConfig.from_pretrained(source, revision=revision, **options)
     except Exception as error:  # a damaged file makes transformers raise anything
         raise _load_error(base_model, error) from error
 
@@ -43,31 +52,52 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode; RunError if it does not exist or can't be read.
 
-    The base is a folder, a hub id or a ``package://`` name; ``attention`` is ``sdpa``, ``eager``, ``flex_attention``, or
-    None for the architecture's own choice; ``quantization`` is ``4bit`` or ``8bit`` (bitsandbytes). UsageError for a wrong
-    option, or an architecture whose layers can't take mask tokens.
+    The base is a folder, a hub id, a ``package://`` name or a GGUF file, which is dequantised (dtype ``auto``: to float32).
+    ``attention`` is ``sdpa``, ``eager``, ``flex_attention``, or None for the architecture's own choice; ``quantization`` is
+    ``4bit`` or ``8bit`` (bitsandbytes). UsageError for a wrong option or an architecture whose layers can't take mask tokens.
     """
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "device_map": device}
     if attention is not None:
         options["attn_implementation"] = attention
-    if quantization is not None:
+    source, gguf = _source(base_model)
+    if gguf and quantization is not None:
+        raise UsageError(f"quantization {quantization!r} can't be applied to a GGUF file, got {base_model!r}.")
+    if gguf:
+        options |= {"quantization_config": GgufConfig(dequantize=True), **gguf}
+    elif quantization is not None:
         options["quantization_config"] = _quantization_config(quantization)
     config = load_config(base_model, revision)
     check_layer_types(config.get_text_config(decoder=True))
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve(base_model), config=config, revision=revision, **options)
+        base = AutoModelForCausalLM.from_pretrained(source, config=config, revision=revision, **options)
     except Exception as error:  # a damaged file makes transformers and safetensors raise anything
         if is_out_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):  # the file is fine
             raise
         raise _load_error(base_model, error) from error
+    if gguf:
+        base.name_or_path = resolve(base_model)  # transformers names the folder
+    return base
 
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     """The base model's tokenizer, which need not have a pad token; RunError if it does not exist or can't be read."""
+    source, options = _source(base_model)
     try:
-        return AutoTokenizer.from_pretrained(resolve(base_model), revision=revision)
+        return AutoTokenizer.from_pretrained(source, revision=revision, **options)
     except Exception as error:  # a damaged file makes transformers and tokenizers raise anything
         raise RunError(f"no tokenizer could be loaded from {base_model!r}: {_reason(error)}") from error
+
+
+def _source(base_model: str) -> tuple[str, dict[str, str]]:
+    """Folder or hub id that transformers loads from, and for a GGUF file the option that names it there."""
+    if not is_gguf(base_model):
+        return resolve(base_model), {}
+    path = Path(resolve(base_model))
+    if not path.is_file():
+        raise RunError(f"base model {base_model!r} could not be loaded: no such file is there.")
+    if not is_gguf_available():
+        raise RunError(f"{base_model!r} is a GGUF file, which needs another package: pip install 'mtp-lightning[gguf]'.")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -90,8 +120,8 @@ def _load_error(base_model: str, error: Exception) -> RunError:
     is_missing = is_path and not base_model.startswith(PACKAGE) and not Path(resolve(base_model)).exists()
     return RunError(
         f"base model {base_model!r} could not be loaded: {'no such folder is there.' if is_missing else _reason(error)}"
-        " Set model.base_model (--base_model) to a folder with config.json and weights, or to a hub id that this machine can"
-        " reach."
+        " Set model.base_model (--base_model) to a folder with config.json and weights, a GGUF file, or a hub id that this"
+        " machine can reach."
     )
 
 

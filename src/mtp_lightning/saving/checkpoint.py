@@ -14,7 +14,7 @@ from torch import Tensor
 from mtp_lightning.errors import RunError, os_reason
 from mtp_lightning.modeling.gated_lora import LoRA, adapted_layers
 from mtp_lightning.modeling.label_counts import LABEL_COUNTS
-from mtp_lightning.paths import absolute_name, resolve
+from mtp_lightning.paths import absolute_name, is_on_disk
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.saving.base_identity import hub_commit, layer_shape, warn_if_other_base
 from mtp_lightning.saving.trained_parts import TrainedParts, head_settings, shape_mismatch
@@ -71,9 +71,9 @@ def part_settings(module: TrainingSettings) -> dict[str, Any]:
 
 
 def named_base(settings: dict[str, Any]) -> str:
-    """The base of a checkpoint: its name as given if that is a folder here, else the absolute path it had in training."""
+    """The base of a checkpoint: its name as given if that is on this disk, else the absolute path it had in training."""
     name: str = settings["base_model"]
-    return name if Path(resolve(name)).is_dir() else settings.get("base_folder", name)
+    return name if is_on_disk(name) else settings.get("base_folder", name)
 
 
 def check_settings(

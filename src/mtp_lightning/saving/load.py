@@ -17,7 +17,7 @@ from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.label_counts import parse_label_counts
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.modeling.peft_private import lora_layers
-from mtp_lightning.paths import resolve
+from mtp_lightning.paths import is_gguf, resolve
 from mtp_lightning.saving.base_identity import check_layer_shape, hub_commit, warn_if_other_base
 from mtp_lightning.saving.checkpoint import checkpoint_parts, read_checkpoint
 from mtp_lightning.saving.saved_folder import check_head, find_folder, read_folder
@@ -33,6 +33,8 @@ def load_pretrained(
     name = resolve(str(name))
     path = Path(name)
     check_placement(options.get("device"), options.get("device_map"), options.get("base"))
+    if is_gguf(name):
+        raise RunError(f"{name!r} is a base model: give a trained model, and this file as its base_model (--base_model).")
     if path.is_file() or (path.suffix == ".ckpt" and not path.is_dir()):
         parts = checkpoint_parts(read_checkpoint(path), path)
     else:

@@ -40,7 +40,7 @@ class MTPModule(LightningModule):
     """Teaches a base model to predict several tokens per step.
 
     Args:
-        base_model: folder or hub id of a causal language model, or ``package://demo/base``.
+        base_model: folder, GGUF file or hub id of a causal language model, or ``package://demo/base``.
         revision: hub revision of the base model.
         dtype: dtype of the frozen base: float32, bfloat16, float16, float64, or auto (as saved). Trained
             weights are float32.
