@@ -54,7 +54,7 @@ def load_base(
 
     The base is a folder, a hub id, a ``package://`` name or a GGUF file, which is dequantised (dtype ``auto``: to float32).
     ``attention`` is ``sdpa``, ``eager``, ``flex_attention``, or None for the architecture's own choice; ``quantization`` is
-    ``4bit`` or ``8bit`` (bitsandbytes). UsageError for a wrong option or an architecture whose layers can't take mask tokens.
+    ``4bit`` or ``8bit`` (bitsandbytes). UsageError for a wrong option or an architecture that can't take mask tokens.
     """
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "device_map": device}
     if attention is not None:
