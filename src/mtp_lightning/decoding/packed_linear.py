@@ -20,8 +20,6 @@ from torch import Tensor
 
 TYPICAL_ROWS = 16
 """Rows that the layout is chosen for. Measured from 1 to 81 rows: the best for 16 is the best for all, or nearly."""
-SMALL = 1 << 19
-"""Elements of a float32 weight below which a single row is faster with a plain product, whose call costs less."""
 
 _ids = itertools.count()
 _by_id: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
@@ -67,34 +65,24 @@ class PackedLinear:
     Args:
         weight: [N, D].
         bias: [N], or None.
-        single: False if products of single rows will not be needed: then a packed weight is the only copy.
-
-    Attributes:
-        plain_single: True if the product of a single row is a plain one.
+        pack: False: the product is a plain one, and nothing is copied.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, single: bool = True) -> None:
-        self.bias = bias
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: bool = True) -> None:
+        self.weight, self.bias = weight.detach(), bias
         self.packed: Tensor | None = None
-        weight = weight.detach()
-        if weight.device.type == "cpu" and weight.dtype in packed_dtypes():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS)
-        self.width = len(weight)
+        if pack and weight.device.type == "cpu" and weight.dtype in packed_dtypes():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), TYPICAL_ROWS)
         self.id = next(_ids)
         _by_id[self.id] = self
-        self.plain_single = self.packed is None or (weight.dtype == torch.float32 and weight.numel() < SMALL)
-        self.plain = weight if self.packed is None or (self.plain_single and single) else None
-
-    def _is_plain(self, rows: int) -> bool:
-        return self.packed is None or (rows == 1 and self.plain is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The products [..., N] of rows [..., D]."""
-        if self._is_plain(x.numel() // x.shape[-1]):
-            assert self.plain is not None
-            return F.linear(x, self.plain, self.bias)
+        is_single = x.numel() == x.shape[-1]
+        if self.packed is None or (is_single and x.dtype == torch.float32):  # packing gains nothing for a vector of float32
+            return F.linear(x, self.weight, self.bias)
         if _as_operators:
-            return torch.ops.mtp_lightning.packed_linear(x, self.id, self.width)
+            return torch.ops.mtp_lightning.packed_linear(x, self.id, len(self.weight))
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
@@ -103,18 +91,4 @@ class PackedLinear:
 
     def plus(self, base: Tensor, x: Tensor) -> Tensor:
         """``base`` [B, N] plus the products of rows [B, D]; for a layer without bias."""
-        if self._is_plain(len(x)):
-            assert self.plain is not None
-            return torch.addmm(base, x, self.plain.t())
         return self(x).add_(base)
-
-    def add_to(self, out: Tensor, x: Tensor) -> None:
-        """Add the products of rows [B, m, D] to ``out`` [B, m, N] in place; for a layer without bias."""
-        if self.packed is None or (self.plain is not None and len(x) == 1):  # then the product can add in the same call
-            assert self.plain is not None
-            if len(out) == 1:
-                out[0].addmm_(x[0], self.plain.t())
-            else:
-                out += F.linear(x, self.plain)
-        else:
-            out += self(x)

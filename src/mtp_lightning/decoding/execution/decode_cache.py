@@ -24,7 +24,6 @@ from mtp_lightning.decoding.execution.fused_lora import (
     fused_forwards,
     is_plain_linear,
     lora_matrices,
-    packed_unembedding,
 )
 from mtp_lightning.decoding.packed_linear import is_autocast
 from mtp_lightning.decoding.planning.draft_stats import DraftStats
@@ -122,10 +121,7 @@ class DecodeCache:
             return
 
         self.clear()  # first: both may not fit into memory
-        forwards = fused_forwards(base, layers, model.gate)
-        unembedding = None if self._output is None else packed_unembedding(self._output, layers)
-        if unembedding is not None:
-            forwards.append((output, unembedding))
+        forwards = fused_forwards(layers, self._output, model.gate)
         self._forwards = [(vars(layer), forward) for layer, forward in forwards]
         if head is not None and all(type(p.data) is Tensor and p.device == device for p in head.parameters()):
             with torch.autocast(device.type, enabled=False):
