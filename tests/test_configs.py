@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # strategies/ holds fragments for them: test_strategies.py
 FRAGMENTS = sorted((ROOT / "callbacks").rglob("*.yaml"))
 DEMO = Path(str(files("mtp_lightning").joinpath("demo")))
-HUB = {"qwen.yaml": "qwen3", "tulu3_8b.yaml": "llama"}
-"""Configurations whose base and data are on the hub, and the architecture to stand in for the base."""
+HUB = {"qwen.yaml": "qwen3", "tulu3_8b.yaml": "llama", "smollm2.yaml": "llama"}
+"""Configurations whose base and data are not in the package, and the architecture to stand in for the base."""
 
 SHORT: tuple[object, ...] = (
     *("--trainer.callbacks.num_prompts", 3, "--trainer.callbacks.max_new_tokens", 4),
