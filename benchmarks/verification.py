@@ -48,7 +48,7 @@ def main() -> None:
                         torch.tensor([prompt.input_ids]),
                         max_new_tokens=args.tokens,
                         num_masks=model.num_masks,
-                        draft_vocabulary="all",
+                        draft_candidates="all",
                         **sampling,
                         **options,
                     )

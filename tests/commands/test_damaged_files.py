@@ -34,7 +34,6 @@ CHANGES: dict[str, Callable[[], object]] = {
     "truncated": lambda: os.truncate(LAST, 1000),
     "pickle": lambda: Path(LAST).write_bytes(b"cos\nsystem\n(S'echo run'\ntR."),
     "mask_embeddings": lambda: change(LAST, lambda checkpoint: checkpoint["state_dict"].pop("model.mask_embeddings")),
-    "mtp_label_counts": lambda: change(LAST, lambda checkpoint: checkpoint.update(mtp_label_counts=torch.zeros(3))),
     "optimizer_states": lambda: change(LAST, lambda checkpoint: checkpoint.pop("optimizer_states")),
 }
 
@@ -46,7 +45,6 @@ CHANGES: dict[str, Callable[[], object]] = {
         ("generate", "pickle", f"'{LAST}' can't be read"),
         ("fit", "mask_embeddings", "model.mask_embeddings should be (3, 32) and is absent"),
         ("generate", "mask_embeddings", "mask_embeddings should be (3, 32) and is absent"),
-        ("validate", "mtp_label_counts", "the checkpoint is damaged"),
         ("fit", "optimizer_states", f"'{LAST}' has no optimizer_states"),
     ],
 )

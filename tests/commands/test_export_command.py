@@ -12,12 +12,11 @@ import torch
 from command_line import error_of, mtp, save_base, write_rows
 from safetensors.torch import load_file
 from saved import files_of
-from tiny_run import LAST, label_counts
+from tiny_run import LAST
 from toy_tokenizers import word_tokenizer
 from trained_run import as_if_trained_here, json_lines, without_times
 
 from mtp_lightning import MTPModel
-from mtp_lightning.modeling.label_counts import LABEL_COUNTS
 
 
 def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:
@@ -28,7 +27,6 @@ def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:
     assert "Not measured. `mtp benchmark FOLDER --prompts FILE` does." in Path("saved/README.md").read_text()
     state = torch.load(LAST, weights_only=True)["state_dict"]
     tensors = load_file("saved/mtp_heads.safetensors") | load_file("saved/adapter_model.safetensors")
-    assert tensors.pop(LABEL_COUNTS).tolist() == label_counts(LAST)
     assert len(tensors) == len(state) and all(tensor.dtype == torch.float32 for tensor in tensors.values())
     words = ["--prompts", "prompts.jsonl", "--json", "--max_new_tokens", 24, "--dtype", "float64", "--num_masks", 3]
     for name in (LAST, "saved"):
@@ -73,7 +71,6 @@ def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) ->
     assert not Path("saved").exists()
     assert mtp(*words, "--base_model", "moved", "--dtype", "bfloat16") == 0
     tensors = load_file("saved/mtp_heads.safetensors") | load_file("saved/adapter_model.safetensors")
-    assert tensors.pop(LABEL_COUNTS).dtype == torch.int64
     assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
     assert MTPModel.from_pretrained("saved").base_model == str(here / "moved")
 

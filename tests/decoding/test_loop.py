@@ -59,7 +59,7 @@ def test_greedy_text_is_the_bases_for_every_number_of_masks(
 def test_greedy_text_is_the_bases_with_its_own_drafts(architecture: str, head: str, kind: str) -> None:
     model, (prompt, text) = shared_model(architecture, head), prompt_and_text(architecture)
     for J, listed in ((8, "all"), (3, 5)):
-        options = {"decoding": kind, "num_masks": J, "draft_vocabulary": listed}
+        options = {"decoding": kind, "num_masks": J, "draft_candidates": listed}
         assert new_tokens(model, prompt, max_new_tokens=12, **options) == list(text[:12])
 
 

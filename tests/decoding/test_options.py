@@ -27,7 +27,7 @@ WRONG: dict[str, list[Any]] = {
     "repetition_penalty": [0],
     "seed": [torch.tensor([0.5])],
     "verification": ["hope"],
-    "draft_vocabulary": [0, "most"],
+    "draft_candidates": [0, "most"],
     "prompt_lookup": [1],
     "compile": ["false"],
 }

@@ -57,10 +57,10 @@ def test_every_decoding_draws_the_same_text(kind: str, setting: int) -> None:
             assert alone.accepted_per_step[0] == out.accepted_per_step[3]
     assert {0, 1, 2} <= accepted
     for options in (
-        {"num_masks": K, "draft_vocabulary": 24},
-        {"draft_vocabulary": 5},
+        {"num_masks": K, "draft_candidates": 24},
+        {"draft_candidates": 5},
         {"sampler_head": False},
-        {"num_masks": 4, "sampler_head": False, "draft_vocabulary": 9},
+        {"num_masks": 4, "sampler_head": False, "draft_candidates": 9},
     ):
         assert rows_of(model.generate(*padded(prompts()), seed=SEED, **common, **options)) == expected, options
 
@@ -136,7 +136,7 @@ def planted(bias: float) -> Callable[..., Tensor]:
     ],
 )
 def test_sequences_have_the_bases_probabilities(verification: str, listed: Any, count: int) -> None:
-    p, share = p_value(count, 5_000, num_masks=2, verification=verification, draft_vocabulary=listed)
+    p, share = p_value(count, 5_000, num_masks=2, verification=verification, draft_candidates=listed)
     assert p > 0.01 / TESTS
     assert 0.2 < share < 0.8  # both outcomes are frequent
 

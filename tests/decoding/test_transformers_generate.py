@@ -81,7 +81,7 @@ def test_it_is_what_transformers_generates(model: MTPModel, case: str, decoding:
     for inputs in ({"input_ids": PROMPT}, {"input_ids": PADDED, "attention_mask": MASK}):
         expected = model.base.generate(**inputs, **options)
         found = model.base.generate(
-            **inputs, **options, custom_generate=model.custom_generate, decoding=decoding, num_masks=2, draft_vocabulary=9
+            **inputs, **options, custom_generate=model.custom_generate, decoding=decoding, num_masks=2, draft_candidates=9
         )
         assert found.equal(expected)
 

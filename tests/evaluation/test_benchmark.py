@@ -10,11 +10,10 @@ import pytest
 import torch
 from bigram import bigram_text
 from prompt_results import result
-from tiny import tiny_model, token_row
+from tiny import tiny_model
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.evaluation import benchmark
 from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, grid_settings, order_violations
 from mtp_lightning.evaluation.decoded_text import decode_batch
 from mtp_lightning.model import MTPModel
@@ -81,18 +80,6 @@ def test_a_stop_string_ends_every_text_at_the_same_token() -> None:
     grid = acceptance_grid(model, prompts, [Setting("quadratic", True, 3)], OPTIONS, 3, stop="two")
     assert grid["settings"][0]["overall"]["lossless"]["equal"] == 4
     assert grid["texts"]["overall"]["num_tokens"] == sum(ends)
-
-
-def test_the_grid_drafts_from_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The paper's protocol, unless a number of tokens was given; the texts are the same."""
-    model, prompts, options = tiny_model(), [Prompt("", token_row([n]).input_ids.tolist(), "") for n in (3, 8)], []
-    original = benchmark.decode_batch
-    monkeypatch.setattr(benchmark, "decode_batch", lambda *args: options.append(args[2]) or original(*args))
-    for size in ("auto", 5):
-        grid = acceptance_grid(model, prompts, [Setting("quadratic", True, 3)], replace(OPTIONS, draft_vocabulary=size))
-        assert grid["settings"][0]["overall"]["lossless"]["equal"] == 2
-    sizes = [each.draft_vocabulary for each in options if each.decoding == "quadratic"]
-    assert [*dict.fromkeys(sizes)] == ["all", 5]
 
 
 def test_order_violations() -> None:

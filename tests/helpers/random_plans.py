@@ -30,7 +30,6 @@ def use_random_plans(monkeypatch: pytest.MonkeyPatch, seed: int) -> list[Plan]:
         # Also more drafts than there are: those beyond are not verified.
         most = max([*num_waiting, *(len(row.chosen_lookup.tokens) for row in self.rows if row.chosen_lookup)], default=0)
         c, m = generator.choice([size for size in self.sizes if size <= most + 2]), generator.choice(sizes)
-        self.min_path_prob = generator.choice([0.0, 0.05, 0.5]) if self.coupled else 0.0  # drafts also end early
         plans.append(Plan(c, m, generator.choice(self.placements)))
         return plans[-1]
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from reference_sampling import sampled_text
-from tiny import VOCAB, learn, tiny_base, tiny_model, token_row
+from tiny import learn, tiny_base, tiny_model, token_row
 from torch import Tensor
 
 from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.label_counts import LabelCounts
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
 
 ROWS, G, K, SEED = 8, 14, 8, 11
@@ -48,7 +47,6 @@ def fitted(head: str) -> MTPModel:
     """A model that has learnt a half of the texts: its drafts are often right and often not."""
     model = tiny_model("qwen3", K, sampler_head={"mlp": MLPSamplerHead, "gru": GRUSamplerHead}[head]())
     texts = [torch.tensor([*p.tolist(), *t]) for s in (0, 1) for p, t in zip(prompts(), reference(s), strict=True)][::2]
-    model.label_counts = LabelCounts(torch.cat(texts).bincount(minlength=VOCAB))
     return learn(model, texts, 60)
 
 

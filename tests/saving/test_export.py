@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from mtp_lightning import MTPModel
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.gated_lora import LoRA
-from mtp_lightning.modeling.label_counts import LabelCounts
 from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
 from mtp_lightning.saving import export as exporting
@@ -32,9 +31,7 @@ from mtp_lightning.saving import export as exporting
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head: SamplerHead, lora: LoRA) -> None:
     model = model_on_disk(tmp_path, architecture, head, lora)
-    counts = LabelCounts(torch.arange(17).flip(0)) if head else None  # folders are written with and without
-    model.label_counts = counts
-    options = {"max_new_tokens": 24, "num_masks": model.num_masks, "draft_vocabulary": 5}
+    options = {"max_new_tokens": 24, "num_masks": model.num_masks, "draft_candidates": 5}
     before = model.generate(PROMPT, **options)
     model.save_pretrained(tmp_path / "saved")
     assert set(files_of(tmp_path / "saved")) == FILES
@@ -48,7 +45,6 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head
     assert after.sequences.equal(before.sequences) and after.accepted_per_step == before.accepted_per_step
     assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
     assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
-    assert (loaded.label_counts and loaded.label_counts.counts.tolist()) == (counts and counts.counts.tolist())
     loaded.save_pretrained(tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(tmp_path / "saved")
 

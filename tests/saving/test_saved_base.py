@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mtp_lightning import MTPModel
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.modeling.label_counts import LabelCounts
 from mtp_lightning.modeling.peft_private import lora_layers
 
 
@@ -35,15 +34,6 @@ def test_another_base_of_the_same_shape_gets_a_warning_and_its_own_text(kept: Pa
     expected = greedy_text(AutoModelForCausalLM.from_pretrained(tmp_path / "other"), PROMPT[0], 20)
     assert model.generate(PROMPT, max_new_tokens=20).sequences[0, 3:].tolist() == expected
     assert model.tokenizer.get_vocab() == tokenizer.get_vocab()
-
-
-def test_label_counts_are_fitted_to_the_vocabulary(saved_copy: Path, kept: Path) -> None:
-    for size in (16, 19):
-        model = MTPModel.from_pretrained(kept / "saved")
-        model.label_counts = LabelCounts(torch.arange(1, size + 1))
-        model.save_pretrained(saved_copy)
-        counts = MTPModel.from_pretrained(saved_copy).label_counts
-        assert counts is not None and counts.counts.tolist() == [*range(1, 18)][:size] + [0] * (17 - size)
 
 
 def test_a_base_that_is_loaded_already(kept: Path) -> None:

@@ -43,10 +43,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_heads(f, lambda h: h.pop("sampler_head.output.bias")),
         "sampler_head.output.bias should be",
     ),
-    "no counts": (
-        lambda f: edit_heads(f, lambda h: h.update(mtp_label_counts=-torch.ones(17))),
-        "mtp_label_counts should be",
-    ),
     "no head": (
         lambda f: set_config(f, sampler_head={"class_path": "mtp_lightning.model.MTPModel", "init_args": {}}),
         "can't be built: it is not a SamplerHead",

@@ -11,11 +11,10 @@ import torch
 import yaml
 from command_line import mtp, read_metrics
 from saved import files_of
-from tiny_run import LAST, label_counts
+from tiny_run import LAST
 from trained_run import NUM_MASKS, STEPS, fit, losses, validations, weights
 
 from mtp_lightning import MTPModel
-from mtp_lightning.training import module
 
 TERMS = ("base", "lcm", "sampler")
 FIGURES = {"ntp_loss", "forced_acceptance_length", "forced_reference", "share_of_reference", "loss"}
@@ -55,22 +54,6 @@ def test_a_checkpoint_holds_trained_weights_alone(trained: Path, here: Path) -> 
         assert path.stat().st_size < 3 * 4 * sum(shape.numel() for shape in expected.values()) + 100_000
         assert path.stat().st_size < sum(p.numel() * 4 for p in model.parameters()) + 100_000
     assert checkpoint["global_step"] == STEPS
-
-
-def test_a_checkpoint_counts_the_labels_of_the_masks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches: list[list[int]] = []
-    original = module.count_labels
-
-    def count(counts: torch.Tensor, labels: torch.Tensor) -> None:
-        batches.append(labels[labels >= 0].tolist())
-        original(counts, labels)
-
-    monkeypatch.setattr(module, "count_labels", count)
-    assert fit("--trainer.max_steps", 2, "--trainer.accumulate_grad_batches", 2) == 0
-    seen = sum(batches, [])
-    assert len(batches) == 4 and len(seen) > 250
-    counts = MTPModel.from_pretrained(LAST).label_counts
-    assert counts is not None and counts.counts.tolist() == [seen.count(token) for token in range(17)] == label_counts(LAST)
 
 
 def test_the_saved_configuration_alone_is_the_same_run(trained: Path, here: Path) -> None:

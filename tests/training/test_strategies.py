@@ -21,7 +21,6 @@ from zygote import Ended, Zygote
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.label_counts import LABEL_COUNTS
 from mtp_lightning.saving.checkpoint_files import RESUME
 from mtp_lightning.trainer import FullyShardedStrategy
 from mtp_lightning.training.module import MTPModule
@@ -78,7 +77,6 @@ def assert_alike(one: Path, many: Path) -> None:
 def same_state(one: Path, many: Path) -> None:
     """The same trained weights and optimizer state, in the same form."""
     expected, found = (torch.load(path, weights_only=True) for path in (one, many))
-    assert expected[LABEL_COUNTS].equal(found[LABEL_COUNTS]) and expected[LABEL_COUNTS].sum() > 0
     assert expected["state_dict"].keys() == found["state_dict"].keys()
     for name, value in expected["state_dict"].items():
         torch.testing.assert_close(found["state_dict"][name], value, **CLOSE)

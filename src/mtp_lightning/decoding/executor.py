@@ -21,7 +21,6 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.packed_linear import is_autocast
 from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.row_cache import RowCache
-from mtp_lightning.decoding.shortlist import Shortlist, shortlist_size
 from mtp_lightning.decoding.state import DecodeState, Row, StepResult
 from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
 from mtp_lightning.decoding.token_choice import TokenChoice
@@ -234,13 +233,9 @@ def make_executor(model: MTPNetwork, options: DecodingOptions, choice: TokenChoi
 
 
 def token_choice(model: MTPNetwork, options: DecodingOptions, seeds: list[int]) -> TokenChoice:
-    """How tokens are chosen, with the shortlist for drafts; the model is prepared for decoding."""
-    shortlist = None if options.decoding == "autoregressive" else draft_shortlist(model, options)
-    return TokenChoice(options, seeds, model.base.device, shortlist)
-
-
-def draft_shortlist(model: MTPNetwork, options: DecodingOptions) -> Shortlist | None:
-    """The tokens that drafts are chosen from; None: the whole vocabulary."""
-    vocab_size = model.unembed.vocab_size
-    size = shortlist_size(model.label_counts, vocab_size, options.draft_vocabulary)
-    return None if size == vocab_size or model.is_sharded else decode_cache(model).shortlist(model, size)
+    """How tokens are chosen; the model is prepared for decoding."""
+    count = None if options.draft_candidates == "all" else options.draft_candidates
+    # Rows of the unembedding can be read one by one only where it is a plain linear layer in memory.
+    if count is not None and (count >= model.unembed.vocab_size or decode_cache(model).output is None or model.is_sharded):
+        count = None
+    return TokenChoice(options, seeds, model.base.device, count)

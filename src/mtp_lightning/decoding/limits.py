@@ -37,15 +37,9 @@ def resolve_num_masks(model: MTPNetwork, options: DecodingOptions) -> int:
 
 
 def resolve_auto(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions:
-    """The options with numbers in place of ``auto``: k masks and the whole vocabulary, as the paper's protocol has it.
-
-    Their steps do not depend on the machine. UsageError: J outside 1..k.
-    """
+    """The options with k masks for ``auto``, so that steps do not depend on the machine. UsageError: J outside 1..k."""
     masks = resolve_num_masks(model, options)
-    if options.decoding == "autoregressive":
-        return options
-    listed = "all" if options.draft_vocabulary == "auto" else options.draft_vocabulary
-    return replace(options, num_masks=masks, draft_vocabulary=listed)
+    return options if options.decoding == "autoregressive" else replace(options, num_masks=masks)
 
 
 def uses_auto(model: MTPNetwork, options: DecodingOptions) -> bool:

@@ -60,7 +60,7 @@ def uniform_noise(keys: Tensor) -> Tensor:
 
 
 def gumbel_noise(keys: Tensor, tokens: int | Tensor) -> Tensor:
-    """Gumbel noise [..., V or N] float64 of keys [...], for V tokens or for the token ids [N]."""
+    """Gumbel noise [..., V or N] float64 of keys [...], for V tokens or for token ids [..., N]."""
     ids = torch.arange(tokens, device=keys.device) if isinstance(tokens, int) else tokens
     return _uniform(_mix_(keys[..., None] + (ids + 1) * _GOLDEN)).log_().neg_().log_().neg_()
 

@@ -42,9 +42,8 @@ class DecodingOptions:
         seed: sampling seed: an int, or one for each row; None: drawn from torch's generator.
         verification: when sampling: coupled (the text depends on prompt and seed only, whatever the decoding) or rejection
             (accepts a few more drafts; only the distribution of the text is the base's).
-        draft_vocabulary: number of tokens that drafts are chosen from, the most frequent training labels (the first ids if
-            labels were not counted), or all; auto: enough to cover nearly all labels, if known and at most half of the
-            vocabulary, else all. The text is the same (with rejection: its distribution).
+        draft_candidates: number of tokens that the sampler head chooses each draft token from, the best of the base's head
+            there; all: the whole vocabulary, which costs more. The text is the same (with rejection: its distribution).
         prompt_lookup: with num_masks auto, also verify drafts copied from the text: what followed an earlier occurrence of
             its last tokens. The text is the same. No effect with rejection.
         compile: run steps as graphs, one for each shape: CUDA graphs, or torch.compile on a CPU, which takes many seconds
@@ -64,7 +63,7 @@ class DecodingOptions:
     logits_processor: Any = None
     seed: int | Sequence[int] | None = None
     verification: Literal["coupled", "rejection"] = "coupled"
-    draft_vocabulary: int | Literal["auto", "all"] = "auto"
+    draft_candidates: int | Literal["all"] = 64
     prompt_lookup: bool = True
     compile: bool = False
 
@@ -142,7 +141,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda value: value is None or _is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
     "repetition_penalty": (lambda value: _is_number(value) and 0 < value <= LARGEST, "a number above 0"),
     "seed": _INTS,
-    "draft_vocabulary": (lambda value: value in ("auto", "all") or _is_positive(value), "auto, all, or a number from 1 on"),
+    "draft_candidates": (lambda value: value == "all" or _is_positive(value), "all, or a number from 1 on"),
     "prompt_lookup": _SWITCH,
     "compile": _SWITCH,
 }

@@ -73,7 +73,6 @@ class AutoPlanner:
                 row.text_draft = known.chosen_lookup
         else:
             self._plan = budget.first(max_masks)
-        state.choice.min_path_prob = budget.min_path_prob
         self._begin = time.perf_counter()
         return self._plan
 
@@ -103,7 +102,6 @@ def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState
         return FixedPlanner(options.decoding, resolve_num_masks(model, options))
     on_cpu, graphs = model.base.device.type == "cpu", state.fixed_shapes
     costs, stats = calibration(model, options, state.choice, graphs)
-    uses_head = options.sampler_head and model.sampler_head is not None
     budget = Budget(
         costs,
         stats,
@@ -112,7 +110,6 @@ def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState
         blocks_anywhere=options.decoding == "quadratic",
         coupled=options.coupled,
         few_shapes=graphs and on_cpu,  # there each shape takes seconds to compile
-        stops_early=options.coupled and on_cpu and uses_head and not graphs,
     )
     return AutoPlanner(budget, state, text_drafts)
 
@@ -121,12 +118,11 @@ def calibration(
     model: MTPNetwork, options: DecodingOptions, choice: TokenChoice, graphs: bool
 ) -> tuple[StepCosts, DraftStats]:
     """What steps cost, measured once per model, and the acceptance statistics of its drafts."""
-    shortlist = choice.shortlist
-    kind = graphs, model.unembed.vocab_size if shortlist is None else len(shortlist.tokens)
+    kind = graphs, choice.num_candidates
     known = decode_cache(model).calibrations
     if kind not in known:
         plain = replace(options, logits_processor=None, repetition_penalty=1.0)
-        one_row = TokenChoice(plain, [0], model.base.device, shortlist)
+        one_row = TokenChoice(plain, [0], model.base.device, choice.num_candidates)
         with DecodingMode(model).active():
             costs = measure_step_costs(model, one_row, plan_positions(model.num_masks))
         known[kind] = costs, DraftStats(model.num_masks)

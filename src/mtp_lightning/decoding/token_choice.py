@@ -22,7 +22,6 @@ from transformers import (
 
 from mtp_lightning.decoding.noise import TOKEN_STREAM, gumbel_noise, noise_keys
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.shortlist import Shortlist
 
 
 class Prefixes(NamedTuple):
@@ -41,27 +40,24 @@ class TokenChoice:
         options: how to decode.
         seeds: one per row; not read when decoding is greedy.
         device: the logits' device.
-        shortlist: the tokens that drafts are chosen from; None: the whole vocabulary.
+        num_candidates: tokens that the sampler head chooses a draft token from; None: the whole vocabulary.
 
     Attributes:
         greedy: True if the temperature is 0.
         use_rejection_sampling: True if drafts are verified by rejection sampling, which needs what they were drawn from.
         processors: processors that read the text before a position.
         return_draft_probs: True if drafts come with the probability that the drafting head gave them.
-        min_path_prob: a draft ends early once the probability of all of it is below this in every row; 0: never. Reading
-            the probability waits for the device, so this is for devices where the host computes.
     """
 
     def __init__(
-        self, options: DecodingOptions, seeds: list[int], device: torch.device, shortlist: Shortlist | None = None
+        self, options: DecodingOptions, seeds: list[int], device: torch.device, num_candidates: int | None = None
     ) -> None:
         self._settings = (options.temperature, options.top_k, options.top_p)
         self.greedy = options.temperature == 0
         self.use_rejection_sampling = not self.greedy and options.verification == "rejection"
         self.seeds = torch.tensor(seeds, device=device)
         self.return_draft_probs = False
-        self.shortlist = shortlist
-        self.min_path_prob = 0.0
+        self.num_candidates = num_candidates
         # The order of transformers' generate: penalty, the user's own, then what shapes the distribution.
         self.processors: list[Any] = []
         if options.repetition_penalty != 1.0:
@@ -80,7 +76,7 @@ class TokenChoice:
     @property
     def key(self) -> tuple[Any, ...]:
         """Two choices without processors and with one key choose alike, apart from the seeds."""
-        return (*self._settings, self.use_rejection_sampling, self.return_draft_probs, self.shortlist)
+        return (*self._settings, self.use_rejection_sampling, self.return_draft_probs, self.num_candidates)
 
     def select(self, rows: Tensor) -> None:
         """Keep the seeds of these rows."""
@@ -122,22 +118,18 @@ class TokenChoice:
     def noisy(self, scores: Tensor, positions: Tensor, stream: int = TOKEN_STREAM, tokens: Tensor | None = None) -> Tensor:
         """The scores plus the noise of positions and tokens, whose largest is drawn; greedy: unchanged.
 
-        Scores are [B, C, V], or [B, C, N] of the token ids ``tokens`` [N]; positions [B, C] are absolute.
+        Scores are [B, C, V], or [B, C, N] of the token ids ``tokens``; positions [B, C] are absolute.
         """
         if self.greedy:
             return scores
         keys = noise_keys(self.seeds, positions, stream)
         return gumbel_noise(keys, scores.shape[-1] if tokens is None else tokens).add_(scores)
 
-    def draft(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Draft tokens, drawn as the base's own would be, but from the drafting head's logits [B, C, V] or [B, C, N].
+    def draft(self, logits: Tensor, positions: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draft tokens, drawn as the base's own would be, but from the drafting head's logits.
 
-        Returns the index of each among the logits, [B, C], and the scores that they were chosen from.
+        Logits are [B, C, V], or [B, C, N] of the token ids ``tokens``. Returns the index of each draft token among the
+        logits, [B, C], and the scores that it was chosen from.
         """
         scores = self.warped(logits)
-        listed = None if self.shortlist is None else self.shortlist.tokens
-        return self.noisy(scores, positions, tokens=listed).argmax(-1), scores
-
-    def token_ids(self, indices: Tensor) -> Tensor:
-        """The ids of tokens given by their index among a draft's logits."""
-        return indices if self.shortlist is None else self.shortlist.tokens[indices]
+        return self.noisy(scores, positions, tokens=tokens).argmax(-1), scores

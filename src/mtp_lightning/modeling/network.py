@@ -19,7 +19,6 @@ from mtp_lightning.losses.base import LossTerm
 from mtp_lightning.modeling.attention import attention_mask
 from mtp_lightning.modeling.decoder import check_layer_types, context_length, run_decoder, text_config
 from mtp_lightning.modeling.gated_lora import Gate, LoRA, add_gated_lora
-from mtp_lightning.modeling.label_counts import LabelCounts
 from mtp_lightning.modeling.masking import AttentionPattern, attention_pattern
 from mtp_lightning.modeling.measurement import Measurement, measure
 from mtp_lightning.modeling.transformers_private import checkpointing_options, enable_checkpointing, is_stateful
@@ -59,7 +58,6 @@ class MTPNetwork(nn.Module):
         base_model: name of the base: a folder, a hub id, or ``package://...``; empty if it was not loaded by name.
         revision: hub commit of the base, or None.
         acceptance: acceptance statistics for the model card, or None.
-        label_counts: how often each token was a label in training, or None if not known.
         decode_cache: prepared weights and buffers that decoding keeps between texts, or None. Only
             ``mtp_lightning.decoding`` uses it.
     """
@@ -82,7 +80,6 @@ class MTPNetwork(nn.Module):
         self.base_model: str = base.name_or_path
         self.revision: str | None = None
         self.acceptance: dict[str, Any] | None = None
-        self.label_counts: LabelCounts | None = None
         self.decode_cache: Any = None
         self._unembedding: FrozenUnembedding | None = None
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mtp_lightning.errors import RunError, os_reason
 from mtp_lightning.modeling.gated_lora import LoRA, adapted_layers
-from mtp_lightning.modeling.label_counts import LABEL_COUNTS
 from mtp_lightning.paths import absolute_name, is_on_disk
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.saving.base_identity import hub_commit, layer_shape, warn_if_other_base
@@ -164,5 +163,4 @@ def checkpoint_parts(checkpoint: dict[str, Any], path: str | Path) -> TrainedPar
         lora=settings["lora"],
         sampler_head=settings["sampler_head"],
         weights=weights,
-        label_counts=checkpoint.get(LABEL_COUNTS),
     )

@@ -20,7 +20,6 @@ from torch import Tensor
 from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.files import atomic_folder
 from mtp_lightning.modeling.decoder import text_config
-from mtp_lightning.modeling.label_counts import LABEL_COUNTS
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.paths import PACKAGE, absolute_name, why_unwritable
 from mtp_lightning.saving.base_identity import layer_shape
@@ -94,8 +93,6 @@ def save_model(
         if ".lora_" in name
     }
     heads = {name: value for name, value in trained.items() if ".lora_" not in name}
-    if model.label_counts is not None:
-        heads[LABEL_COUNTS] = model.label_counts.counts
     with atomic_folder(path) as target:
         _write_json(_adapter_config(model, name, config["revision"]), target / ADAPTER_CONFIG_FILE)
         _write_tensors(adapter, target / ADAPTER_FILE)

@@ -14,7 +14,6 @@ from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer
 from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.gated_lora import LoRA
-from mtp_lightning.modeling.label_counts import parse_label_counts
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.paths import is_gguf, resolve
@@ -105,7 +104,6 @@ def _load_weights(model: MTPNetwork, parts: TrainedParts) -> None:
     if (mismatch := shape_mismatch(expected, parts.weights)) is not None:
         raise RunError(f"{parts.source} does not fit its own settings or the base: {mismatch}.")
     model.load_state_dict(parts.weights, strict=False)
-    model.label_counts = parse_label_counts(parts.label_counts, model.unembed.vocab_size, f"{parts.source} is damaged")
 
 
 def _prepare_for_decoding(model: Network) -> Network:

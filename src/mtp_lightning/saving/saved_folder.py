@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
-from mtp_lightning.modeling.label_counts import LABEL_COUNTS
 from mtp_lightning.saving.trained_parts import TrainedParts
 
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -81,6 +80,7 @@ def read_folder(path: Path) -> TrainedParts:
         for name, value in _read_tensors(path / ADAPTER_FILE).items()
     }
     weights |= _read_tensors(path / HEADS_FILE)
+    weights.pop("mtp_label_counts", None)  # in folders of version 0.1; unused since
     return TrainedParts(
         source=str(path),
         base_model=config["base_model"],
@@ -89,7 +89,6 @@ def read_folder(path: Path) -> TrainedParts:
         num_masks=config["num_masks"],
         lora=config["lora"],
         sampler_head=config["sampler_head"],
-        label_counts=weights.pop(LABEL_COUNTS, None),
         weights=weights,
         acceptance=config["acceptance"],
         folder=path,

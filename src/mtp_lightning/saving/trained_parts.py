@@ -25,7 +25,6 @@ class TrainedParts(NamedTuple):
     lora: dict[str, Any]  # arguments of ``LoRA``
     sampler_head: dict[str, Any] | None  # ``class_path`` and ``init_args``, or None
     weights: dict[str, Tensor]  # trained weights by their names in ``MTPNetwork``
-    label_counts: Any  # how often each token was a label in training, as it was read; None: not counted
     acceptance: dict[str, Any] | None = None  # figures for the model card
     folder: Path | None = None  # the saved folder; None: a checkpoint
 

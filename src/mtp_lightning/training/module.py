@@ -21,7 +21,6 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.modeling.decoder import context_length, text_config
 from mtp_lightning.modeling.gated_lora import LoRA
-from mtp_lightning.modeling.label_counts import LABEL_COUNTS, LabelCounts, count_labels, parse_label_counts
 from mtp_lightning.modeling.network import ForwardOutput
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
 from mtp_lightning.saving.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
@@ -99,7 +98,6 @@ class MTPModule(LightningModule):
         self.model = None  # type: ignore[assignment]
         self.strict_loading = False  # checkpoints hold trained weights only
         self._step_values: Tensor | float = 0.0  # loss and terms of the batches of the current optimizer step so far
-        self._new_label_counts: Tensor | None = None  # labels of this process that the model's counts lack, [V]
         self.val_terms = nn.ModuleDict({name: TermMean() for name in terms})
         self.val_ntp = MetricCollection(
             # Not the default, which drops NaN and would show a broken model as a perfect one.
@@ -201,8 +199,8 @@ class MTPModule(LightningModule):
     # ---- training
 
     def on_train_start(self) -> None:
-        """Drop what an earlier run that failed had counted, perhaps on another device."""
-        self._step_values, self._new_label_counts = 0.0, None
+        """Drop what an earlier run that failed had summed up, perhaps on another device."""
+        self._step_values = 0.0
 
     def training_step(self, batch: MaskedInput, batch_idx: int) -> Tensor:
         """The weighted loss of a batch, scaled so that accumulated batches and ranks add up to one sum over counts."""
@@ -210,9 +208,6 @@ class MTPModule(LightningModule):
         num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         counts = all_reduce(batch.counts.clone(), "sum")
         output: ForwardOutput = self.model(batch, self.terms)
-        if self._new_label_counts is None:
-            self._new_label_counts = batch.mtp_labels.new_zeros(self.model.unembed.vocab_size)
-        count_labels(self._new_label_counts, batch.mtp_labels)
         values = {name: term_value(sums, counts) * num_parts for name, sums in output.sums.items()}
         loss = self.weighted(values)
         self._log_training(torch.stack([loss, *values.values()]).detach())
@@ -231,18 +226,6 @@ class MTPModule(LightningModule):
     def weighted(self, values: dict[str, Tensor]) -> Tensor:
         """The sum of the terms' values times their weights."""
         return torch.stack([self.terms[name].weight * value for name, value in values.items()]).sum()
-
-    def on_train_end(self) -> None:
-        """Leave a model that knows its labels."""
-        self._gather_label_counts()
-
-    def _gather_label_counts(self) -> None:
-        """Add what all processes have counted since the last call to the model's label counts; all must call it."""
-        if self._new_label_counts is None:
-            return
-        total, self._new_label_counts = all_reduce(self._new_label_counts, "sum").cpu(), None
-        previous = self.model.label_counts
-        self.model.label_counts = LabelCounts(total if previous is None else previous.counts + total)
 
     # ---- evaluation
 
@@ -298,9 +281,6 @@ class MTPModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights only, and record what they belong to."""
-        self._gather_label_counts()
-        if self.model.label_counts is not None:
-            checkpoint[LABEL_COUNTS] = self.model.label_counts.counts
         checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
         checkpoint["mtp_settings"] = checkpoint_settings(self)
 
@@ -308,9 +288,6 @@ class MTPModule(LightningModule):
         """Refuse a checkpoint of another base, number of masks or head, and one that lacks a weight."""
         check_settings(checkpoint, checkpoint_settings(self), self.full_config)
         check_complete(checkpoint, self.state_dict())
-        vocab_size = int(self.base_config.vocab_size)
-        counts = parse_label_counts(checkpoint.get(LABEL_COUNTS), vocab_size, "the checkpoint is damaged")
-        self.model.label_counts, self._new_label_counts = counts, None
 
 
 def paper_losses(with_sampler: bool) -> dict[str, LossTerm]:

@@ -8,14 +8,10 @@ from typing import Any
 import pytest
 import torch
 from injected_drafts import shared_model
-from tiny import tiny_model, token_row
+from tiny import token_row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_lightning.decoding.execution import step as decoding_step
-from mtp_lightning.decoding.execution.step import draft_block
-from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.token_choice import TokenChoice
-from mtp_lightning.sampler_heads import GRUSamplerHead
 
 WAITING = {f"aten::{op}" for op in ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")}
 """Operations that make the host wait for a device's values."""
@@ -32,7 +28,7 @@ class NoWaiting(TorchDispatchMode):
     [
         ("quadratic", {}),
         ("linear", {"temperature": 0.8, "top_k": 50, "top_p": 0.9}),
-        ("quadratic", {"temperature": 0.8, "top_p": 0.9, "verification": "rejection", "draft_vocabulary": 9}),
+        ("quadratic", {"temperature": 0.8, "top_p": 0.9, "verification": "rejection", "draft_candidates": 9}),
     ],
 )
 def test_a_step_never_waits_for_the_device(kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,20 +49,3 @@ def test_a_step_never_waits_for_the_device(kind: str, options: dict[str, Any], m
     monkeypatch.setattr(decoding_step, "decode_step", without_waiting)
     found = model.generate(ids, **options)
     assert torch.equal(found.sequences, expected.sequences) and found.accepted_per_step == expected.accepted_per_step
-
-
-def test_drafts_end_early_below_a_path_probability() -> None:
-    model = tiny_model("llama", 8, sampler_head=GRUSamplerHead())
-    choice = TokenChoice(DecodingOptions(), [0, 0], torch.device("cpu"))
-    choice.return_draft_probs = True
-    hidden = torch.randn(2, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    arguments = (model, hidden, torch.tensor([3, 4]), torch.tensor([9, 9]), choice, True)
-    with torch.inference_mode():
-        full = draft_block(*arguments)
-        assert full.tokens.shape == (2, 8) and full.probabilities is not None
-        path_prob = full.probabilities.cumprod(1).max(0).values  # of the row that continues longest
-        for count in (1, 3, 7):
-            choice.min_path_prob = float(path_prob[count - 1]) * 1.0001
-            part = draft_block(*arguments)
-            length = int((path_prob >= choice.min_path_prob).sum()) + 1
-            assert 1 <= length <= count and torch.equal(part.tokens, full.tokens[:, :length])

@@ -113,8 +113,8 @@ def test_experts_that_the_host_picks(recordings: list[Any]) -> None:
     [
         ("quadratic", 4, "gru", {}),
         ("linear", 3, "gru", {"temperature": 1.0, "top_p": 0.9, "seed": 6}),
-        pytest.param("quadratic", "auto", "mlp", {"draft_vocabulary": 40}, marks=pytest.mark.slow),
-        pytest.param("linear", 4, "gru", {"draft_vocabulary": 9, "sampler_head": False}, marks=pytest.mark.slow),
+        pytest.param("quadratic", "auto", "mlp", {"draft_candidates": 40}, marks=pytest.mark.slow),
+        pytest.param("linear", 4, "gru", {"draft_candidates": 9, "sampler_head": False}, marks=pytest.mark.slow),
         pytest.param("quadratic", "auto", "gru", {"temperature": 0.7, "top_p": 0.9, "seed": 5}, marks=pytest.mark.slow),
     ],
 )

@@ -67,10 +67,8 @@ def test_where_drafts_are_never_accepted_steps_are_plain(coupled: bool) -> None:
 @pytest.mark.parametrize("num_rows", [1, 4])
 def test_drafts_that_are_often_right_are_verified(num_rows: int) -> None:
     budget = make_budget(GENTLE, num_rows)
-    budget.stops_early = True
     plans = run_steps(budget, 0.9, 8)[20:]
     assert sum(plan.num_drafts for plan in plans) > 2 * len(plans)
-    assert 0 < budget.min_path_prob < 0.1 and make_budget(GENTLE).min_path_prob == 0
 
 
 def test_drafting_is_resumed_when_it_pays_again() -> None:

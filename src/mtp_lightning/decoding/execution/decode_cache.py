@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mtp_lightning.decoding.execution.draft_chain import Chain, DraftChain, unrolled_chain
 from mtp_lightning.decoding.execution.fused_lora import (
-    MAX_COPY_BYTES,
     Forward,
     can_fuse,
     fused_forwards,
@@ -29,12 +28,10 @@ from mtp_lightning.decoding.packed_linear import is_autocast
 from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.row_cache import RowCache
-from mtp_lightning.decoding.shortlist import Shortlist
 from mtp_lightning.modeling.peft_private import ADAPTER, lora_layers
 from mtp_lightning.modeling.transformers_private import attention_kernel
 
 if TYPE_CHECKING:
-    from mtp_lightning.modeling.label_counts import LabelCounts
     from mtp_lightning.modeling.network import MTPNetwork
 
 SAMPLE_SIZE = 8
@@ -54,18 +51,18 @@ class DecodeCache:
 
     Attributes:
         lock: held while a step runs.
+        output: the output layer if it is a plain linear one; else None.
         generation: counts the changes of what graphs read.
         graphs_failed: True if making a graph of a step has failed.
         calibrations: costs of steps, and acceptance statistics, on this device and in this dtype, by (are steps graphs?,
-            number of tokens that drafts are chosen from).
+            number of candidates for a draft token).
     """
 
     def __init__(self) -> None:
         self._fingerprint: tuple[Any, ...] | None = None
         self._forwards: list[tuple[dict[str, Any], Forward]] = []  # vars() of each layer: its setattr is slow
         self._chain: Chain | None = None
-        self._output: nn.Linear | None = None
-        self._shortlist: tuple[LabelCounts | None, int, Shortlist] | None = None
+        self.output: nn.Linear | None = None
         self.lock = threading.RLock()
         self._depth = 0
         self._device_and_dtype: tuple[torch.device, torch.dtype] | None = None
@@ -73,7 +70,7 @@ class DecodeCache:
         self._caches: dict[tuple[int, int], RowCache] = {}
         self.generation = 0
         self.graphs_failed = False
-        self.calibrations: dict[tuple[bool, int], tuple[StepCosts, DraftStats]] = {}
+        self.calibrations: dict[tuple[bool, int | None], tuple[StepCosts, DraftStats]] = {}
 
     def __reduce__(self) -> Any:
         return DecodeCache, ()
@@ -115,13 +112,13 @@ class DecodeCache:
 
         layers = [layer for layer in lora_layers(base) if can_fuse(layer, model.gate)]
         output: Any = base.get_output_embeddings()
-        self._output = output if is_plain_linear(output) else None
-        fingerprint = _fingerprint(model, layers, self._output)
+        self.output = output if is_plain_linear(output) else None
+        fingerprint = _fingerprint(model, layers, self.output)
         if fingerprint == self._fingerprint:
             return
 
         self.clear()  # first: both may not fit into memory
-        forwards = fused_forwards(layers, self._output, model.gate)
+        forwards = fused_forwards(layers, self.output, model.gate)
         self._forwards = [(vars(layer), forward) for layer, forward in forwards]
         if head is not None and all(type(p.data) is Tensor and p.device == device for p in head.parameters()):
             with torch.autocast(device.type, enabled=False):
@@ -132,7 +129,7 @@ class DecodeCache:
         """Free the memory; the next text prepares its weights again."""
         if self._depth:
             self._restore()
-        self._forwards, self._chain, self._shortlist, self._fingerprint = [], None, None, None
+        self._forwards, self._chain, self._fingerprint = [], None, None
         self.graphs_failed = False
         self._drop_graphs()
 
@@ -178,22 +175,6 @@ class DecodeCache:
         if self._chain is not None and not is_autocast(model.base.device):
             return self._chain
         return DraftChain(model.sampler_head, model.base.get_input_embeddings())
-
-    def shortlist(self, model: MTPNetwork, size: int) -> Shortlist | None:
-        """The unembedding of the ``size`` most frequent tokens, or of the first ids if no labels were counted.
-
-        None if the output layer of the (prepared) model is not a plain linear one, or its rows are too large to be copied.
-        """
-        counts, output = model.label_counts, self._output
-        if output is None or size * output.in_features * output.weight.element_size() > MAX_COPY_BYTES:
-            return None
-        if self._shortlist is None or self._shortlist[0] is not counts or self._shortlist[1] != size:
-            if self._shortlist is not None:
-                self._drop_graphs()  # they read it
-            self._shortlist = None  # first: both may not fit into memory
-            tokens = torch.arange(size) if counts is None else counts.order[:size].sort().values
-            self._shortlist = (counts, size, Shortlist(model.unembed, tokens.to(output.weight.device)))
-        return self._shortlist[2]
 
 
 def decode_cache(network: MTPNetwork) -> DecodeCache:

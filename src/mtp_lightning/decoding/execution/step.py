@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.acceptance import Acceptance, VerifiedStep, num_accepted
+from mtp_lightning.decoding.candidates import Candidates
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout
@@ -49,13 +50,20 @@ class StepInput(NamedTuple):
 class Drafts(NamedTuple):
     """The next draft of each row."""
 
-    tokens: Tensor  # [B, J] int64; fewer than masks where more were not worth it
+    tokens: Tensor  # [B, J] int64
     scores: Tensor | None  # what they were chosen from, [B, J, V]; None if unused
     probabilities: Tensor | None = None  # the drafting head's probability of each, [B, J]; None if unused
 
 
 PROBABILITY_UNIT = 1 << 20
 """Probabilities travel to the host as multiples of 1 / this, next to the tokens."""
+
+
+MAX_JOINT_MASKS = {"cpu": 16, "cuda": 128}
+"""Masks of all rows up to which their logits and those of verification are one product, which reads the unembedding once.
+
+With more the product is no longer bound by reading it; then the logits of the block that drafts are a product of their own.
+"""
 
 
 class RowOutput(NamedTuple):
@@ -90,43 +98,55 @@ def read_rows(packed: Tensor, num_drafts: int) -> list[RowOutput]:
 
 
 def draft_block(
-    model: MTPNetwork, hidden: Tensor, verified: Tensor, positions: Tensor, choice: TokenChoice, sampler_head: bool
+    model: MTPNetwork,
+    hidden: Tensor,
+    verified: Tensor,
+    positions: Tensor,
+    choice: TokenChoice,
+    sampler_head: bool,
+    logits: Tensor | None = None,
 ) -> Drafts:
     """Draft the tokens of one block a row, one after another, with the sampler head if asked for and present.
 
-    ``hidden`` [B, J, D] are the hidden states of m_1..m_J; ``verified`` [B] is the token at m_1's position, chosen by the
-    base head, and ``positions`` [B] its absolute position.
+    ``hidden`` [B, J, D] are the hidden states of m_1..m_J, and ``logits`` [B, J, V] the base head's logits of these, if they
+    are known; ``verified`` [B] is the token at m_1's position, chosen by the base head, and ``positions`` [B] its absolute
+    position.
     """
-    unembed, J = choice.shortlist or model.unembed, hidden.shape[1]
+    J = hidden.shape[1]
     at = positions[:, None] + torch.arange(1, J + 1, device=positions.device)
     if not sampler_head or model.sampler_head is None:
-        return _drafts(*choice.draft(unembed(hidden), at), choice)
+        return _drafts(*choice.draft(model.unembed(hidden) if logits is None else logits, at), choice, None)
+    candidates = None
+    if choice.num_candidates is not None:
+        logits = model.unembed(hidden) if logits is None else logits
+        candidates = Candidates(model.unembed, logits, choice.num_candidates)
     chain = decode_cache(model).chain(model)
     chain.begin(hidden)
     indices, scores, previous = [], [], verified
-    path_prob = torch.ones(len(verified), device=hidden.device)
     for j in range(J):
-        index, score = choice.draft(unembed(chain.next(j, previous))[:, None], at[:, j : j + 1])
-        previous = choice.token_ids(index)[:, 0]
+        state = chain.next(j, previous)
+        if candidates is None:
+            index, score = choice.draft(model.unembed(state)[:, None], at[:, j : j + 1])
+            previous = index[:, 0]
+        else:
+            tokens = candidates.tokens[:, j]
+            index, score = choice.draft(candidates.logits(j, state)[:, None], at[:, j : j + 1], tokens[:, None])
+            previous = tokens.gather(1, index)[:, 0]
         indices.append(index)
         scores.append(score)
-        if choice.min_path_prob > 0 and j + 1 < J:
-            path_prob = path_prob * _probability(score, index)[:, 0]
-            if float(path_prob.max()) < choice.min_path_prob:  # waits for the device: see TokenChoice
-                break
-    return _drafts(torch.cat(indices, 1), torch.cat(scores, 1), choice)
+    return _drafts(torch.cat(indices, 1), torch.cat(scores, 1), choice, candidates)
 
 
-def _probability(scores: Tensor, indices: Tensor) -> Tensor:
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return (scores.gather(-1, indices[..., None])[..., 0] - scores.logsumexp(-1)).exp()
-
-
-def _drafts(indices: Tensor, scores: Tensor, choice: TokenChoice) -> Drafts:
-    probabilities = _probability(scores, indices) if choice.return_draft_probs else None
-    if choice.use_rejection_sampling and choice.shortlist is not None:
-        scores = choice.shortlist.spread(scores)
-    return Drafts(choice.token_ids(indices), scores if choice.use_rejection_sampling else None, probabilities)
+def _drafts(indices: Tensor, scores: Tensor, choice: TokenChoice, candidates: Candidates | None) -> Drafts:
+    """Drafts given by their index [B, J] among the scores [B, J, V], or [B, J, m] of candidates."""
+    tokens, probabilities = indices, None
+    if choice.return_draft_probs:
+        precise = scores if scores.dtype == torch.float64 else scores.float()
+        probabilities = (precise.gather(-1, indices[..., None])[..., 0] - precise.logsumexp(-1)).exp()
+    if candidates is not None:
+        tokens = candidates.tokens.gather(-1, indices[..., None])[..., 0]
+        scores = candidates.spread(scores) if choice.use_rejection_sampling else scores
+    return Drafts(tokens, scores if choice.use_rejection_sampling else None, probabilities)
 
 
 def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,20 +194,43 @@ def decode_step(model: MTPNetwork, step: StepInput) -> StepOutput:
     with model.gate.over_last(num_mtp if model.lora.gated else size):
         hidden = run_decoder(model.base, inputs, step.attention_mask, step.position_ids, step.cache)
     # 2. Verify at the last verified token and the drafts.
-    if len({layout.last for layout in layouts}) == 1:
-        states = hidden[:, layouts[0].last : layouts[0].last + c + 1]
-    else:  # prompts of different lengths
-        assert step.layout_index is not None
-        last = torch.tensor([layout.last for layout in layouts], device=hidden.device).index_select(0, step.layout_index)
-        rows = torch.arange(B, device=hidden.device)
-        states = hidden[rows[:, None], last[:, None] + torch.arange(c + 1, device=hidden.device)]
-    base_tokens, accepted = verify(step, model.unembed(states))
+    mask_states = hidden[:, T:]
+    logits, mask_logits = _logits(model, step, _verified_states(step, hidden), mask_states)
+    base_tokens, accepted = verify(step, logits)
     if not depth:
         return StepOutput(base_tokens, accepted, Drafts(base_tokens[:, :0], None))
     # 3. Draft from the block after the last accepted token.
     index = block_index(layouts, c, hidden.device)
     index = index[0].index_select(0, accepted) if step.layout_index is None else index[step.layout_index, accepted]
-    block = hidden[:, T:].gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    block = take_positions(mask_states, index)
+    block_logits = None if mask_logits is None else take_positions(mask_logits, index)
     verified = base_tokens.gather(1, accepted[:, None])[:, 0]
-    drafts = draft_block(model, block, verified, step.first_positions + accepted, step.choice, step.sampler_head)
+    drafts = draft_block(
+        model, block, verified, step.first_positions + accepted, step.choice, step.sampler_head, block_logits
+    )
     return StepOutput(base_tokens, accepted, drafts)
+
+
+def _verified_states(step: StepInput, hidden: Tensor) -> Tensor:
+    """The hidden states at the last verified token and the drafts, [B, c + 1, D]."""
+    c, layouts = step.num_drafts, step.layouts
+    if len({layout.last for layout in layouts}) == 1:
+        return hidden[:, layouts[0].last : layouts[0].last + c + 1]
+    assert step.layout_index is not None  # prompts of different lengths
+    last = torch.tensor([layout.last for layout in layouts], device=hidden.device).index_select(0, step.layout_index)
+    return take_positions(hidden, last[:, None] + torch.arange(c + 1, device=hidden.device))
+
+
+def take_positions(x: Tensor, index: Tensor) -> Tensor:
+    """The positions ``index`` [B, N] of each row of x [B, L, D]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _logits(model: MTPNetwork, step: StepInput, states: Tensor, mask_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits of the verified positions, and of all masks where the base head is needed there and they come nearly free."""
+    num_masks = mask_states.shape[0] * mask_states.shape[1]
+    uses_base_head = not step.sampler_head or model.sampler_head is None or step.choice.num_candidates is not None
+    if not uses_base_head or not 0 < num_masks <= MAX_JOINT_MASKS.get(states.device.type, 0):
+        return model.unembed(states), None
+    logits = model.unembed(torch.cat([states, mask_states], dim=1))
+    return logits[:, : states.shape[1]], logits[:, states.shape[1] :]

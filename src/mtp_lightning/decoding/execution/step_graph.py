@@ -114,7 +114,6 @@ class StepGraph:
         self.seeds = choice.seeds.clone()
         # The graph reads the tables of masks and of indices: they must stay.
         self.masks, self.choice = (masks := StepMasks(model.base, model.context)), copy.copy(choice)
-        self.choice.min_path_prob = 0.0
         size, several = layouts[0].size, len(layouts) > 1
 
         def step(tokens: Tensor, rows: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:

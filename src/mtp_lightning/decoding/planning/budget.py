@@ -67,13 +67,11 @@ class Budget:
             depend on the token. Then only what earlier steps accepted counts.
         timed: True if ``costs.observe`` will be told what steps take.
         few_shapes: True if each new shape must be compiled, so that there should be very few.
-        stops_early: True if a draft ends when its path probability falls below ``min_path_prob``.
 
     Attributes:
         rows: statistics of each active row; its ``chosen_lookup`` is to be verified in place of its block's draft, up to the
             plan's number of drafts.
         costs: what plans cost.
-        min_path_prob: path probability below which another draft token costs more than it is expected to gain.
     """
 
     def __init__(
@@ -86,14 +84,12 @@ class Budget:
         coupled: bool,
         timed: bool = True,
         few_shapes: bool = False,
-        stops_early: bool = False,
     ) -> None:
         self.stats, self.num_masks, self.coupled, self.timed = stats, num_masks, coupled, timed
         self.rows = [RowStats(stats.prior_accept_prob.copy()) for _ in range(num_rows)]
         self.placements = ("last", "ends", "all") if blocks_anywhere else ("last",)
         self.sizes = few_sizes(num_masks) if few_shapes else draft_sizes(num_masks)
         self.costs = PlanCosts(costs, stats, self.sizes, self.placements, num_rows)
-        self.stops_early, self.min_path_prob = stops_early, 0.0
         self._steps = 0
         self._estimates: _Estimates | None = None
         self._probe_credit, self._probe_backoff = 0.0, 1  # seconds saved up for the next probe
@@ -196,8 +192,6 @@ class Budget:
         block_need = np.array([row.block_need for row in self.rows])
         tokens = expected_tokens(accept_probs, block_need, self.num_masks, self._values(), len(self.placements))
         gain = tokens - rate * seconds  # [c, m, where]
-        # Below this path probability a draft token gains less than its time would elsewhere. Rows draft together.
-        self.min_path_prob = rate / len(self.rows) * self.costs.draft_token() if self.stops_early else 0.0
 
         # Only sizes of use; c may be slightly more than the drafts there are, where those do not fill a size.
         most = max(map(len, accept_probs))
@@ -221,11 +215,7 @@ class Budget:
         """Costs of plans and the rate of the best ones, in tokens per second; updated every few steps."""
         B, values, known = len(self.rows), self._values(), self._estimates
         if known is None or known.num_rows != B or known.step + PLAN_EVERY <= self._steps:
-            continue_prob = None
-            if self.stops_early and self.num_masks > 1:  # a token is drafted about as often as its path is accepted
-                path_prob = np.stack([row.accept_prob for row in self.rows]).cumprod(1)
-                continue_prob = path_prob.max(0)[: self.sizes[-1] - 1]
-            seconds = self.costs.all_plans(continue_prob)
+            seconds = self.costs.all_plans()
             sweeps = WARMUP_SWEEPS if known is None or not values.rate else SWEEPS
             values.sweep(self._mean_accept_prob(), seconds, sweeps, TOLERANCE)
             self._estimates = known = _Estimates(seconds, values.rate * B, B, self._steps)

@@ -74,16 +74,9 @@ class PlanCosts:
             self._without_masks = np.maximum.accumulate(self.all_plans()[:, 0, 0])
         return self._without_masks
 
-    def all_plans(self, continue_prob: np.ndarray | None = None) -> np.ndarray:
-        """Seconds of every plan, drafting included; of graphs the measured ones where known.
-
-        ``continue_prob``, [k - 1], is the probability that a second, third, .. token is drafted (default: 1).
-        """
-        num_drafted = np.ones(self.sizes[-1] + 1)
-        num_drafted[0] = 0.0
-        if continue_prob is not None:
-            num_drafted[2:] = continue_prob
-        num_drafted = num_drafted.cumsum()  # expected draft tokens of a block of m masks
+    def all_plans(self) -> np.ndarray:
+        """Seconds of every plan, drafting included; of graphs the measured ones where known."""
+        num_drafted = np.arange(self.sizes[-1] + 1)
         fixed = self.drafting(1) - self.draft_token()
         drafting = num_drafted * self.draft_token() + np.where(num_drafted > 0, fixed, 0.0)
         seconds = self._verifying() + drafting[list(self.sizes)][None, :, None]

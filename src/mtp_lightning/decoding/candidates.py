@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates: the tokens that the sampler head chooses the drafts of a block from, and their rows of the unembedding.
+
+Over the whole vocabulary every draft token would read the whole unembedding. Instead the base head's logits of all masks of
+the block, one product, name the best few tokens at each mask, and the sampler head scores only those. Verification uses the
+whole vocabulary, so the text is the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_lightning.modeling.unembedding import FrozenUnembedding
+
+
+class Candidates:
+    """The ``count`` best tokens at each mask; the base's output layer is a plain linear one.
+
+    Args:
+        unembed: the base's unembedding.
+        logits: the base head's logits at the masks, [B, J, V].
+        count: candidates of each mask, m.
+
+    Attributes:
+        tokens: their ids, ascending, [B, J, m] int64.
+    """
+
+    def __init__(self, unembed: FrozenUnembedding, logits: Tensor, count: int) -> None:
+        self.unembed = unembed
+        # Ascending: of equal scores the smallest id is drafted, as the base's argmax has it.
+        self.tokens = logits.topk(count, sorted=False).indices.sort(-1).values
+        weight, bias = unembed.head.weight, unembed.head.bias
+        self.weight = F.embedding(self.tokens, weight)
+        self.bias = None if bias is None else bias[self.tokens]
+
+    def logits(self, j: int, states: Tensor) -> Tensor:
+        """Logits of the candidates of the j-th mask, [B, m], from the sampler head's output [B, D]."""
+        logits = torch.bmm(self.weight[:, j], states[..., None])[..., 0]
+        return self.unembed.scale_and_cap(logits if self.bias is None else logits + self.bias[:, j])
+
+    def spread(self, scores: Tensor) -> Tensor:
+        """Scores [B, J, m] as those of the whole vocabulary, [B, J, V]: -inf for tokens that are no candidates."""
+        whole = scores.new_full((*scores.shape[:-1], self.unembed.vocab_size), float("-inf"))
+        return whole.scatter_(-1, self.tokens, scores)
