@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONTEXT, VOCAB, tiny_model, token_row
+from tiny import CONTEXT, tiny_model, token_row
 
 from mtp_lightning.decoding import planner
 from mtp_lightning.decoding.execution import calibration
@@ -53,9 +53,9 @@ def test_costs_are_measured_once_for_a_device_and_dtype(monkeypatch: pytest.Monk
     run()
     run()
     assert len(calls) == 1
-    costs, stats = decode_cache(model).calibrations[False, VOCAB]
+    costs, stats = decode_cache(model).calibrations[False, 64]
     assert costs.positions[0] == 1 and max(costs.positions) <= CONTEXT // 2 and all(second > 0 for second in costs.seconds)
     model.float()
     run()
-    assert len(calls) == 2 and [*decode_cache(model).calibrations] == [(False, VOCAB)]
-    assert decode_cache(model).calibrations[False, VOCAB][1] is not stats
+    assert len(calls) == 2 and [*decode_cache(model).calibrations] == [(False, 64)]
+    assert decode_cache(model).calibrations[False, 64][1] is not stats
