@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses.base import LossTerm
+from mtp_lightning.losses.one_pass import loss_sums
 from mtp_lightning.modeling.attention import attention_mask
 from mtp_lightning.modeling.decoder import check_layer_types, context_length, run_decoder, text_config
 from mtp_lightning.modeling.gated_lora import Gate, LoRA, add_gated_lora
@@ -134,7 +135,7 @@ class MTPNetwork(nn.Module):
         if not isinstance(batch, MaskedInput):
             return batch.run(self)
         states = self.hidden_states(batch)
-        sums = {name: term(states, batch, self.unembed) for name, term in (losses or {}).items()}
+        sums = loss_sums(losses or {}, states, batch, self.unembed)
         measurement = measure(states, batch, self.unembed) if with_measurement else None
         return ForwardOutput(sums, measurement, states)
 

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtp_lightning.modeling.decoder import text_config
+from mtp_lightning.modeling.transformers_private import offload_hook
 
 
 class FrozenUnembedding:
@@ -24,6 +27,15 @@ class FrozenUnembedding:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
         return self.scale_and_cap(self.head(hidden))
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """W [V, D] if logits are just W h and W is in memory as it is; else None (bias, scale, cap, sharded, quantised)."""
+        head: Any = self.head
+        if type(head) is not nn.Linear or head.bias is not None or self.scale != 1.0 or self.softcap is not None:
+            return None
+        is_plain = type(head.weight.data) is Tensor and head.weight.device.type != "meta" and not head.weight.requires_grad
+        return head.weight if is_plain and not head._forward_pre_hooks and offload_hook(head) is None else None
 
     def scale_and_cap(self, logits: Tensor) -> Tensor:
         """Scale and cap raw logits of any part of the vocabulary."""

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Terms with a closed form, in one pass over the vocabulary, against each term's own ``forward``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_base, tiny_model, tiny_rows
+from toy_losses import Focal, K
+
+from mtp_lightning.losses import AnchorDistillation, BaseCrossEntropy, LatentConsistency, SamplerCrossEntropy, one_pass
+from mtp_lightning.losses.one_pass import loss_sums
+from mtp_lightning.modeling.masking import build_masked_input
+from mtp_lightning.modeling.unembedding import FrozenUnembedding
+from mtp_lightning.sampler_heads import GRUSamplerHead
+
+TERMS = {
+    "distillation": AnchorDistillation(),
+    "base distillation": AnchorDistillation(head="base"),
+    "base": BaseCrossEntropy(),
+    "sampler": SamplerCrossEntropy(),
+    "lcm": LatentConsistency(),
+    "everywhere": BaseCrossEntropy(positions="all"),
+    "own": Focal("sampler"),
+}
+
+
+@pytest.mark.parametrize("names", [list(TERMS), ["sampler"], ["base distillation"]])
+def test_one_pass_gives_the_sums_and_gradients_of_each_term(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_pass, "TILE", 20)  # the last tile is smaller
+    model = tiny_model(num_masks=K, sampler_head=GRUSamplerHead())
+    batch = build_masked_input(tiny_rows(), K, block_fraction=0.7)
+    assert model.unembed.matrix is not None
+    terms = {name: TERMS[name] for name in names}
+    states = model.hidden_states(batch)
+    expected = {name: term(states, batch, model.unembed) for name, term in terms.items()}
+    passes = []
+    monkeypatch.setattr(one_pass, "_over_tiles", lambda h, w, over=one_pass._over_tiles: passes.append(len(h)) or over(h, w))
+    found = loss_sums(terms, states, batch, model.unembed)
+    assert list(found) == names and passes
+    trained = [p for _, p in model.trained_parameters()]
+    for name in names:
+        assert [s.denominator for s in found[name]] == [s.denominator for s in expected[name]]
+        mine, other = (torch.stack([s.total for s in sums[name]]).sum() for sums in (found, expected))
+        # float64, sums in another order.
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+        grads = (
+            torch.autograd.grad(v, trained, retain_graph=True, materialize_grads=True, allow_unused=True)
+            for v in (mine, other)
+        )
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_masks_that_share_an_anchor_share_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_model(num_masks=K), build_masked_input(tiny_rows(), K)
+    states, passes = model.hidden_states(batch), []
+    monkeypatch.setattr(one_pass, "_over_tiles", lambda h, w, over=one_pass._over_tiles: passes.append(len(h)) or over(h, w))
+    loss_sums({"x": AnchorDistillation(head="base")}, states, batch, model.unembed)
+    assert passes == batch.counts[1:].tolist()  # under full coverage: MTP positions, and anchors
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "llama"])
+def test_a_cap_a_bias_or_a_hook_on_the_unembedding_leaves_the_terms_to_themselves(architecture: str) -> None:
+    base = tiny_base(architecture)
+    assert (FrozenUnembedding(base.requires_grad_(False)).matrix is None) == (architecture == "gemma2")
+    base.get_output_embeddings().register_forward_pre_hook(lambda *_: None)
+    assert FrozenUnembedding(base).matrix is None
