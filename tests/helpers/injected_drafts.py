@@ -55,7 +55,7 @@ class InjectedDrafts:
         model.register_forward_pre_hook(lambda _, args: self.steps.append(args[0]))
 
     def __call__(
-        self, model: MTPModel, hidden: Tensor, verified: Tensor, positions: Tensor, choice: TokenChoice, sampler_head: bool
+        self, model: MTPModel, hidden: Tensor, verified: Tensor, positions: Tensor, choice: TokenChoice, *others: Any
     ) -> Drafts:
         step, drafts = self.steps[-1], []
         for r, at in enumerate(positions.tolist()):

@@ -11,6 +11,9 @@ from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.network import MTPNetwork
 
+EXACT_MASKS = 4
+"""Masks in a block where ``exact`` is asked for and no number of masks."""
+
 
 def check_prompt(length: int, context: int) -> None:
     """Refuse a prompt that is empty or leaves no room in the model's context."""
@@ -27,13 +30,23 @@ def resolve_num_masks(model: MTPNetwork, options: DecodingOptions) -> int:
     if options.decoding == "autoregressive":
         return 0
     if options.num_masks == "auto":
-        return model.num_masks
+        return min(EXACT_MASKS, model.num_masks) if options.exact else model.num_masks
     if type(options.num_masks) is not int or not 1 <= options.num_masks <= model.num_masks:
         raise UsageError(
             f"num_masks must be auto or from 1 to {model.num_masks}, the number this model was trained with,"
             f" got {options.num_masks}."
         )
     return options.num_masks
+
+
+def exact_masks(model: MTPNetwork, options: DecodingOptions) -> int:
+    """The masks whose positions every step feeds with ``exact``, those of plain decoding too; UsageError: J outside 1..k."""
+    return resolve_num_masks(model, replace(options, decoding="quadratic"))
+
+
+def step_positions(model: MTPNetwork, options: DecodingOptions) -> int:
+    """The most positions that a step feeds for a row, the prompt's step apart."""
+    return ((exact_masks if options.exact else resolve_num_masks)(model, options) + 1) ** 2
 
 
 def resolve_auto(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions:
@@ -44,7 +57,9 @@ def resolve_auto(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions
 
 def uses_auto(model: MTPNetwork, options: DecodingOptions) -> bool:
     """True if each step is planned by what pays; not for a sharded model, whose processes must plan alike."""
-    return options.num_masks == "auto" and options.decoding != "autoregressive" and not model.is_sharded
+    if options.exact or options.decoding == "autoregressive":
+        return False
+    return options.num_masks == "auto" and not model.is_sharded
 
 
 def uses_prompt_lookup(model: MTPNetwork, options: DecodingOptions) -> bool:

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence, Set
 import torch
 from torch import Tensor
 
+from mtp_lightning.decoding.compiled_executor import CompiledExecutor, can_compile
+from mtp_lightning.decoding.exact_executor import ExactExecutor
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
-from mtp_lightning.decoding.executor import make_executor, token_choice
+from mtp_lightning.decoding.executor import EagerExecutor, Executor, token_choice
 from mtp_lightning.decoding.limits import check_prompt, end_tokens, resolve_num_masks
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
@@ -21,8 +23,16 @@ from mtp_lightning.decoding.planner import make_planner
 from mtp_lightning.decoding.proposer import make_proposers
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.state import DecodeState, RowStep, StepTokens
+from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.network import MTPNetwork
+
+
+def make_executor(model: MTPNetwork, options: DecodingOptions, choice: TokenChoice) -> Executor:
+    """The executor that the options ask for."""
+    if options.exact:
+        return ExactExecutor(model, options, choice)
+    return (CompiledExecutor if can_compile(model, options) else EagerExecutor)(model, options, choice)
 
 
 def decode(
@@ -73,7 +83,8 @@ def decode_rows(
     Raises:
         UsageError: an empty prompt, one that does not fit the context, or a wrong option.
     """
-    num_masks, seeds = resolve_num_masks(model, options), row_seeds(options.seed, len(prompts))
+    resolve_num_masks(model, options)  # raises for a wrong number
+    seeds = row_seeds(options.seed, len(prompts))
     if len(seeds) != len(prompts):
         raise UsageError(f"seed must be an int or one for each of the {len(prompts)} rows, got {len(seeds)}.")
     for prompt in prompts:
@@ -82,7 +93,7 @@ def decode_rows(
     decode_cache(model).prepare(model)
     choice = token_choice(model, options, seeds)
     executor, proposers = make_executor(model, options, choice), make_proposers(model, options, prompts)
-    with executor.open_cache(prompts, max(limits) + (num_masks + 1) ** 2, cache) as rows_cache:
+    with executor.open_cache(prompts, max(limits), cache) as rows_cache:
         state = DecodeState(
             prompts, limits, rows_cache, choice, end_tokens(model, options), options.max_steps, executor.fixed_shapes
         )

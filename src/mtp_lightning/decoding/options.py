@@ -48,6 +48,9 @@ class DecodingOptions:
             its last tokens. The text is the same. No effect with rejection.
         compile: run steps as graphs, one for each shape: CUDA graphs, or torch.compile on a CPU, which takes many seconds
             for the first step of a shape. No effect with logits processors or rejection.
+        exact: every step feeds the same positions over the same cache slots, plain steps too, so that rounding cannot
+            depend on what is drafted: all decodings give the same text, bit for bit, in any dtype. ``num_masks`` fixes
+            the positions, (num_masks + 1)^2; auto: 4 masks. Slower than the default where drafts are few.
     """
 
     decoding: Decoding = "quadratic"
@@ -66,6 +69,7 @@ class DecodingOptions:
     draft_candidates: int | Literal["all"] = 64
     prompt_lookup: bool = True
     compile: bool = False
+    exact: bool = False
 
     @property
     def coupled(self) -> bool:
@@ -78,6 +82,8 @@ class DecodingOptions:
             setattr(self, name, value)
             if not is_valid(value):
                 raise UsageError(f"{name} must be {valid}, got {value!r}.")
+        if self.exact and self.compile:
+            raise UsageError("exact and compile exclude each other: choose one.")
 
     @classmethod
     def from_kwargs(cls, options: Mapping[str, Any]) -> DecodingOptions:
@@ -144,5 +150,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "draft_candidates": (lambda value: value == "all" or _is_positive(value), "all, or a number from 1 on"),
     "prompt_lookup": _SWITCH,
     "compile": _SWITCH,
+    "exact": _SWITCH,
 }
 """For each option the test of its value, and that in words."""

@@ -9,10 +9,11 @@ from typing import Protocol
 
 import torch
 
+from mtp_lightning.decoding.compiled_executor import can_compile
 from mtp_lightning.decoding.execution.calibration import measure_step_costs
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
-from mtp_lightning.decoding.executor import can_compile, token_choice
+from mtp_lightning.decoding.executor import token_choice
 from mtp_lightning.decoding.limits import resolve_num_masks, uses_auto
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.decoding.planning.budget import Budget

@@ -142,6 +142,13 @@ class DecodeState:
             tokens = tokens.index_copy(0, numbers[:, 0], numbers[:, 1:])
         return torch.cat([self.last_tokens, tokens], dim=1), scores
 
+    def prompts_fed(self) -> None:
+        """The cache holds the prompts but for their last tokens, which the next step feeds."""
+        last = torch.tensor([[row.num_fed - 1] for row in self.rows], device=self.last_tokens.device)
+        self.last_tokens = self.last_tokens.gather(1, last)
+        for row in self.rows:
+            row.num_fed = 1
+
     def commit(self, plan: Plan, result: StepResult) -> list[RowStep]:
         """Advance every row by its accepted drafts and the base model's own token; returns what each row gained."""
         self.num_steps += 1

@@ -19,6 +19,12 @@ def text_config(base: PreTrainedModel) -> Any:
     return base.config.get_text_config(decoder=True)
 
 
+def has_experts(config: Any) -> bool:
+    """True for a mixture of experts."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)
+
+
 def check_layer_types(config: Any, is_recurrent: bool = False) -> None:
     """Refuse a base whose layers carry a state that masks would disturb (recurrent, linear or chunked attention).
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mtp_lightning.errors import UsageError
-from mtp_lightning.modeling.decoder import text_config
+from mtp_lightning.modeling.decoder import has_experts, text_config
 from mtp_lightning.modeling.peft_private import ADAPTER, LoraLayer, LoraVariant, lora_layers, set_variant
 from mtp_lightning.modeling.transformers_private import offload_hook
 from mtp_lightning.types import compute_dtype
@@ -172,14 +172,11 @@ def _default_targets(base: PreTrainedModel) -> list[str]:
     """
     decoder = base.get_decoder()
     prefix = next(name for name, module in base.named_modules() if module is decoder)
-    config = text_config(base)
-    has_experts = any(
-        (getattr(config, name, None) or 0) > 1 for name in ("num_experts", "num_local_experts", "n_routed_experts")
-    )
+    is_mixture = has_experts(text_config(base))
     return [
         f"{prefix}.{name}"
         for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) and (not has_experts or "self_attn" in name)
+        if isinstance(module, nn.Linear) and (not is_mixture or "self_attn" in name)
     ]
 
 

@@ -103,6 +103,7 @@ class GeneratedText:
             "tokens_per_second": num_tokens / self.seconds,
             "decoding": self.options.decoding,
             "num_masks": resolve_num_masks(self.model, self.options),
+            "exact": self.options.exact,
             "finish_reason": self.finish_reason,
         }
 

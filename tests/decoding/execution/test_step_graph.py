@@ -21,7 +21,7 @@ from tiny import greedy_text, tiny_base, tiny_model, token_row
 from torch import Tensor
 from transformers import LogitsProcessorList, MinLengthLogitsProcessor
 
-from mtp_lightning.decoding import executor
+from mtp_lightning.decoding import compiled_executor
 from mtp_lightning.decoding.execution import step_graph
 from mtp_lightning.decoding.execution.decode_cache import decode_cache, rounded_slots
 from mtp_lightning.decoding.execution.step_graph import StepGraph, recorded
@@ -48,7 +48,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return lambda: graph(*inputs)
 
     monkeypatch.setitem(step_graph.CAPTURES, "cpu", record)
-    monkeypatch.setitem(executor.EAGER_RUNS, "cpu", 0)
+    monkeypatch.setitem(compiled_executor.EAGER_RUNS, "cpu", 0)
     return found
 
 

@@ -41,6 +41,9 @@ class StepInput(NamedTuple):
     choice: TokenChoice  # how tokens are chosen
     acceptance: Acceptance  # how drafts are verified
     sampler_head: bool  # True to draft with the sampler head
+    max_new_drafts: int  # drafts to make, at most the masks of a block
+    # False: the logits of the verified positions are a product of their own, whose shape does not depend on drafting
+    joint_logits: bool
 
     def run(self, network: MTPNetwork) -> StepOutput:
         """See ``decode_step``."""
@@ -185,7 +188,8 @@ def decode_step(model: MTPNetwork, step: StepInput) -> StepOutput:
     """One forward pass of the base: verify the drafts, and draft again from the block after the last accepted token."""
     B, T = step.tokens.shape
     layouts, c = step.layouts, step.num_drafts
-    num_mtp, size, depth = layouts[0].num_mtp, layouts[0].size, max(layout.depth for layout in layouts)
+    num_mtp, size = layouts[0].num_mtp, layouts[0].size
+    num_new_drafts = min(max(layout.depth for layout in layouts), step.max_new_drafts)
     # 1. Tokens, then masks; all layouts have the same masks, block after block, at the same indices.
     inputs = model.embed(step.tokens)
     if num_mtp:
@@ -197,11 +201,12 @@ def decode_step(model: MTPNetwork, step: StepInput) -> StepOutput:
     mask_states = hidden[:, T:]
     logits, mask_logits = _logits(model, step, _verified_states(step, hidden), mask_states)
     base_tokens, accepted = verify(step, logits)
-    if not depth:
+    if not num_new_drafts:
         return StepOutput(base_tokens, accepted, Drafts(base_tokens[:, :0], None))
     # 3. Draft from the block after the last accepted token.
     index = block_index(layouts, c, hidden.device)
     index = index[0].index_select(0, accepted) if step.layout_index is None else index[step.layout_index, accepted]
+    index = index[:, :num_new_drafts]
     block = take_positions(mask_states, index)
     block_logits = None if mask_logits is None else take_positions(mask_logits, index)
     verified = base_tokens.gather(1, accepted[:, None])[:, 0]
@@ -230,7 +235,7 @@ def _logits(model: MTPNetwork, step: StepInput, states: Tensor, mask_states: Ten
     """Logits of the verified positions, and of all masks where the base head is needed there and they come nearly free."""
     num_masks = mask_states.shape[0] * mask_states.shape[1]
     uses_base_head = not step.sampler_head or model.sampler_head is None or step.choice.num_candidates is not None
-    if not uses_base_head or not 0 < num_masks <= MAX_JOINT_MASKS.get(states.device.type, 0):
+    if not step.joint_logits or not uses_base_head or not 0 < num_masks <= MAX_JOINT_MASKS.get(states.device.type, 0):
         return model.unembed(states), None
     logits = model.unembed(torch.cat([states, mask_states], dim=1))
     return logits[:, : states.shape[1]], logits[:, states.shape[1] :]

@@ -140,6 +140,8 @@ class StepGraph:
                     choice=self.choice,
                     acceptance=acceptance,
                     sampler_head=sampler_head,
+                    max_new_drafts=layouts[0].depth,
+                    joint_logits=True,
                 ),
             )
             drafts = output.drafts
