@@ -1,130 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step time by positions for random models of large shapes, and the projected speed-up with the paper's acceptance.
+"""Time of decoding steps of random models in large shapes, and tokens a second at the paper's acceptance lengths.
 
-``python benchmarks/large_shapes.py --shape qwen3-0.6b`` prints the measured curve and two projections for each
-benchmark of the paper's Table 1: quadratic decoding with k masks, whose step feeds (k + 1)^2 positions, and budgeted
-drafting. The chance that the first j drafts are accepted is what the j-th mask added to the acceptance length there;
-drafts are simulated with these chances and planned by the planner of decoding. Nothing is decoded: a random model has
-no text. The acceptance that ``--draft_candidates`` may lose is ignored.
+    python benchmarks/large_shapes.py [--shapes qwen3-4b llama-3.1-8b] [--batches 1 8 32] [--masks 1 2 4 8]
+    python benchmarks/large_shapes.py --device cpu --shapes qwen3-0.6b --batches 1 --context 512 --modes eager
+
+For each shape and batch size it times three things with ``--context`` tokens in the cache: the base's own forward pass of
+(k + 1)^2 positions, our step of one token, and our quadratic step, which feeds (k + 1)^2 positions, verifies k drafts and
+draws k new ones with a GRU head; eager, and as graphs. Figures are medians. A random model rejects nearly all drafts;
+the time of a step does not depend on it. Then follow the tokens a second and the speed-up that the acceptance lengths of
+Samragh et al. 2025, Table 1 would give. ``--figures FILE`` also writes all of it as JSON, and a plot beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import statistics
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from shapes import NAMED, random_base
+from shapes import NAMED, device_name, random_base, record, wait
+from transformers import DynamicCache
 
-from mtp_lightning.decoding.execution.calibration import measure_step_costs
-from mtp_lightning.decoding.execution.decode_cache import decode_cache
-from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
-from mtp_lightning.decoding.executor import token_choice
+from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.planning.budget import Budget
-from mtp_lightning.decoding.planning.draft_plan import plan_positions
-from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowOutcome
-from mtp_lightning.decoding.planning.step_costs import StepCosts
+from mtp_lightning.evaluation.reporting import markdown_table, new_figure, save_figure
 from mtp_lightning.model import MTPModel
+from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.transformers_private import cache_keyword
 from mtp_lightning.sampler_heads import GRUSamplerHead
 
 PAPER = {
-    "MMLU": [1.54, 1.87, 2.06, 2.18, 2.26, 2.32, 2.36, 2.38],
-    "PopQA": [1.48, 1.69, 1.80, 1.85, 1.88, 1.90, 1.91, 1.91],
-    "TruthfulQA": [1.55, 1.84, 2.00, 2.08, 2.13, 2.16, 2.18, 2.19],
     "GSM8k": [1.84, 2.58, 3.21, 3.75, 4.20, 4.60, 4.95, 5.22],
     "HumanEval": [1.86, 2.63, 3.30, 3.87, 4.40, 4.79, 5.14, 5.35],
     "AlpacaEval": [1.61, 1.97, 2.18, 2.31, 2.40, 2.45, 2.49, 2.52],
-    "IFEval": [1.55, 1.86, 2.05, 2.16, 2.24, 2.30, 2.36, 2.39],
-    "XSTest": [1.70, 2.11, 2.38, 2.52, 2.67, 2.73, 2.76, 2.79],
-    "HarmBench": [1.78, 2.35, 2.76, 2.99, 3.28, 3.39, 3.45, 3.51],
     "average": [1.67, 2.14, 2.48, 2.69, 2.88, 2.99, 3.10, 3.17],
 }
-"""Acceptance length for 1..8 masks (Samragh et al. 2025, Table 1)."""
+"""Acceptance length for 1 to 8 masks."""
+WARM_UP = 3
+"""Steps that are not counted: the prompt's, an eager one, the one that makes a graph."""
 
 
-def random_model(shape: str, dtype: str, device: str, rank: int) -> MTPModel:
-    """A model of 8 masks with a GRU head on a random base."""
-    base = random_base(shape, getattr(torch, dtype), device, tie_word_embeddings=False)
-    return MTPModel(base.eval(), 8, LoRA(rank=rank), GRUSamplerHead()).eval()
+@torch.inference_mode()
+def forward_times(model: MTPModel, prompts: torch.Tensor, counts: list[int], repeats: int) -> dict[int, float]:
+    """Seconds of the base's forward pass of each number of positions after the prompts."""
+    base, device, batch = model.base, prompts.device.type, len(prompts)
+    keyword, cache = cache_keyword(type(base.get_decoder())), DynamicCache(config=base.config)
+    base(prompts, **{keyword: cache}, logits_to_keep=1)
+    seconds: dict[int, list[float]] = {count: [] for count in counts}
+    for number in range(repeats + 1):
+        for count in counts:
+            ids = prompts[:, :1].expand(batch, count)
+            wait(device)
+            begin = time.perf_counter()
+            base(ids, **{keyword: cache}, logits_to_keep=1)
+            wait(device)
+            if number:
+                seconds[count].append(time.perf_counter() - begin)
+            cache.crop(-count)
+    return {count: statistics.median(values) for count, values in seconds.items()}
 
 
-def chances(lengths: list[float]) -> np.ndarray:
-    """Chance that draft j is accepted given that the ones before are, [8]."""
-    reached = np.diff([0.0, 1.0, *lengths])[1:]
-    return np.clip(reached / np.concatenate([[1.0], reached[:-1]]), 0.0, 1.0)
+def step_time(model: MTPModel, prompts: torch.Tensor, masks: int, compiled: bool, repeats: int) -> float:
+    """Seconds of a step with this number of masks, in each of as many blocks and one more; 0: one token."""
+    options = DecodingOptions(
+        decoding="quadratic" if masks else "autoregressive",
+        num_masks=masks or "auto",
+        max_new_tokens=(WARM_UP + repeats) * (masks + 1) + 1,
+        eos_token_id=[],
+        compile=compiled,
+    )
+    seconds, begin = [], time.perf_counter()
+    for _ in islice(decode_rows(model, list(prompts), options), WARM_UP + repeats):  # reads the tokens of each step
+        seconds.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+    return statistics.median(seconds[WARM_UP:])
 
 
-def fixed(costs: StepCosts, lengths: list[float], masks: int) -> float:
-    """Projected speed-up of quadratic decoding."""
-    curve = costs.curve((masks + 1) ** 2)
-    step = curve[(masks + 1) ** 2] + masks * (costs.per_verified + costs.per_draft) + costs.draft_start
-    return float(lengths[masks - 1] * curve[1] / step)
+def measure(model: MTPModel, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All times of one batch size, in milliseconds, and what follows from them."""
+    # Graphs read a cache whose size is a power of two: prompt and steps together just fill it.
+    length = arguments.context - (WARM_UP + arguments.repeats + max(arguments.masks) + 1) * (max(arguments.masks) + 1) - 1
+    prompts = torch.randint(model.unembed.vocab_size, (batch, length), device=model.base.device)
+    masks = [0, *arguments.masks]
+    forward = forward_times(model, prompts, [(k + 1) ** 2 for k in masks], arguments.repeats)
+    figures: dict[str, Any] = {"forward_ms": {count: round(1e3 * value, 3) for count, value in forward.items()}}
+    for mode in arguments.modes:
+        steps = {k: step_time(model, prompts, k, mode == "graph", arguments.repeats) for k in masks}
+        figures[f"{mode}_step_ms"] = {k: round(1e3 * value, 3) for k, value in steps.items()}
+        figures[f"{mode}_projected"] = {
+            text: {
+                k: {
+                    "tokens_per_second": round(batch * lengths[k - 1] / steps[k], 1),
+                    "speed_up": round(lengths[k - 1] * steps[0] / steps[k], 2),
+                }
+                for k in arguments.masks
+            }
+            for text, lengths in PAPER.items()
+        }
+    weights = sum(p.numel() * p.element_size() for p in model.base.parameters())
+    figures["plain_step_reads_gb_per_second"] = {
+        mode: round(weights / 1e6 / figures[f"{mode}_step_ms"][0], 1) for mode in arguments.modes
+    }
+    return figures
 
 
-def budgeted(costs: StepCosts, lengths: list[float], steps: int = 1500, seed: int = 0) -> tuple[float, float]:
-    """Projected speed-up and acceptance length of budgeted drafting. The head's probabilities are these chances."""
-    generator, chance = np.random.default_rng(seed), chances(lengths)
-    budget = Budget(costs, DraftStats(8), 8, 1, True, True, timed=False)
-    tokens, seconds, waiting = 0, 0.0, 0
-    for number in range(steps):
-        plan = budget.choose(8, [waiting])
-        kept, drafted = 0, min(plan.num_drafts, waiting)
-        while kept < drafted and generator.uniform() < chance[kept]:
-            kept += 1
-        waiting = dict(plan.blocks(drafted)).get(kept, 0)
-        budget.learn([RowOutcome(kept, drafted, waiting, chance.tolist())])
-        if number >= steps // 5:  # once the planner knows the text
-            tokens += kept + 1
-            seconds += budget.costs.plan(plan, plan.masks)
-    return tokens / seconds * float(costs.curve(1)[1]), tokens / (steps - steps // 5)
+def report(name: str, figures: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Print the tables of one shape and batch size."""
+    header = ["masks", "positions", "forward, ms", *(f"{mode} step, ms" for mode in arguments.modes)]
+    rows = [
+        [str(k), str((k + 1) ** 2), str(figures["forward_ms"][(k + 1) ** 2])]
+        + [str(figures[f"{mode}_step_ms"][k]) for mode in arguments.modes]
+        for k in [0, *arguments.masks]
+    ]
+    print(f"\n{name}\n\n" + "\n".join(markdown_table(header, rows)) + "\n", flush=True)
+    for mode in arguments.modes:
+        projected = figures[f"{mode}_projected"]
+        cells = [
+            [text, *(f"{by_k[k]['tokens_per_second']:,.0f} ({by_k[k]['speed_up']:.2f})" for k in arguments.masks)]
+            for text, by_k in projected.items()
+        ]
+        print(f"tokens a second (speed-up), {mode} steps, by the paper's acceptance lengths\n")
+        print("\n".join(markdown_table(["text", *(f"{k} masks" for k in arguments.masks)], cells)) + "\n", flush=True)
 
 
-def shape_arguments(parser: argparse.ArgumentParser, shape: str, device: str) -> None:
-    """Add the arguments that choose the random model, with these defaults."""
-    parser.add_argument("--shape", choices=NAMED, default=shape)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default=device)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--rank", type=int, default=128)
+def plot(results: dict[str, dict[str, Any]], path: Path, modes: list[str]) -> None:
+    """Step time by positions, a panel for each shape and batch size."""
+    columns = min(3, len(results))
+    num_rows = -(-len(results) // columns)
+    figure = new_figure(4.2 * columns, 3.4 * num_rows)
+    axes = figure.subplots(num_rows, columns, squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.set_visible(False)
+    for axis, (name, figures) in zip(axes.flat, results.items(), strict=False):
+        axis.plot(list(figures["forward_ms"]), list(figures["forward_ms"].values()), marker="o", label="forward of the base")
+        for mode in modes:
+            steps = figures[f"{mode}_step_ms"]
+            axis.plot([(k + 1) ** 2 for k in steps], list(steps.values()), marker="s", label=f"our {mode} step")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("positions of a row")
+        axis.set_ylabel("ms")
+        axis.set_ylim(bottom=0)
+    axes[0][0].legend(fontsize=8)
+    save_figure(figure, path, dpi=100)
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shape_arguments(parser, "qwen3-0.6b", "cpu")
-    parser.add_argument("--draft_candidates", type=int, default=64, help="candidates for a draft token; 0: all tokens")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements; the curve is their minimum")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model = random_model(args.shape, args.dtype, args.device, args.rank)
-    options = DecodingOptions(draft_candidates=args.draft_candidates or "all")
-    measured = []
-    decode_cache(model).prepare(model)
-    choice = token_choice(model, options, [0])
-    with torch.inference_mode(), DecodingMode(model).active():
-        for _ in range(args.repeats):
-            measured.append(measure_step_costs(model, choice, plan_positions(8)))
-    positions = max((costs.positions for costs in measured), key=len)
-    fastest = [min(each.seconds[each.positions.index(n)] for each in measured if n in each.positions) for n in positions]
-    parts = [min(getattr(each, name) for each in measured) for name in ("per_verified", "per_draft", "draft_start")]
-    costs = StepCosts(positions, tuple(fastest), *parts)
-    print(f"{args.shape}, {args.dtype}, {args.device}, {torch.get_num_threads()} threads, rank {args.rank}\n")
-    print("| positions | ms | over 1 position |\n|---|---|---|")
-    for n, seconds in zip(costs.positions, costs.seconds, strict=True):
-        print(f"| {n} | {1e3 * seconds:.1f} | {seconds / costs.seconds[0]:.2f} |")
-    candidates = choice.num_candidates or model.unembed.vocab_size
-    print(
-        f"\none draft token, of {candidates:,}: {1e3 * costs.per_draft:.2f} ms;"
-        f" one more verified: {1e3 * costs.per_verified:.2f} ms; start of a draft: {1e3 * costs.draft_start:.2f} ms\n"
-    )
-    print("| benchmark | " + " | ".join(f"{k}" for k in range(1, 9)) + " | auto (acceptance length) |\n|---|" + "---|" * 9)
-    for name, lengths in PAPER.items():
-        speed, length = budgeted(costs, lengths)
-        cells = " | ".join(f"{fixed(costs, lengths, k):.2f}" for k in range(1, 9))
-        print(f"| {name} | {cells} | {speed:.2f} ({length:.2f}) |")
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=NAMED, nargs="+", default=["qwen3-4b", "llama-3.1-8b"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--masks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--modes", choices=["eager", "graph"], nargs="+", default=["eager", "graph"])
+    parser.add_argument("--context", type=int, default=2048, help="tokens in the cache, at most")
+    parser.add_argument("--repeats", type=int, default=8, help="steps that are timed")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--figures", type=Path, default=None, help="JSON file to add the figures to")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    device = device_name(arguments.device)
+    print(f"{device}, torch {torch.__version__}, {arguments.dtype}, rank {arguments.rank}", flush=True)
+    for shape in arguments.shapes:
+        base = random_base(shape, getattr(torch, arguments.dtype), arguments.device)
+        model = MTPModel(base.eval(), max(arguments.masks), LoRA(rank=arguments.rank), GRUSamplerHead()).eval()
+        for batch in arguments.batches:
+            name = f"{shape}, batch {batch}"
+            try:
+                results[name] = measure(model, batch, arguments)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                print(f"{name}: out of memory", flush=True)
+                continue
+            finally:
+                model.clear_decode_cache()
+            report(name, results[name], arguments)
+            record(arguments.figures, "decoding", {"device": device, **results})
+            if arguments.figures is not None:
+                plot(results, arguments.figures.with_name("decoding.png"), arguments.modes)
+        del model, base
+        gc.collect()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

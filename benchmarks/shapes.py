@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes of well-known bases, and random models of these shapes. Shared by the benchmarks."""
+"""What benchmarks share: shapes of well-known bases, random models of these shapes, the device, a file of figures."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,3 +48,25 @@ def random_base(name: str, dtype: torch.dtype, device: str, attention: str | Non
     settings = AutoConfig.for_model(kind, max_position_embeddings=8192, **{**sizes, **config})
     with torch.device(device):
         return AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention)
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the number of threads."""
+    return torch.cuda.get_device_name(device) if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def wait(device: str) -> None:
+    """Wait until the device has done its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def record(file: Path | None, part: str, figures: dict[str, Any]) -> None:
+    """Add figures to a part of a JSON file; None: nowhere. Called often, so that a run cut short has left some."""
+    if file is None:
+        return
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    content[part] = content.get(part, {}) | figures
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(file)

