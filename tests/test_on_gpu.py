@@ -63,6 +63,22 @@ def test_texts_differ_at_near_ties_only(trained, prompts: list[Prompt], dtype: t
         assert difference is None or difference.gap < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_texts_are_equal(trained, prompts: list[Prompt], dtype: torch.dtype) -> None:
+    model = load(trained, dtype)
+    texts = {
+        decoding: decode_batch(
+            model,
+            prompts,
+            DecodingOptions(decoding=decoding, num_masks=NUM_MASKS, max_new_tokens=NUM_TOKENS, eos_token_id=[], exact=True),
+        )[0]
+        for decoding in ("autoregressive", "quadratic", "linear")
+    }
+    plain = [text.tokens for text in texts["autoregressive"]]
+    assert [text.tokens for text in texts["quadratic"]] == plain == [text.tokens for text in texts["linear"]]
+    assert sum(sum(text.accepted) for text in texts["quadratic"]) > 10
+
+
 @needs_gpu
 @pytest.mark.parametrize("decoding", ["quadratic", "linear", "autoregressive"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
