@@ -3,7 +3,6 @@
 
 A matrix product of two to about twenty rows spends much of its time on packing the weight. oneDNN accepts a weight that is
 packed already (compiled models do that); then a few positions cost about as much as one, which is what drafting relies on.
-``benchmarks/packed_linear.py`` measures it.
 """
 
 from __future__ import annotations
