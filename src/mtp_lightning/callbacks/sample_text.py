@@ -15,6 +15,7 @@ from mtp_lightning.decoding.lockstep import in_step
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.errors import UsageError
+from mtp_lightning.text.detokenizer import Detokenizer
 
 OPEN, CLOSE = "\u27e6", "\u27e7"
 """Around accepted drafts where there is no colour."""
@@ -64,7 +65,7 @@ class SampleText(DecodingCallback):
                 steps = [step.tokens for step in decode(module.model, torch.tensor(prompt.input_ids), self.options)]
             if not trainer.is_global_zero:
                 continue
-            spans = mark_drafts(steps, module.tokenizer)
+            spans = mark_drafts(steps, module.tokenizer, prompt.input_ids)
             length = sum(map(len, steps)) / len(steps)
             heading = f"sample {number}{prompt.domain and f' ({prompt.domain})'}, {length:.2f} tokens per step"
             console = progress_console(trainer)
@@ -83,21 +84,17 @@ class SampleText(DecodingCallback):
         module.model.clear_decode_cache()  # training needs the memory
 
 
-def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any) -> list[Span]:
+def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any, prompt_ids: Sequence[int] = ()) -> list[Span]:
     """The text of steps, each of accepted drafts and then one token of the base, as drafted and free spans.
 
     A character whose bytes are spread over several tokens goes to the last of them.
     """
     spans: list[Span] = []
-    tokens: list[int] = []
-    written = 0
+    detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special_tokens=False)
     for step in steps:
-        for piece, drafted in ((step[:-1], True), (step[-1:], False)):
-            tokens += piece
-            text = tokenizer.decode(tokens).rstrip("\ufffd")
-            if len(text) > written:
-                spans.append((text[written:], drafted))
-                written = len(text)
+        for tokens, drafted in ((step[:-1], True), (step[-1:], False)):
+            if text := "".join(map(detokenizer.add, tokens)):
+                spans.append((text, drafted))
     return spans
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.progress import Progress
-from mtp_lightning.data.chat import end_of_turn
+from mtp_lightning.data.encoding import completion_end
 from mtp_lightning.distill.answer_file import AnswerFile, checksum
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
 from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Reply
@@ -24,6 +24,7 @@ from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import PACKAGE, resolve
 from mtp_lightning.saving.checkpoint import SETTINGS, named_base, read_checkpoint
 from mtp_lightning.saving.load import check_device
+from mtp_lightning.text.detokenizer import decode_behind
 from mtp_lightning.text.prompts import Prompt, PromptRow, drop_final_answer, encode_prompt_row, read_prompt_rows
 
 
@@ -215,11 +216,11 @@ def _base_answers(job: Job, file: AnswerFile, config: Any) -> Iterator[list[dict
         return
     base = load_base(job.base_model, job.revision, config.dtype, device=config.device or _default_device())
     prompts = [NamedPrompt(row_id, task.prompt) for row_id, task in job.tasks.items()]
-    for answers in base_answers(base, prompts, job.answers, config.batch_size, file.done):
+    for answers in base_answers(base, job.tokenizer, prompts, job.answers, config.batch_size, file.done):
         yield [
             _row(
                 job.tasks[answer.row_id],
-                job.tokenizer.decode(answer.token_ids, skip_special_tokens=True),
+                decode_behind(job.tokenizer, job.tasks[answer.row_id].prompt.input_ids, answer.token_ids),
                 job.tasks[answer.row_id].prompt.input_ids,
                 answer.token_ids,
                 answer.ended,
@@ -247,11 +248,7 @@ def _server_answers(job: Job, file: AnswerFile) -> Iterator[list[dict[str, Any]]
 def _token_ids(reply: Reply, task: Task, tokenizer: Any) -> list[int]:
     """Tokens of an answer that came as text alone, with what ends a turn or a text."""
     ids = list(tokenizer(reply.text, add_special_tokens=False)["input_ids"])
-    if not reply.ended:
-        return ids
-    if not isinstance(task.content, str):
-        return ids + end_of_turn(task.content, tokenizer)
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    return ids + completion_end(task.content, tokenizer) if reply.ended else ids
 
 
 def _row(

@@ -4,7 +4,7 @@
 | row | tokens | loss |
 |---|---|---|
 | ``text`` | as the tokenizer gives them, its first token included, then its end token | all |
-| ``prompt`` + ``completion`` | each encoded alone, then joined, then the end token | completion and end token |
+| ``prompt`` + ``completion`` | each encoded alone, then joined, then the end token (behind messages: of a turn) | completion and end token |
 | ``prompt`` + ``completion_ids`` | the prompt encoded, then the ids as they are | the ids |
 | ``prompt_ids`` + ``completion_ids`` | as they are: what ``mtp distill`` writes | the completion's |
 | ``messages`` | the base's chat template | assistant turns with their end-of-turn token |
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mtp_lightning.data.chat import encode_chat_prompt, encode_messages
+from mtp_lightning.data.chat import Message, encode_chat_prompt, encode_messages, end_of_turn
 from mtp_lightning.data.reading import ROW_TYPES, row_type
 from mtp_lightning.errors import RunError
 from mtp_lightning.types import IGNORE_INDEX
@@ -76,9 +76,21 @@ def _encode_completion(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
     if has_completion_ids:
         completion = _token_ids(row, "completion_ids")
     else:
-        ids = tokenizer(_text(row, "completion"), add_special_tokens=False, verbose=False)["input_ids"]
-        completion = _with_end_token(ids, tokenizer)
+        completion = list(tokenizer(_text(row, "completion"), add_special_tokens=False, verbose=False)["input_ids"])
+        end = completion_end(row["prompt"], tokenizer, chat_template)
+        completion += [] if end and completion[-len(end) :] == end else end
     return EncodedRow(prompt + completion, [False] * len(prompt) + [True] * len(completion), splittable=False)
+
+
+def completion_end(
+    prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> list[int]:
+    """Token ids that end a completion: behind messages the template's end of turn, else the tokenizer's end token."""
+    try:
+        end = [] if isinstance(prompt, str) else end_of_turn(prompt, tokenizer, chat_template)
+    except RunError:  # the template rewrites answers
+        end = []
+    return end or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
 
 def _encode_ids(row: Mapping[str, Any]) -> EncodedRow:

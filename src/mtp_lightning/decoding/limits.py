@@ -6,8 +6,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtp_lightning.data.chat import end_of_turn
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.errors import UsageError
+from mtp_lightning.errors import MTPError, UsageError
 from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.network import MTPNetwork
 
@@ -68,12 +72,36 @@ def uses_prompt_lookup(model: MTPNetwork, options: DecodingOptions) -> bool:
 
 
 def end_tokens(model: MTPNetwork, options: DecodingOptions) -> set[int]:
-    """The tokens that end a text."""
-    chosen: Any = options.eos_token_id
-    if chosen is None:
-        chosen = getattr(getattr(model.base, "generation_config", None), "eos_token_id", None)
-    if chosen is None:
-        chosen = text_config(model.base).eos_token_id
-    if chosen is None:
-        return set()
-    return {chosen} if isinstance(chosen, int) else set(chosen)
+    """The tokens that end a text: those of the options, else the base's."""
+    chosen = options.eos_token_id
+    return base_end_tokens(model.base, model.tokenizer) if chosen is None else set(token_list(chosen))
+
+
+def base_end_tokens(base: PreTrainedModel, tokenizer: Any = None) -> set[int]:
+    """The tokens that end a text of the base: those its configuration names, its tokenizer's, its chat template's."""
+    chosen = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
+    ends = set(token_list(text_config(base).eos_token_id if chosen is None else chosen))
+    if tokenizer is not None:
+        ends |= {token for token in (tokenizer.eos_token_id, end_of_turn_token(tokenizer)) if token is not None}
+    return ends
+
+
+def end_of_turn_token(tokenizer: Any) -> int | None:
+    """The token that the chat template writes after an answer; bases often do not name it as an end token.
+
+    None if there is no template, or it writes plain text there or rewrites the answer.
+    """
+    try:
+        ids = end_of_turn([{"role": "user", "content": "question"}], tokenizer)
+    except MTPError:
+        return None
+    added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
+    return next((token for token in ids if token in added), None)
+
+
+def token_list(tokens: Any) -> list[int]:
+    """Token ids as transformers names them, one, several (a tensor too) or None, as a list."""
+    if tokens is None:
+        return []
+    tokens = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    return [tokens] if isinstance(tokens, int) else list(tokens)

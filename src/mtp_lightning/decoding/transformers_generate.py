@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
+from mtp_lightning.decoding.limits import token_list
 from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
@@ -72,7 +73,7 @@ def generate_function(mtp: MTPNetwork) -> Callable[..., Any]:
         padding = [input_ids.shape[1] - len(prompt) for prompt in prompts]
         options = DecodingOptions(
             max_new_tokens=int(config.max_length) - input_ids.shape[1],
-            eos_token_id=_end_tokens(config),
+            eos_token_id=token_list(config.eos_token_id),
             **{field.name: model_kwargs[field.name] for field in OPTIONS if field.name in model_kwargs},
             **choice_options(list(logits_processor or []), bool(config.do_sample), padding),
         )
@@ -107,13 +108,6 @@ def _refuse(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     for name in ("cache", "past_key_values"):  # as transformers from 5.24 on calls it, and before
         if model_kwargs.get(name) is not None and model_kwargs[name].get_seq_length():
             raise UsageError(f"speculative decoding keeps its own cache, got {name}. Give the whole text as input_ids.")
-
-
-def _end_tokens(config: GenerationConfig) -> list[int]:
-    chosen = config.eos_token_id
-    if chosen is None:
-        return []
-    return [chosen] if isinstance(chosen, int) else list(chosen)
 
 
 def choice_options(processors: list[Any], do_sample: bool, padding: Sequence[int] = ()) -> dict[str, Any]:
@@ -199,7 +193,7 @@ class _TokenColumns:
 
     def __init__(self, input_ids: Tensor, criteria: list[Any], config: GenerationConfig, streamer: Any) -> None:
         B, self.length = input_ids.shape
-        self.padding = config.pad_token_id if config.pad_token_id is not None else next(iter(_end_tokens(config)), 0)
+        self.padding = config.pad_token_id if config.pad_token_id is not None else next(iter(token_list(config.eos_token_id)), 0)
         # Without end tokens transformers' loop lets a row that a criterion has ended run on until the last one has ended.
         self.pads_ended = any(type(criterion) is EosTokenCriteria for criterion in criteria)
         self.criteria = [each for each in criteria if type(each) not in (MaxLengthCriteria, EosTokenCriteria)]

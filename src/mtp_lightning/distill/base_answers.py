@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from mtp_lightning.decoding.limits import base_end_tokens
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.decoder import context_length, text_config
 from mtp_lightning.text.prompts import Prompt
@@ -112,6 +113,7 @@ def base_batches(prompts: Sequence[NamedPrompt], batch_size: int, context: int, 
 @torch.inference_mode()
 def base_answers(
     base: PreTrainedModel,
+    tokenizer: Any,
     prompts: Sequence[NamedPrompt],
     options: AnswerOptions,
     batch_size: int,
@@ -122,7 +124,7 @@ def base_answers(
     ``prompts`` are all of this process, in the same order in every run; each leaves room for at least one token. RunError if
     a batch does not fit in memory.
     """
-    context, ends = context_length(text_config(base)), end_ids(base)
+    context, ends = context_length(text_config(base)), base_end_tokens(base, tokenizer)
     pad = next((token for token in (text_config(base).pad_token_id, *ends) if token is not None), 0)
     base.generation_config = GenerationConfig()  # the base's own may hold a temperature or a penalty
     for batch in base_batches(prompts, batch_size, context, options.max_new_tokens):
@@ -167,12 +169,3 @@ def _processors(options: AnswerOptions, row_ids: list[str | int], device: torch.
     chain += [TopKLogitsWarper(options.top_k)] if options.top_k is not None else []
     chain += [TopPLogitsWarper(options.top_p)] if options.top_p is not None else []
     return LogitsProcessorList([*chain, SeededNoise([options.row_seed(row_id) for row_id in row_ids], device)])
-
-
-def end_ids(base: PreTrainedModel) -> set[int]:
-    """Ids of the tokens that end an answer; empty if the base names none."""
-    ids = getattr(base.generation_config, "eos_token_id", None)
-    ids = text_config(base).eos_token_id if ids is None else ids
-    if ids is None:
-        return set()
-    return {ids} if isinstance(ids, int) else set(ids)

@@ -13,8 +13,8 @@ from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.text.detokenizer import StoppableText
 from mtp_lightning.text.prompts import Prompt
-from mtp_lightning.text.stream import stop_token_index
 
 
 class DecodedText(NamedTuple):
@@ -31,13 +31,14 @@ def decode_batch(
     """Decode prompts together: the text of each, up to the token that completes ``stop``, and the batch's seconds."""
     texts = [DecodedText([], [], []) for _ in prompts]
     stopped: set[int] = set()
+    found = [StoppableText(model.tokenizer, prompt.input_ids, [stop]) for prompt in prompts] if stop else []
     calibrate(model, options)
     begin = time.perf_counter()
     # Each step ends by reading its tokens from the device, so no work is pending when the clock is read.
     for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, stopped=stopped):
         for row, step, _ in steps:
             text, tokens = texts[row], step.tokens
-            if stop and (end := stop_token_index(model.tokenizer, text.tokens, tokens, [stop])) is not None:
+            if stop and (end := next((i for i, token in enumerate(tokens) if found[row].add(token)), None)) is not None:
                 tokens = tokens[: end + 1]
                 stopped.add(row)
             text.tokens.extend(tokens)

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
-from mtp_lightning.data.chat import end_of_turn
-from mtp_lightning.decoding.limits import end_tokens
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
-from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.text.prompts import Prompt, render_messages
 from mtp_lightning.text.stream import GeneratedText, TextStream
@@ -41,8 +38,7 @@ class Conversation:
         self.dropped = 0
         self.generated: GeneratedText | None = None
         self.cache = RowCache(model.base, 1)
-        ends = end_tokens(model, options) | {model.tokenizer.eos_token_id, end_of_turn_token(model.tokenizer)}
-        self.options = replace(options, eos_token_id=sorted(token for token in ends if token is not None))
+        self.options = options
 
     def reset(self) -> None:
         """Forget all messages but the system message."""
@@ -93,16 +89,3 @@ class Conversation:
         self.dropped = first
         del self.messages[:first]
         return prompt
-
-
-def end_of_turn_token(tokenizer: Any) -> int | None:
-    """The special token that the chat template writes after an answer (the base's end tokens may not include it).
-
-    None if the template writes plain text there, or rewrites the answer.
-    """
-    try:
-        ids = end_of_turn([{"role": "user", "content": "question"}], tokenizer)
-    except RunError:
-        return None
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ids[0] if ids and ids[0] in special | set(tokenizer.all_special_ids) else None

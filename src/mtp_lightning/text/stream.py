@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text while it is generated: incremental detokenization, stop strings, and an iterator over pieces of text. No printing."""
+"""Text while it is generated: what was generated for a prompt so far, and an iterator over pieces of text. No printing."""
 
 from __future__ import annotations
 
@@ -16,72 +16,52 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.errors import UsageError
+from mtp_lightning.text.detokenizer import StoppableText
 from mtp_lightning.text.prompts import Prompt, encode_prompt, render_messages
 
 if TYPE_CHECKING:
     from mtp_lightning.modeling.network import MTPNetwork
 
 
-def decode_complete(tokenizer: Any, token_ids: list[int]) -> str:
-    """The text of tokens, without a character at the end whose bytes are incomplete (decoded as U+FFFD)."""
-    return tokenizer.decode(token_ids, skip_special_tokens=True).rstrip("\ufffd")
-
-
-def partial_stop_length(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that could be the beginning of ``stop``: ``"one t", "two" -> 1``."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def stop_token_index(tokenizer: Any, before: list[int], token_ids: list[int], stops: Sequence[str]) -> int | None:
-    """Index of the new token that completes a stop string, or None; independent of how the text is cut into steps."""
-    for index in range(len(token_ids) if stops else 0):
-        text = decode_complete(tokenizer, before + token_ids[: index + 1])
-        if any(stop in text for stop in stops):
-            return index
-    return None
-
-
 class GeneratedText:
     """The text generated for one prompt so far; stop strings are cut off.
 
-    ``token_ids`` go up to the one that completes a stop string, ``text`` is what was emitted so far, ``stopped`` is True
-    once a stop string was found, and ``seconds`` is the time of decoding.
+    ``token_ids`` go up to the one that completes a stop string, ``text`` is what was emitted so far, ``seconds`` is the time
+    of decoding.
     """
 
     def __init__(self, model: MTPNetwork, prompt: Prompt, options: DecodingOptions, stops: Sequence[str] = ()) -> None:
         self.model, self.prompt, self.options = model, prompt, options
-        self.stops = [stop for stop in stops if stop]
         self.token_ids: list[int] = []
         self.accepted_per_step: list[int] = []
         self.text = ""
-        self.stopped = False
         self.seconds = 0.0
+        self._decoded = StoppableText(model.tokenizer, prompt.input_ids, stops)
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop string was found."""
+        return self._decoded.stopped
 
     def add(self, token_ids: list[int]) -> str:
         """Add a step's tokens, up to the one that completes a stop string; returns the text that can be emitted now."""
-        tokenizer = self.model.tokenizer
-        if (end := stop_token_index(tokenizer, self.token_ids, token_ids, self.stops)) is not None:
-            token_ids = token_ids[: end + 1]
-        self.token_ids += token_ids
-        self.accepted_per_step.append(len(token_ids) - 1)
-
-        # Cut at the first stop string, or hold back an end that could become one.
-        text = decode_complete(tokenizer, self.token_ids)
-        positions = [text.index(stop) for stop in self.stops if stop in text]
-        if positions:
-            self.stopped = True
-            return self._emit(text[: min(positions)])
-        held_back = max((partial_stop_length(text, stop) for stop in self.stops), default=0)
-        return self._emit(text[: len(text) - held_back])
-
-    def _emit(self, text: str) -> str:
-        new = text[len(self.text) :]
-        self.text += new
-        return new
+        num_before = len(self.token_ids)
+        for token in token_ids:
+            self.token_ids.append(token)
+            if self._decoded.add(token):
+                break
+        self.accepted_per_step.append(len(self.token_ids) - num_before - 1)
+        return self._emit()
 
     def flush(self) -> str:
         """The text that was held back; call it when no more tokens come."""
-        return "" if self.stopped else self._emit(decode_complete(self.model.tokenizer, self.token_ids))
+        self._decoded.finish()
+        return self._emit()
+
+    def _emit(self) -> str:
+        new = self._decoded.text[len(self.text) :]
+        self.text += new
+        return new
 
     @property
     def finish_reason(self) -> str:
