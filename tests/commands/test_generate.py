@@ -16,6 +16,7 @@ from trained_run import as_if_trained_here, json_lines, without_times
 from mtp_lightning import MTPModel
 from mtp_lightning.commands.distill import base_of
 from mtp_lightning.saving.checkpoint import named_base
+from mtp_lightning.text.detokenizer import decode_behind
 
 FIELDS = "prompt text token_ids num_steps acceptance_length accepted_per_step seconds tokens_per_second decoding num_masks"
 FIELDS = [*FIELDS.split(), "finish_reason"]
@@ -38,14 +39,15 @@ def test_generate_streams_what_the_model_generates(run: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "stdout", output)
     assert mtp("generate", LAST, "--prompt", "one two", "--max_new_tokens", 16) == 0
     model = MTPModel.from_pretrained(LAST)
-    expected = model.generate(model.tokenizer("one two", return_tensors="pt").input_ids, max_new_tokens=16)
-    text = model.tokenizer.decode(expected.sequences[0, 3:], skip_special_tokens=True)
+    ids = model.tokenizer("one two", return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=16, eos_token_id=[2, 4])
+    text = decode_behind(model.tokenizer, ids[0].tolist(), expected.sequences[0, 3:].tolist())
     assert output.getvalue() == f"one two{text}"
     assert len([piece for piece in output.pieces if piece.strip()]) > 3  # in pieces, not at the end
 
 
 def test_json_lines_of_generate_and_predict(run: Path, capsys) -> None:
-    options = ["--max_new_tokens", 9, "--decoding", "linear", "--num_masks", 2]
+    options = ["--max_new_tokens", 9, "--decoding", "linear", "--num_masks", 2, "--eos_token_id", "[]"]
     assert mtp("generate", LAST, "--prompts", "prompts.jsonl", "--json", *options) == 0
     lines = json_lines(capsys)
     assert mtp("predict", "--config", "config.yaml", "--ckpt_path", LAST, "--data.test", "prompts.jsonl", *options) == 0
@@ -64,7 +66,7 @@ def test_json_lines_of_generate_and_predict(run: Path, capsys) -> None:
 
 def test_all_decodings_write_the_same_text(run: Path, capsys) -> None:
     for options in (["quadratic"], ["linear"], ["autoregressive"], ["quadratic", "--sampler_head", "false"]):
-        words = ["--prompt", "one two", "--max_new_tokens", 40, "--dtype", "float64", "--json"]
+        words = ["--prompt", "one two", "--max_new_tokens", 40, "--dtype", "float64", "--json", "--eos_token_id", "[]"]
         assert mtp("generate", LAST, *words, "--num_masks", 3, "--decoding", *options) == 0
     lines = json_lines(capsys)
     assert len(lines) == 4 and len(lines[0]["token_ids"]) == 40

@@ -52,7 +52,7 @@ def test_completion_ids_and_prompt_ids_are_used_unchanged(tokenizer) -> None:
 def test_prompt_of_messages_ends_with_the_generation_prompt(tokenizer) -> None:
     row = {"prompt": [says("user", "one")], "completion": "two"}
     prompt = [START, USER, NEWLINE, ONE, END, NEWLINE, START, ASSISTANT, NEWLINE]
-    check(row, tokenizer, [*prompt, TWO, EOS], [X] * 9 + [TWO, EOS])
+    check(row, tokenizer, [*prompt, TWO, END], [X] * 9 + [TWO, END])
 
 
 def test_prompt_and_completion_are_encoded_separately() -> None:

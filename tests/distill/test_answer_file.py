@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_lightning.distill.answer_file import AnswerFile, checksum
+from mtp_lightning.distill.answer_file import AnswerFile, prompt_checksum
 from mtp_lightning.errors import RunError, UsageError
 
 
@@ -23,7 +23,7 @@ def test_rows_are_appended_and_found_again(tmp_path: Path) -> None:
     with AnswerFile(path, {"seed": 0}) as file:
         assert file.done == {}
         file.append([row("a", "é\u2028\n"), row(2)])
-        assert file.done == {"a": checksum("pa"), 2: checksum("p2")}
+        assert file.done == {name: prompt_checksum(row(name)) for name in ("a", 2)}
     with AnswerFile(path, {"seed": 0}) as file:
         assert set(file.done) == {"a", 2}
         file.append([row("2")])

@@ -19,13 +19,14 @@ from mtp_lightning.data.chat import encode_chat_prompt
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.distill.base_answers import AnswerOptions
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.text.detokenizer import decode_behind
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base")
     # END is the end of a turn and of a text, as in models made for chat.
-    save_base(folder, "llama", word_tokenizer(bos=False), torch.float64, eos_token_id=4)
+    save_base(folder, "llama", word_tokenizer(bos=False), torch.float64, eos_token_id=4, seed=1)
     return str(folder)
 
 
@@ -49,10 +50,10 @@ def test_rows_hold_prompt_answer_and_their_tokens(tmp_path: Path, base: str, cap
         else:
             prompt = tokenizer(question["prompt"])["input_ids"]
             assert row["prompt"] == question["prompt"] and "messages" not in row
-        expected = greedy_text(model, torch.tensor(prompt), 6, eos_token_id=4)
+        expected = greedy_text(model, torch.tensor(prompt), 6, eos_token_id=[2, 4])
         assert (row["prompt_ids"], row["completion_ids"]) == (prompt, expected)
-        assert row["completion"] == tokenizer.decode(expected, skip_special_tokens=True)
-        assert row["finish_reason"] == ("stop" if expected[-1] == 4 else "length")
+        assert row["completion"] == decode_behind(tokenizer, prompt, expected)
+        assert row["finish_reason"] == ("stop" if expected[-1] in (2, 4) else "length")
         assert row.get("domain") == question.get("domain") and row["seed"] is None
 
 
@@ -111,9 +112,7 @@ def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> 
     write_rows(tmp_path / "q.jsonl", rows)
     words = ["distill", base, "--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl"]
     assert mtp(*words) == 0
-    assert (
-        "2 of 2 rows" in (shown := capsys.readouterr().err) and "2 prompts left out: no room in the context of 64" in shown
-    )
+    assert "2 of 2 rows" in (shown := capsys.readouterr().err) and "2 without room in the context of 64" in shown
     assert max(len(row["completion_ids"]) for row in read(tmp_path / "a.jsonl") if row["id"] == 2) <= 2
     write_rows(tmp_path / "q.jsonl", rows[2:])
     message = error_of(capsys, 1, *words[:4], "--output", tmp_path / "b.jsonl")
@@ -126,6 +125,10 @@ def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> 
     [
         (["--shard", "2/2"], 2, "shard"),
         (["--output", "a.txt"], 2, "output"),
+        (["--max_new_tokens", "0"], 2, "max_new_tokens"),
+        (["--batch_size", "0"], 2, "batch_size"),
+        (["--temperature", "-1"], 2, "temperature"),
+        (["--temperature", "1", "--top_k", "0"], 2, "top_k"),
         (["--prompts", "none.txt"], 1, "none.txt"),
     ],
 )

@@ -70,8 +70,9 @@ def test_a_stop_string_ends_every_text_at_the_same_token() -> None:
     ends = []
     for prompt in prompts:
         (text,), _ = decode_batch(model, [prompt], OPTIONS)
-        words = [model.tokenizer.decode(text.tokens[: i + 1], skip_special_tokens=True).split() for i in range(20)]
-        ends.append(next((i + 1 for i in range(20) if "two" in words[i]), 20))
+        length = len(text.tokens)
+        words = [model.tokenizer.decode(text.tokens[: i + 1], skip_special_tokens=True).split() for i in range(length)]
+        ends.append(next((i + 1 for i in range(length) if "two" in words[i]), length))
     assert min(ends) < 20 and len(set(ends)) > 1
     for decoding, num_masks in (("quadratic", 3), ("linear", 1)):
         texts, _ = decode_batch(model, prompts, replace(OPTIONS, decoding=decoding, num_masks=num_masks), "two")

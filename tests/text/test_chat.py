@@ -10,11 +10,13 @@ from saved import model_on_disk
 from toy_tokenizers import CHATML, word_tokenizer
 
 from mtp_lightning import MTPModel
+from mtp_lightning.decoding.limits import end_of_turn_token
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.base import load_tokenizer
 from mtp_lightning.sampler_heads import GRUSamplerHead
-from mtp_lightning.text.chat import PLAIN_STOP, PLAIN_TEMPLATE, Conversation, end_of_turn_token
+from mtp_lightning.text.chat import PLAIN_STOP, PLAIN_TEMPLATE, Conversation
+from mtp_lightning.text.detokenizer import decode_behind
 
 OPTIONS = DecodingOptions(max_new_tokens=12, num_masks=2)
 
@@ -37,7 +39,7 @@ def answer(model: MTPModel, messages: list[dict[str, str]], ends: list[int]) -> 
     text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = model.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=12, num_masks=2, eos_token_id=ends)
-    return model.tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+    return decode_behind(model.tokenizer, ids[0].tolist(), out.sequences[0, ids.shape[1] :].tolist())
 
 
 def test_turns_and_the_cache_between_them(model: MTPModel) -> None:

@@ -98,7 +98,7 @@ def user(content: object) -> str:
         ('{"prompt": "one"}\n\n{"prompt"\n', ", line 3: .* JSON"),
         ("[1]\n", ", line 1: .* list"),
         ('{"text": "one", "domain": null}\n', r", line 1: .* text, domain \(null\)"),
-        ('{"prompt": 3}\n', ", line 1: .* int"),
+        ('{"prompt": 3}\n', ", line 1: .* fields: prompt"),
         ('{"prompt": "one", "domain": 3}\n', ", line 1: .*domain .* int"),
         ('{"prompt": "one", "id": "\\ud800"}\n', ", line 1: .*id .*ud800"),
         (user("\ud800"), ", line 1: .*surrogate"),

@@ -27,9 +27,10 @@ from mtp_lightning.evaluation import acceptance, decoded_text
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.text import stream as text_stream
+from mtp_lightning.text.detokenizer import decode_behind
 from mtp_lightning.text.prompts import Prompt
 
-LIMIT = {"max_new_tokens": 24, "num_masks": 2}
+LIMIT: dict[str, Any] = {"max_new_tokens": 24, "num_masks": 2, "eos_token_id": []}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def worded_model() -> MTPModel:
 def text_of(model: MTPModel, ids: torch.Tensor, **options: Any) -> tuple[str, list[int], list[int]]:
     out = model.generate(ids, **LIMIT, **options)
     new = out.sequences[0, ids.shape[1] :].tolist()
-    return model.tokenizer.decode(new, skip_special_tokens=True), new, out.accepted_per_step[0]
+    return decode_behind(model.tokenizer, ids[0].tolist(), new), new, out.accepted_per_step[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 2}, {"decoding": "autoregressive"}])
@@ -80,7 +81,7 @@ def test_stops(model: MTPModel) -> None:
 
 def test_an_end_token(model: MTPModel) -> None:
     tokens = text_of(model, PROMPT)[1]
-    stream = model.stream(PROMPT, eos_token_id=tokens[4], **LIMIT)
+    stream = model.stream(PROMPT, **{**LIMIT, "eos_token_id": tokens[4]})
     list(stream)
     assert stream.finish_reason == "stop" and stream.token_ids == tokens[: tokens.index(tokens[4]) + 1]
 
@@ -120,8 +121,9 @@ def test_wrong_stream_arguments(model: MTPModel) -> None:
 
 
 def test_transformers_streamers(model: MTPModel, capsys: pytest.CaptureFixture[str]) -> None:
-    text, tokens, _ = text_of(model, PROMPT)
+    _, tokens, _ = text_of(model, PROMPT)
     options = {"skip_special_tokens": True}
+    text = model.tokenizer.decode(tokens, **options)  # theirs do not decode behind the prompt
     out = model.generate(PROMPT, streamer=TextStreamer(model.tokenizer, skip_prompt=True, **options), **LIMIT)
     assert capsys.readouterr().out == text + "\n" and out.sequences[0, 3:].tolist() == tokens
     model.generate(PROMPT, streamer=TextStreamer(model.tokenizer, **options), **LIMIT)

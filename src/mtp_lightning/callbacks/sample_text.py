@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 from rich.text import Text
 
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
+from mtp_lightning.decoding.limits import with_text_ends
 from mtp_lightning.decoding.lockstep import in_step
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import Decoding
@@ -61,8 +62,9 @@ class SampleText(DecodingCallback):
         module: Any = pl_module
         for number, prompt in enumerate(self.loaded):
             # All processes decode, with sharded parameters they have to; one shows.
+            options = with_text_ends(module.model, self.options)
             with in_step(module.model):
-                steps = [step.tokens for step in decode(module.model, torch.tensor(prompt.input_ids), self.options)]
+                steps = [step.tokens for step in decode(module.model, torch.tensor(prompt.input_ids), options)]
             if not trainer.is_global_zero:
                 continue
             spans = mark_drafts(steps, module.tokenizer, prompt.input_ids)

@@ -7,17 +7,22 @@ import json
 import os
 import re
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsonargparse.typing import PositiveInt
+
 from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.progress import Progress
+from mtp_lightning.data.chat import RefusedByTemplate
 from mtp_lightning.data.encoding import completion_end
-from mtp_lightning.distill.answer_file import AnswerFile, checksum
+from mtp_lightning.distill.answer_file import AnswerFile, prompt_checksum
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
-from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Reply
+from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Reply, Unanswered
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.modeling.decoder import context_length
@@ -25,7 +30,7 @@ from mtp_lightning.paths import PACKAGE, resolve
 from mtp_lightning.saving.checkpoint import SETTINGS, named_base, read_checkpoint
 from mtp_lightning.saving.load import check_device
 from mtp_lightning.text.detokenizer import decode_behind
-from mtp_lightning.text.prompts import Prompt, PromptRow, drop_final_answer, encode_prompt_row, read_prompt_rows
+from mtp_lightning.text.prompts import Prompt, PromptRow, encode_prompt_row, read_prompt_rows
 
 
 class Task(NamedTuple):
@@ -34,17 +39,37 @@ class Task(NamedTuple):
     row: PromptRow
     prompt: Prompt
 
-    @property
-    def content(self) -> str | list[Any]:
-        """The text, or the messages without an answer."""
-        return self.row.content if isinstance(self.row.content, str) else drop_final_answer(self.row.content)
+    def fields(self, answer: str) -> dict[str, Any]:
+        """The fields of the output that name the prompt; of messages with the answer."""
+        fields: dict[str, Any] = {"prompt": self.prompt.text}
+        if not isinstance(self.row.content, str):
+            fields["messages"] = [*self.row.content, {"role": "assistant", "content": answer}]
+        return fields | ({"tools": self.row.tools} if self.row.tools else {})
+
+
+class LeftOut:
+    """Rows without an answer: how many for each reason, and what was said of the first three."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.details: list[str] = []
+
+    def add(self, reason: str, row_id: str | int, detail: str = "") -> None:
+        """Count a row."""
+        self.counts[reason] += 1
+        if len(self.details) < 3:
+            self.details.append(f"row {row_id!r}: {detail or reason}")
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.most_common())
+        return f"{self.counts.total():,} rows left out: {reasons} ({'; '.join(self.details)})"
 
 
 class Job(NamedTuple):
     """What one process is to answer, and how."""
 
     tasks: dict[str | int, Task]  # the prompts by their row's id
-    num_too_long: int  # prompts that leave no token for an answer
+    left_out: LeftOut  # prompts that get no answer
     context: int  # number of positions that the base was made for
     tokenizer: Any  # the base's
     base_model: str  # name of the base
@@ -56,8 +81,6 @@ class Job(NamedTuple):
 def run_distill(args: list[str]) -> None:
     """``mtp distill MODEL --prompts F --output G.jsonl``."""
     config = _parser().parse_args(args)
-    if config.batch_size < 1:
-        raise UsageError(f"batch_size must be 1 or more, got {config.batch_size}.")
     parse_dtype(config.dtype)
     shard, num_shards = chosen_shard(config.shard)
     output = shard_path(config.output, shard, num_shards)
@@ -71,9 +94,9 @@ def run_distill(args: list[str]) -> None:
         num_done = len(file.done)
         answers = _server_answers(job, file) if server else _base_answers(job, file, config)
         summary = _write(answers, file, len(job.tasks))
-    left_out = (
-        f", {job.num_too_long:,} prompts left out: no room in the context of {job.context}" if job.num_too_long else ""
-    )
+        if job.left_out.counts and not file.done:
+            raise RunError(f"no row was answered; {job.left_out}.")
+    left_out = f"; {job.left_out}" if job.left_out.counts else ""
     print(f"{summary}; {output}: {len(file.done) - num_done:,} new{left_out}", file=sys.stderr, flush=True)
 
 
@@ -91,7 +114,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--shard", type=str, default=None, help="i/n: every n-th prompt from number i, 0 to n - 1. Default: RANK/WORLD_SIZE"
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts that are answered together")
+    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="prompts that are answered together")
     parser.add_argument("--dtype", type=str, default="auto", help="dtype of the base; auto: the one it was saved in")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, .. Default: cuda if there is one")
     parser.add_argument("--revision", type=str | None, default=None, help="hub revision of the base")
@@ -109,10 +132,12 @@ def _read_job(config: Any, shard: int, num_shards: int) -> Job:
     if endpoint.endpoint is None:
         check_device(config.device)
     rows = read_prompt_rows(config.prompts)
+    _check_ids(rows)
     context = context_length(load_config(base_model, revision).get_text_config(decoder=True))
     tokenizer = load_tokenizer(base_model, revision)
-    tasks, num_too_long = _tasks(rows, tokenizer, context, shard, num_shards)
-    return Job(tasks, num_too_long, context, tokenizer, base_model, revision, answers, endpoint)
+    left_out = LeftOut()
+    tasks = _tasks(rows[shard::num_shards], tokenizer, context, left_out)
+    return Job(tasks, left_out, context, tokenizer, base_model, revision, answers, endpoint)
 
 
 def _write(answers: Iterable[list[dict[str, Any]]], file: AnswerFile, total: int) -> str:
@@ -185,26 +210,37 @@ def _default_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def _tasks(
-    rows: list[PromptRow], tokenizer: Any, context: int, shard: int, num_shards: int
-) -> tuple[dict[str | int, Task], int]:
-    """This process's prompts as tokens, and the number of those that leave no token of the context for an answer."""
+def _check_ids(rows: list[PromptRow]) -> None:
+    """Refuse prompts with the same id."""
     locations: dict[str | int, str] = {}
     for row in rows:
         if row.row_id in locations:
             raise RunError(f"{row.location}: id {row.row_id!r} is that of {locations[row.row_id]} too.")
         locations[row.row_id] = row.location
-    tasks = [Task(row, encode_prompt_row(row, tokenizer)) for row in rows[shard::num_shards]]
-    short = {task.row.row_id: task for task in tasks if len(task.prompt.input_ids) < context}
-    if tasks and not short:
-        raise RunError(f"all prompts ({len(tasks)}) are as long as the base's context of {context} or longer.")
-    return short, len(tasks) - len(short)
+
+
+def _tasks(rows: list[PromptRow], tokenizer: Any, context: int, left_out: LeftOut) -> dict[str | int, Task]:
+    """Prompts as tokens, without those that leave no token of the context for an answer or that the template refuses."""
+    tasks = {}
+    for row in rows:
+        try:
+            task = Task(row, encode_prompt_row(row, tokenizer))
+        except RefusedByTemplate as error:
+            left_out.add("refused by the chat template", row.row_id, str(error))
+            continue
+        if len(task.prompt.input_ids) < context:
+            tasks[row.row_id] = task
+        else:
+            left_out.add(f"without room in the context of {context}", row.row_id)
+    if rows and not tasks:
+        raise RunError(f"no prompt can be answered; {left_out}.")
+    return tasks
 
 
 def _check_prompts(file: AnswerFile, job: Job) -> None:
     """Refuse a file with answers to other prompts."""
-    for row_id, prompt_checksum in file.done.items():
-        if row_id not in job.tasks or checksum(job.tasks[row_id].prompt.text) != prompt_checksum:
+    for row_id, checksum in file.done.items():
+        if row_id not in job.tasks or prompt_checksum(job.tasks[row_id].fields("")) != checksum:
             raise UsageError(
                 f"{file.path}: row {row_id!r} answers another prompt than --prompts has. Give another --output."
             )
@@ -217,28 +253,40 @@ def _base_answers(job: Job, file: AnswerFile, config: Any) -> Iterator[list[dict
     base = load_base(job.base_model, job.revision, config.dtype, device=config.device or _default_device())
     prompts = [NamedPrompt(row_id, task.prompt) for row_id, task in job.tasks.items()]
     for answers in base_answers(base, job.tokenizer, prompts, job.answers, config.batch_size, file.done):
-        yield [
-            _row(
-                job.tasks[answer.row_id],
-                decode_behind(job.tokenizer, job.tasks[answer.row_id].prompt.input_ids, answer.token_ids),
-                job.tasks[answer.row_id].prompt.input_ids,
-                answer.token_ids,
-                answer.ended,
-                job.answers,
-            )
-            for answer in answers
-        ]
+        rows = []
+        for answer in answers:
+            task = job.tasks[answer.row_id]
+            text = decode_behind(job.tokenizer, task.prompt.input_ids, answer.token_ids)
+            if text.strip():
+                rows.append(_row(task, text, task.prompt.input_ids, answer.token_ids, answer.ended, job.answers))
+            else:
+                job.left_out.add("empty", answer.row_id)
+        yield rows
 
 
 def _server_answers(job: Job, file: AnswerFile) -> Iterator[list[dict[str, Any]]]:
     """Rows answered by a server, one at a time."""
     server = Endpoint(job.endpoint, job.endpoint.endpoint_model or job.base_model, job.answers)
     questions = (
-        Question(row_id, task.content, min(job.answers.max_new_tokens, job.context - len(task.prompt.input_ids)))
+        Question(
+            row_id,
+            task.row.content,
+            min(job.answers.max_new_tokens, job.context - len(task.prompt.input_ids)),
+            task.row.tools,
+        )
         for row_id, task in job.tasks.items()
         if row_id not in file.done
     )
     for reply in server.replies(questions):
+        if isinstance(reply, Unanswered):
+            job.left_out.add(reply.reason, reply.row_id, reply.detail)
+            continue
+        if reply.has_reasoning and reply.token_ids is None:
+            warnings.warn(
+                "the server returns the reasoning apart from the answer: the rows are without it, unless --token_ids true"
+                " returns all tokens",
+                stacklevel=1,
+            )
         task = job.tasks[reply.row_id]
         prompt_ids = reply.prompt_ids or task.prompt.input_ids
         token_ids = _token_ids(reply, task, job.tokenizer) if reply.token_ids is None else reply.token_ids
@@ -248,7 +296,7 @@ def _server_answers(job: Job, file: AnswerFile) -> Iterator[list[dict[str, Any]]
 def _token_ids(reply: Reply, task: Task, tokenizer: Any) -> list[int]:
     """Tokens of an answer that came as text alone, with what ends a turn or a text."""
     ids = list(tokenizer(reply.text, add_special_tokens=False)["input_ids"])
-    return ids + completion_end(task.content, tokenizer) if reply.ended else ids
+    return ids + completion_end(task.row.content, tokenizer) if reply.ended else ids
 
 
 def _row(
@@ -257,10 +305,7 @@ def _row(
     """A line of the output."""
     row: dict[str, Any] = {"id": task.row.row_id}
     row |= {"domain": task.row.domain} if task.row.domain else {}
-    row["prompt"] = task.prompt.text
-    messages = [] if isinstance(task.content, str) else task.content
-    if messages and all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in messages):
-        row["messages"] = [*messages, {"role": "assistant", "content": text}]
+    row |= task.fields(text)
     return row | {
         "completion": text,
         "prompt_ids": list(prompt_ids),

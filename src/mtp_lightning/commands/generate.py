@@ -13,7 +13,7 @@ import torch
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
-from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks
+from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks, with_text_ends
 from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
@@ -26,7 +26,7 @@ from mtp_lightning.text.stream import GeneratedText
 
 def print_generations(model: MTPModel, prompts: list[Prompt], arguments: DecodingArguments, as_json: bool) -> None:
     """Generate for each prompt and print text as it is decoded, or one JSON line per prompt."""
-    options, stops = arguments.options(), [arguments.stop] if arguments.stop else []
+    options, stops = with_text_ends(model, arguments.options()), [arguments.stop] if arguments.stop else []
     resolve_num_masks(model, options)  # an error shows before anything is printed
     seeds = row_seeds(arguments.seed, len(prompts))
     calibrate(model, options)

@@ -4,7 +4,7 @@
 | row | tokens | loss |
 |---|---|---|
 | ``text`` | as the tokenizer gives them, its first token included, then its end token | all |
-| ``prompt`` + ``completion`` | each encoded alone, then joined, then the end token (behind messages: of a turn) | completion and end token |
+| ``prompt`` + ``completion`` | each encoded alone, then joined, then the end token or turn's end | completion and its end |
 | ``prompt`` + ``completion_ids`` | the prompt encoded, then the ids as they are | the ids |
 | ``prompt_ids`` + ``completion_ids`` | as they are: what ``mtp distill`` writes | the completion's |
 | ``messages`` | the base's chat template | assistant turns with their end-of-turn token |

@@ -72,9 +72,16 @@ def uses_prompt_lookup(model: MTPNetwork, options: DecodingOptions) -> bool:
 
 
 def end_tokens(model: MTPNetwork, options: DecodingOptions) -> set[int]:
-    """The tokens that end a text: those of the options, else the base's."""
+    """The tokens that decoding ends at: those of the options, else those that the base's configuration names."""
     chosen = options.eos_token_id
-    return base_end_tokens(model.base, model.tokenizer) if chosen is None else set(token_list(chosen))
+    return base_end_tokens(model.base) if chosen is None else set(token_list(chosen))
+
+
+def with_text_ends(model: MTPNetwork, options: DecodingOptions) -> DecodingOptions:
+    """The options for text: without a choice they end at the tokenizer's end token and the chat template's too."""
+    if options.eos_token_id is not None:
+        return options
+    return replace(options, eos_token_id=sorted(base_end_tokens(model.base, model.tokenizer)))
 
 
 def base_end_tokens(base: PreTrainedModel, tokenizer: Any = None) -> set[int]:

@@ -32,7 +32,7 @@ class DecodingOptions:
         sampler_head: draft with the sampler head; False: with the base's head.
         max_new_tokens: maximum number of generated tokens.
         max_steps: maximum number of steps (forward passes of the base), the prompt's included; None: no limit.
-        eos_token_id: token or tokens that end the text; None: the base's own.
+        eos_token_id: token or tokens that end the text; None: the base's own, and for text the end of a chat's turn.
         temperature: sampling temperature; 0: greedy decoding.
         top_k: sample from the k most likely tokens; None: all. No effect on greedy decoding.
         top_p: sample from the most likely tokens whose probabilities sum to p; None: all. No effect on greedy decoding.

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mtp_lightning.errors import RunError, UsageError, os_reason
 from mtp_lightning.files import atomic_file
@@ -32,13 +34,17 @@ class AnswerFile:
         self.path = path
         self.done: dict[str | int, int] = {}
         self._settings_path = path.with_name(path.name + SETTINGS_SUFFIX)
+        self._lock = FileLock(path.with_name(path.name + ".lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._lock.acquire(timeout=0)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        except Timeout as error:
+            raise RunError(f"{path}: another process writes to it. Wait for it, or change --output.") from error
         except OSError as error:
+            self._unlock()
             raise RunError(f"can't write {path}: {why_unwritable(path.parent) or os_reason(error)}.") from error
         try:
-            self._lock()
             self._check_settings(dict(settings))
             self._read_rows()
         except BaseException:
@@ -53,22 +59,20 @@ class AnswerFile:
     ) -> None:
         self._close()
 
-    def _lock(self) -> None:
-        self._locked = False
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(self._file).st_ino != self.path.stat().st_ino:
-                raise OSError("the process that held the lock has deleted the file")
-        except OSError as error:
-            raise RunError(f"{self.path}: another process writes to it. Wait for it, or change --output.") from error
-        self._locked = True
-
     def _close(self) -> None:
         """Close the file; without an answer delete it, so that the next start may have other settings."""
-        if self._locked and not os.fstat(self._file).st_size:
-            for path in (self._settings_path, self.path):
-                path.unlink(missing_ok=True)
+        is_empty = not os.fstat(self._file).st_size
         os.close(self._file)
+        for path in (self._settings_path, self.path) if is_empty else ():
+            path.unlink(missing_ok=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        """Release the lock, and delete its file where the system allows it."""
+        if self._lock.is_locked:
+            with suppress(OSError):
+                Path(self._lock.lock_file).unlink()
+            self._lock.release()
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows with ``id`` and ``prompt``, none of them in the file yet, and return when they are on the disk.
@@ -90,7 +94,7 @@ class AnswerFile:
                 raise
             intact = f"Its {len(self.done)} rows are intact: run the command again to resume"
             raise RunError(f"{self.path} could not be written: {os_reason(error)}. {intact}.") from error
-        self.done.update((row["id"], checksum(row["prompt"])) for row in rows)
+        self.done.update((row["id"], prompt_checksum(row)) for row in rows)
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         """Compare the settings with those of the file, or write them if it is new."""
@@ -118,18 +122,23 @@ class AnswerFile:
                     break
                 try:
                     row = json.loads(line)
-                    name, prompt_checksum = row["id"], checksum(row["prompt"])
+                    name, found = row["id"], prompt_checksum(row)
                     if name in self.done:
                         raise ValueError(f"row {name!r} is in it twice")
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise RunError(f"{self.path}, line {number}: expected a row of mtp distill. Change --output.") from error
-                self.done[name] = prompt_checksum
+                self.done[name] = found
                 length += len(line)
         if length != os.fstat(self._file).st_size:
             os.ftruncate(self._file, length)
             os.fsync(self._file)
 
 
-def checksum(prompt: str) -> int:
-    """A checksum of a prompt, to notice that a prompts file was changed between two runs."""
-    return zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
+def prompt_checksum(row: Mapping[str, Any]) -> int:
+    """A checksum of the prompt of a row, to notice that a prompts file was changed between two runs.
+
+    Of messages it is not that of their rendering, which may hold today's date; the last one is the answer.
+    """
+    messages = row.get("messages")
+    prompt = row["prompt"] if messages is None else [messages[:-1], row.get("tools")]
+    return zlib.crc32(json.dumps(prompt, sort_keys=True).encode())

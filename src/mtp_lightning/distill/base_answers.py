@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -38,21 +39,13 @@ class AnswerOptions:
         seed: each row's seed is derived from this one and the row's id.
     """
 
-    max_new_tokens: int = 1024
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
+    max_new_tokens: PositiveInt = 1024
+    temperature: NonNegativeFloat = 0.0
+    top_k: PositiveInt | None = None
+    top_p: ClosedUnitInterval | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be 1 or more, got {value}.")
-        if self.temperature < 0:
-            raise UsageError(f"temperature must be 0 (greedy) or above, got {self.temperature}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise UsageError("top_k and top_p need a temperature above 0: set --temperature 1.")
 

@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers from an OpenAI-compatible server (vLLM, SGLang, ``transformers serve``). Standard library only.
+"""Answers from an OpenAI-compatible server (vLLM, SGLang, ``transformers serve``), asked through the ``openai`` package.
 
-Messages go to ``chat/completions``, a text to ``completions``. Transient failures (connection refused or lost, a timeout,
-status 408, 409, 425, 429 or 5xx, an answer that is not JSON) are retried with exponential backoff.
+Messages go to ``chat/completions``, a text to ``completions``. The package retries what is passing: connection refused or
+lost, a timeout, status 408, 409, 429 or 5xx, after the time that the server asks for in Retry-After.
 """
 
 from __future__ import annotations
 
-import http.client
+import ipaddress
 import json
 import os
-import random
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
 from typing import Any, NamedTuple
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 from mtp_lightning.distill.base_answers import AnswerOptions
 from mtp_lightning.errors import RunError, UsageError, one_line
@@ -27,9 +26,12 @@ from mtp_lightning.errors import RunError, UsageError, one_line
 API_KEY_VARIABLE = "MTP_API_KEY"
 """The environment variable with the server's API key, if it requires one."""
 
-MAX_BACKOFF = 60.0
-"""Seconds between two attempts, at most."""
-_TRANSIENT_STATUS = {408, 409, 425, 429}
+NO_ANSWER = "no answer"
+"""The reason of rows without a response from the server."""
+MAX_UNANSWERED = 3
+"""Successive questions without an answer, after all retries, from which on the server is taken to be down."""
+MAX_REFUSED = 100
+"""Questions that a server may refuse before it has answered any."""
 
 
 @dataclass(frozen=True)
@@ -40,36 +42,32 @@ class EndpointOptions:
         endpoint: address of an OpenAI-compatible server, as http://localhost:8000/v1. Default: MODEL itself answers.
         endpoint_model: the model's name on the server. Default: MODEL.
         concurrency: number of concurrent requests.
-        retries: how often a request is retried before the command gives up.
+        retries: how often a request is retried.
         timeout: seconds to wait for an answer.
         token_ids: ask the server for token ids (vLLM: return_token_ids). Default: tokenize its text.
     """
 
     endpoint: str | None = None
     endpoint_model: str | None = None
-    concurrency: int = 16
-    retries: int = 8
-    timeout: float = 600.0
+    concurrency: PositiveInt = 16
+    retries: NonNegativeInt = 8
+    timeout: PositiveFloat = 600.0
     token_ids: bool = False
 
     def __post_init__(self) -> None:
         if self.endpoint is not None:
             parts = urllib.parse.urlsplit(self.endpoint)
-            if parts.scheme not in ("http", "https") or not parts.netloc:
+            if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise UsageError(f"endpoint must be an address like http://localhost:8000/v1, got {self.endpoint!r}.")
-        for name, minimum in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < minimum:
-                raise UsageError(f"{name} must be {minimum} or more, got {getattr(self, name)}.")
-        if not self.timeout > 0:
-            raise UsageError(f"timeout must be above 0, got {self.timeout}.")
 
 
 class Question(NamedTuple):
-    """The prompt of a row, text or messages."""
+    """The prompt of a row."""
 
     row_id: str | int
-    content: str | list[Any]
+    content: str | list[Any]  # text, or messages
     max_tokens: int
+    tools: list[Any] | None = None  # functions that the assistant may call
 
 
 class Reply(NamedTuple):
@@ -80,18 +78,19 @@ class Reply(NamedTuple):
     ended: bool  # True if the model ended it, False if it was cut at the limit
     token_ids: list[int] | None  # the answer's tokens, if the server returned them
     prompt_ids: list[int] | None  # the prompt's tokens, if the server returned them
+    has_reasoning: bool = False  # True if the server took the reasoning out of the text
 
 
-class _Transient(Exception):
-    """A request failed in a way that may pass; the server may ask to wait ``retry_after`` seconds."""
+class Unanswered(NamedTuple):
+    """A row that has no usable answer."""
 
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
+    row_id: str | int  # id of the row
+    reason: str  # in a word or two, to be counted
+    detail: str = ""  # what the server said
 
 
 class Endpoint:
-    """A server that answers prompts; ``model`` is the model's name there."""
+    """A server that answers prompts; ``model`` is the model's name there. UsageError without the ``openai`` package."""
 
     def __init__(self, options: EndpointOptions, model: str, answers: AnswerOptions) -> None:
         assert options.endpoint is not None
@@ -99,16 +98,16 @@ class Endpoint:
         self.url = options.endpoint.rstrip("/")
         self.model = model
         self.answers = answers
-        self._stopped = threading.Event()
+        self._client = _client(self.url, options)
 
-    def replies(self, questions: Iterable[Question]) -> Iterator[Reply]:
+    def replies(self, questions: Iterable[Question]) -> Iterator[Reply | Unanswered]:
         """Send all questions, at most ``concurrency`` at once, and yield replies as they come.
 
-        If the server refuses a question, or does not answer it after all retries, what was answered by then is yielded,
-        and RunError is raised.
+        RunError, after what was answered by then, if the server does not know the model, the key or the path, is down, or
+        refuses everything.
         """
         waiting = iter(questions)
-        finished: SimpleQueue[Reply | BaseException] = SimpleQueue()
+        finished: SimpleQueue[Reply | Unanswered | BaseException] = SimpleQueue()
 
         def answer(question: Question) -> None:
             try:
@@ -116,105 +115,123 @@ class Endpoint:
             except BaseException as error:
                 finished.put(error)
 
-        running = 0
+        running = answered = refused = unanswered = 0
+        while True:
+            for question in islice(waiting, self.options.concurrency - running):
+                # A daemon: after an error or Ctrl-C the process ends without waiting for its pending requests.
+                threading.Thread(target=answer, args=(question,), daemon=True).start()
+                running += 1
+            if not running:
+                return
+            reply = finished.get()
+            running -= 1
+            if isinstance(reply, BaseException):
+                while not finished.empty():
+                    if isinstance(other := finished.get(), Reply):
+                        yield other
+                raise reply
+            yield reply
+            has_failed = isinstance(reply, Unanswered) and reply.reason == NO_ANSWER
+            unanswered = unanswered + 1 if has_failed else 0
+            answered += isinstance(reply, Reply)
+            refused += isinstance(reply, Unanswered)
+            if unanswered == MAX_UNANSWERED or (refused >= MAX_REFUSED and not answered):
+                rows = f"{MAX_UNANSWERED} successive rows" if has_failed else f"the first {refused} rows"
+                raise RunError(f"{self.url}: no answer to {rows}; row {reply.row_id!r}: {reply.detail or reply.reason}.")
+
+    def ask(self, question: Question) -> Reply | Unanswered:
+        """Send one question, with retries; RunError if the server does not know the model, the key or the path."""
+        import openai
+
         try:
-            while True:
-                for question in islice(waiting, self.options.concurrency - running):
-                    # A daemon: after an error or Ctrl-C the process ends without waiting for its pending requests.
-                    threading.Thread(target=answer, args=(question,), daemon=True).start()
-                    running += 1
-                if not running:
-                    return
-                reply = finished.get()
-                running -= 1
-                if isinstance(reply, BaseException):
-                    while not finished.empty():
-                        if isinstance(other := finished.get(), Reply):
-                            yield other
-                    raise reply
-                yield reply
-        finally:
-            self._stopped.set()  # no thread retries any more
+            response = self._send(question)
+        except (openai.AuthenticationError, openai.NotFoundError) as error:
+            raise RunError(
+                f"{self.url}: the server refuses row {question.row_id!r} with status {error.status_code}: {_said(error)}."
+                f" Check --endpoint, --endpoint_model ({self.model}) and {API_KEY_VARIABLE}."
+            ) from error
+        except openai.APIStatusError as error:
+            is_passing = error.status_code in (408, 409, 429) or error.status_code >= 500
+            detail = f"status {error.status_code}: {_said(error)}"
+            return Unanswered(question.row_id, NO_ANSWER if is_passing else "refused", detail)
+        except openai.APIConnectionError as error:  # a timeout too
+            detail = one_line(str(error.__cause__ or error) or type(error.__cause__ or error).__name__, 200)
+            return Unanswered(question.row_id, NO_ANSWER, detail)
+        return _parse(question, response)
 
-    def ask(self, question: Question) -> Reply:
-        """Send one question, with retries; RunError if the server refuses it or does not answer."""
-        for attempt in range(self.options.retries + 1):
-            try:
-                return self._ask_once(question)
-            except _Transient as error:
-                if attempt == self.options.retries or self._stopped.is_set():
-                    failed = f"no answer to row {question.row_id!r} after {attempt + 1} attempts: {error}"
-                    raise RunError(f"{self.url}: {failed}. Run the command again to resume.") from error
-                # Random, so that requests that failed together are not retried together.
-                pause = min(MAX_BACKOFF, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
-                self._stopped.wait(max(pause, min(error.retry_after or 0.0, MAX_BACKOFF)))
-        raise AssertionError("the last attempt returns or raises")
-
-    def _ask_once(self, question: Question) -> Reply:
-        chat = not isinstance(question.content, str)
-        path = "chat/completions" if chat else "completions"
-        body: dict[str, Any] = {
+    def _send(self, question: Question) -> bytes:
+        """The server's response to a question, undecoded; openai's exceptions if it gives none."""
+        options: dict[str, Any] = {
             "model": self.model,
-            "messages" if chat else "prompt": question.content,
             "max_tokens": question.max_tokens,
             "temperature": self.answers.temperature,
             "stream": False,
         }
+        extra: dict[str, Any] = {}
         if self.answers.temperature > 0:
             # Without a top_p a server uses that of the model's generation config. top_k is not a field of OpenAI's.
-            body |= {"seed": self.answers.row_seed(question.row_id), "top_p": self.answers.top_p or 1.0}
+            options["seed"] = self.answers.row_seed(question.row_id)
+            options["top_p"] = 1.0 if self.answers.top_p is None else self.answers.top_p
         if self.answers.top_k is not None:
-            body["top_k"] = self.answers.top_k
+            extra["top_k"] = self.answers.top_k
         if self.options.token_ids:
-            body["return_token_ids"] = True
-        answer = self._post(path, body, question)
-        try:
-            choice = answer["choices"][0]
-            text = choice["message"]["content"] if chat else choice["text"]
-            reason = choice["finish_reason"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise RunError(
-                f"{self.url}/{path}: expected choices with finish_reason, got {json.dumps(answer)[:200]}."
-            ) from error
-        prompt_ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
-        return Reply(question.row_id, text or "", reason != "length", choice.get("token_ids"), prompt_ids)
-
-    def _post(self, path: str, body: dict[str, Any], question: Question) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(API_KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {os.environ[API_KEY_VARIABLE]}"
-        request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode(), headers, method="POST")
-        try:
-            with urllib.request.urlopen(request, timeout=self.options.timeout) as response:
-                answer = json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            reason = one_line(_error_body(error), 200)
-            if error.code in _TRANSIENT_STATUS or error.code >= 500:
-                raise _Transient(f"status {error.code}: {reason}", _retry_after(error.headers.get("Retry-After"))) from error
-            raise RunError(
-                f"{self.url}/{path}: the server refuses row {question.row_id!r} with status {error.code}: {reason}."
-                f" Check --endpoint, --endpoint_model ({self.model}), {API_KEY_VARIABLE} and the prompt."
-            ) from error
-        except TimeoutError as error:
-            raise _Transient(f"no answer in {self.options.timeout:g} seconds") from error
-        except (OSError, http.client.HTTPException) as error:  # connection refused or lost
-            raise _Transient(one_line(error, 200)) from error
-        except ValueError as error:
-            raise _Transient(f"the answer is not JSON: {one_line(error, 100)}") from error
-        if not isinstance(answer, dict):
-            raise _Transient(f"expected a JSON object, got {type(answer).__name__}")
-        return answer
+            extra["return_token_ids"] = True
+        if isinstance(question.content, str):
+            ask, options["prompt"] = self._client.completions, question.content
+        else:
+            ask, options["messages"] = self._client.chat.completions, question.content
+            options |= {"tools": question.tools} if question.tools else {}
+        response: bytes = ask.with_raw_response.create(**options, extra_body=extra).content
+        return response
 
 
-def _error_body(error: urllib.error.HTTPError) -> str:
+def _client(url: str, options: EndpointOptions) -> Any:
+    """A client of the ``openai`` package."""
     try:
-        return error.read(2000).decode("utf-8", "replace") or error.reason
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
+        import openai
+    except ImportError as error:
+        raise UsageError("--endpoint needs the openai package: pip install 'mtp-lightning[endpoint]'.") from error
+    # A proxy of the environment can't reach what is on this machine.
+    client = openai.DefaultHttpxClient(trust_env=False) if _is_local(url) else None
+    return openai.OpenAI(
+        base_url=url,
+        api_key=os.environ.get(API_KEY_VARIABLE) or "none",
+        max_retries=options.retries,
+        timeout=options.timeout,
+        http_client=client,
+    )
 
 
-def _retry_after(value: str | None) -> float | None:
+def _is_local(url: str) -> bool:
+    """True for an address of this machine."""
+    host = urllib.parse.urlsplit(url).hostname or ""
     try:
-        return float(value) if value is not None else None
-    except ValueError:  # a date: the backoff will do
-        return None
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _parse(question: Question, response: bytes) -> Reply | Unanswered:
+    """The answer in a response with status 200. Only ``stop`` ends an answer, and ``length`` cuts it."""
+    try:
+        answer = json.loads(response)
+        choice = answer["choices"][0]
+        message = choice if isinstance(question.content, str) else choice["message"]
+        text, reason = message["text" if message is choice else "content"], choice["finish_reason"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return Unanswered(question.row_id, "no choices", one_line(response[:200].decode("utf-8", "replace"), 200))
+    if message.get("tool_calls"):
+        return Unanswered(question.row_id, "tool_calls")
+    if reason not in ("stop", "length"):
+        return Unanswered(question.row_id, str(reason))
+    if not isinstance(text, str) or not text.strip():
+        return Unanswered(question.row_id, "empty")
+    prompt_ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
+    has_reasoning = bool(message.get("reasoning_content") or message.get("reasoning"))
+    return Reply(question.row_id, text, reason == "stop", choice.get("token_ids"), prompt_ids, has_reasoning)
+
+
+def _said(error: Any) -> str:
+    """What the server said in a response that is an error."""
+    return one_line(error.response.text.strip() or str(error), 200)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtp_lightning.decoding.limits import end_tokens
+from mtp_lightning.decoding.limits import end_tokens, with_text_ends
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation.acceptance import WARM_UP_TOKENS, spread
 from mtp_lightning.evaluation.benchmark import OnProgress, Setting, prompt_seeds
@@ -77,7 +77,7 @@ def _our_loop(model: MTPNetwork, options: DecodingOptions, stop: str | None) -> 
 
 
 def _transformers_loop(model: MTPNetwork, options: DecodingOptions, **generate_options: Any) -> System:
-    ends = sorted(end_tokens(model, options))
+    ends = sorted(end_tokens(model, with_text_ends(model, options)))
     padding = ends[0] if ends else 0
 
     def run(prompts: Sequence[Prompt], limit: int) -> TimedBatch:

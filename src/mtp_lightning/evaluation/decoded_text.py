@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from mtp_lightning.decoding.limits import with_text_ends
 from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
@@ -31,6 +32,7 @@ def decode_batch(
     """Decode prompts together: the text of each, up to the token that completes ``stop``, and the batch's seconds."""
     texts = [DecodedText([], [], []) for _ in prompts]
     stopped: set[int] = set()
+    options = with_text_ends(model, options)
     found = [StoppableText(model.tokenizer, prompt.input_ids, [stop]) for prompt in prompts] if stop else []
     calibrate(model, options)
     begin = time.perf_counter()

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+from mtp_lightning.decoding.limits import with_text_ends
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.errors import UsageError
@@ -38,7 +38,7 @@ class Conversation:
         self.dropped = 0
         self.generated: GeneratedText | None = None
         self.cache = RowCache(model.base, 1)
-        self.options = options
+        self.options = with_text_ends(model, options)
 
     def reset(self) -> None:
         """Forget all messages but the system message."""

@@ -3,7 +3,7 @@
 
 * ``.txt``: one prompt per line; empty lines are skipped.
 * ``.jsonl``: one object per line with ``prompt`` (text, or a list of messages) or ``messages`` (rendered with the
-  tokenizer's chat template; an assistant's answer at the end is dropped), and optionally ``domain``.
+  tokenizer's chat template; an assistant's answer at the end is dropped), and optionally ``tools`` and ``domain``.
 * ``-``: standard input, one of the two: JSON where the first line begins with ``{``.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtp_lightning.data.chat import check_roles, render, template_of
-from mtp_lightning.data.messages import clean_messages
+from mtp_lightning.data.chat import render_chat_prompt
+from mtp_lightning.data.messages import chat_of, clean_messages
 from mtp_lightning.data.tokenizing import is_utf8, tokenize
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.json_text import read_json
@@ -34,9 +34,10 @@ class PromptRow(NamedTuple):
     """A prompt as it is in its file."""
 
     location: str  # file and line, for messages
-    content: str | list[Any]  # text, or a list of messages
+    content: str | list[Any]  # text, or a list of messages without an answer at their end
     domain: str  # its domain, or an empty string
     row_id: str | int  # the row's ``id``, or its line number
+    tools: list[dict[str, Any]] | None = None  # functions that the assistant may call
 
 
 def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context: int | None = None) -> list[Prompt]:
@@ -119,20 +120,28 @@ def _parse_line(source: str, number: int, line: str, is_json: bool) -> PromptRow
     value = read_json(line, source, number)
     if not isinstance(value, dict):
         raise RunError(f"{location}: expected an object with prompt or messages, got {type(value).__name__}.")
-    messages, content = value.get("messages"), value.get("prompt")
-    if messages is None and content is None:
-        fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
-        raise RunError(f"{location}: expected prompt or messages, got the fields: {fields}.")
-    content = content if messages is None else messages
-    if not isinstance(content, list if messages is not None else str | list):
-        raise RunError(f"{location}: expected prompt as text or messages as a list, got {type(content).__name__}.")
+    content, tools = _content(value, location)
     domain = value.get("domain")
     if not isinstance(domain, str | None):
         raise RunError(f"{location}: expected domain as text, got {type(domain).__name__}.")
     row_id = value.get("id", number)
     if not isinstance(row_id, str | int) or not is_utf8(str(row_id)):
         raise RunError(f"{location}: expected id as UTF-8 text or a number, got {row_id!r}.")
-    return PromptRow(location, content, domain or "", row_id)
+    return PromptRow(location, content, domain or "", row_id, tools)
+
+
+def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], list[dict[str, Any]] | None]:
+    """The text, or the messages without an answer at their end, and the tools of a line."""
+    if isinstance(value.get("prompt"), str) and value.get("messages") is None:
+        return value["prompt"], None
+    try:
+        chat = chat_of({**value, "messages": value.get("prompt")} if isinstance(value.get("prompt"), list) else value)
+        if chat is not None:
+            return drop_final_answer(clean_messages(chat.messages)), chat.tools
+    except RunError as error:
+        raise RunError(f"{location}: {error}") from error
+    fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
+    raise RunError(f"{location}: expected prompt as text, or messages, got the fields: {fields}.")
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
@@ -174,18 +183,16 @@ def drop_final_answer(messages: list[Any]) -> list[Any]:
 
 def render_messages(messages: list[Any], tokenizer: Any) -> Prompt:
     """A conversation as a prompt, by the tokenizer's chat template; an assistant's answer at the end is dropped."""
-    return encode_prompt_row(PromptRow("messages", messages, "", 0), tokenizer)
+    return encode_prompt_row(PromptRow("messages", drop_final_answer(messages), "", 0), tokenizer)
 
 
 def _render(row: PromptRow, tokenizer: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise RunError(f"{row.location}: the base's tokenizer has no chat template for messages: give text.")
     try:
-        messages, template = clean_messages(drop_final_answer(list(row.content))), template_of(tokenizer, None)
-        check_roles(messages, template)
-        for number, message in enumerate(messages, 1):
+        for number, message in enumerate(clean_messages(row.content), 1):
             if message["role"] == "user" and not message["content"].strip():
                 raise RunError(f"message {number} is the user's and empty.")
-        return render(messages, tokenizer, template, generation_prompt=True)
+        return render_chat_prompt(clean_messages(row.content), tokenizer, tools=row.tools)
     except RunError as error:
-        raise RunError(f"{row.location}: {error}") from error
+        raise type(error)(f"{row.location}: {error}") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.limits import end_tokens, resolve_num_masks
+from mtp_lightning.decoding.limits import end_tokens, resolve_num_masks, with_text_ends
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
@@ -168,6 +168,6 @@ def stream_text(
     else:
         ids: list[Any] = prompt.reshape(-1).tolist() if isinstance(prompt, Tensor) else list(prompt)
         encoded = Prompt(tokenizer.decode(ids), ids, "")
-    settings = DecodingOptions.from_kwargs(options)
+    settings = with_text_ends(model, DecodingOptions.from_kwargs(options))
     resolve_num_masks(model, settings)  # so that a wrong option raises now, not at the first piece
     return TextStream(model, encoded, settings, [stop] if isinstance(stop, str) else stop or ())
