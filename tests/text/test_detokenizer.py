@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text of tokens behind a prompt: spaces and characters at the border, and stop strings with special tokens."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from toy_tokenizers import byte_tokenizer, word_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from mtp_lightning.text.detokenizer import Detokenizer, StoppableText, decode_behind
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Pieces and bytes as Llama 2 has them; its decoder drops the first space of what it is given."""
+    pieces = ["<unk>", "<s>", "</s>", "▁Paris", "▁the", "x", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in pieces[:3]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def slow(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    return tokenizer
+
+
+def as_bytes(text: str) -> list[int]:
+    return [6 + byte for byte in text.encode()]
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_spaces_and_characters_at_the_borders(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = llama_tokenizer() if is_fast else slow(llama_tokenizer(), monkeypatch)
+    assert tokenizer.decode([3]) == "Paris"  # what is to be avoided
+    assert decode_behind(tokenizer, [1, 4], [3, 2]) == " Paris"
+    assert decode_behind(tokenizer, [1], [3]) == "Paris"  # the text begins here
+    assert decode_behind(tokenizer, [4], [*as_bytes("é€")]) == "é€"
+    assert decode_behind(tokenizer, [4], [5, *as_bytes("\ufffd")]) == "x\ufffd"  # the model wrote it
+    assert decode_behind(tokenizer, [4], [5, *as_bytes("€")[:2]]) == "x"  # cut in the middle
+    assert decode_behind(tokenizer, [4, *as_bytes("\ufffd")], [5, 3]) == "x Paris"
+    detokenizer = Detokenizer(tokenizer, [4])
+    assert [detokenizer.add(token) for token in as_bytes("€")] == ["", "", "€"] and detokenizer.rest() == ""
+
+
+def test_bytes_of_characters() -> None:
+    tokenizer = byte_tokenizer(["<eos>"], "<eos>")
+    ids = tokenizer("xé\ufffd")["input_ids"]
+    assert decode_behind(tokenizer, tokenizer("ab \ufffd")["input_ids"], ids) == "xé\ufffd"
+    assert decode_behind(tokenizer, [], ids[:2]) == "x" and decode_behind(tokenizer, [], ids[:-1]) == "xé"
+
+
+def stopped(text: StoppableText, tokens: list[int]) -> tuple[int | None, str]:
+    """Index of the token that stopped a text, and the text."""
+    index = next((index for index, token in enumerate(tokens) if text.add(token)), None)
+    text.finish()
+    return index, text.text
+
+
+def test_stop_strings_with_special_tokens() -> None:
+    tokenizer = word_tokenizer()
+    one, end, newline, two = 9, 4, 5, 10
+    tokens = [one, end, newline, two]
+    assert stopped(StoppableText(tokenizer, [two], ["<|im_end|>"]), tokens) == (1, " one")
+    assert stopped(StoppableText(tokenizer, [two], ["<|im_end|> \n"]), tokens) == (2, " one")
+    assert stopped(StoppableText(tokenizer, [two], ["<eos>", "two"]), tokens) == (
+        3,
+        " one \n ",
+    )  # special tokens stay hidden
+    assert stopped(StoppableText(tokenizer, [two], ["three"]), tokens) == (None, " one \n two")
+
+
+def test_an_end_that_could_become_a_stop_string_is_held_back() -> None:
+    text = StoppableText(byte_tokenizer(["<eos>"], "<eos>"), [], ["bcd"])
+    ids = text._detokenizer.tokenizer("xbcx")["input_ids"]
+    shown = []
+    for token in ids:
+        assert not text.add(token)
+        shown.append(text.text)
+    assert shown == ["x", "x", "x", "xbcx"]
