@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 # Before transformers and datasets are imported: no test may need the network or read what an earlier session cached.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _CACHE = tempfile.TemporaryDirectory(prefix="mtp-tests-")
-os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["HF_DATASETS_CACHE"] = os.environ["MTP_CACHE"] = _CACHE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

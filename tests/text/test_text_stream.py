@@ -17,11 +17,11 @@ from toy_tokenizers import byte_tokenizer, word_tokenizer
 from transformers import TextIteratorStreamer, TextStreamer
 
 from mtp_lightning import MTPModel
-from mtp_lightning.decoding import planner
+from mtp_lightning.decoding import calibration
 from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.execution.step import Drafts
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.planning.step_costs import StepCosts
+from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation import acceptance, decoded_text
 from mtp_lightning.modeling.gated_lora import LoRA
@@ -182,11 +182,12 @@ def test_stops_cut_the_same_tokens_however_many_come_in_a_step(stops: list[str],
 def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
-    def slow_measurement(*arguments: Any) -> StepCosts:
+    def slow_measurement(*arguments: Any) -> dict[Plan, float]:
         clock.now += 1000.0
-        return StepCosts((1, 81), (1.0, 1.5), 0.0, 0.0)
+        return {PLAIN: 1.0, Plan(0, 1, "last"): 2.0}
 
-    monkeypatch.setattr(planner, "measure_step_costs", slow_measurement)
+    monkeypatch.setattr(calibration, "measure", slow_measurement)
+    monkeypatch.setenv(calibration.FOLDER_VARIABLE, "/dev/null/none")
     for module in (text_stream, decoded_text):
         monkeypatch.setattr(module, "time", clock)
     prompt, options = Prompt("", [9, 10], ""), {"max_new_tokens": 2}

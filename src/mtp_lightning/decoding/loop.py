@@ -97,7 +97,7 @@ def decode_rows(
         state = DecodeState(
             prompts, limits, rows_cache, choice, end_tokens(model, options), options.max_steps, executor.fixed_shapes
         )
-        planner = make_planner(model, options, state, any(proposer.reads_text for proposer in proposers))
+        planner = make_planner(model, options, state)
         while True:
             plan = planner.plan(state)
             result = executor.run(plan, state)

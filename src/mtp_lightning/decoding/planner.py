@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planners: how many drafts the next step verifies, and where it places blocks of masks."""
+"""Planners: how many drafts the next step verifies, and where it places blocks of masks.
+
+A plan depends on tokens and on calibrated costs only, never on the clock, so a text can be repeated. It never depends on a
+draft that is not verified yet: the rejection rule forbids it.
+"""
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from mtp_lightning.decoding.compiled_executor import can_compile
-from mtp_lightning.decoding.execution.calibration import measure_step_costs
+from mtp_lightning.decoding.calibration import StepSeconds, plan_sizes, step_seconds
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
-from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
-from mtp_lightning.decoding.executor import token_choice
 from mtp_lightning.decoding.limits import resolve_num_masks, uses_auto
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
-from mtp_lightning.decoding.planning.budget import Budget
-from mtp_lightning.decoding.planning.draft_plan import Plan, plan_positions
-from mtp_lightning.decoding.planning.draft_stats import DraftStats, RowOutcome
-from mtp_lightning.decoding.planning.step_costs import StepCosts
+from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan, block_placement
+from mtp_lightning.decoding.planning.drafting import PLAIN_DECODING, RowStats, drafting_rates, path_probs
 from mtp_lightning.decoding.state import DecodeState, Row, StepResult
-from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.modeling.network import MTPNetwork
+
+REPLAN_EVERY, SWITCH_GAIN = 4, 1.02
+"""Steps for which a way of drafting is kept, and by how much another one must be better: shapes should not change often."""
+PROBE_SHARE, PROBE_MASKS = 0.01, 2
+"""Share of the time of plain steps that is spent on probes, and their masks."""
 
 
 class Planner(Protocol):
@@ -41,7 +43,7 @@ class FixedPlanner:
     """Verifies all drafts and places blocks of a fixed number of masks (autoregressive: 0): the paper's decoding."""
 
     def __init__(self, decoding: Decoding, num_masks: int) -> None:
-        self.where, self.num_masks = "all" if decoding == "quadratic" else "last", num_masks
+        self.where, self.num_masks = block_placement(decoding), num_masks
 
     def plan(self, state: DecodeState) -> Plan:
         """See ``Planner``."""
@@ -55,85 +57,122 @@ class FixedPlanner:
 
 
 class AutoPlanner:
-    """Plans what gains the most tokens per second, from acceptance statistics and step times."""
+    """Plans what gains the most tokens per second by the text so far, with drafts of blocks or of the text.
 
-    def __init__(self, budget: Budget, state: DecodeState, text_drafts: bool) -> None:
-        self._budget, self._rows = budget, state.rows
-        budget.costs.batch = len(state.rows), state.cache.capacity
-        state.choice.return_draft_probs = budget.coupled
-        if text_drafts:
-            budget.use_lookup()
+    Args:
+        seconds: what steps take.
+        num_masks: k.
+        sizes: numbers of drafts and of masks that plans use, ascending from 0.
+        where: where steps that verify place blocks.
+    """
+
+    def __init__(self, seconds: StepSeconds, num_masks: int, sizes: Sequence[int], where: str) -> None:
+        self._seconds_of, self.num_masks, self.sizes, self.where = seconds, num_masks, sizes, where
+        self._stats: dict[int, RowStats] = {}  # by number of the row
+        self._known: dict[Plan, float] = {}  # seconds with the rows that are left
+        self._num_rows = self._steps = 0
+        self._way, self._rate = PLAIN_DECODING, 0.0
+        self._credit = 0.0  # seconds saved up for the next probe
+        self._plan = PLAIN
 
     def plan(self, state: DecodeState) -> Plan:
         """See ``Planner``."""
-        rows, budget = self._selected(state), self._budget
-        max_masks = state.max_useful_masks(budget.num_masks)
-        if state.num_steps:
-            self._plan = budget.choose(max_masks, [row.num_drafts for row in rows], [row.text_draft for row in rows])
-            for row, known in zip(rows, budget.rows, strict=True):
-                row.text_draft = known.chosen_lookup
-        else:
-            self._plan = budget.first(max_masks)
-        self._begin = time.perf_counter()
+        rows, max_masks = state.active, state.max_useful_masks(self.num_masks)
+        if len(rows) != self._num_rows:
+            self._num_rows, self._steps = len(rows), 0
+            self._known.clear()
+        if self._steps % REPLAN_EVERY == 0:
+            self._choose_way([self._stats.setdefault(row.number, RowStats(self.num_masks)) for row in rows])
+        self._steps += 1
+        self._plan = self._best(rows, self._largest_size(min(self._way.masks, max_masks)))
+        if self._plan == PLAIN:
+            self._plan = self._or_probe(self._largest_size(min(PROBE_MASKS, max_masks)), first=not state.num_steps)
         return self._plan
 
-    def _selected(self, state: DecodeState) -> list[Row]:
-        """The rows that are left, to which the budget is narrowed down."""
-        rows = state.active
-        if len(rows) < len(self._rows):
-            self._budget.select([self._rows.index(row) for row in rows])
-            self._rows = rows
-        return rows
+    def _seconds(self, plan: Plan) -> float:
+        if plan not in self._known:
+            self._known[plan] = self._seconds_of(plan, self._num_rows)
+        return self._known[plan]
+
+    def _largest_size(self, limit: int) -> int:
+        return max(size for size in self.sizes if size <= limit)
+
+    def _choose_way(self, texts: Sequence[RowStats]) -> None:
+        """Choose how the texts are drafted from now on."""
+        accept = [sum(probs) / len(texts) for probs in zip(*(text.accept_probs() for text in texts), strict=True)]
+        rates = drafting_rates(accept, len(texts), self.sizes, self.where, self._seconds)
+        best = max(rates, key=lambda way: rates[way])
+        if rates[best] > SWITCH_GAIN * rates[self._way]:
+            self._way = best
+        self._rate = rates[self._way]
+
+    def _best(self, rows: Sequence[Row], masks: int) -> Plan:
+        """As many drafts as it pays to verify, and the blocks of the chosen way unless all texts offer drafts themselves."""
+        paths = [self._path(row) for row in rows]
+        if all(row.text_draft is not None for row in rows):
+            masks = 0
+        longest, best, best_gain = max(map(len, paths)), Plan(0, masks, "last"), 0.0
+        without = self._seconds(best)
+        for c in self.sizes[1 : 1 + sum(size < longest for size in self.sizes)]:
+            plan = Plan(c, masks, self.where) if masks and self._way.in_each else Plan(c, 0, "last")
+            gain = sum(sum(path[:c]) for path in paths) - self._rate * (self._seconds(plan) - without)
+            if gain > best_gain:
+                best, best_gain = plan, gain
+        if not best.num_drafts:
+            for row in rows:
+                row.text_draft = None
+        return best
+
+    def _path(self, row: Row) -> list[float]:
+        """The probability of each draft that it and all before it are accepted; of two drafts the better one stays."""
+        text = self._stats[row.number]
+        text.offer, path = row.text_draft, path_probs(text.accept_probs()[: row.num_drafts])
+        if row.text_draft is not None:
+            offered = path_probs(text.lookup.accept_probs(row.text_draft))
+            if sum(offered) > sum(path):
+                return offered
+            row.text_draft = None
+        return path
+
+    def _or_probe(self, masks: int, first: bool) -> Plan:
+        """A plain step; or a block of masks that shows what to expect of drafts: at first, and whenever it is paid for."""
+        probe = Plan(0, masks, "last")
+        seconds = self._seconds(probe) - self._seconds(PLAIN)
+        self._credit += PROBE_SHARE * self._seconds(PLAIN)
+        if not first and self._credit < seconds:
+            return PLAIN
+        self._credit -= seconds
+        return probe
 
     def update(self, state: DecodeState, result: StepResult) -> None:
         """See ``Planner``."""
-        num_drawn = result.output.drafts.tokens.shape[1]
-        if state.num_steps > 1 and result.from_graph is not None:
-            seconds = time.perf_counter() - self._begin
-            self._budget.costs.observe(self._plan, num_drawn, seconds, result.from_graph)
-        rows = state.active
-        self._budget.learn(
-            [RowOutcome(row.num_accepted, row.num_verified, row.num_drafts, row.draft_probs, row.gained) for row in rows]
-        )
+        drafts = state.drafts.tokens.tolist() if self._plan.masks else [[]] * len(state.rows)
+        for row, tokens in zip(state.rows, drafts, strict=True):
+            if row.active:
+                self._stats[row.number].learn(row.gained, tokens[: row.num_drafts])
 
 
-def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState, text_drafts: bool) -> Planner:
-    """The planner that the options ask for; ``text_drafts`` says whether a proposer offers drafts from the text."""
+def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState) -> Planner:
+    """The planner that the options ask for."""
     if not uses_auto(model, options):
         return FixedPlanner(options.decoding, resolve_num_masks(model, options))
-    on_cpu, graphs = model.base.device.type == "cpu", state.fixed_shapes
-    costs, stats = calibration(model, options, state.choice, graphs)
-    budget = Budget(
-        costs,
-        stats,
-        model.num_masks,
-        len(state.rows),
-        blocks_anywhere=options.decoding == "quadratic",
-        coupled=options.coupled,
-        few_shapes=graphs and on_cpu,  # there each shape takes seconds to compile
-    )
-    return AutoPlanner(budget, state, text_drafts)
-
-
-def calibration(
-    model: MTPNetwork, options: DecodingOptions, choice: TokenChoice, graphs: bool
-) -> tuple[StepCosts, DraftStats]:
-    """What steps cost, measured once per model, and the acceptance statistics of its drafts."""
-    kind = graphs, choice.num_candidates
-    known = decode_cache(model).calibrations
-    if kind not in known:
-        plain = replace(options, logits_processor=None, repetition_penalty=1.0)
-        one_row = TokenChoice(plain, [0], model.base.device, choice.num_candidates)
-        with DecodingMode(model).active():
-            costs = measure_step_costs(model, one_row, plan_positions(model.num_masks))
-        known[kind] = costs, DraftStats(model.num_masks)
-    return known[kind]
+    seconds = step_seconds(model, options, len(state.rows))
+    return AutoPlanner(seconds, model.num_masks, plan_sizes(model, options), block_placement(options.decoding))
 
 
 @torch.inference_mode()
-def calibrate(model: MTPNetwork, options: DecodingOptions) -> None:
-    """Measure what steps cost if ``auto`` needs it, so that a clock that starts now does not count it."""
+def calibrate(
+    model: MTPNetwork, options: DecodingOptions, num_rows: int = 1, notify: Callable[[str], object] | None = None
+) -> None:
+    """Find out what steps cost if ``auto`` needs it, so that a clock that starts now does not count it.
+
+    Args:
+        model: the model.
+        options: how it will decode.
+        num_rows: rows of the largest batch.
+        notify: gets a line of text when something has to be measured.
+    """
     resolve_num_masks(model, options)
     if uses_auto(model, options):
         decode_cache(model).prepare(model)
-        calibration(model, options, token_choice(model, options, [0]), can_compile(model, options))
+        step_seconds(model, options, num_rows, notify)

@@ -17,13 +17,7 @@ from mtp_lightning.modeling.network import MTPNetwork
 
 
 class Proposer(Protocol):
-    """Offers drafts after each step. How many are verified, and with ``auto`` whose, is the planner's decision.
-
-    Attributes:
-        reads_text: True if it offers drafts from the text (``Row.offer``), False if from masks.
-    """
-
-    reads_text: bool
+    """Offers drafts after each step. How many are verified, and with ``auto`` whose, is the planner's decision."""
 
     def propose(self, state: DecodeState, plan: Plan, result: StepResult) -> None:
         """Leave drafts in the state after a step has been committed.
@@ -39,8 +33,6 @@ class Proposer(Protocol):
 class HeadProposer:
     """The drafts that the step itself made: from its block of masks after the last accepted token."""
 
-    reads_text = False
-
     def propose(self, state: DecodeState, plan: Plan, result: StepResult) -> None:
         """See ``Proposer``."""
         state.drafts = result.output.drafts
@@ -53,8 +45,6 @@ class HeadProposer:
 
 class NgramProposer:
     """Prompt lookup: what followed the text's last tokens where they occurred before; ``prompts`` by number of the row."""
-
-    reads_text = True
 
     def __init__(self, prompts: Sequence[Tensor], max_drafts: int) -> None:
         self.max_drafts = max_drafts

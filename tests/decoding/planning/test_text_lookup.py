@@ -6,15 +6,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mtp_lightning.decoding.planning.text_lookup import (
     MAX_MATCH,
     NGRAM_SIZES,
-    TEXT_MEMORY,
     LookupDraft,
-    LookupStats,
     TextLookup,
 )
 
@@ -82,17 +79,3 @@ def test_the_cost_per_token_does_not_grow_with_the_text() -> None:
         lookup.extend([token % 97])
         lookup.draft(4)
     assert Counting.calls <= 1500 * 2 * len(NGRAM_SIZES)
-
-
-def test_rates_are_lowered_by_a_standard_error() -> None:
-    stats = LookupStats([0.7] * MAX_MATCH, 1000.0)
-    for count, total in ((0, 0), (20, 20), (200, 220)):
-        for i in range(count):
-            stats.learn(LookupDraft([5], 3), [5 if i % 10 < 7 else 4])
-        assert stats.mean[2] == pytest.approx(0.7)
-        assert stats.lower[2] == pytest.approx(0.7 - np.sqrt(0.7 * 0.3 / (4.0 + total)))  # the prior counts for four
-    of_text = LookupStats(stats.mean, TEXT_MEMORY)  # a text begins with the rates of others
-    assert of_text.mean == stats.mean and of_text.lower[2] < stats.lower[2]
-    for _ in range(20):
-        of_text.learn(LookupDraft([5], 3), [4])
-    assert of_text.mean[2] < 0.2 and of_text.lower[2] < 0.1 and of_text.mean[3] == stats.mean[3]

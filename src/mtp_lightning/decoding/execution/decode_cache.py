@@ -25,7 +25,6 @@ from mtp_lightning.decoding.execution.fused_lora import (
     lora_matrices,
 )
 from mtp_lightning.decoding.packed_linear import is_autocast
-from mtp_lightning.decoding.planning.draft_stats import DraftStats
 from mtp_lightning.decoding.planning.step_costs import StepCosts
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.modeling.peft_private import ADAPTER, lora_layers
@@ -54,8 +53,7 @@ class DecodeCache:
         output: the output layer if it is a plain linear one; else None.
         generation: counts the changes of what graphs read.
         graphs_failed: True if making a graph of a step has failed.
-        calibrations: costs of steps, and acceptance statistics, on this device and in this dtype, by (are steps graphs?,
-            number of candidates for a draft token).
+        calibrations: costs of steps, by all that they depend on.
     """
 
     def __init__(self) -> None:
@@ -70,7 +68,7 @@ class DecodeCache:
         self._caches: dict[tuple[int, int], RowCache] = {}
         self.generation = 0
         self.graphs_failed = False
-        self.calibrations: dict[tuple[bool, int | None], tuple[StepCosts, DraftStats]] = {}
+        self.calibrations: dict[str, StepCosts] = {}
 
     def __reduce__(self) -> Any:
         return DecodeCache, ()
@@ -106,8 +104,6 @@ class DecodeCache:
 
     def _prepare(self, model: MTPNetwork) -> None:
         device, dtype, base, head = model.base.device, model.base.dtype, model.base, model.sampler_head
-        if self._device_and_dtype not in (None, (device, dtype)):
-            self.calibrations.clear()
         self._device_and_dtype = device, dtype
 
         layers = [layer for layer in lora_layers(base) if can_fuse(layer, model.gate)]

@@ -1,64 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the parts of a decoding step cost by the positions that it feeds, and how far real steps deviate from that."""
+"""What steps take, from a few that were measured."""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 
-
-class StepCosts(NamedTuple):
-    """Seconds that the parts of a step take. Costs depend on the positions of all rows of a batch together."""
-
-    positions: tuple[int, ...]  # positions fed, ascending from 1
-    seconds: tuple[float, ...]  # what the decoder takes for them
-    per_verified: float  # what each further verified position adds (unembedding, choice of the token)
-    per_draft: float  # what each draft token of a block adds, tokens being drafted one after another
-    draft_start: float = 0.0  # fixed cost of drafting a block
-
-    def curve(self, largest: int) -> np.ndarray:
-        """Decoder seconds for 0, 1, .., ``largest`` positions, [largest + 1]."""
-        at = np.arange(largest + 1)
-        # More positions never take less, and noise only adds: cap each point by the later ones.
-        rising = np.minimum.accumulate(self.seconds[::-1])[::-1]
-        curve = np.interp(at, self.positions, rising)
-        if len(self.positions) > 1:  # beyond the last point: continue its slope
-            slope = (rising[-1] - rising[-2]) / (self.positions[-1] - self.positions[-2])
-            curve = curve + np.maximum(at - self.positions[-1], 0) * slope
-        return curve
+from mtp_lightning.decoding.planning.draft_plan import Plan
 
 
-class CurveCorrection:
-    """Measured over expected seconds of steps, by powers of two of the positions: the curve of a busy machine is wrong.
+def pair(num_masks: int) -> tuple[Plan, Plan]:
+    """Two plans of 2 k positions that differ in the number of tokens drafted: 1 and k."""
+    return Plan(num_masks - 1, 1, "all"), Plan(num_masks - 1, num_masks, "last")
 
-    Steps with masks, with which the curve was measured, and steps without, which need no adapters, count separately.
 
-    Attributes:
-        counts: steps seen, [without or with masks, power of two], at most ``MEMORY`` so that old steps are forgotten.
+class StepCosts:
+    """Seconds of steps: those measured, and others by the positions that they feed for a row and the tokens they draft.
+
+    Args:
+        measured: seconds by plan; among them the plain step, one with masks, and both of ``pair(num_masks)``.
+        num_masks: k.
     """
 
-    MEMORY = 24
-    MAX_LOG_RATIO = 1.5
+    def __init__(self, measured: Mapping[Plan, float], num_masks: int) -> None:
+        self.measured = dict(measured)
+        one, all_tokens = (measured.get(plan, 0.0) for plan in pair(num_masks))
+        self.per_draft = max(0.0, all_tokens - one) / max(1, num_masks - 1)  # of each token after the first
+        self._curves = {}  # without masks and with, for one drafted token
+        for masked in (False, True):
+            points = [
+                (_positions(plan), s - self._drafting(plan)) for plan, s in measured.items() if bool(plan.masks) == masked
+            ]
+            positions, seconds = map(np.array, zip(*sorted(points), strict=True))
+            # Noise only adds, so no step takes longer than one of more positions.
+            self._curves[masked] = positions, np.minimum.accumulate(seconds[::-1])[::-1]
 
-    def __init__(self) -> None:
-        self.counts = np.zeros((2, 20))
-        self._mean_log_ratio = np.zeros((2, 20))
+    def _drafting(self, plan: Plan) -> float:
+        return max(0, plan.masks - 1) * self.per_draft
 
-    def observe(self, positions: int, masked: bool, expected: float, seconds: float) -> None:
-        """Record a step that fed ``positions`` positions in all rows together."""
-        i = int(masked), positions.bit_length() - 1
-        log_ratio = min(max(math.log(seconds / expected), -self.MAX_LOG_RATIO), self.MAX_LOG_RATIO)
-        self.counts[i] = min(self.counts[i] + 1, self.MEMORY)
-        self._mean_log_ratio[i] += (log_ratio - self._mean_log_ratio[i]) / self.counts[i]
+    def seconds(self, plan: Plan) -> float:
+        """What a step takes."""
+        if plan in self.measured:
+            return self.measured[plan]
+        at, (positions, seconds) = _positions(plan), self._curves[bool(plan.masks)]
+        beyond = max(1.0, at / positions[-1])
+        return float(np.interp(at, positions, seconds)) * beyond + self._drafting(plan)
 
-    def factors(self, largest: int) -> np.ndarray:
-        """Factors for the seconds of 0, 1, .., ``largest`` positions, [2, largest + 1]; interpolated where unseen."""
-        at = np.log2(np.maximum(np.arange(largest + 1), 1))
-        factors = np.ones((2, largest + 1))
-        for line, counts, log_ratios in zip(factors, self.counts, self._mean_log_ratio, strict=True):
-            seen = counts.nonzero()[0]
-            if len(seen):
-                line[:] = np.exp(np.interp(at, seen + 0.3, log_ratios[seen]))
-        return factors
+
+def _positions(plan: Plan) -> int:
+    return 1 + plan.num_drafts + sum(masks for _, masks in plan.blocks())

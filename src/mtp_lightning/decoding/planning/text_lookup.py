@@ -8,21 +8,17 @@ function of how many tokens matched.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from mtp_lightning.decoding.planning.rates import Rates
 
 NGRAM_SIZES = (1, 2, 4)
 """Lengths of the n-grams that are indexed; of each n-gram the last occurrence is known, and the longest match counts."""
 MAX_MATCH = 16
 """Matching tokens are counted up to this."""
-PRIOR_WEIGHT = 4.0
-"""Observations that the prior counts for."""
-PESSIMISM_STDERR = 1.0
-"""Standard errors subtracted from an observed rate. Lookup drafts are observed even when they are not verified, so there is
-nothing to explore, and of many noisy rates those that look best are overestimated."""
-SHARED_MEMORY, TEXT_MEMORY = 200.0, 30.0
-"""Observations per match length that are remembered, over all texts and within one text."""
+PRIOR = 0.2, 0.9
+"""Chance that a text continues as before after one matching token and after ``MAX_MATCH``; in between it rises evenly."""
 
 
 class LookupDraft(NamedTuple):
@@ -33,50 +29,23 @@ class LookupDraft(NamedTuple):
 
 
 class LookupStats:
-    """How often a text continued as it had before, by the number of matching tokens, from 1 to ``MAX_MATCH``.
+    """How often a text continued as it had before, by the number of matching tokens."""
 
-    Args:
-        prior: continuation rates before anything is observed, [``MAX_MATCH``]; None: rising from 0.2 to 0.9.
-        memory: counts of a match length are halved beyond this number.
-
-    Attributes:
-        mean: observed continuation rates, prior included, [``MAX_MATCH``].
-        lower: the same, lower by ``PESSIMISM_STDERR`` standard errors; plans use these.
-    """
-
-    def __init__(self, prior: Sequence[float] | None = None, memory: float = SHARED_MEMORY) -> None:
-        self._memory = memory
-        self.mean = [0.2 + 0.7 * n / (MAX_MATCH - 1) for n in range(MAX_MATCH)] if prior is None else list(prior)
-        self.lower = list(self.mean)
-        self._seen = [PRIOR_WEIGHT] * MAX_MATCH
-        self._continued = [PRIOR_WEIGHT * rate for rate in self.mean]
-        for i in range(MAX_MATCH):
-            self._update(i)
-
-    def _update(self, i: int) -> None:
-        seen = self._seen[i]
-        self.mean[i] = mean = self._continued[i] / seen
-        self.lower[i] = max(0.0, mean - PESSIMISM_STDERR * math.sqrt(mean * (1 - mean) / seen))
+    def __init__(self) -> None:
+        self._rates = Rates(MAX_MATCH)
 
     def accept_probs(self, draft: LookupDraft) -> list[float]:
         """Acceptance probability of each token of a draft, given that those before it are accepted."""
-        first, count = draft.matched - 1, len(draft.tokens)
-        probs = self.lower[first : first + count]
-        return probs if len(probs) == count else probs + self.lower[-1:] * (count - len(probs))
+        matches = range(draft.matched, draft.matched + len(draft.tokens))
+        cases = [min(matched, MAX_MATCH) - 1 for matched in matches]
+        return [self._rates.rate(case, PRIOR[0] + (PRIOR[1] - PRIOR[0]) * case / (MAX_MATCH - 1)) for case in cases]
 
     def learn(self, draft: LookupDraft, tokens: Sequence[int]) -> None:
         """Record how the text continued, ``tokens``; it does not matter if the draft was verified."""
-        i = draft.matched - 1
-        for drafted, token in zip(draft.tokens, tokens, strict=False):
-            self._seen[i] += 1
-            self._continued[i] += drafted == token
-            if self._seen[i] > self._memory:
-                self._seen[i] *= 0.5
-                self._continued[i] *= 0.5
-            self._update(i)
+        for matched, (drafted, token) in enumerate(zip(draft.tokens, tokens, strict=False), draft.matched):
+            self._rates.observe(min(matched, MAX_MATCH) - 1, drafted == token)
             if drafted != token:
                 return
-            i = min(i + 1, MAX_MATCH - 1)
 
 
 class TextLookup:
