@@ -15,9 +15,10 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
-from mtp_lightning.commands.progress import Progress
+from mtp_lightning.commands.progress import Progress, note
 from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
+from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, grid_settings
 from mtp_lightning.evaluation.benchmark_report import markdown, save_benchmark_plot
@@ -92,6 +93,8 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         chosen = replace(options, decoding=config.decoding or "quadratic", sampler_head=head)
         masks = [setting.num_masks for setting in settings if setting[:2] == (chosen.decoding, chosen.sampler_head)]
         masks += ["auto"] if config.num_masks is None else []
+        if "auto" in masks:
+            calibrate(model, replace(chosen, num_masks="auto"), config.batch_size, note)
         systems = speed_systems(model, chosen, masks, config.batch_size, arguments.stop)
         report["speed"] = measure_speed(systems, batches, options.max_new_tokens, on_progress)
     text = markdown(report)

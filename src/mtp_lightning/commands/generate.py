@@ -13,6 +13,7 @@ import torch
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
+from mtp_lightning.commands.progress import note
 from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks, with_text_ends
 from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
@@ -29,7 +30,7 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
     options, stops = with_text_ends(model, arguments.options()), [arguments.stop] if arguments.stop else []
     resolve_num_masks(model, options)  # an error shows before anything is printed
     seeds = row_seeds(arguments.seed, len(prompts))
-    calibrate(model, options)
+    calibrate(model, options, min(len(prompts), arguments.batch_size), note)
     for begin in range(0, len(prompts), arguments.batch_size):
         batch = prompts[begin : begin + arguments.batch_size]
         batch_options = replace(options, seed=seeds[begin : begin + len(batch)])

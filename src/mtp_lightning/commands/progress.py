@@ -26,3 +26,8 @@ class Progress:
         if always or now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
             print(f"[{now - self._start:6.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """Print a line on standard error at once."""
+    print(text, file=sys.stderr, flush=True)
