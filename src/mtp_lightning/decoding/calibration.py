@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-import mtp_lightning
 from mtp_lightning.decoding.compiled_executor import EAGER_RUNS, CompiledExecutor, can_compile
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.executor import EagerExecutor, token_choice
@@ -116,7 +116,7 @@ def _settings(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dic
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "versions": [mtp_lightning.__version__, torch.__version__, transformers.__version__],
+        "versions": [import_module("mtp_lightning").__version__, torch.__version__, transformers.__version__],
         "dtype": str(model.base.dtype),
         "autocast": torch.is_autocast_enabled(device.type),
         "compiled": can_compile(model, options),
