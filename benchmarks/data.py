@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data pipeline: memory of preparing many chat rows, and its throughput against that of training.
+"""The data pipeline: memory and time of reading and preparing many rows, and its throughput against that of training.
 
-    python benchmarks/data.py --rows 200000
+    python benchmarks/data.py --mixed 300000 --rows 200000
 
-Writes generated conversations to a temporary folder, prepares them (chat template, spans, cutting, packing) with an empty
-cache and reports the peak of this process's memory. Then it times one worker that makes the demo's training batches and,
-alternately, the demo's training step on the same batches.
+Reads and prepares rows of mixed fields; then generated conversations (chat template, spans, cutting, packing); both from a
+temporary folder, with an empty cache, with the peak of this process's memory. Then it times one worker that makes the demo's
+training batches and, alternately, the demo's training step on the same batches.
 """
 
 from __future__ import annotations
@@ -42,6 +42,21 @@ def write_rows(path: Path, number: int) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
+def write_mixed_rows(path: Path, number: int) -> None:
+    """Texts, questions with answers and conversations in turn, with unused fields whose type changes from row to row."""
+    chance = random.Random(0)
+
+    def words() -> str:
+        return " ".join(chance.choices(WORDS, k=chance.randint(5, 60)))
+
+    with path.open("w") as file:
+        for row in range(number):
+            messages = [{"role": "user", "content": words()}, {"role": "assistant", "content": words()}]
+            fields = ({"text": words()}, {"prompt": words(), "completion": words()}, {"messages": messages})[row % 3]
+            unused = (row, str(row), None, [row, {"n": row}], {"n": {"text": words()}}, 0.5, True)[row % 7]
+            file.write(json.dumps({**fields, "id": unused, "domain": "d" if row % 5 else None}) + "\n")
+
+
 class Memory:
     """Tracks the process's peak memory, without pages of mapped files, which the system may drop at any time."""
 
@@ -64,6 +79,29 @@ class Memory:
         self._end.set()
         self._thread.join()
         return self.peak
+
+
+def read_mixed(number: int, folder: Path) -> None:
+    import datasets
+
+    from mtp_lightning.data.preparing import prepare
+    from mtp_lightning.data.reading import open_source
+    from mtp_lightning.modeling.base import load_tokenizer
+
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    tokenizer = load_tokenizer("package://demo/base")
+    source = folder / "mixed.jsonl"
+    write_mixed_rows(source, number)
+    memory = Memory()
+    before, begin = memory.peak, time.perf_counter()
+    rows = sum(1 for part in open_source(str(source)) for _ in part.rows())
+    read = time.perf_counter() - begin
+    begin = time.perf_counter()
+    prepared, _ = prepare(str(source), tokenizer, max_length=2048, chat_template=CHATML)
+    seconds, peak = time.perf_counter() - begin, memory.stop()
+    size = source.stat().st_size / 2**20
+    print(f"{size:,.0f} MiB of mixed rows: read {rows / read:,.0f} rows/s, prepared {rows / seconds:,.0f} rows/s")
+    print(f"memory before {before / 2**20:,.0f} MiB, peak {peak / 2**20:,.0f} MiB; {prepared.report}")
 
 
 def prepare_many(number: int, folder: Path) -> None:
@@ -155,10 +193,14 @@ def throughput(rounds: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixed", type=int, default=300_000, help="mixed rows to read and prepare; 0: skip this part")
     parser.add_argument("--rows", type=int, default=200_000, help="conversations to prepare; 0: skip this part")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of both timings; 0: skip this part")
     parser.add_argument("--steps", type=int, default=20, help="training steps in a round")
     args = parser.parse_args()
+    if args.mixed:
+        with tempfile.TemporaryDirectory() as folder:
+            read_mixed(args.mixed, Path(folder))
     if args.rows:
         with tempfile.TemporaryDirectory() as folder:
             prepare_many(args.rows, Path(folder))

@@ -16,7 +16,7 @@ from mtp_lightning.errors import RunError, UsageError
 
 def attach(data: MTPDataModule, **options) -> MTPDataModule:
     """A stand-in for a Trainer: what the data module asks of one."""
-    module = SimpleNamespace(tokenizer=word_tokenizer(), num_masks=2, context=options.pop("context", 64))
+    module = SimpleNamespace(tokenizer=word_tokenizer(), num_masks=2, vocab_size=17, context=options.pop("context", 64))
     defaults = {
         "lightning_module": module,
         "global_rank": 0,

@@ -56,7 +56,7 @@ def config(tmp_path: Path) -> Path:
 def test_command(config: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     assert mtp("data", "--config", config, "--rows", 1) == 0
     out = capsys.readouterr().out
-    assert "\x1b" not in out
+    assert "\x1b" not in out and "data.train: 8 rows read; 8 documents" in out
     assert "14 tokens in 1 document, 4 (29 %) carry loss, 3 (21 %) start a block" in out
     lines = ["".join(line.split()) for line in out.splitlines()]  # this toy tokenizer puts spaces as it likes
     begin = lines.index("noloss<|im_start|>user⏎one<|im_end|>⏎<|im_start|>assistant⏎▮")

@@ -37,7 +37,7 @@ def test_text_carries_loss_everywhere(tokenizer) -> None:
 
 
 def test_prompt_carries_no_loss(tokenizer) -> None:
-    row = {"prompt": "one two", "completion": "three", "text": "six"}
+    row = {"prompt": "one two", "completion": " three", "text": "six"}
     check(row, tokenizer, [BOS, ONE, TWO, THREE, EOS], [X, X, X, THREE, EOS])
     assert not encode_row(row, tokenizer).splittable
 
@@ -52,14 +52,17 @@ def test_completion_ids_and_prompt_ids_are_used_unchanged(tokenizer) -> None:
 def test_prompt_of_messages_ends_with_the_generation_prompt(tokenizer) -> None:
     row = {"prompt": [says("user", "one")], "completion": "two"}
     prompt = [START, USER, NEWLINE, ONE, END, NEWLINE, START, ASSISTANT, NEWLINE]
-    check(row, tokenizer, [*prompt, TWO, END], [X] * 9 + [TWO, END])
+    check(row, tokenizer, [*prompt, TWO, END], [X] * 9 + [TWO, END])  # the template's own end of turn
+    check(row | {"completion": "two<|im_end|>"}, tokenizer, [*prompt, TWO, END], [X] * 9 + [TWO, END])
 
 
-def test_prompt_and_completion_are_encoded_separately() -> None:
+def test_prompt_and_completion_are_encoded_together() -> None:
     tokenizer = byte_tokenizer(["<eos>"], "<eos>")
     a, b, ab = (tokenizer.convert_tokens_to_ids(token) for token in ("a", "b", "ab"))
     check({"text": "ab"}, tokenizer, [ab, 0], [ab, 0])
-    check({"prompt": "a", "completion": "b"}, tokenizer, [a, b, 0], [X, b, 0])  # not the merged token: it has no border
+    check({"prompt": "b", "completion": "ab"}, tokenizer, [b, ab, 0], [X, ab, 0])
+    check({"prompt": "ba", "completion": "b"}, tokenizer, [b, ab, 0], [X, ab, 0])  # it has a character of the completion
+    check({"prompt": "a", "completion": ""}, tokenizer, [a, 0], [X, 0])
 
 
 def test_an_end_token_that_the_tokenizer_adds_does_not_end_the_prompt() -> None:
@@ -69,7 +72,7 @@ def test_an_end_token_that_the_tokenizer_adds_does_not_end_the_prompt() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <eos>", special_tokens=[("<eos>", 2)]
     )
-    check({"prompt": "one", "completion": "two"}, tokenizer, [ONE, TWO, EOS], [X, TWO, EOS])
+    check({"prompt": "one ", "completion": "two"}, tokenizer, [ONE, TWO, EOS], [X, TWO, EOS])
     check({"text": "one"}, tokenizer, [ONE, EOS], [ONE, EOS])
 
 
@@ -77,6 +80,13 @@ def test_ids(tokenizer) -> None:
     check({"input_ids": [3, 9, 4]}, tokenizer, [3, 9, 4], [3, 9, 4])
     check({"input_ids": [3, 9, 4], "labels": [X, 9, 4]}, tokenizer, [3, 9, 4], [X, 9, 4])
     assert encode_row({"input_ids": [3]}, tokenizer).splittable
+    row = {"input_ids": [1, 5, 6, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}  # padding is no text
+    check(row, tokenizer, [1, 5, 6], [1, 5, 6])
+    check(row | {"loss_mask": [0, 1, 1, 1, 1], "position_ids": [0, 1, 2, 0, 0]}, tokenizer, [1, 5, 6], [X, 5, 6])
+    labels = {"labels": [X, X, 1, X, 6]}
+    check({"input_ids": [0, 0, 1, 5, 6], "attention_mask": [0, 0, 1, 1, 1]} | labels, tokenizer, [1, 5, 6], [1, X, 6])
+    masked = {"prompt_ids": [ONE], "completion_ids": [TWO, THREE], "completion_mask": [1, 0]}
+    check(masked, tokenizer, [ONE, TWO, THREE], [X, TWO, X])
     assert not encode_row({"input_ids": [3], "labels": [3]}, tokenizer).splittable
 
 

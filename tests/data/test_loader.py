@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from itertools import islice
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from mtp_lightning.data.collator import MaskedInputCollator
+from mtp_lightning.data.documents import Documents
 from mtp_lightning.data.loader import MAX_BUCKET_BATCHES, RowSampler, WindowedLoader, build_dataloader
 from mtp_lightning.data.rows import TokenRows
 from mtp_lightning.types import MaskedInput
@@ -18,7 +19,7 @@ from mtp_lightning.types import MaskedInput
 
 def token_rows(lengths: list[int], order: np.ndarray | None = None, offsets: np.ndarray | None = None) -> TokenRows:
     """Row r is ``10 r, 10 r + 1, ..``; its first token carries no loss."""
-    documents = datasets.Dataset.from_dict(
+    documents = pa.RecordBatch.from_pydict(
         {
             "input_ids": [[10 * row + place for place in range(length)] for row, length in enumerate(lengths)],
             "loss": [[place > 0 for place in range(length)] for length in lengths],
@@ -26,7 +27,7 @@ def token_rows(lengths: list[int], order: np.ndarray | None = None, offsets: np.
             "length": lengths,
         }
     )
-    return TokenRows(documents, np.arange(len(lengths)) if order is None else order, offsets)
+    return TokenRows(Documents([documents]), np.arange(len(lengths)) if order is None else order, offsets)
 
 
 LENGTHS = [5, 3, 8, 4, 6, 3, 7, 5, 4, 9, 3]

@@ -26,8 +26,8 @@ def test_report_by_hand(write, tokenizer) -> None:
             {"text": "one two three four five"},  # 7 tokens: 5 and 2
             {"text": "one two three four"},  # 6 tokens: 5, and <eos> alone would predict nothing
             {"text": ""},
-            {"prompt": "one", "completion": "two three four five"},  # 2 + 5 tokens: the last 2 are dropped, 3 carry loss
-            {"prompt": "one two three four", "completion": "five"},  # 5 + 2 tokens: nothing of the answer is left
+            {"prompt": "one ", "completion": "two three four five"},  # 2 + 5 tokens: the last 2 are dropped, 3 carry loss
+            {"prompt": "one two three four ", "completion": "five"},  # 5 + 2 tokens: nothing of the answer is left
             {"input_ids": [9, 10, 11], "labels": [-100, 10, -100]},
         ],
     )
@@ -44,6 +44,8 @@ def test_report_by_hand(write, tokenizer) -> None:
         "loss_tokens": 4 + 5 + 2 + 5 + 3 + 1,
         "eligible_starts": 3 + 4 + 1 + 4 + 3 + 1,
         "padding_share": 0.0,
+        "empty_files": 0,
+        "examples": [],
     }
     assert str(rows.report) == (
         "7 rows read, 1 left out (shorter than two tokens), 1 left out (no token with loss after the first),"
@@ -79,7 +81,7 @@ def test_token_columns_give_the_same_rows(write, tmp_path: Path, tokenizer) -> N
 
 
 def test_no_usable_row(write, tokenizer) -> None:
-    path = write("a.jsonl", [{"text": ""}, {"text": ""}, {"prompt": "one two three", "completion": "four"}])
+    path = write("a.jsonl", [{"text": ""}, {"text": ""}, {"prompt": "one two three ", "completion": "four"}])
     with pytest.raises(RunError, match="^data.validation: none of the 3 rows .*: 2 shorter .*, 1 no token with loss"):
         prepare(path, tokenizer, max_length=3, name="data.validation")
 
@@ -109,6 +111,26 @@ def test_encoding_is_cached_by_content_and_settings(write, monkeypatch: pytest.M
     assert encodes(tokenizer=used) == 0
     write("cached.jsonl", texts(6))
     assert encodes() == 6
+
+
+def test_tokens_that_the_base_has_no_embedding_for(write, tokenizer) -> None:
+    path = write("a.jsonl", [{"text": "one"}, {"text": "one six"}])
+    assert prepare(path, tokenizer, max_length=8, vocab_size=15)[0].report.rows == 2
+    with pytest.raises(RunError, match="a.jsonl, line 2: .* 0 to 13, .* 14"):
+        prepare(path, tokenizer, max_length=8, vocab_size=14)
+
+
+def test_several_processes_give_the_same_documents(write, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_BATCH_ROWS", 3)
+    monkeypatch.setattr(documents, "_PARALLEL_FROM", 1)
+    rows = [*texts(20), {"text": ""}]
+    alone = prepare(write("a.jsonl", rows), tokenizer, max_length=6)[0]
+    several = prepare(write("b.jsonl", rows), tokenizer, max_length=6, workers=2)[0]
+    assert several.report == alone.report
+    for number in range(len(alone.rows)):
+        assert torch.equal(several.rows.row(number).input_ids, alone.rows.row(number).input_ids)
+    with pytest.raises(RunError, match="c.jsonl, line 21: text "):
+        prepare(write("c.jsonl", [*rows[:20], {"text": 5}]), tokenizer, max_length=6, workers=2)
 
 
 def test_list_and_mix(write, tokenizer) -> None:

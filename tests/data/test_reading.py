@@ -11,17 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mtp_lightning.data.reading import read_source
+from mtp_lightning.data.reading import open_source
 from mtp_lightning.errors import RunError, UsageError
 
 
 def rows_of(source: str) -> list[dict]:
-    return [row for part in read_source(source) for row in part]
+    return [row.fields for part in open_source(source) for row in part.rows()]
 
 
 def test_json_lines_and_arrays(write) -> None:
     path = write("a.jsonl", [{"text": "one", "domain": "d", "other": 1}, {"text": "two", "domain": None, "other": 2}])
-    assert rows_of(path) == [{"text": "one", "domain": "d"}, {"text": "two", "domain": None}]
+    assert [row["text"] for row in rows_of(path)] == ["one", "two"]
     assert rows_of(write("a.json", '[\n  {"text": "one"},\n  {"text": "two"}\n]\n')) == [{"text": "one"}, {"text": "two"}]
 
 
@@ -34,7 +34,8 @@ def test_rows_of_different_types(write) -> None:
 def test_parquet(tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert rows_of(str(tmp_path / "a.parquet")) == rows
+    found = rows_of(str(tmp_path / "a.parquet"))
+    assert [{field: values.tolist() for field, values in row.items()} for row in found] == rows
 
 
 def test_text_with_and_without_separators(write) -> None:
@@ -60,7 +61,7 @@ def test_shipped_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write) ->
     monkeypatch.setattr("mtp_lightning.paths.files", lambda package: tmp_path if package == "mtp_lightning" else None)
     assert rows_of("package://demo/a.jsonl") == [{"text": "one"}]
     with pytest.raises(RunError, match="^package://demo/b.jsonl: "):
-        read_source("package://demo/b.jsonl")
+        open_source("package://demo/b.jsonl")
 
 
 def test_a_changed_file_is_read_again(write) -> None:
@@ -93,7 +94,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(RunError, match="^owner/name: .*: Couldn't reach 'owner/name' on the Hub"):
-        read_source("owner/name")
+        open_source("owner/name")
 
 
 @pytest.mark.parametrize(
@@ -104,11 +105,11 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sources_that_name_nothing(source: str, error: type[Exception], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=re.escape(source)):
-        read_source(source)
+        open_source(source)
 
 
 def test_folders_and_files_without_data(write, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=f"^{tmp_path}: .*.parquet"):
-        read_source(str(tmp_path))
+        open_source(str(tmp_path))
     with pytest.raises(UsageError, match="a.csv: .*.parquet"):
-        read_source(write("a.csv", "x"))
+        open_source(write("a.csv", "x"))

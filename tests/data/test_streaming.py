@@ -132,7 +132,7 @@ def test_no_more_is_read_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ('{"text": "one"}\n{"text": 5}\n', "a.jsonl, row 2: text .* int"),
+        ('{"text": "one"}\n{"text": 5}\n', "a.jsonl, line 2: text .* int"),
         ('{"text": "one"}\n{"text": "two"\n', "a.jsonl, line 2: expected JSON"),
         ('{"text": ""}\n' * 20, "data.train: none of the last 20 rows"),
         ('{"text": "one"}\n{"text": "\xff"}\n', "a.jsonl, line 2: .*UTF-8"),

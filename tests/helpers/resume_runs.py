@@ -22,6 +22,7 @@ class Recorder(LightningModule):
 
     num_masks = 2
     context = 64
+    vocab_size = 17
 
     def __init__(self) -> None:
         super().__init__()

@@ -103,7 +103,7 @@ def user(content: object) -> str:
         ('{"prompt": "one", "id": "\\ud800"}\n', ", line 1: .*id .*ud800"),
         (user("\ud800"), ", line 1: .*surrogate"),
         (user(" "), ", line 1: message 1 .* empty"),
-        ('{"prompt": "one"}\n{"prompt": "one", "id": ' + "9" * 5_000 + "}\n", ", line 2: .* digits"),
+        ('{"prompt": "one"}\n{"prompt": "one", "id": ' + "9" * 5_000 + "}\n", ", line 2: .* id "),
         ('{"messages": [{"role": "usr", "content": "one"}]}\n', ", line 1: message 1 .*'usr'"),
         ('{"prompt": "one"}\n{"prompt": "  "}\n', ", line 2: .* token"),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mtp data``: a few rows with the role of every token, and what an optimizer step holds."""
+"""``mtp data``: a few rows with the role of every token, what became of all rows, and what an optimizer step holds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mtp_lightning.commands.settings_cli import SettingsCLI
 from mtp_lightning.data.display import show_rows, show_steps
+from mtp_lightning.data.preparing import Report
 from mtp_lightning.training.module import MTPModule
 
 
@@ -31,7 +32,7 @@ class DataCLI(SettingsCLI):
 
 
 def run_data(args: list[str]) -> None:
-    """``mtp data``: show a few rows with the role of every token, and what a step holds."""
+    """``mtp data``: show a few rows with the role of every token, what became of all rows, and what a step holds."""
     cli = DataCLI(args)
     config, data = cli.config, cli.datamodule
     accumulate = config.trainer.accumulate_grad_batches if config.split == "train" else 1
@@ -44,6 +45,8 @@ def run_data(args: list[str]) -> None:
     steps = [step for _ in range(config.steps) if (step := list(islice(batches, accumulate)))]
     console = Console(highlight=False)
     show_rows([batch for step in steps for batch in step], cli.model.tokenizer, console, config.rows)
+    report = Report(**data.report[config.split])  # of a stream: what became of the rows read up to here
+    console.print(f"\ndata.{config.split}: {report}", markup=False, soft_wrap=not console.is_terminal)
     show_steps(steps, world_size, -(-len(loader) // accumulate), console)
 
 
@@ -62,7 +65,7 @@ class _TrainerStub:
     world_size: int
     accumulate_grad_batches: int
     global_rank: int = 0
-    is_global_zero: bool = True
+    is_global_zero: bool = False  # the report is printed here, below the rows
     distributed_sampler_kwargs: dict[str, int] | None = None
     limit_train_batches: float = 1.0
     overfit_batches: float = 0.0

@@ -133,10 +133,14 @@ def _read_job(config: Any, shard: int, num_shards: int) -> Job:
         check_device(config.device)
     rows = read_prompt_rows(config.prompts)
     _check_ids(rows)
-    context = context_length(load_config(base_model, revision).get_text_config(decoder=True))
+    base_config = load_config(base_model, revision).get_text_config(decoder=True)
+    context = context_length(base_config)
     tokenizer = load_tokenizer(base_model, revision)
     left_out = LeftOut()
     tasks = _tasks(rows[shard::num_shards], tokenizer, context, left_out)
+    for task in tasks.values():
+        if (largest := max(task.prompt.input_ids)) >= base_config.vocab_size:
+            raise RunError(f"{task.row.location}: token {largest} of the tokenizer has no embedding in the base.")
     return Job(tasks, left_out, context, tokenizer, base_model, revision, answers, endpoint)
 
 

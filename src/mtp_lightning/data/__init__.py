@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data layer, in the order in which data flows.
 
-``reading`` sources -> rows of fields; ``chat`` and ``encoding`` a row -> token ids and loss; ``cutting`` rows -> documents
-of limited length; ``documents`` all of that for a dataset, cached (``cache``: errors of the cache); ``packing`` documents
--> rows; ``rows`` the dataset that a loader draws from; ``preparing`` everything up to there, ``streaming`` the same for a
-stream; ``loader`` which rows when, on which rank; ``collator`` rows -> masked input; ``display`` a batch as text;
-``module`` the LightningDataModule, the only file here that imports Lightning.
+``reading`` sources -> files and datasets; ``formats`` and ``tables`` those -> rows of fields; ``messages``, ``chat``,
+``tokenizing`` and ``encoding`` a row -> token ids and loss; ``cutting`` rows -> documents of limited length;
+``documents`` all of that for a file, kept on disk (``cache``); ``packing`` documents -> rows; ``rows`` the dataset
+that a loader draws from; ``preparing`` everything up to there, ``streaming`` the same for a stream; ``loader`` which
+rows when, on which rank; ``collator`` rows -> masked input; ``display`` a batch as text; ``module`` the
+LightningDataModule, the only file here that imports Lightning.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cache of ``datasets``: where it is, and its failures (no permission, disk full) as one-line errors."""
+"""The cache on disk: where it is, and its failures (no permission, disk full) as one-line errors."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from mtp_lightning.errors import RunError, one_line
 
@@ -35,11 +38,19 @@ def cache_errors() -> Iterator[None]:
         raise
 
 
-def check_cache() -> None:
-    """Create the cache folder if needed; a RunError if it can't be created or written."""
+@contextlib.contextmanager
+def cached_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the name ``path`` once it is complete; several processes may write the same one."""
     with cache_errors():
-        folder = cache_folder() / "mtp_lightning"
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+            raise

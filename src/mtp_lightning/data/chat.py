@@ -130,23 +130,13 @@ def end_of_turn(
 
     Raises a RunError if the template does not write the answer unchanged.
     """
-    text = end_of_turn_text(messages, tokenizer, chat_template)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def end_of_turn_text(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None = None,
-    tools: Tools | None = None,
-) -> str:
-    """``end_of_turn`` as text."""
-    template = _Template(template_of(tokenizer, chat_template), tokenizer, tools)
+    template = _Template(template_of(tokenizer, chat_template), tokenizer, None)
     text = template.render([*(clean_messages(messages) if messages else []), _ANSWERED[1]])
     if text.count(_PLACEHOLDER) != 1:
         raise RunError("the chat template does not write the assistant's content once and unchanged.")
     after = text.split(_PLACEHOLDER)[1]
-    return after[: _turn_length(after, tokenizer)]
+    text = after[: _turn_length(after, tokenizer)]
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-FITS, SPLIT, TRUNCATED, PIECE, SHORT, NO_LOSS = range(6)
+FITS, SPLIT, TRUNCATED, PIECE, SHORT, NO_LOSS, NULL, REFUSED = range(8)
 """Outcome of a row: it fits; it was split (its first piece) or truncated; a further piece of a row that was split; skipped,
-because it has fewer than two tokens, or because no token after the first carries loss."""
+because it has fewer than two tokens, no token after the first carries loss, its fields are null, or the chat template
+refuses it. All from ``SHORT`` on are skipped."""
 
 
 class Tokens(NamedTuple):

@@ -1,31 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents: datasets of rows, encoded, cut to length and kept in the ``datasets`` cache."""
+"""Documents: the rows of a part, encoded and cut to length, in memory or in a file of the cache that is mapped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 
-from mtp_lightning.data import chat, cutting, encoding
-from mtp_lightning.data.cache import cache_errors, cache_folder
-from mtp_lightning.data.cutting import Tokens, cut_rows
-from mtp_lightning.data.encoding import encode_row, wrong_label
-from mtp_lightning.data.reading import row_type
+from mtp_lightning.data import chat, cutting, encoding, formats, messages, tables, tokenizing
+from mtp_lightning.data.cache import cache_folder, cached_file
+from mtp_lightning.data.chat import RefusedByTemplate
+from mtp_lightning.data.cutting import NULL, REFUSED, Tokens, cut_rows
+from mtp_lightning.data.encoding import EncodedRow, encode_row
+from mtp_lightning.data.formats import Part, Row
+from mtp_lightning.data.tokenizing import is_utf8
 from mtp_lightning.errors import RunError, one_line
-from mtp_lightning.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_PARALLEL_FROM = 20_000
-"""Rows from which on several processes are worth starting."""
+_BATCH_ROWS = 1000
+_PARALLEL_FROM = 20
+"""Batches after which several processes are started, where they are asked for."""
 
 
 class Encoder(NamedTuple):
@@ -34,149 +39,178 @@ class Encoder(NamedTuple):
     tokenizer: PreTrainedTokenizerBase  # the base's tokenizer
     max_length: int  # maximum tokens in a document
     chat_template: str | None = None  # source of a chat template, or None for the base's own
+    vocab_size: int | None = None  # number of token ids that the base has; None: as many as the tokenizer
+
+    def digest(self) -> str:
+        """A digest of all that decides what rows become, the code included: a change never meets older documents."""
+        modules = (encoding, chat, messages, tokenizing, cutting, formats, tables)
+        code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in modules]
+        code.append(Path(__file__).read_text(encoding="utf-8"))
+        return _digest(tokenizer_digest(self.tokenizer), self.chat_template, self.max_length, self.vocab_size, *code)
 
 
-def encode_dataset(rows: Dataset, source: str, encoder: Encoder, workers: int = 0) -> Dataset:
-    """The documents of a dataset of rows, from the cache if they were encoded before.
+class Documents:
+    """Encoded documents, given as record batches in memory or the cache files that hold them, one after another.
 
-    The result has one document per row: ``input_ids``, ``loss``, ``domain``, ``row`` and the counts of ``Documents``. The
-    cache key is the rows, the tokenizer, the template, ``max_length`` and the code that encodes. Raises a
-    RunError that names the source and the row if a row cannot be encoded.
+    The columns are ``input_ids``, ``loss``, ``domain``, ``row`` (index of the row of fields in its part), ``note`` (why the
+    row was refused, or null) and the counts of ``cutting.Documents``.
     """
-    tokenizer, max_length, chat_template = encoder
-    is_tokenized = row_type(set(rows.column_names)) == "input_ids"
-    encode: Callable[..., pa.Table] = _encode_token_batch if is_tokenized else encode_batch
-    key = _digest(rows._fingerprint, tokenizer_digest(tokenizer), chat_template, max_length, _code_digest())
-    folder = cache_folder() / "mtp_lightning"
-    try:
-        with cache_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            return rows.with_format("arrow" if is_tokenized else None).map(
-                encode,
-                batched=True,
-                with_indices=True,
-                remove_columns=rows.column_names,
-                fn_kwargs={"source": source, "encoder": encoder},
-                num_proc=workers if workers > 1 and len(rows) >= _PARALLEL_FROM else None,
-                load_from_cache_file=True,
-                cache_file_name=str(folder / f"{key}.arrow"),
-                new_fingerprint=key,
-                desc=f"Encoding {source}",
-            )
-    except UnicodeDecodeError as error:
-        _fail(source, _first_undecodable(rows), f"expected UTF-8 text, {one_line(error)}.", error)
+
+    def __init__(self, sources: Sequence[pa.RecordBatch | Path]) -> None:
+        self.sources = list(sources)
+        self._batches = [
+            batch for source in sources for batch in (_mapped(source) if isinstance(source, Path) else [source])
+        ]
+        self._starts = np.cumsum([0] + [len(batch) for batch in self._batches], dtype=np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Documents, (self.sources,)  # a worker process maps the files itself
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers, [n]."""
+        return np.concatenate([batch.column(name).to_numpy() for batch in self._batches] or [np.zeros(0, np.int64)])
+
+    def notes(self, chosen: np.ndarray, limit: int) -> list[str]:
+        """The notes of the first ``limit`` chosen documents that have one."""
+        return [self._at(int(index), "note").as_py() for index in chosen[:limit]]
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        """Token ids [n] int32, loss [n] bool and domain of a document."""
+        ids, loss, domain = (self._at(index, name) for name in ("input_ids", "loss", "domain"))
+        return ids.values.to_numpy(), loss.values.to_numpy(zero_copy_only=False), domain.as_py()
+
+    def _at(self, index: int, name: str) -> Any:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._batches[number].column(name)[index - int(self._starts[number])]
 
 
-def encode_batch(batch: dict[str, list[Any]], indices: Sequence[int], source: str, encoder: Encoder) -> pa.Table:
-    """The documents of some rows, given as field -> values and their indices in the source, as in ``encode_dataset``."""
-    encoded = []
-    for place, index in enumerate(indices):
-        row = {field: values[place] for field, values in batch.items()}
+def _mapped(path: Path) -> list[pa.RecordBatch]:
+    import pyarrow as pa
+
+    file = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [file.get_batch(number) for number in range(file.num_record_batches)]
+
+
+def encode_part(
+    part: Part, encoder: Encoder, encoder_digest: str, wanted: np.ndarray | None = None, workers: int = 0
+) -> Path:
+    """The cache file with the documents of a part, or of its ``wanted`` rows; written if they were not encoded before.
+
+    ``workers`` processes encode a large part. Raises a RunError that names the part and the row if one cannot be encoded.
+    """
+    import pyarrow as pa
+
+    key = _digest(part.identity(), None if wanted is None else wanted.tolist(), encoder_digest)
+    path = cache_folder() / "mtp_lightning" / f"{key}.arrow"
+    if not path.is_file():
+        rows = tqdm(part.rows(wanted=wanted), f"Encoding {part.name}", unit=" rows", delay=3, disable=None)
+        with cached_file(path) as file, pa.ipc.new_file(file, _schema()) as writer:
+            for batch in _encode_batches(iter(rows), part, encoder, workers):
+                writer.write_batch(batch)
+    return path
+
+
+def _encode_batches(rows: Iterator[Row], part: Part, encoder: Encoder, workers: int) -> Iterator[pa.RecordBatch]:
+    """The documents of the rows in batches, in order; those of a large part on several processes."""
+    batches = iter(lambda: list(islice(rows, _BATCH_ROWS)), [])
+    numbered = ((number * _BATCH_ROWS, batch) for number, batch in enumerate(batches))
+    for first, batch in islice(numbered, _PARALLEL_FROM if workers > 1 else None):
+        yield encode_batch(batch, first, part.name, part.unit, encoder)
+    if (next_batch := next(numbered, None)) is None:
+        return
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(encoder,)) as pool:
+        pending: deque[Future[pa.RecordBatch]] = deque()
+        for first, batch in chain([next_batch], numbered):
+            pending.append(pool.submit(_encode_in_worker, batch, first, part.name, part.unit))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+_worker_encoder: Encoder  # of a worker process
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+
+
+def _encode_in_worker(rows: list[Row], first: int, name: str, unit: str) -> pa.RecordBatch:
+    return encode_batch(rows, first, name, unit, _worker_encoder)
+
+
+def encode_batch(rows: Sequence[Row], first: int, name: str, unit: str, encoder: Encoder) -> pa.RecordBatch:
+    """The documents of some rows, the first of which has index ``first``; ``name`` and ``unit`` are those of the part."""
+    encoded, outcomes = [], np.zeros(len(rows), np.int8)
+    notes: list[str | None] = [None] * len(rows)
+    for index, row in enumerate(rows):
+        where, result = f"{name}, {unit} {row.place}", None
         try:
-            encoded.append(encode_row(row, encoder.tokenizer, encoder.chat_template))
+            if not isinstance(domain := row.fields.get("domain") or "", str) or not is_utf8(domain):
+                raise RunError(f"domain must be UTF-8 text, got {one_line(repr(domain), 60)}.")
+            result = encode_row(row.fields, encoder.tokenizer, encoder.chat_template)
+            outcomes[index] = NULL if result is None else 0
+        except RefusedByTemplate as error:
+            outcomes[index], notes[index] = REFUSED, f"{where}: {error}".encode(errors="replace").decode()
         except RunError as error:
-            _fail(source, index, str(error), error)
-    lengths = np.array([len(row.input_ids) for row in encoded], np.int64)
+            raise RunError(f"{where}: {error}") from error
+        encoded.append(result or EncodedRow([], [], splittable=False))
     tokens = Tokens(
-        ids=np.fromiter((token for row in encoded for token in row.input_ids), np.int64, lengths.sum()),
-        loss=np.fromiter((flag for row in encoded for flag in row.loss), bool, lengths.sum()),
-        lengths=lengths,
+        ids=np.concatenate([np.asarray(row.input_ids, np.int64) for row in encoded]),
+        loss=np.concatenate([np.asarray(row.loss, bool) for row in encoded]),
+        lengths=np.array([len(row.input_ids) for row in encoded], np.int64),
         splittable=np.array([row.splittable for row in encoded], bool),
     )
-    return _document_table(tokens, indices, source, encoder, batch.get("domain"))
+    _check_ids(tokens, rows, f"{name}, {unit}", encoder)
+    documents = cut_rows(tokens, encoder.max_length)
+    skipped = outcomes[documents.rows]
+    documents = documents._replace(outcomes=np.where(skipped, skipped, documents.outcomes))
+    domains = [row.fields.get("domain") or "" for row in rows]
+    return _record_batch(documents, first, domains, notes)
 
 
-def _encode_token_batch(batch: pa.Table, indices: Sequence[int], source: str, encoder: Encoder) -> pa.Table:
-    """``encode_batch`` for rows that are tokens already, without a Python object per token."""
-    lengths, ids = _flatten(batch, "input_ids", indices, source)
-    loss = np.ones(len(ids), bool)
-    has_labels = "labels" in batch.column_names and batch["labels"].null_count < len(batch)
-    if has_labels:
-        label_lengths, labels = _flatten(batch, "labels", indices, source)
-        unequal = np.flatnonzero(label_lengths != lengths)
-        if len(unequal):
-            _fail(source, indices[unequal[0]], "labels must be as long as input_ids.")
-        wrong = np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))
-        if len(wrong):
-            row = _row_of(wrong[0], lengths)
-            position = int(wrong[0] - lengths[:row].sum())
-            _fail(source, indices[row], wrong_label(position, int(ids[wrong[0]]), int(labels[wrong[0]])))
-        loss = labels != IGNORE_INDEX
-    tokens = Tokens(ids, loss, lengths, np.full(len(lengths), not has_labels))
-    domains = batch["domain"].to_pylist() if "domain" in batch.column_names else None
-    return _document_table(tokens, indices, source, encoder, domains)
-
-
-def _flatten(batch: pa.Table, field: str, indices: Sequence[int], source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of the lists in a column, and their values one after another."""
-    import pyarrow as pa
-
-    lists = batch[field].combine_chunks()
-    lists = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
-    missing = np.flatnonzero(lists.is_null().to_numpy(zero_copy_only=False))
-    if len(missing):
-        _fail(source, indices[missing[0]], f"expected a list of token ids in {field}, got nothing.")
-    try:
-        lists = lists.cast(pa.large_list(pa.int64()))
-        lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-        return lengths, lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-        raise RunError(f"{source}: {field} must be lists of token ids, got {batch[field].type}.") from error
-
-
-def _document_table(
-    tokens: Tokens, indices: Sequence[int], source: str, encoder: Encoder, domains: list[Any] | None
-) -> pa.Table:
-    """Check ids and domains, and cut the rows into documents."""
-    import pyarrow as pa
-
-    vocab_size = len(encoder.tokenizer)
+def _check_ids(tokens: Tokens, rows: Sequence[Row], where: str, encoder: Encoder) -> None:
+    vocab_size = encoder.vocab_size or len(encoder.tokenizer)
     outside = np.flatnonzero((tokens.ids < 0) | (tokens.ids >= vocab_size))
     if len(outside):
-        _fail(
-            source,
-            indices[_row_of(outside[0], tokens.lengths)],
-            f"expected token ids from 0 to {vocab_size - 1}, the base's vocabulary, got {tokens.ids[outside[0]]}."
-            " The rows were encoded with another tokenizer.",
+        row = int(np.searchsorted(np.cumsum(tokens.lengths), outside[0], side="right"))
+        raise RunError(
+            f"{where} {rows[row].place}: expected token ids from 0 to {vocab_size - 1}, the base's vocabulary, got"
+            f" {tokens.ids[outside[0]]}. The row was encoded with another tokenizer, or the tokenizer has tokens that the"
+            " base has no embedding for."
         )
-    for index, domain in zip(indices, domains or [], strict=False):
-        if not isinstance(domain, str | None):
-            _fail(source, index, f"domain must be text, got {type(domain).__name__}.")
-    documents = cut_rows(tokens, encoder.max_length)
-    offsets = np.concatenate([[0], np.cumsum(documents.lengths)]).astype(np.int32)
-    domain_of = [""] * len(documents.rows) if domains is None else [domains[row] or "" for row in documents.rows]
-    return pa.table(
-        {
-            "input_ids": pa.ListArray.from_arrays(offsets, pa.array(documents.ids.astype(np.int32))),
-            "loss": pa.ListArray.from_arrays(offsets, pa.array(documents.loss)),
-            "domain": pa.array(domain_of, pa.string()),
-            "row": np.asarray(indices, np.int64)[documents.rows],
-            "outcome": documents.outcomes,
-            "length": documents.lengths,
-            "tokens_lost": documents.tokens_lost,
-            "loss_tokens": documents.loss_tokens,
-            "eligible_starts": documents.eligible_starts,
-        }
-    )
 
 
-def _row_of(token: int, lengths: np.ndarray) -> int:
-    """The row that holds a token of the flat array."""
-    return int(np.searchsorted(np.cumsum(lengths), token, side="right"))
+def _record_batch(documents: cutting.Documents, first: int, domains: list[str], notes: list[str | None]) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    offsets = pa.array(np.concatenate([[0], np.cumsum(documents.lengths)]).astype(np.int32))
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(offsets, pa.array(documents.ids.astype(np.int32))),
+        "loss": pa.ListArray.from_arrays(offsets, pa.array(documents.loss)),
+        "domain": pa.array([domains[row] for row in documents.rows], pa.string()),
+        "note": pa.array([notes[row] for row in documents.rows], pa.string()),
+        "row": first + documents.rows,
+        "outcome": documents.outcomes.astype(np.int8),
+        "length": documents.lengths,
+        "tokens_lost": documents.tokens_lost,
+        "loss_tokens": documents.loss_tokens,
+        "eligible_starts": documents.eligible_starts,
+    }
+    return pa.RecordBatch.from_pydict({name: pa.array(values) for name, values in columns.items()}, schema=_schema())
 
 
-def _fail(source: str, index: int, message: str, cause: Exception | None = None) -> NoReturn:
-    raise RunError(f"{source}, row {index + 1}: {message}") from cause
+def _schema() -> pa.Schema:
+    import pyarrow as pa
 
-
-def _first_undecodable(rows: Dataset) -> int:
-    """Index of the first row that is not UTF-8: JSON and Parquet files are read without checking their bytes."""
-    for index in range(len(rows)):
-        try:
-            rows[index]
-        except UnicodeDecodeError:
-            return index
-    raise AssertionError("one of the rows could not be decoded before")
+    lists = [("input_ids", pa.list_(pa.int32())), ("loss", pa.list_(pa.bool_()))]
+    texts = [(name, pa.string()) for name in ("domain", "note")]
+    numbers = [(name, pa.int64()) for name in ("row", "length", "tokens_lost", "loss_tokens", "eligible_starts")]
+    return pa.schema([*lists, *texts, ("outcome", pa.int8()), *numbers])
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -188,12 +222,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         state = sorted(tokenizer.get_vocab().items())
     return _digest(type(tokenizer).__name__, state, tokenizer.special_tokens_map, tokenizer.chat_template)
-
-
-def _code_digest() -> str:
-    """A digest of the code that encodes, so that a change to it never meets documents encoded before the change."""
-    files = (encoding.__file__, chat.__file__, cutting.__file__, __file__)
-    return _digest(*(Path(str(file)).read_text(encoding="utf-8") for file in files))
 
 
 def _digest(*values: Any) -> str:

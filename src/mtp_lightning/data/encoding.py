@@ -4,15 +4,15 @@
 | row | tokens | loss |
 |---|---|---|
 | ``text`` | as the tokenizer gives them, its first token included, then its end token | all |
-| ``prompt`` + ``completion`` | each encoded alone, then joined, then the end token or turn's end | completion and its end |
+| ``prompt`` + ``completion`` | of the joined text, then the end token | from the first with a character of the completion |
 | ``prompt`` + ``completion_ids`` | the prompt encoded, then the ids as they are | the ids |
 | ``prompt_ids`` + ``completion_ids`` | as they are: what ``mtp distill`` writes | the completion's |
-| ``messages`` | the base's chat template | assistant turns with their end-of-turn token |
-| ``input_ids`` (+ ``labels``) | as they are | all, or where the label is not -100 |
+| a conversation (``messages.py``) | the base's chat template | assistant turns with their end-of-turn token |
+| ``input_ids`` (+ ``labels``, masks) | as they are, without padding at the ends | all, or where labels and masks say |
 
-Prompt and completion are encoded separately because together a token could span the border between them; so write the
-space between the two into one of them. A ``prompt`` may be a list of messages: it is rendered with the generation prompt.
-The length is not limited here.
+Prompt and completion are encoded together because that is how the model reads them: a token may span the border. A
+``prompt`` may be a list of messages: it is rendered with the generation prompt, and the template's own end of turn follows
+the completion. The length is not limited here.
 """
 
 from __future__ import annotations
@@ -20,66 +20,90 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mtp_lightning.data.chat import Message, encode_chat_prompt, encode_messages, end_of_turn
-from mtp_lightning.data.reading import ROW_TYPES, row_type
-from mtp_lightning.errors import RunError
+import numpy as np
+
+from mtp_lightning.data.chat import encode_chat_prompt, encode_messages, end_of_turn, render_chat_prompt
+from mtp_lightning.data.formats import ROW_TYPES
+from mtp_lightning.data.messages import Message, chat_of, clean_tools
+from mtp_lightning.data.tokenizing import tokenize, tokenize_with_spans
+from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TYPES = (
+    ("prompt", {"prompt_ids", "completion_ids"}),
+    *(("messages", {field}) for field in ("messages", "conversations", "conversation")),
+    ("prompt", {"prompt", "completion"}),
+    ("prompt", {"prompt", "completion_ids"}),
+    ("text", {"text"}),
+    ("input_ids", {"input_ids"}),
+    ("messages", {"instruction", "output"}),
+)
+_LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
+
 
 class EncodedRow(NamedTuple):
     """A row as tokens."""
 
-    input_ids: list[int]  # token ids
-    loss: list[bool]  # for each token, True if it carries loss
+    input_ids: Sequence[int] | np.ndarray  # token ids
+    loss: Sequence[bool] | np.ndarray  # for each token, True if it carries loss
     splittable: bool  # True if a row that is too long may be cut into pieces (plain text); otherwise its end is dropped
 
 
-def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> EncodedRow:
-    """The row as tokens, by the first type that its fields fit; a field that is None counts as absent.
+def row_type(fields: Mapping[str, Any] | set[str]) -> str | None:
+    """The type of a row with these fields, by the first that fits: prompt, messages, text, input_ids; None if none does."""
+    return next((kind for kind, needed in _TYPES if needed <= set(fields)), None)
 
-    Raises a RunError if the row has none of the fields needed or one has the wrong type, and a UsageError if it needs a
-    chat template and there is none.
+
+def encode_row(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
+) -> EncodedRow | None:
+    """The row as tokens, by the first type that its fields fit; None if the fields that it needs are there and null.
+
+    Raises a RunError if the row has none of the fields needed or one has the wrong type (RefusedByTemplate if the chat
+    template refuses it), and a UsageError if it needs a chat template and there is none.
     """
-    fields = {name for name, value in row.items() if value is not None}
-    type_ = row_type(fields)
-    if type_ == "messages":
-        ids, loss = encode_messages(row["messages"], tokenizer, chat_template)
+    kind = row_type({name for name, value in row.items() if value is not None})
+    if kind is None and row_type(row) is not None:
+        return None
+    both_are_chats = all(isinstance(row.get(field), list) for field in ("prompt", "completion"))
+    is_chat = kind == "messages" or (kind == "prompt" and both_are_chats and row.get("prompt_ids") is None)
+    if is_chat and (chat := chat_of(row)) is not None:
+        ids, loss = encode_messages(chat.messages, tokenizer, chat_template, chat.tools)
         return EncodedRow(ids, loss, splittable=False)
-    if type_ == "prompt":
+    if kind == "prompt":
         return _encode_completion(row, tokenizer, chat_template)
-    if type_ == "text":
+    if kind == "text":
         text = _text(row, "text")
-        ids = _with_end_token(tokenizer(text, verbose=False)["input_ids"], tokenizer) if text else []
+        ids = _with_end_token(tokenize(text, tokenizer, add_first=True), tokenizer) if text else []
         return EncodedRow(ids, [True] * len(ids), splittable=True)
-    if type_ == "input_ids":
+    if kind == "input_ids":
         return _encode_ids(row)
-    raise RunError(f"expected {ROW_TYPES}, got {', '.join(sorted(fields)) or 'no field'}.")
+    raise RunError(f"expected rows with {ROW_TYPES}, got the fields {one_line(', '.join(map(str, row)), 120) or 'none'}.")
 
 
 def _encode_completion(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> EncodedRow:
     """A prompt without loss and its completion with loss."""
-    has_completion_ids = row.get("completion_ids") is not None
-    if has_completion_ids and row.get("prompt_ids") is not None:
-        prompt = _token_ids(row, "prompt_ids")
-    elif isinstance(row["prompt"], list):
-        prompt = encode_chat_prompt(row["prompt"], tokenizer, chat_template)
-    else:
-        text = _text(row, "prompt")
-        prompt = list(tokenizer(text, verbose=False)["input_ids"])
-        # Some tokenizers append an end token to every text; the completion would then follow an end token.
-        end = tokenizer.eos_token_id
-        if end is not None and prompt and prompt[-1] == end and not text.endswith(tokenizer.eos_token):
-            prompt.pop()
-    if has_completion_ids:
+    is_chat = row.get("prompt_ids") is None and isinstance(row["prompt"], list)
+    template = (tokenizer, chat_template, clean_tools(row.get("tools")) if is_chat else None)
+    if row.get("completion_ids") is not None:
         completion = _token_ids(row, "completion_ids")
-    else:
-        completion = list(tokenizer(_text(row, "completion"), add_special_tokens=False, verbose=False)["input_ids"])
-        end = completion_end(row["prompt"], tokenizer, chat_template)
-        completion += [] if end and completion[-len(end) :] == end else end
-    return EncodedRow(prompt + completion, [False] * len(prompt) + [True] * len(completion), splittable=False)
+        if row.get("prompt_ids") is not None:
+            prompt: Sequence[int] | np.ndarray = _token_ids(row, "prompt_ids")
+        elif is_chat:
+            prompt = encode_chat_prompt(row["prompt"], *template)
+        else:
+            prompt = tokenize(_text(row, "prompt"), tokenizer, add_first=True)
+        loss = np.concatenate([np.zeros(len(prompt), bool), _loss_of(row, len(completion), "completion_ids")])
+        return EncodedRow(np.concatenate([np.asarray(prompt, np.int64), completion]), loss, splittable=False)
+    prompt_text = render_chat_prompt(row["prompt"], *template) if is_chat else _text(row, "prompt")
+    ids, loss = _encode_joined(prompt_text, _text(row, "completion"), tokenizer, add_first=not is_chat)
+    end = completion_end(row["prompt"], tokenizer, chat_template)
+    if end and not (ids[-len(end) :] == end and loss[-1]):
+        ids, loss = [*ids, *end], [*loss, *[True] * len(end)]
+    return EncodedRow(ids, loss, splittable=False)
 
 
 def completion_end(
@@ -93,26 +117,81 @@ def completion_end(
     return end or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
 
-def _encode_ids(row: Mapping[str, Any]) -> EncodedRow:
-    """A row that is tokens already; without labels it may be split, like text."""
-    ids = _token_ids(row, "input_ids")
-    if row.get("labels") is None:
-        return EncodedRow(ids, [True] * len(ids), splittable=True)
-    labels = _token_ids(row, "labels")
-    if len(labels) != len(ids):
-        raise RunError(f"labels must be as long as input_ids ({len(ids)}), got {len(labels)}.")
-    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        if label not in (token, IGNORE_INDEX):
-            raise RunError(wrong_label(position, token, label))
-    return EncodedRow(ids, [label != IGNORE_INDEX for label in labels], splittable=False)
-
-
-def wrong_label(position: int, token: int, label: int) -> str:
-    """The error message for a label that is neither its token nor ignored."""
-    return (
-        f"labels must be the token of the same position or {IGNORE_INDEX}, got {label} at position {position} where"
-        f" input_ids has {token}. Do not shift the labels."
+def _encode_joined(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, add_first: bool
+) -> tuple[list[int], list[bool]]:
+    """Tokens of the joined text; those with a character of the completion carry loss."""
+    if tokenizer.is_fast:
+        ids, spans = tokenize_with_spans(prompt + completion, tokenizer, add_first)
+        return ids, [end > len(prompt) for _, end in spans]
+    ids, alone = (tokenize(text, tokenizer, add_first) for text in (prompt + completion, prompt))
+    border = next(
+        (n for n, pair in enumerate(zip(ids, alone, strict=False)) if pair[0] != pair[1]), min(len(ids), len(alone))
     )
+    return ids, [place >= border for place in range(len(ids))]
+
+
+def _encode_ids(row: Mapping[str, Any]) -> EncodedRow:
+    """A row that is tokens already; without labels and masks it may be split, like text."""
+    ids = _token_ids(row, "input_ids")
+    loss, has_labels = _loss_of(row, len(ids), "input_ids"), row.get("labels") is not None
+    if has_labels:
+        labels = _token_ids(row, "labels")
+        if len(labels) != len(ids):
+            raise RunError(f"labels must be as long as input_ids ({len(ids)}), got {len(labels)}.")
+        wrong = np.flatnonzero((labels != ids) & (labels != IGNORE_INDEX))
+        if len(wrong):
+            position = int(wrong[0])
+            raise RunError(
+                f"labels must be the token of the same position or {IGNORE_INDEX}, got {labels[position]} at position"
+                f" {position} where input_ids has {ids[position]}. Do not shift the labels."
+            )
+        loss &= labels != IGNORE_INDEX
+    splittable = not has_labels and all(row.get(name) is None for name in _LOSS_MASKS)
+    begin, end = 0, len(ids)
+    if row.get("attention_mask") is not None:
+        inside = np.flatnonzero(_mask(row, "attention_mask", len(ids), "input_ids"))
+        begin, end = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+        if end - begin != len(inside):
+            raise RunError("attention_mask may be 0 at the beginning and end of a row (padding), it is 0 in the middle.")
+    _check_single_document(row, begin, end)
+    return EncodedRow(ids[begin:end], loss[begin:end], splittable)
+
+
+def _loss_of(row: Mapping[str, Any], length: int, field: str) -> np.ndarray:
+    """Where the row's loss masks are 1, [length] bool; everywhere without one."""
+    loss = np.ones(length, bool)
+    for name in _LOSS_MASKS:
+        if row.get(name) is not None:
+            loss &= _mask(row, name, length, field)
+    return loss
+
+
+def _mask(row: Mapping[str, Any], name: str, length: int, field: str) -> np.ndarray:
+    """A mask of the tokens of a field, [length] bool."""
+    mask = _array(row[name])
+    if mask.shape != (length,) or not np.isin(mask, (0, 1)).all():
+        raise RunError(
+            f"{name} must be a list of 0 and 1 as long as {field} ({length}), got {one_line(repr(row[name]), 60)}."
+        )
+    return mask.astype(bool)
+
+
+def _array(value: Any) -> np.ndarray:
+    """The value as an array; one without dimensions if it is none."""
+    try:
+        return np.asarray(value)
+    except (ValueError, OverflowError):  # lists of different lengths
+        return np.asarray(None)
+
+
+def _check_single_document(row: Mapping[str, Any], begin: int, end: int) -> None:
+    """Rows that were packed by others would be trained as one text."""
+    positions, lengths = row.get("position_ids"), row.get("seq_lengths")
+    if positions is not None and (np.diff(_token_ids(row, "position_ids")[begin:end]) != 1).any():
+        raise RunError("position_ids must count up by one: packed rows are not read, data.packing packs documents.")
+    if lengths is not None and np.size(lengths) > 1:
+        raise RunError("seq_lengths names several documents: packed rows are not read, data.packing packs documents.")
 
 
 def _with_end_token(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -126,8 +205,9 @@ def _text(row: Mapping[str, Any], field: str) -> str:
     return row[field]
 
 
-def _token_ids(row: Mapping[str, Any], field: str) -> list[int]:
-    ids = list(row[field])
-    if not all(isinstance(value, int) for value in ids):
-        raise RunError(f"{field} must be a list of token ids, got {ids[:3]!r}...")
-    return ids
+def _token_ids(row: Mapping[str, Any], field: str) -> np.ndarray:
+    """A list of whole numbers, [n] int64."""
+    value, ids = row[field], _array(row[field])
+    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.signedinteger) or ids.dtype.kind == "u" or len(ids) == 0):
+        raise RunError(f"{field} must be a list of token ids, got {one_line(repr(value), 60)}.")
+    return ids.astype(np.int64)

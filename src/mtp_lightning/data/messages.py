@@ -38,7 +38,7 @@ class Chat(NamedTuple):
 
 
 def chat_of(row: Mapping[str, Any]) -> Chat | None:
-    """The conversation in the fields of a row, or None if it holds none; a RunError for tools that can't be read."""
+    """The conversation in the fields of a row, or None if it holds none; a RunError if it or its tools can't be read."""
     get = row.get
     shared = next((get(name) for name in ("messages", "conversations", "conversation") if get(name) is not None), None)
     prompt, completion = get("prompt"), get("completion")
@@ -46,16 +46,26 @@ def chat_of(row: Mapping[str, Any]) -> Chat | None:
         messages = _from_json(shared)
     elif isinstance(prompt, list) and isinstance(completion, list):
         messages = [*({**message, "weight": 0} if isinstance(message, dict) else message for message in prompt), *completion]
-    elif isinstance(get("instruction"), str) and isinstance(get("output"), str):
-        turns = [*(get("history") or []), ["\n\n".join(filter(None, (row["instruction"], get("input")))), row["output"]]]
-        messages = [
-            {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
+    elif get("instruction") is not None and get("output") is not None:
+        messages = _of_alpaca(row)
     else:
         return None
     if isinstance(get("system"), str) and row["system"] and get("messages") is None and isinstance(messages, list):
         messages = [{"role": "system", "content": row["system"]}, *messages]
     return Chat(messages, clean_tools(get("tools")))
+
+
+def _of_alpaca(row: Mapping[str, Any]) -> list[Message]:
+    """Question and answer, after the ``history`` of earlier ones."""
+    fields = [row.get(name) or "" for name in ("instruction", "input", "output")]
+    if not all(isinstance(field, str) for field in fields):
+        raise RunError(f"instruction, input and output must be text, got {one_line(repr(fields), 80)}.")
+    turns = [*(row.get("history") or []), ["\n\n".join(filter(None, fields[:2])), fields[2]]]
+    if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
+        raise RunError(f"history must be a list of questions with answers, got {one_line(repr(row['history']), 80)}.")
+    return [
+        {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def clean_tools(tools: Any) -> list[dict[str, Any]] | None:

@@ -29,7 +29,7 @@ class MTPDataModule(LightningDataModule):
     A source is a file (.jsonl, .json, .parquet, .txt), a glob, a folder, ``package://demo/train.parquet`` for a file
     shipped with mtp-lightning, or a hub id: ``owner/name``, ``owner/name/config``, each with ``:split`` (default
     train). Rows are recognised by their fields: messages | prompt + completion (or completion_ids) | text | input_ids
-    (+ labels); an optional field domain names their domain.
+    (+ labels) | conversations | instruction + output; an optional field domain names their domain.
 
     Args:
         train: a source, a list of sources, or a weighted mix: source -> share of the rows drawn in an epoch, before long
@@ -56,7 +56,7 @@ class MTPDataModule(LightningDataModule):
 
     Attributes:
         rows: split -> its token rows, after ``setup``.
-        report: split -> what became of the rows read, after ``setup``: plain numbers, see ``preparing.Report``.
+        report: split -> what became of the rows read, after ``setup``: plain values, see ``preparing.Report``.
     """
 
     def __init__(
@@ -162,6 +162,7 @@ class MTPDataModule(LightningDataModule):
             max_length=self.max_length,
             name=f"data.{split}",
             chat_template=self._template_source(),
+            vocab_size=self._attached()[1].vocab_size,
             packing=self.packing,
             max_rows=max_rows,
             seed=self.seed,
@@ -249,7 +250,8 @@ class MTPDataModule(LightningDataModule):
         if self.streaming_rows is None:
             return self._loader("train")
         if self._streaming_loader is None:  # it holds the position, so there is only one
-            encoder = Encoder(self._attached()[1].tokenizer, self.max_length, self._template_source())
+            module = self._attached()[1]
+            encoder = Encoder(module.tokenizer, self.max_length, self._template_source(), module.vocab_size)
             self._streaming_loader = StreamingLoader(
                 RowStream(self._sources("train"), encoder, packing=self.packing),
                 rows=self.streaming_rows,

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mtp_lightning.data.cutting import NO_LOSS, SHORT, SPLIT, TRUNCATED
-from mtp_lightning.data.documents import Encoder, encode_dataset
+from mtp_lightning.data.cutting import NO_LOSS, NULL, REFUSED, SHORT, SPLIT, TRUNCATED
+from mtp_lightning.data.documents import Documents, Encoder, encode_part
+from mtp_lightning.data.formats import Part
 from mtp_lightning.data.packing import pack
-from mtp_lightning.data.reading import read_source
-from mtp_lightning.data.rows import TokenRows, column, weighted_mix
+from mtp_lightning.data.reading import open_sources
+from mtp_lightning.data.rows import TokenRows, weighted_mix
 from mtp_lightning.errors import RunError, UsageError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 Sources = str | list[str] | dict[str, float]
@@ -27,7 +27,13 @@ USABLE_ROWS = (
 )
 """Advice where no row can be used."""
 
-_SKIP_REASONS = {SHORT: "shorter than two tokens", NO_LOSS: "no token with loss after the first"}
+_SKIP_REASONS = {
+    SHORT: "shorter than two tokens",
+    NO_LOSS: "no token with loss after the first",
+    NULL: "null instead of text",
+    REFUSED: "refused by the chat template",
+}
+_EXAMPLES = 3  # of refused rows that are shown
 _HOLD_OUT_SEED = 20250716  # fixed: another data.seed must not move rows between training and validation
 
 
@@ -46,9 +52,12 @@ class Report:
     loss_tokens: int = 0  # those that carry loss
     eligible_starts: int = 0  # positions whose next token carries loss
     padding_share: float = 0.0  # share of a batch's positions that is padding; filled in where batches are formed
+    empty_files: int = 0  # files without a row
+    examples: list[str] = field(default_factory=list)  # why the first rows were refused by the chat template
 
     def __str__(self) -> str:
-        changes = [f"{number:,} left out ({reason})" for reason, number in self.skipped.items()]
+        changes = [f"{self.empty_files:,} empty files"] if self.empty_files else []
+        changes += [f"{number:,} left out ({reason})" for reason, number in self.skipped.items()]
         changes += [f"{self.cut:,} cut into pieces"] if self.cut else []
         changes += [f"{self.truncated:,} truncated"] if self.truncated else []
         changes += [f"{self.tokens_lost:,} tokens lost"] if self.tokens_lost else []
@@ -56,6 +65,7 @@ class Report:
             f"{self.rows_read:,} rows read{''.join(f', {change}' for change in changes)};"
             f" {self.documents:,} documents in {self.rows:,} rows an epoch, {self.tokens:,} tokens,"
             f" {self.eligible_starts:,} eligible starts, {self.padding_share:.1%} padding"
+            f"{''.join(chr(10) + example for example in self.examples)}"
         )
 
 
@@ -73,6 +83,7 @@ def prepare(
     max_length: int,
     name: str = "data.train",
     chat_template: str | None = None,
+    vocab_size: int | None = None,
     packing: bool = False,
     max_rows: int | None = None,
     seed: int = 0,
@@ -85,19 +96,16 @@ def prepare(
     Of more than ``max_rows`` rows that many are read, evenly spaced over the sources. The share ``held_out`` of the rows
     read is the same for every ``seed`` (of the mix), and a mix does not repeat it; at most ``max_held_out`` of its documents
     are kept, evenly spaced. ``name`` is the config key, for messages; ``chat_template`` a template's source, None for the
-    base's own; ``workers`` processes encode a large dataset.
+    base's own; ``vocab_size`` the number of token ids that the base has, None for the tokenizer's; ``workers`` processes
+    encode a large file.
     """
     weights = weights_of(sources, name)
-    parts = [(source, part) for source in weights for part in read_source(source)]
-    if max_rows is not None:
-        parts = _thin(parts, weights if isinstance(sources, dict) else None, max_rows)
-    documents, owners, rows = _encode(parts, Encoder(tokenizer, max_length, chat_template), workers)
-    num_read = sum(len(part) for _, part in parts)
-    outcomes = column(documents, "outcome")
-    usable = outcomes < SHORT
-    if not usable.any():
-        reasons = ", ".join(f"{number} {reason}" for reason, number in _skipped(outcomes).items())
-        raise RunError(f"{name}: none of the {num_read} rows can be used: {reasons}. {USABLE_ROWS}")
+    opened = open_sources(sources_of(sources), name)
+    wanted = None if max_rows is None else _evenly_spaced(opened, weights if isinstance(sources, dict) else None, max_rows)
+    encoder = Encoder(tokenizer, max_length, chat_template, vocab_size)
+    documents, owners, rows, empty_files = _encode(opened, encoder, wanted, workers)
+    num_read = int(rows[-1]) + 1
+    usable = _usable(documents, name, num_read)
 
     num_held_out = max(1, round(num_read * held_out)) if held_out else 0
     apart = np.isin(rows, np.random.default_rng(_HOLD_OUT_SEED).permutation(num_read)[:num_held_out])
@@ -106,7 +114,9 @@ def prepare(
 
     def prepared(chosen: np.ndarray, side: np.ndarray, rows_read: int) -> Prepared:
         order, offsets = arrange(documents, chosen, packing, max_length)
-        return report_on(TokenRows(documents, order, offsets), documents, side, rows_read)
+        made = report_on(TokenRows(documents, order, offsets), documents, side, rows_read)
+        made.report.empty_files = empty_files
+        return made
 
     chosen = np.flatnonzero(usable & ~apart)
     if isinstance(sources, dict):
@@ -122,39 +132,46 @@ def prepare(
 
 def weights_of(sources: Sources, name: str) -> dict[str, float]:
     """Source -> weight, 1 by default; a UsageError if there is no source or a weight is not above 0."""
-    weights = {sources: 1.0} if isinstance(sources, str) else sources
-    if not weights:
+    if not sources:
         raise UsageError(f"{name} must name at least one source, got {sources!r}.")
-    if not isinstance(weights, dict):
-        return dict.fromkeys(weights, 1.0)
+    weights = sources if isinstance(sources, dict) else dict.fromkeys(sources_of(sources), 1.0)
     for source, weight in weights.items():
         if not weight > 0:
             raise UsageError(f"{name}: the weight of {source} must be above 0, got {weight}.")
     return weights
 
 
-def arrange(documents: Dataset, chosen: np.ndarray, packing: bool, max_length: int) -> tuple[np.ndarray, np.ndarray | None]:
+def sources_of(sources: Sources) -> list[str]:
+    """The sources one by one."""
+    return [sources] if isinstance(sources, str) else list(sources)
+
+
+def arrange(
+    documents: Documents, chosen: np.ndarray, packing: bool, max_length: int
+) -> tuple[np.ndarray, np.ndarray | None]:
     """The chosen documents in the order of their rows, and where rows begin (None: one document per row)."""
     if not packing:
         return chosen, None
-    order, offsets = pack(column(documents, "length")[chosen], max_length)
+    order, offsets = pack(documents.column("length")[chosen], max_length)
     return chosen[order], offsets
 
 
-def report_on(rows: TokenRows, documents: Dataset, side: np.ndarray, rows_read: int) -> Prepared:
+def report_on(rows: TokenRows, documents: Documents, side: np.ndarray, rows_read: int) -> Prepared:
     """Rows with their report; ``side`` [n] bool are the documents that the counts of what became of rows are about."""
-    outcomes = column(documents, "outcome")[side]
+    outcomes = documents.column("outcome")[side]
+    refused = np.flatnonzero((documents.column("outcome") == REFUSED) & side)
     report = Report(
         rows_read=rows_read,
         skipped=_skipped(outcomes),
         cut=int((outcomes == SPLIT).sum()),
         truncated=int((outcomes == TRUNCATED).sum()),
-        tokens_lost=int(column(documents, "tokens_lost")[side].sum()),
+        tokens_lost=int(documents.column("tokens_lost")[side].sum()),
         documents=len(np.unique(rows.order)),
         rows=len(rows),
-        tokens=int(column(documents, "length")[rows.order].sum()),
-        loss_tokens=int(column(documents, "loss_tokens")[rows.order].sum()),
-        eligible_starts=int(column(documents, "eligible_starts")[rows.order].sum()),
+        tokens=int(documents.column("length")[rows.order].sum()),
+        loss_tokens=int(documents.column("loss_tokens")[rows.order].sum()),
+        eligible_starts=int(documents.column("eligible_starts")[rows.order].sum()),
+        examples=documents.notes(refused, _EXAMPLES),
     )
     return Prepared(rows, report)
 
@@ -164,35 +181,56 @@ def _skipped(outcomes: np.ndarray) -> dict[str, int]:
     return {reason: count for reason, count in counts.items() if count}
 
 
-def _thin(parts: list[tuple[str, Dataset]], weights: dict[str, float] | None, max_rows: int) -> list[tuple[str, Dataset]]:
-    """At most ``max_rows`` rows, evenly spaced (files are often sorted by domain), each source of a mix by its share."""
+def _evenly_spaced(opened: dict[str, list[Part]], weights: dict[str, float] | None, max_rows: int) -> dict[Part, np.ndarray]:
+    """Part -> indices of its rows of at most ``max_rows``, evenly spaced (files are often sorted by domain).
+
+    Each source of a mix gives its share.
+    """
     if weights is not None:
         total = sum(weights.values())
         quotas = {source: max(1, round(max_rows * weight / total)) for source, weight in weights.items()}
-        return [part for source in weights for part in _thin([p for p in parts if p[0] == source], None, quotas[source])]
-    num_rows = sum(len(part) for _, part in parts)
-    if num_rows <= max_rows:
-        return parts
-    wanted = np.arange(max_rows) * num_rows // max_rows
-    thinned, begin = [], 0
-    for source, part in parts:
-        chosen = wanted[(wanted >= begin) & (wanted < begin + len(part))] - begin
-        begin += len(part)
-        if len(chosen):
-            thinned.append((source, part.select(chosen)))
-    return thinned
+        shares = [_evenly_spaced({source: opened[source]}, None, quota) for source, quota in quotas.items()]
+        return {part: wanted for share in shares for part, wanted in share.items()}
+    parts = [part for members in opened.values() for part in members]
+    counts = [part.count() for part in parts]
+    number = min(max_rows, sum(counts))
+    chosen = np.arange(number) * sum(counts) // max(1, number)
+    firsts = np.cumsum([0, *counts])
+    return {
+        part: chosen[(chosen >= first) & (chosen < end)] - first
+        for part, first, end in zip(parts, firsts, firsts[1:], strict=False)
+    }
 
 
-def _encode(parts: list[tuple[str, Dataset]], encoder: Encoder, workers: int) -> tuple[Dataset, np.ndarray, np.ndarray]:
-    """All documents, and for each the index of its source and of its row among all rows read."""
-    from datasets import concatenate_datasets
+def _encode(
+    opened: dict[str, list[Part]], encoder: Encoder, wanted: dict[Part, np.ndarray] | None, workers: int
+) -> tuple[Documents, np.ndarray, np.ndarray, int]:
+    """All documents, for each the index of its source and of its row among all rows read, and the number of empty files."""
+    digest = encoder.digest()
+    files, owners, rows = [], [], []
+    num_read = empty_files = 0
+    for number, (source, parts) in enumerate(opened.items()):
+        before = num_read
+        for part in parts:
+            files.append(encode_part(part, encoder, digest, None if wanted is None else wanted[part], workers))
+            part_rows = Documents(files[-1:]).column("row")
+            owners.append(np.full(len(part_rows), number))
+            rows.append(num_read + part_rows)
+            num_read += int(part_rows[-1]) + 1 if len(part_rows) else 0
+            empty_files += (wanted is None) & (not len(part_rows))
+        if num_read == before:
+            raise RunError(f"{source}: expected at least one row, it is empty.")
+    return Documents(files), np.concatenate(owners), np.concatenate(rows), empty_files
 
-    encoded = [encode_dataset(part, source, encoder, workers) for source, part in parts]
-    numbers = {source: number for number, source in enumerate(dict.fromkeys(source for source, _ in parts))}
-    owners = np.repeat([numbers[source] for source, _ in parts], [len(part) for part in encoded])
-    firsts = np.cumsum([0] + [len(part) for _, part in parts])[:-1]
-    rows = np.concatenate([first + column(part, "row") for first, part in zip(firsts, encoded, strict=True)])
-    return concatenate_datasets(encoded), owners, rows
+
+def _usable(documents: Documents, name: str, num_read: int) -> np.ndarray:
+    """Which documents can be trained on, [n] bool; a RunError if none can."""
+    outcomes = documents.column("outcome")
+    if not (usable := outcomes < SHORT).any():
+        reasons = ", ".join(f"{number} {reason}" for reason, number in _skipped(outcomes).items())
+        examples = "".join(f" {example}." for example in documents.notes(np.flatnonzero(outcomes == REFUSED), 1))
+        raise RunError(f"{name}: none of the {num_read} rows can be used: {reasons}.{examples} {USABLE_ROWS}")
+    return usable
 
 
 def _mixed(

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
+from mtp_lightning.data.documents import Documents
 from mtp_lightning.types import IGNORE_INDEX, TokenRow
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 FINGERPRINT_ROWS = 64
 """Rows whose tokens enter the fingerprint, evenly spaced; the lengths of all rows do."""
@@ -36,17 +34,17 @@ class DrawnRow(NamedTuple):
 
 
 class TokenRows(TorchDataset[DrawnRow]):
-    """Rows of tokens, with their ``lengths``, [rows] int64, over the output of ``documents.encode_dataset``.
+    """Rows of tokens, with their ``lengths``, [rows] int64, made of encoded documents.
 
     ``order`` are the documents of all rows, one row after another, [n] int64; ``offsets`` say where each row begins in it
     and the last one ends, [rows + 1] int64; None: one document per row.
     """
 
-    def __init__(self, documents: Dataset, order: np.ndarray, offsets: np.ndarray | None = None) -> None:
-        self.documents = documents.with_format("numpy", columns=["input_ids", "loss", "domain"])
+    def __init__(self, documents: Documents, order: np.ndarray, offsets: np.ndarray | None = None) -> None:
+        self.documents = documents
         self.order = order
         self.offsets = offsets
-        lengths = column(documents, "length")[order]
+        lengths = documents.column("length")[order]
         self.lengths = lengths if offsets is None else np.add.reduceat(lengths, offsets[:-1])
 
     def __len__(self) -> int:
@@ -60,15 +58,14 @@ class TokenRows(TorchDataset[DrawnRow]):
 
     def row(self, index: int) -> TokenRow:
         """A row; its index is its ``row_id``. Packed documents of different domains give a row without domain."""
-        documents = [self.documents[int(document)] for document in self.documents_of(index)]
-        ids = np.concatenate([document["input_ids"] for document in documents]).astype(np.int64)
-        loss = np.concatenate([document["loss"] for document in documents]).astype(bool)
-        lengths = [len(document["input_ids"]) for document in documents]
-        domains = {str(document["domain"]) for document in documents}
+        documents = [self.documents.document(int(document)) for document in self.documents_of(index)]
+        ids = np.concatenate([ids for ids, _, _ in documents]).astype(np.int64)
+        loss = np.concatenate([loss for _, loss, _ in documents])
+        domains = {domain for _, _, domain in documents}
         return TokenRow(
             input_ids=torch.from_numpy(ids),
             labels=torch.from_numpy(np.where(loss, ids, IGNORE_INDEX)),
-            document_ids=torch.from_numpy(np.repeat(np.arange(len(documents)), lengths)),
+            document_ids=torch.from_numpy(np.repeat(np.arange(len(documents)), [len(ids) for ids, _, _ in documents])),
             row_id=index,
             domain=domains.pop() if len(domains) == 1 else "",
         )
@@ -88,11 +85,6 @@ def fingerprint(rows: TokenRows) -> str:
         digest.update(row.input_ids.numpy().tobytes())
         digest.update(row.labels.numpy().tobytes())
     return f"{len(rows)} rows, {int(np.sum(rows.lengths))} tokens, hash {digest.hexdigest()[:12]}"
-
-
-def column(documents: Dataset, name: str) -> np.ndarray:
-    """A numeric column of encoded documents, [n]."""
-    return np.asarray(documents.select_columns([name]).with_format("arrow")[:][name])
 
 
 def weighted_mix(sizes: Sequence[int], weights: Sequence[float], seed: int) -> np.ndarray:

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mtp_lightning.data.cutting import SHORT
-from mtp_lightning.data.documents import Encoder, encode_batch
+from mtp_lightning.data.documents import Documents, Encoder, encode_batch
+from mtp_lightning.data.formats import Part, Row
 from mtp_lightning.data.loader import WindowedLoader
 from mtp_lightning.data.packing import WINDOW
-from mtp_lightning.data.preparing import USABLE_ROWS, Prepared, Sources, arrange, report_on, weights_of
-from mtp_lightning.data.reading import FIELDS, file_groups, open_stream, raise_unreadable
-from mtp_lightning.data.rows import TokenRows, column
+from mtp_lightning.data.preparing import USABLE_ROWS, Prepared, Sources, arrange, report_on, sources_of, weights_of
+from mtp_lightning.data.reading import open_sources
+from mtp_lightning.data.rows import TokenRows
+from mtp_lightning.data.tables import HubStream
 from mtp_lightning.errors import RunError
 from mtp_lightning.types import MaskedInput
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 READ_ROWS = WINDOW
 """Rows that are read, encoded and packed together."""
@@ -33,58 +33,52 @@ READ_ROWS = WINDOW
 class _Source:
     """Rows of one source, from the beginning again when they end."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, parts: list[Part]) -> None:
         self.name = name
-        self.parts = file_groups(name)
-        self.index = 0  # rows read since the beginning
-        self.cycle = 0  # how many times it began again
-        for part in reversed(range(len(self.parts))):  # all are opened once, so that errors show at the start
-            self._open(part)
+        self.parts = parts
+        self.part = 0  # index of the part that is read
+        self.row = 0  # index of the next row in it
+        self.cycle = 0  # how many times the source began again
+        self._rows: Iterator[Row] | None = None  # rows from there on, once some were read
+        self._inside: dict[str, Any] | None = None  # where to begin in a stream of the hub, which keeps its own position
+        # The first rows of all files are read now, so that errors show at the start.
+        if not any([isinstance(part, HubStream) or next(part.rows(), None) is not None for part in parts]):
+            raise RunError(f"{name}: expected at least one row, it is empty.")
 
-    def _open(self, part: int) -> None:
-        self.part = part
-        self._stream = open_stream(self.name, self.parts[part])
-        self._rows: Iterator[dict[str, Any]] | None = None
-
-    def read(self, count: int) -> tuple[list[dict[str, Any]], list[int]]:
-        """The next rows and their indices; fewer at the end of a part."""
+    def read(self, count: int) -> tuple[list[Row], Part, int]:
+        """The next rows, fewer at the end of a part; their part, and the index of the first in it."""
+        part, first = self.parts[self.part], self.row
         if self._rows is None:
-            self._rows = iter(self._stream)
-        rows: list[dict[str, Any]] = []
-        try:
-            while len(rows) < count and (row := next(self._rows, None)) is not None:
-                rows.append({field: row.get(field) for field in FIELDS})
-        except RunError:
-            raise
-        except Exception as error:  # Arrow, datasets and the hub's client raise many types
-            raise_unreadable(self.name, self.parts[self.part], error)
-        indices = list(range(self.index, self.index + len(rows)))
-        self.index += len(rows)
+            if isinstance(part, HubStream):
+                part.stream.load_state_dict(copy.deepcopy(self._inside))
+            self._rows = part.rows(first)
+        rows = list(islice(self._rows, count))
+        self.row += len(rows)
         if len(rows) < count:  # the end of the part
-            if self.part + 1 == len(self.parts):
-                self.index, self.cycle = 0, self.cycle + 1
-            self._open((self.part + 1) % len(self.parts))
-        return rows, indices
+            self._rows, self._inside, self.row, self.part = None, None, 0, (self.part + 1) % len(self.parts)
+            self.cycle += self.part == 0
+        return rows, part, first
 
     def state(self) -> dict[str, Any]:
         """The position, plain values."""
-        inside = None if self._rows is None else copy.deepcopy(self._stream.state_dict())
-        return {"part": self.part, "number": self.index, "cycle": self.cycle, "inside": inside}
+        part = self.parts[self.part]
+        is_inside = isinstance(part, HubStream) and self._rows is not None
+        inside = copy.deepcopy(part.stream.state_dict()) if is_inside else self._inside
+        return {"part": self.part, "row": self.row, "cycle": self.cycle, "inside": inside}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a position."""
-        self._open(state["part"])
-        self.index, self.cycle = state["number"], state["cycle"]
-        if state["inside"] is not None:
-            self._stream.load_state_dict(copy.deepcopy(state["inside"]))
-            self._rows = iter(self._stream)
+        if "row" not in state:
+            raise RunError(f"{self.name}: the checkpoint's position in the stream is an earlier version's, begin anew.")
+        self.part, self.row, self.cycle, self._rows = state["part"], state["row"], state["cycle"], None
+        self._inside = state["inside"]
 
 
 class _Batch(NamedTuple):
     """Rows that were read together, encoded."""
 
     position: dict[str, Any]  # the stream's position before them
-    documents: Dataset  # their documents
+    documents: Documents  # their documents
     rows: list[np.ndarray]  # the documents of each token row
     num_read: int  # rows read
 
@@ -99,7 +93,8 @@ class RowStream:
         self.packing = packing
         self.is_mix = isinstance(sources, dict)
         self.shares = [weight / sum(weights.values()) for weight in weights.values()]
-        self.sources = [_Source(source) for source in weights]
+        opened = open_sources(sources_of(sources), name, streaming=True)
+        self.sources = [_Source(source, parts) for source, parts in opened.items()]
         self.taken = [0] * len(self.sources)
         self._batch: _Batch | None = None  # the batch that the next token row comes from
         self._used = 0  # token rows of it already used
@@ -121,9 +116,7 @@ class RowStream:
 
     def take(self, count: int) -> Prepared:
         """The next ``count`` token rows, and what became of the rows read for them."""
-        from datasets import concatenate_datasets
-
-        tables: list[Dataset] = []
+        batches: list[Documents] = []
         is_new: list[np.ndarray] = []  # a batch that spans two epochs is reported in the first
         rows: list[np.ndarray] = []
         num_read = num_documents = num_unusable = 0
@@ -138,13 +131,13 @@ class RowStream:
                 raise RunError(f"{self.name}: none of the last {num_unusable} rows can be used. {USABLE_ROWS}")
             chosen = batch.rows[self._used : self._used + count - len(rows)]
             rows += [num_documents + row for row in chosen]
-            tables.append(batch.documents)
+            batches.append(batch.documents)
             is_new.append(np.full(len(batch.documents), starts_batch))
             num_documents += len(batch.documents)
             self._used += len(chosen)
             if self._used == len(batch.rows):
                 self._batch = None
-        documents = concatenate_datasets(tables)
+        documents = Documents([source for batch in batches for source in batch.sources])
         offsets = np.cumsum([0] + [len(row) for row in rows]) if self.packing else None
         token_rows = TokenRows(documents, np.concatenate(rows), offsets)
         return report_on(token_rows, documents, np.concatenate(is_new), num_read)
@@ -153,24 +146,19 @@ class RowStream:
         return {"sources": [source.state() for source in self.sources], "taken": list(self.taken)}
 
     def _next_batch(self) -> _Batch:
-        import datasets
-        import pyarrow as pa
-
-        position, tables, num_read = self._position(), [], 0
-        for number, wanted in self._wanted():
-            source = self.sources[number]
-            rows, indices = source.read(wanted)
-            self.taken[number] += len(rows)
-            num_read += len(rows)
-            if rows:
-                fields = {field: [row[field] for row in rows] for field in FIELDS}
-                tables.append(encode_batch(fields, indices, source.name, self.encoder))
-        if not tables:
-            if all(source.cycle > 0 for source in self.sources):
+        position, encoded, num_read = self._position(), [], 0
+        while not encoded:  # a part may just have ended, or hold nothing
+            position = self._position()
+            for number, wanted in self._wanted():
+                rows, part, first = self.sources[number].read(wanted)
+                self.taken[number] += len(rows)
+                num_read += len(rows)
+                if rows:
+                    encoded.append(encode_batch(rows, first, part.name, part.unit, self.encoder))
+            if not encoded and all(source.cycle > 1 for source in self.sources):
                 raise RunError(f"{self.name}: no rows in {', '.join(source.name for source in self.sources)}.")
-            return self._next_batch()  # a part had just ended
-        documents = datasets.Dataset(pa.concat_tables(tables))
-        usable = np.flatnonzero(column(documents, "outcome") < SHORT)
+        documents = Documents(encoded)
+        usable = np.flatnonzero(documents.column("outcome") < SHORT)
         order, offsets = arrange(documents, usable, self.packing, self.encoder.max_length)
         token_rows = np.split(order, np.arange(1, len(order)) if offsets is None else offsets[1:-1])
         return _Batch(position, documents, [row for row in token_rows if len(row)], num_read)

@@ -193,9 +193,8 @@ class _TokenColumns:
 
     def __init__(self, input_ids: Tensor, criteria: list[Any], config: GenerationConfig, streamer: Any) -> None:
         B, self.length = input_ids.shape
-        self.padding = (
-            config.pad_token_id if config.pad_token_id is not None else next(iter(token_list(config.eos_token_id)), 0)
-        )
+        padding = -1 if config.pad_token_id is None else config.pad_token_id  # some configurations say -1 for none
+        self.padding = padding if padding >= 0 else next(iter(token_list(config.eos_token_id)), 0)
         # Without end tokens transformers' loop lets a row that a criterion has ended run on until the last one has ended.
         self.pads_ended = any(type(criterion) is EosTokenCriteria for criterion in criteria)
         self.criteria = [each for each in criteria if type(each) not in (MaxLengthCriteria, EosTokenCriteria)]

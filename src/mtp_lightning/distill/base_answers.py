@@ -118,7 +118,8 @@ def base_answers(
     a batch does not fit in memory.
     """
     context, ends = context_length(text_config(base)), base_end_tokens(base, tokenizer)
-    pad = next((token for token in (text_config(base).pad_token_id, *ends) if token is not None), 0)
+    # Some configurations say -1 where there is no padding token.
+    pad = next((token for token in (text_config(base).pad_token_id, *ends) if token is not None and token >= 0), 0)
     base.generation_config = GenerationConfig()  # the base's own may hold a temperature or a penalty
     for batch in base_batches(prompts, batch_size, context, options.max_new_tokens):
         if all(prompt.row_id in done for prompt in batch):

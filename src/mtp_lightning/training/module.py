@@ -144,6 +144,11 @@ class MTPModule(LightningModule):
         """Number of positions that the base was made for."""
         return context_length(self.base_config)
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the base has an embedding for; a tokenizer may have more."""
+        return int(self.base_config.vocab_size)
+
     # ---- building
 
     def configure_model(self) -> None:
