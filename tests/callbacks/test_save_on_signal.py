@@ -53,6 +53,18 @@ def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path, st
     assert history(folder) == history(whole) and ("val", 5) in history(whole)
 
 
+TWICE = signal_at(3, "SIGINT").replace("os.kill(", "os.kill(os.getpid(), signal.SIGINT); os.kill(", 1)
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = fresh(whole, tmp_path / "run")
+    ended = zygote.run(folder, *FIT, prelude=TWICE)
+    assert ended.code == 130 and not (folder / LAST).exists(), ended.err
+    ended = zygote.run(folder, *FIT, prelude=signal_at(3, "SIGINT"))
+    assert ended.code == 130 and f"'{LAST}'" in ended.err, ended.err
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == 3
+
+
 @pytest.mark.slow
 def test_no_checkpoint_between_the_batches_of_a_step(zygote: Zygote, whole: Path, accumulated: Path, tmp_path: Path) -> None:
     """A step takes 4 batches, a validation comes every 6: the signal comes after 5 batches, and a validation in a step."""

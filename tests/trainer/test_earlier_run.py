@@ -18,15 +18,14 @@ BEST = LAST.replace("last", "best")
 
 
 def test_last_does_not_resume_an_earlier_run(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-    """A new run in the folder of an earlier one is killed before its first checkpoint."""
+    """The figures and the id in a folder are those of a run that was killed before its first checkpoint."""
     folder, named = tmp_path / "run", tmp_path / "named"
     shutil.copytree(whole, folder)
-    before = {path.name: path.read_bytes() for path in (folder / "run/checkpoints").iterdir()}
     killed = KILL.replace("@EVENT", "'optimizer'").replace("@NUMBER", "2").replace("@SECONDS", "0")
-    ended = zygote.run(folder, *FIT[:-2], prelude=killed)
-    assert ended.code == -signal.SIGKILL and f"({BEST}, {LAST})" in ended.err
-    assert {path.name: path.read_bytes() for path in (folder / "run/checkpoints").iterdir()} == before
+    ended = zygote.run(folder, *FIT[:-2], "--overwrite", prelude=killed)
+    assert ended.code == -signal.SIGKILL and not any(folder.glob("run/checkpoints/*"))
     assert run_name(folder) != run_name(whole)
+    shutil.copytree(whole / "run/checkpoints", folder / "run/checkpoints", dirs_exist_ok=True)
     shutil.copytree(folder, named)
     ended = zygote.run(folder, *FIT)
     assert ended.code == 0, ended.err
@@ -38,6 +37,24 @@ def test_last_does_not_resume_an_earlier_run(zygote: Zygote, whole: Path, tmp_pa
     assert run_name(named) == run_name(whole)
     first = int(read_metrics(named / "run")[0]["step"])
     assert first >= torch.load(whole / BEST, weights_only=True)["global_step"] - 1 > 1
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_folder_holds_one_run(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    """A second run there is refused and changes nothing; with ``--overwrite`` it takes the place of the first."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before = files(folder / "run")
+    ended = zygote.run(folder, *FIT[:-2])
+    assert ended.code == 2 and BEST in ended.error and "--overwrite" in ended.error
+    assert files(folder / "run") == before
+    ended = zygote.run(folder, *FIT[:-2], "--overwrite", "--trainer.max_steps", 1, "--trainer.limit_val_batches", 0)
+    assert ended.code == 0, ended.err
+    assert not (folder / BEST).exists() and run_name(folder) != run_name(whole)
+    assert "overwrite" not in (folder / "run/config.yaml").read_text()
 
 
 FAILING_CHECK = """
@@ -60,7 +77,7 @@ def test_a_start_that_fails_changes_nothing(zygote: Zygote, whole: Path, tmp_pat
         checkpoint["optimizer_states"][0]["param_groups"] *= 2
         torch.save(checkpoint, folder / "other.ckpt")
         words, prelude, reason = [*words, "--ckpt_path", "other.ckpt"], "", "different number of parameter groups"
-    ended = zygote.run(folder, *words, prelude=prelude)
+    ended = zygote.run(folder, *words, "--overwrite", prelude=prelude)
     assert ended.code == 1 and reason in ended.err
     assert run_name(folder) == run_name(whole)
     assert read_metrics(folder / "run") == read_metrics(whole / "run")
@@ -78,15 +95,14 @@ files._sync_folder = no_room
 
 @pytest.mark.slow
 def test_one_process_reports_for_all(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-    """A warning, and an error in the first process alone, which ends both."""
+    """An error in the first process alone ends both."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    words = [*FIT[:-2], "--trainer.strategy", "ddp", "--trainer.devices", 2]
+    words = [*FIT[:-2], "--overwrite", "--trainer.strategy", "ddp", "--trainer.devices", 2]
     started = zygote.ranks(folder, words, words, preludes=[FULL_DISK, FULL_DISK])
     first, second = (process.wait() for process in started)
     assert (first.code, second.code) == (1, 0)
-    assert "of an earlier run" in first.err and "run_id.txt" in first.error
-    assert "earlier run" not in second.err and "mtp: error" not in second.err
+    assert "run_id.txt" in first.error and "mtp: error" not in second.err
 
 
 def test_a_damaged_checkpoint_is_skipped(zygote: Zygote, whole: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SaveOnSignal: save and exit on SIGTERM, and on SLURM's signal before a job's time is up. Part of every ``mtp fit``."""
+"""SaveOnSignal: save and exit on Ctrl-C, SIGTERM, and SLURM's signal before time is up. Part of every ``mtp fit``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from mtp_lightning.saving.checkpoint_files import LAST
 from mtp_lightning.training.distributed import all_reduce, checkpoint_folders
 from mtp_lightning.training.lightning_private import cluster_environment, is_accumulating, validation_follows
 
+EXIT_CODES = {signal.SIGINT: 130}
+"""Exit codes of a run that was stopped by a signal and has saved, as a shell shows them."""
 EXIT_CODE = 143
-"""Exit code of a run that was stopped by a signal and has saved: 128 + SIGTERM, as a shell shows it."""
+"""That of all other signals."""
 
 
 class SaveOnSignal(Callback):
-    """Saves ``last.ckpt`` at the end of the training batch in which the signal came, and exits with code 143.
+    """Saves ``last.ckpt`` at the end of the training batch in which the signal came, and exits with code 143 (Ctrl-C: 130).
 
+    A second Ctrl-C ends the run at once.
     A validation that is running or due is finished first. Lightning's own handlers broadcast and save inside the signal
     handler, in the middle of whatever runs, from which no run resumes exactly; they are replaced while training. On SLURM
     the signal is that of Lightning's ``SLURMEnvironment`` (``requeue_signal``, SIGUSR1 by default), and the job is requeued
@@ -40,11 +43,15 @@ class SaveOnSignal(Callback):
         self._received = None
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in filter(None, (signal.SIGTERM, slurm_signal(trainer))):
+        for number in filter(None, (signal.SIGTERM, signal.SIGINT, slurm_signal(trainer))):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         """Only remember the signal: a handler may run at any moment."""
+        if number == signal.SIGINT:
+            if self._received == number:
+                raise KeyboardInterrupt
+            os.write(2, b"\nmtp: Ctrl-C: saving after this step; again: end at once\n")  # print may be interrupted itself
         self._received = number
 
     def on_train_batch_end(
@@ -63,8 +70,9 @@ class SaveOnSignal(Callback):
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             requeued = requeue(trainer) if received == slurm_signal(trainer) else ""
+            name = "Ctrl-C" if received == signal.SIGINT else signal.Signals(received).name
             print(
-                f"mtp: {signal.Signals(received).name}: saved {str(path)!r} after step {trainer.global_step}{requeued}."
+                f"mtp: {name}: saved {str(path)!r} after step {trainer.global_step}{requeued}."
                 " Resume with --ckpt_path last.",
                 file=sys.stderr,
                 flush=True,
@@ -72,7 +80,8 @@ class SaveOnSignal(Callback):
         trainer.strategy.barrier("saved on a signal")
         # Lightning kills the first process as soon as one that it started ends with another code than 0.
         started_by_lightning = isinstance(cluster_environment(trainer), LightningEnvironment)
-        raise SystemExit(0 if started_by_lightning and not trainer.is_global_zero else EXIT_CODE)
+        code = EXIT_CODES.get(received, EXIT_CODE)
+        raise SystemExit(0 if started_by_lightning and not trainer.is_global_zero else code)
 
 
 def slurm_signal(trainer: Trainer) -> int | None:

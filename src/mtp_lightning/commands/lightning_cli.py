@@ -28,7 +28,7 @@ from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import run_of
 from mtp_lightning.trainer import AtomicCheckpointIO, MetricsWriter
-from mtp_lightning.trainer.earlier_run import appends_metrics, last_checkpoint, warn_of_replacement
+from mtp_lightning.trainer.earlier_run import appends_metrics, check_folder_is_free, last_checkpoint, results_of_run
 from mtp_lightning.trainer.run_errors import run_error, unwritable_message
 from mtp_lightning.trainer.wrong_settings import (
     check_nulls,
@@ -59,7 +59,11 @@ class SaveConfig(SaveConfigCallback):
         """Nothing: here the trainer's limits have not been compared with the data, and ``mtp validate`` calls it too."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
+        """Save; first delete the run that is in the folder, if ``overwrite`` says so."""
+        if self.config.pop("overwrite", False):
+            paths = results_of_run(trainer, run_folder(trainer))
+            for path in paths if trainer.is_global_zero else ():
+                path.unlink(missing_ok=True)
         super().setup(trainer, pl_module, "fit")
 
 
@@ -86,6 +90,10 @@ class MTPCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, with a usage line instead of a page of options."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--overwrite", action="store_true", help="delete the run that is in the folder, and begin again"
+            )
         parser.usage = f"mtp {subcommand} --config F [--config G ...] [--ckpt_path C] [options]"
         return parser
 
@@ -138,11 +146,11 @@ class MTPCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check the checkpoint before data and weights are loaded, and prepare what the run writes."""
         self._run_folder = run_folder(self.trainer)  # a collective call, made by all processes
-        path, append = self._checkpoint_path(), self.subcommand != "fit"
+        asked, path, append = self._get(self.config, "ckpt_path"), self._checkpoint_path(), self.subcommand != "fit"
         if path:
             append = self._check_checkpoint(path)
-        elif self.subcommand == "fit":
-            warn_of_replacement(self.trainer)
+        elif self.subcommand == "fit" and asked is None and not self._get(self.config, "overwrite"):
+            check_folder_is_free(self.trainer, self._run_folder)
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 try:

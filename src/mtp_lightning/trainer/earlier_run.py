@@ -9,21 +9,28 @@ from typing import Any
 
 from lightning import Trainer
 
-from mtp_lightning.errors import RunError
+from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.saving.checkpoint_files import newest_checkpoint, read_run_id, run_of
 from mtp_lightning.training.distributed import checkpoint_folders
 
+RESULTS = ("metrics.csv", "acceptance.json", "acceptance.png")
+"""What a run writes to its folder besides checkpoints, its configuration, its id, and TensorBoard's events."""
 
-def warn_of_replacement(trainer: Trainer) -> None:
-    """Warn if a new run begins in a folder with checkpoints of an earlier one. All processes must call it."""
-    folders = dict.fromkeys(checkpoint_folders(trainer))
-    paths = [path for folder in folders for path in sorted(folder.glob("*.ckpt"))]
+
+def results_of_run(trainer: Trainer, folder: Path) -> list[Path]:
+    """Checkpoints and results in the folder of a run. All processes must call it."""
+    checkpoints = [path for place in dict.fromkeys(checkpoint_folders(trainer)) for path in sorted(place.glob("*.ckpt"))]
+    return checkpoints + [path for name in RESULTS if (path := folder / name).is_file()]
+
+
+def check_folder_is_free(trainer: Trainer, folder: Path) -> None:
+    """Refuse to begin a run in the folder of another one. All processes must call it."""
+    paths = results_of_run(trainer, folder)
     if paths and not getattr(trainer, "fast_dev_run", False):
         names = ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
-        _warn(
-            trainer,
-            f"this run begins at step 0 and will replace checkpoints of an earlier run that have the same name ({names})."
-            " To resume the earlier run instead, stop this one and give the file with --ckpt_path.",
+        raise UsageError(
+            f"{str(folder)!r} holds a run already ({names}). Resume it with --ckpt_path last, choose another folder"
+            " (trainer.default_root_dir, save_dir of the loggers), or delete it and begin again with --overwrite."
         )
 
 
