@@ -85,6 +85,11 @@ def test_tools_reach_the_template(tools: object) -> None:
     assert tokens(prompt, TOOLS) == tokens(row, TOOLS)[:-1]
 
 
+def test_tools_without_a_place_in_the_template() -> None:
+    with pytest.warns(UserWarning, match="tools"):
+        assert tokens({"messages": TURNS[:2], "tools": [{"name": "six"}]}) == tokens({"messages": TURNS[:2]})
+
+
 def test_arguments_as_json_text_are_not_quoted_again() -> None:
     template = CHATML.replace(
         "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.arguments | tojson }}{% endfor %}"
@@ -109,7 +114,13 @@ ASKS = (
 )
 
 
-@pytest.mark.parametrize("template", [CHATML, REFUSES_NONE, ASKS + CHATML])
+MARKED = (  # and the end of the turn behind the marks, which carries loss too
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>{{ '\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, REFUSES_NONE, ASKS + CHATML, ASKS + MARKED])
 def test_the_assistant_may_speak_first(template: str) -> None:
     row = {"messages": [TURNS[1], TURNS[0], TURNS[3]]}
     assert [token for token in tokens(row, template) if token > 0] == [10, 4, 11, 4]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -131,7 +132,8 @@ def end_of_turn(
     Raises a RunError if the template does not write the answer unchanged.
     """
     template = _Template(template_of(tokenizer, chat_template), tokenizer, None)
-    text = template.render([*(clean_messages(messages) if messages else []), _ANSWERED[1]])
+    cleaned = clean_messages(messages) if messages else []
+    text = template.try_render([*cleaned, _ANSWERED[1]]) or template.render(_ANSWERED)
     if text.count(_PLACEHOLDER) != 1:
         raise RunError("the chat template does not write the assistant's content once and unchanged.")
     after = text.split(_PLACEHOLDER)[1]
@@ -162,6 +164,8 @@ def render(
     """
     import jinja2
 
+    if tools and "tools" not in template:
+        warnings.warn("the chat template has no place for tools: those of the rows are left out", stacklevel=2)
     # Servers write a call's arguments as JSON text. A template that writes them as JSON would quote that text again.
     if "tojson" in template and "is string" not in template:
         messages = [_with_parsed_arguments(message) for message in messages]
@@ -223,8 +227,8 @@ def _encode_with_markers(messages: list[Message], turns: list[int], template: _T
     if not any(loss) and turns:
         raise RunError("the chat template has generation markers, but they mark no token of the assistant.")
     before = messages[: turns[0]] if turns else messages
-    if any(loss) and before:
-        num_before = len(tokenize(template.render(before), tokenizer, add_first=False))
+    if any(loss) and before and (text_before := template.try_render(before)) is not None:
+        num_before = len(tokenize(text_before, tokenizer, add_first=False))
         if loss.index(True) < num_before - 1:  # the last token may be a different one where text follows
             raise RunError(f"the template's generation markers mark token {loss.index(True)}, before the assistant's turns.")
 
@@ -269,7 +273,7 @@ def _span_by_placeholder(
     """Method 3: a turn that the template writes differently once messages follow, or whose beginning it refuses alone."""
     error = _not_found(f"message {turn + 1} of {len(messages)}")
     marked = [*messages[:turn], {**messages[turn], "content": _PLACEHOLDER}, *messages[turn + 1 :]]
-    full = template.render(marked)
+    full = template.try_render(marked) or ""
     # What ends a turn, from one that nothing follows: this turn, or where that is refused, the answer to any question.
     alone = template.try_render(marked[: turn + 1]) or template.try_render(_ANSWERED) or ""
     if _PLACEHOLDER in text or full.count(_PLACEHOLDER) != 1 or alone.count(_PLACEHOLDER) != 1:
