@@ -56,7 +56,7 @@ class Report:
     examples: list[str] = field(default_factory=list)  # why the first rows were refused by the chat template
 
     def __str__(self) -> str:
-        changes = [f"{self.empty_files:,} empty files"] if self.empty_files else []
+        changes = [f"{self.empty_files:,} empty file{'s' * (self.empty_files > 1)}"] if self.empty_files else []
         changes += [f"{number:,} left out ({reason})" for reason, number in self.skipped.items()]
         changes += [f"{self.cut:,} cut into pieces"] if self.cut else []
         changes += [f"{self.truncated:,} truncated"] if self.truncated else []
