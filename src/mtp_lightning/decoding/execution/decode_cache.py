@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mtp_lightning.decoding.execution.draft_chain import Chain, DraftChain, unrolled_chain
 from mtp_lightning.decoding.execution.fused_lora import (
     Forward,
     can_fuse,
@@ -59,7 +58,6 @@ class DecodeCache:
     def __init__(self) -> None:
         self._fingerprint: tuple[Any, ...] | None = None
         self._forwards: list[tuple[dict[str, Any], Forward]] = []  # vars() of each layer: its setattr is slow
-        self._chain: Chain | None = None
         self.output: nn.Linear | None = None
         self.lock = threading.RLock()
         self._depth = 0
@@ -103,7 +101,7 @@ class DecodeCache:
             self._prepare(model)
 
     def _prepare(self, model: MTPNetwork) -> None:
-        device, dtype, base, head = model.base.device, model.base.dtype, model.base, model.sampler_head
+        device, dtype, base = model.base.device, model.base.dtype, model.base
         self._device_and_dtype = device, dtype
 
         layers = [layer for layer in lora_layers(base) if can_fuse(layer, model.gate)]
@@ -116,16 +114,13 @@ class DecodeCache:
         self.clear()  # first: both may not fit into memory
         forwards = fused_forwards(layers, self.output, model.gate)
         self._forwards = [(vars(layer), forward) for layer, forward in forwards]
-        if head is not None and all(type(p.data) is Tensor and p.device == device for p in head.parameters()):
-            with torch.autocast(device.type, enabled=False):
-                self._chain = unrolled_chain(head, base.get_input_embeddings(), model.unembed.vocab_size, dtype)
         self._fingerprint = fingerprint
 
     def clear(self) -> None:
         """Free the memory; the next text prepares its weights again."""
         if self._depth:
             self._restore()
-        self._forwards, self._chain, self._fingerprint = [], None, None
+        self._forwards, self._fingerprint = [], None
         self.graphs_failed = False
         self._drop_graphs()
 
@@ -165,13 +160,6 @@ class DecodeCache:
                         gc.collect()
                 self._caches[num_rows, size] = cache
 
-    def chain(self, model: MTPNetwork) -> Chain:
-        """The sampler head, as it drafts."""
-        assert model.sampler_head is not None
-        if self._chain is not None and not is_autocast(model.base.device):
-            return self._chain
-        return DraftChain(model.sampler_head, model.base.get_input_embeddings())
-
 
 def decode_cache(network: MTPNetwork) -> DecodeCache:
     """What decoding keeps for a network between texts; created at the first call."""
@@ -189,17 +177,14 @@ def clear_decode_cache(network: MTPNetwork) -> None:
 
 def _fingerprint(model: MTPNetwork, layers: Sequence[Any], output: nn.Linear | None) -> tuple[Any, ...]:
     """Identifies the weights that are prepared; changes whenever one of them does."""
-    head = model.sampler_head
     weights = [weight for layer in layers for weight in (*lora_matrices(layer), *layer.base_layer.parameters())]
-    if head is not None:
-        weights += [model.base.get_input_embeddings().weight, *head.parameters()]
     if output is not None:
         weights += output.parameters()
     scalings = [layer.scaling[ADAPTER] for layer in layers]
     # Versions count changes in place, except through .data, by a fused optimizer, or of tensors made in inference mode.
     versions = [-1 if weight.is_inference() else weight._version for weight in weights]
     identities = [(w.data_ptr(), version, w.dtype, w.device) for w, version in zip(weights, versions, strict=True)]
-    return (head, *scalings, _sample(weights), *identities)
+    return (*scalings, _sample(weights), *identities)
 
 
 def _sample(weights: Sequence[Tensor]) -> bytes:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mtp_lightning.decoding.acceptance import Acceptance, VerifiedStep, num_accepted
 from mtp_lightning.decoding.candidates import Candidates
-from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout
 from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
@@ -123,17 +122,17 @@ def draft_block(
     if choice.num_candidates is not None:
         logits = model.unembed(hidden) if logits is None else logits
         candidates = Candidates(model.unembed, logits, choice.num_candidates)
-    chain = decode_cache(model).chain(model)
-    chain.begin(hidden)
-    indices, scores, previous = [], [], verified
+    head, dtype = model.sampler_head, next(model.sampler_head.parameters()).dtype
+    indices, scores, previous, state = [], [], verified, None
     for j in range(J):
-        state = chain.next(j, previous)
+        output, state = head.step(hidden[:, j].to(dtype), model.embed(previous).to(dtype), state)
+        output = output.to(hidden.dtype)
         if candidates is None:
-            index, score = choice.draft(model.unembed(state)[:, None], at[:, j : j + 1])
+            index, score = choice.draft(model.unembed(output)[:, None], at[:, j : j + 1])
             previous = index[:, 0]
         else:
             tokens = candidates.tokens[:, j]
-            index, score = choice.draft(candidates.logits(j, state)[:, None], at[:, j : j + 1], tokens[:, None])
+            index, score = choice.draft(candidates.logits(j, output)[:, None], at[:, j : j + 1], tokens[:, None])
             previous = tokens.gather(1, index)[:, 0]
         indices.append(index)
         scores.append(score)
