@@ -186,8 +186,7 @@ def block_index(layouts: tuple[StepLayout, ...], num_drafts: int, device: torch.
 def decode_step(model: MTPNetwork, step: StepInput) -> StepOutput:
     """One forward pass of the base: verify the drafts, and draft again from the block after the last accepted token."""
     B, T = step.tokens.shape
-    layouts, c = step.layouts, step.num_drafts
-    num_mtp, size = layouts[0].num_mtp, layouts[0].size
+    layouts, num_mtp, size = step.layouts, step.layouts[0].num_mtp, step.layouts[0].size
     num_new_drafts = min(max(layout.depth for layout in layouts), step.max_new_drafts)
     # 1. Tokens, then masks; all layouts have the same masks, block after block, at the same indices.
     inputs = model.embed(step.tokens)
@@ -203,9 +202,7 @@ def decode_step(model: MTPNetwork, step: StepInput) -> StepOutput:
     if not num_new_drafts:
         return StepOutput(base_tokens, accepted, Drafts(base_tokens[:, :0], None))
     # 3. Draft from the block after the last accepted token.
-    index = block_index(layouts, c, hidden.device)
-    index = index[0].index_select(0, accepted) if step.layout_index is None else index[step.layout_index, accepted]
-    index = index[:, :num_new_drafts]
+    index = _next_block(step, accepted)[:, :num_new_drafts]
     block = take_positions(mask_states, index)
     block_logits = None if mask_logits is None else take_positions(mask_logits, index)
     verified = base_tokens.gather(1, accepted[:, None])[:, 0]
@@ -223,6 +220,12 @@ def _verified_states(step: StepInput, hidden: Tensor) -> Tensor:
     assert step.layout_index is not None  # prompts of different lengths
     last = torch.tensor([layout.last for layout in layouts], device=hidden.device).index_select(0, step.layout_index)
     return take_positions(hidden, last[:, None] + torch.arange(c + 1, device=hidden.device))
+
+
+def _next_block(step: StepInput, accepted: Tensor) -> Tensor:
+    """Where each row's next draft comes from: the block after its last accepted token, among the masks [B, J] int64."""
+    index = block_index(step.layouts, step.num_drafts, accepted.device)
+    return index[0].index_select(0, accepted) if step.layout_index is None else index[step.layout_index, accepted]
 
 
 def take_positions(x: Tensor, index: Tensor) -> Tensor:
