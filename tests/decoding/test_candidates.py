@@ -132,11 +132,3 @@ def test_without_a_plain_output_layer_drafts_are_of_the_whole_vocabulary() -> No
     hook.remove()
     head.__class__ = type("Linear8bitLt", (nn.Linear,), {})
     assert candidates(draft_candidates=M) is None
-
-
-def test_under_autocast() -> None:
-    """Candidates' products are cast as the unembedding's own are."""
-    model, prompt = tiny_model("llama", 3, sampler_head=GRUSamplerHead(), dtype=torch.float32), token_row([6]).input_ids
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        text = [sum((tokens for tokens, _ in steps(model, prompt, draft_candidates=n)), []) for n in (M, "all")]
-    assert len(text[0]) == 12 and text[0] == text[1]

@@ -93,7 +93,7 @@ def test_memory_is_freed_also_between_steps() -> None:
     model = tiny_model("llama", 3, sampler_head=GRUSamplerHead())
     expected = drafts(model)
     model.clear_decode_cache()
-    assert not decode_cache(model)._forwards and decode_cache(model)._chain is None
+    assert not decode_cache(model)._forwards
     suspended = start(model)
     first = next(suspended)
     model.clear_decode_cache()
@@ -117,4 +117,3 @@ def test_decoding_under_autocast() -> None:
         slow = decode(one, token_row([6]).input_ids, DecodingOptions("autoregressive", max_new_tokens=12))
         assert fast == [token for step in slow for token in step.tokens]
     assert drafts(one) == expected  # prepared weights are not rounded
-    assert torch.equal(decode_cache(one)._chain.table, decode_cache(other)._chain.table)  # type: ignore[union-attr]
