@@ -232,3 +232,18 @@ def dense_mask(
     queries = torch.arange(begin, end, device=device)[None, :, None]
     keys = torch.arange(end, device=device)[None, None, :]
     return mask_mod(pattern, num_ntp, window)(row, torch.zeros_like(row), queries, keys)[:, None]
+
+
+def block_mask(pattern: AttentionPattern, num_ntp: int, num_masks: int, window: int | None = None) -> Tensor:
+    """What each MTP position sees of the L NTP positions and the K of its own block: [B, 1, P * K, L + K] bool.
+
+    ``num_ntp`` is L, ``num_masks`` K; the sliding window is in positions.
+    """
+    B, S = pattern.documents.shape
+    device = pattern.documents.device
+    queries = torch.arange(num_ntp, S, device=device)[:, None]
+    first = queries - (queries - num_ntp) % num_masks  # of its block
+    tokens = torch.arange(num_ntp, device=device).expand(len(queries), -1)
+    keys = torch.cat([tokens, first + torch.arange(num_masks, device=device)], 1)
+    row = torch.arange(B, device=device)[:, None, None]
+    return mask_mod(pattern, num_ntp, window)(row, torch.zeros_like(row), queries[None], keys[None])[:, None]

@@ -17,12 +17,18 @@ from transformers import DynamicCache, PreTrainedModel
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses.base import LossTerm
 from mtp_lightning.losses.one_pass import loss_sums
-from mtp_lightning.modeling.attention import attention_mask
+from mtp_lightning.modeling.attention import attention_mask, per_layer_type
+from mtp_lightning.modeling.block_attention import BLOCK_ATTENTION, supports_block_attention
 from mtp_lightning.modeling.decoder import check_layer_types, context_length, run_decoder, text_config
 from mtp_lightning.modeling.gated_lora import Gate, LoRA, add_gated_lora
-from mtp_lightning.modeling.masking import AttentionPattern, attention_pattern
+from mtp_lightning.modeling.masking import AttentionPattern, attention_pattern, block_mask
 from mtp_lightning.modeling.measurement import Measurement, measure
-from mtp_lightning.modeling.transformers_private import checkpointing_options, enable_checkpointing, is_stateful
+from mtp_lightning.modeling.transformers_private import (
+    SwitchedAttention,
+    checkpointing_options,
+    enable_checkpointing,
+    is_stateful,
+)
 from mtp_lightning.modeling.unembedding import FrozenUnembedding
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.types import HiddenStates, LossSum, MaskedInput, compute_dtype
@@ -180,7 +186,12 @@ class MTPNetwork(nn.Module):
         with torch.no_grad(), self.gate.over_last(0):
             ntp = run_decoder(self.base, tokens, attention_mask(self.base, pattern, L, 0, L), positions[:, :L], cache)
         with self.gate.over_last(masks.shape[1]):
-            mtp = run_decoder(self.base, masks, attention_mask(self.base, pattern, L, L), positions[:, L:], cache)
+            if supports_block_attention(self.base):
+                mask = per_layer_type(self.base, lambda window: block_mask(pattern, L, self.num_masks, window))
+                with SwitchedAttention(self.base, BLOCK_ATTENTION):
+                    mtp = run_decoder(self.base, masks, mask, positions[:, L:], cache)
+            else:
+                mtp = run_decoder(self.base, masks, attention_mask(self.base, pattern, L, L), positions[:, L:], cache)
         return ntp, mtp
 
     def _one_pass(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:

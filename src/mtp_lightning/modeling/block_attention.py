@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of MTP positions on a CPU: over the row's NTP keys and their own block, without an S x S mask.
+
+A mask sees NTP positions up to its block's start, and its own block. So the scores are a product with the L cached keys and
+small products within blocks, [.., L + K] instead of [.., L + P * K]. NTP keys and values get no gradient, and none are repeated
+for the query heads that share them. PyTorch's fused kernel does all of that, and its backward pass is slow on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from mtp_lightning.modeling.decoder import text_config
+from mtp_lightning.modeling.transformers_private import attention_kernel, can_switch_attention, register_attention
+
+BLOCK_ATTENTION = "mtp_blocks"
+"""Name of ``block_attention`` among transformers' attention functions."""
+MAX_SCORES = 1 << 24
+"""Scores that exist at once. More are computed a part of the blocks at a time, and again in the backward pass."""
+
+
+def supports_block_attention(base: PreTrainedModel) -> bool:
+    """True if the base's MTP positions can use ``block_attention``."""
+    has_dropout = base.training and bool(getattr(text_config(base), "attention_dropout", 0.0))
+    on_cpu = base.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and not has_dropout and attention_kernel(base) == "sdpa" and can_switch_attention(base.__class__)
+
+
+def block_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers' interface, for the MTP positions of a masked input alone.
+
+    Args:
+        module: the attention layer; not used.
+        query: of M = P * K MTP positions, [B, H, M, d].
+        key: of the L cached NTP positions and of the MTP positions, [B, G, L + M, d].
+        value: the same.
+        attention_mask: ``masking.block_mask``, [B, 1, M, L + K] bool.
+        scaling: factor of the scores; None: d ** -0.5.
+        kwargs: not used.
+
+    Returns:
+        The output, [B, M, H, d], and None.
+    """
+    B, H, M, d = query.shape
+    L = key.shape[2] - M
+    K = attention_mask.shape[3] - L
+    query = query * (d**-0.5 if scaling is None else scaling)
+    ntp, own = [(t[:, :, :L].detach(), t[:, :, L:]) for t in (key, value)], attention_mask
+    size = max(1, MAX_SCORES // (B * H * K * (L + K))) * K
+    parts = []
+    for begin in range(0, M, size):
+        part = slice(begin, min(begin + size, M))
+        inputs = query[:, :, part], ntp[0][0], ntp[0][1][:, :, part], ntp[1][0], ntp[1][1][:, :, part], own[:, :, part]
+        if size < M and torch.is_grad_enabled():
+            parts.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_attend(*inputs))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2), None
+
+
+def _attend(query: Tensor, ntp_key: Tensor, key: Tensor, ntp_value: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """The output of whole blocks, [B, H, M, d]; heads that share keys are rows of one product."""
+    (B, H, M, d), (G, L) = query.shape, ntp_key.shape[1:3]
+    K = mask.shape[3] - L
+    R, P = H // G, M // K
+
+    def by_block(x: Tensor) -> Tensor:
+        return x.reshape(B, G, R, P, K, -1).transpose(2, 3).reshape(B, G, P, R * K, -1)
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.view(B, G, P, R, K, -1).transpose(2, 3).reshape(B, G, R * M, -1)
+
+    query = query.reshape(B, G, R * M, d)
+    key, value = key.reshape(B, G, P, K, d), value.reshape(B, G, P, K, d)
+    scores = torch.cat([query @ ntp_key.transpose(2, 3), by_head(by_block(query) @ key.transpose(3, 4))], -1)
+    scores = scores.view(B, G, R, M, -1).masked_fill(~mask[:, :, None], -torch.inf)
+    on_ntp, on_own = scores.softmax(-1).view(B, G, R * M, -1).split([L, K], -1)
+    return (on_ntp @ ntp_value + by_head(by_block(on_own) @ value)).view(B, H, M, d)
+
+
+register_attention(BLOCK_ATTENTION, block_attention)
