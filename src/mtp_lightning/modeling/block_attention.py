@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of MTP positions on a CPU: over the row's NTP keys and their own block, without an S x S mask.
 
-A mask sees NTP positions up to its block's start, and its own block. So the scores are a product with the L cached keys and
-small products within blocks, [.., L + K] instead of [.., L + P * K]. NTP keys and values get no gradient, and none are repeated
-for the query heads that share them. PyTorch's fused kernel does all of that, and its backward pass is slow on a CPU.
+A mask sees NTP positions up to its block's start, and its own block. So the scores are a product with the cached keys up to
+the last start and small products within blocks, [.., L + K] instead of [.., L + P * K]. NTP keys and values get no gradient,
+and none are repeated for the query heads that share them. PyTorch's fused kernel does all of that, and its backward pass is
+slow on a CPU.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from mtp_lightning.modeling.transformers_private import attention_kernel, can_sw
 
 BLOCK_ATTENTION = "mtp_blocks"
 """Name of ``block_attention`` among transformers' attention functions."""
+PARTS = 4
+"""Parts of the blocks, sorted by start, each with the keys up to its last start: under two thirds of the scores."""
 MAX_SCORES = 1 << 24
-"""Scores that exist at once. More are computed a part of the blocks at a time, and again in the backward pass."""
+"""Scores of a layer that are kept; if there are more, they are computed again in the backward pass, this many at a time."""
 
 
 def supports_block_attention(base: PreTrainedModel) -> bool:
@@ -58,17 +61,23 @@ def block_attention(
     L = key.shape[2] - M
     K = attention_mask.shape[3] - L
     query = query * (d**-0.5 if scaling is None else scaling)
-    ntp, own = [(t[:, :, :L].detach(), t[:, :, L:]) for t in (key, value)], attention_mask
-    size = max(1, MAX_SCORES // (B * H * K * (L + K))) * K
-    parts = []
-    for begin in range(0, M, size):
-        part = slice(begin, min(begin + size, M))
-        inputs = query[:, :, part], ntp[0][0], ntp[0][1][:, :, part], ntp[1][0], ntp[1][1][:, :, part], own[:, :, part]
-        if size < M and torch.is_grad_enabled():
-            parts.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
+    ntp_key, ntp_value = key[:, :, :L].detach(), value[:, :, :L].detach()
+    key, value = key[:, :, L:], value[:, :, L:]
+    blocks = max(1, min(MAX_SCORES // (B * H * K * (L + K)), -(-M // K // PARTS)))
+    recompute = MAX_SCORES < B * H * M * (L + K) and torch.is_grad_enabled()
+    outputs, positions = [], torch.arange(1, L + 1)
+    for begin in range(0, M, blocks * K):
+        part = slice(begin, begin + blocks * K)
+        mask = attention_mask[:, :, part]
+        # Blocks are sorted by start: the first ones see few keys.
+        seen = int((mask[..., :L].flatten(0, 2).any(0) * positions).max())
+        mask = torch.cat([mask[..., :seen], mask[..., L:]], -1)
+        inputs = query[:, :, part], ntp_key[:, :, :seen], key[:, :, part], ntp_value[:, :, :seen], value[:, :, part], mask
+        if recompute:
+            outputs.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
-            parts.append(_attend(*inputs))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2), None
+            outputs.append(_attend(*inputs))
+    return torch.cat(outputs, 2).transpose(1, 2), None
 
 
 def _attend(query: Tensor, ntp_key: Tensor, key: Tensor, ntp_value: Tensor, value: Tensor, mask: Tensor) -> Tensor:
