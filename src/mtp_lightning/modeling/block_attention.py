@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of MTP positions on a CPU: over the row's NTP keys and their own block, without an S x S mask.
 
-A mask sees NTP positions up to its block's start, and its own block. So the scores are a product with the cached keys up to
-the last start and small products within blocks, [.., L + K] instead of [.., L + P * K]. NTP keys and values get no gradient,
+A mask sees NTP positions up to its block's start, and its own block. So the scores are a product with the L cached
+keys and small products within blocks, [.., L + K] instead of [.., L + P * K]. NTP keys and values get no gradient,
 and none are repeated for the query heads that share them. PyTorch's fused kernel does all of that, and its backward pass is
 slow on a CPU.
 """
@@ -21,8 +21,6 @@ from mtp_lightning.modeling.transformers_private import attention_kernel, can_sw
 
 BLOCK_ATTENTION = "mtp_blocks"
 """Name of ``block_attention`` among transformers' attention functions."""
-PARTS = 4
-"""Parts of the blocks, sorted by start, each with the keys up to its last start: under two thirds of the scores."""
 MAX_SCORES = 1 << 24
 """Scores of a layer that are kept; if there are more, they are computed again in the backward pass, this many at a time."""
 
@@ -52,7 +50,7 @@ def block_attention(
         value: the same.
         attention_mask: ``masking.block_mask``, [B, 1, M, L + K] bool.
         scaling: factor of the scores; None: d ** -0.5.
-        kwargs: not used.
+        **kwargs: not used.
 
     Returns:
         The output, [B, M, H, d], and None.
@@ -63,16 +61,12 @@ def block_attention(
     query = query * (d**-0.5 if scaling is None else scaling)
     ntp_key, ntp_value = key[:, :, :L].detach(), value[:, :, :L].detach()
     key, value = key[:, :, L:], value[:, :, L:]
-    blocks = max(1, min(MAX_SCORES // (B * H * K * (L + K)), -(-M // K // PARTS)))
-    recompute = MAX_SCORES < B * H * M * (L + K) and torch.is_grad_enabled()
-    outputs, positions = [], torch.arange(1, L + 1)
+    blocks = max(1, MAX_SCORES // (B * H * K * (L + K)))
+    recompute = blocks * K < M and torch.is_grad_enabled()
+    outputs = []
     for begin in range(0, M, blocks * K):
         part = slice(begin, begin + blocks * K)
-        mask = attention_mask[:, :, part]
-        # Blocks are sorted by start: the first ones see few keys.
-        seen = int((mask[..., :L].flatten(0, 2).any(0) * positions).max())
-        mask = torch.cat([mask[..., :seen], mask[..., L:]], -1)
-        inputs = query[:, :, part], ntp_key[:, :, :seen], key[:, :, part], ntp_value[:, :, :seen], value[:, :, part], mask
+        inputs = query[:, :, part], ntp_key, key[:, :, part], ntp_value, value[:, :, part], attention_mask[:, :, part]
         if recompute:
             outputs.append(checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:

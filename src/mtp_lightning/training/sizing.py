@@ -205,8 +205,9 @@ def _bytes_per_query(size: ModelSize, step: StepSize) -> int:
     adapter_element = 2 if step.autocast else size.trained_element_bytes
     if element == size.trained_element_bytes:  # the adapters read the layer's own tensors: two norms' inputs and outputs
         copies = 4 * D * element + inner * element
-    else:  # each of the seven adapters reads a copy in its own dtype; the norms compute in float32
-        copies = 2 * 4 * D + 5 * D * adapter_element + (width + inner) * adapter_element
+    else:  # the norms compute in float32; without autocast each of the seven adapters reads a copy in its own dtype
+        inputs = 2 if step.autocast else 5  # those that are read by several layers
+        copies = 2 * 4 * D + inputs * D * adapter_element + (width + inner) * adapter_element
     ranks = size.lora_parameters / max(1, size.layers)  # r (in + out), summed over the layer's seven
     rank_states = 7 * ranks / max(1, 7 * D + 3 * width + 2 * size.key_width + 3 * inner)
     return int(copies + 2 * width * element + 3 * inner * element + rank_states * adapter_element)
