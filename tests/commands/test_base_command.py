@@ -89,7 +89,7 @@ def test_base_that_cannot_be_had(index: Path, capsys, monkeypatch: pytest.Monkey
         assert WHEEL in error(1, "smollm2", "--output", "new")
     with monkeypatch.context() as patch:
         patch.setattr(command, "is_gguf_available", lambda: False)
-        assert "mtp-lightning[gguf]" in error(1, "smollm2", "--output", "new")
+        assert "pip install gguf" in error(1, "smollm2", "--output", "new")
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         patch.setenv("PATH", "")

@@ -80,7 +80,7 @@ def _is_complete(folder: Path) -> bool:
 def _check_before_download(folder: Path) -> None:
     """Refuse what would fail after the download."""
     if not is_gguf_available():
-        raise RunError("converting the model needs another package: pip install 'mtp-lightning[gguf]'.")
+        raise RunError("converting the model needs another package: pip install gguf.")
     if (reason := why_unwritable(folder)) is not None:
         raise RunError(f"{folder} can't be written: {reason}.")
     if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):

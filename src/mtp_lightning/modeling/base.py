@@ -96,7 +96,7 @@ def _source(base_model: str) -> tuple[str, dict[str, str]]:
     if not path.is_file():
         raise RunError(f"base model {base_model!r} could not be loaded: no such file is there.")
     if not is_gguf_available():
-        raise RunError(f"{base_model!r} is a GGUF file, which needs another package: pip install 'mtp-lightning[gguf]'.")
+        raise RunError(f"{base_model!r} is a GGUF file, which needs another package: pip install gguf.")
     return str(path.parent), {"gguf_file": path.name}
 
 
