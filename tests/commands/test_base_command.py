@@ -119,10 +119,10 @@ def test_a_run_on_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         assert mtp("generate", name, "--prompt", "ab", "--json", "--max_new_tokens", 5) == 0
     first, second = (json.loads(line)["token_ids"] for line in capsys.readouterr().out.splitlines())
     assert first == second and len(first) == 5
-    assert (
-        mtp("distill", "models/tiny.gguf", "--prompts", "prompts.jsonl", "--output", "a.jsonl", "--max_new_tokens", 3) == 0
-    )
-    assert len(Path("a.jsonl").read_text().splitlines()) == 1
+    write_rows(Path("questions.jsonl"), [{"prompt": "ab" * n} for n in range(1, 5)])  # some answers may be empty
+    words = ["--prompts", "questions.jsonl", "--output", "a.jsonl", "--max_new_tokens", 3, "--temperature", 1, "--seed", 0]
+    assert mtp("distill", "models/tiny.gguf", *words) == 0
+    assert Path("a.jsonl").read_text()
     # Moved, and named where the trained model belongs.
     shutil.move("models/tiny.gguf", "tiny.gguf")
     assert mtp("generate", "saved", "--prompt", "ab", "--max_new_tokens", 2, "--base_model", "tiny.gguf") == 0
