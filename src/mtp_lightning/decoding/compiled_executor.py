@@ -56,18 +56,17 @@ class CompiledExecutor(EagerExecutor):
     def _run(
         self, shape: StepShape, cache: RowCache, tokens: Tensor, draft_scores: Tensor | None, lengths: list[int]
     ) -> StepResult:
-        graph, is_new = self._graph(shape, cache)
+        graph = self._graph(shape, cache)
         if graph is None:
-            result = super()._run(shape, cache, tokens, draft_scores, lengths)
-            return result._replace(from_graph=None if is_new else False)
+            return super()._run(shape, cache, tokens, draft_scores, lengths)
         output, packed = graph.run(tokens, cache.lengths, lengths, shape.layout_index, shape.num_verified, self.choice.seeds)
-        return StepResult(output, read_rows(packed, shape.num_drafts), from_graph=None if is_new else True)
+        return StepResult(output, read_rows(packed))
 
-    def _graph(self, shape: StepShape, cache: RowCache) -> tuple[StepGraph | None, bool]:
-        """The graph of a step, made when it is due, and whether that was now; None: the step runs eagerly."""
+    def _graph(self, shape: StepShape, cache: RowCache) -> StepGraph | None:
+        """The graph of a step, made when it is due; None: the step runs eagerly."""
         weights, graphs = decode_cache(self.model), cache.graphs
         if shape.layouts[0].last or max(cache.lengths) == 0 or weights.graphs_failed:  # a prompt's shape comes once
-            return None, False
+            return None
         if self._generation != weights.generation:  # weights that graphs read may be gone, or be another model's
             if graphs.get("made for") != (weights, weights.generation):
                 graphs.clear()
@@ -76,12 +75,12 @@ class CompiledExecutor(EagerExecutor):
         key = (shape.layouts, shape.num_drafts, len(cache.lengths), self.choice.key, self.sampler_head)
         known = graphs.get(key, 0)
         if isinstance(known, StepGraph):
-            return known, False
+            return known
         if known < EAGER_RUNS[self.model.base.device.type]:
             graphs[key] = known + 1
             while len(graphs) > MAX_GRAPHS:  # the oldest, which comes after what they were made for
                 graphs.pop(list(graphs)[1])
-            return None, False
+            return None
         try:
             graphs[key] = StepGraph(
                 self.model, cache, self.choice, self.acceptance, self.sampler_head, shape.layouts, shape.num_drafts
@@ -90,8 +89,8 @@ class CompiledExecutor(EagerExecutor):
             weights.graphs_failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"steps could not be compiled, decoding continues without: {reason}", stacklevel=2)
-            return None, True
-        return graphs[key], True
+            return None
+        return graphs[key]
 
 
 def can_compile(model: MTPNetwork, options: DecodingOptions) -> bool:

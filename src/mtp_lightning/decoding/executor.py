@@ -149,7 +149,7 @@ class EagerExecutor:
                 joint_logits=self.joint_logits,
             )
         )
-        return StepResult(output, read_rows(output.packed(), c))
+        return StepResult(output, read_rows(output.packed()))
 
 
 def token_choice(model: MTPNetwork, options: DecodingOptions, seeds: list[int]) -> TokenChoice:

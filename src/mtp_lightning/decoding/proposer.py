@@ -37,10 +37,9 @@ class HeadProposer:
         """See ``Proposer``."""
         state.drafts = result.output.drafts
         num_drawn = state.drafts.tokens.shape[1]
-        for row, read in zip(state.rows, result.rows, strict=True):
-            if row.active:
-                masks = dict(plan.blocks(row.num_verified)).get(row.num_accepted, 0)
-                row.num_drafts, row.draft_probs = min(masks, num_drawn, row.max_drafts), read.probabilities
+        for row in state.active:
+            masks = dict(plan.blocks(row.num_verified)).get(row.num_accepted, 0)
+            row.num_drafts = min(masks, num_drawn, row.max_drafts)
 
 
 class NgramProposer:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.decoding.execution.step import Drafts, RowOutput, StepOutput
+from mtp_lightning.decoding.execution.step import Drafts, StepOutput
 from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.text_lookup import LookupDraft
 from mtp_lightning.decoding.row_cache import RowCache
@@ -37,9 +37,7 @@ class StepResult(NamedTuple):
     """What an executor returns."""
 
     output: StepOutput  # the step's tensors
-    rows: list[RowOutput]  # what the host reads, one per row
-    # True if the step ran as a graph; None if that graph was made in this step, which is slow
-    from_graph: bool | None = False
+    rows: list[list[int]]  # accepted drafts and the base model's own token of each row, on the host
 
 
 @dataclass(eq=False)
@@ -51,8 +49,6 @@ class Row:
     limit: int  # verified tokens that it may have
     num_fed: int  # tokens that the next step feeds before its drafts: the prompt's, later the last verified one
     num_drafts: int = 0  # draft tokens from its block of masks
-    # the drafting head's probability of each; empty if the head does not tell
-    draft_probs: list[float] = field(default_factory=list)
     # a draft proposed from the text itself, verified in place of the block's; None: there is none
     text_draft: LookupDraft | None = None
     num_verified: int = 0  # draft tokens that the last step verified
@@ -155,10 +151,10 @@ class DecodeState:
         output = result.output
         self.last_tokens = output.base_tokens.gather(1, output.num_accepted[:, None])
         gained = []
-        for r, (row, read) in enumerate(zip(self.rows, result.rows, strict=True)):
+        for r, (row, tokens) in enumerate(zip(self.rows, result.rows, strict=True)):
             if not row.active:
                 continue
-            row.num_verified, row.gained = min(row.num_waiting, plan.num_drafts), read.tokens
+            row.num_verified, row.gained = min(row.num_waiting, plan.num_drafts), tokens
             row.text_draft = None
             self.cache.lengths[r] += row.num_fed + row.num_accepted
             row.num_fed = 1

@@ -46,7 +46,6 @@ class TokenChoice:
         greedy: True if the temperature is 0.
         use_rejection_sampling: True if drafts are verified by rejection sampling, which needs what they were drawn from.
         processors: processors that read the text before a position.
-        return_draft_probs: True if drafts come with the probability that the drafting head gave them.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class TokenChoice:
         self.greedy = options.temperature == 0
         self.use_rejection_sampling = not self.greedy and options.verification == "rejection"
         self.seeds = torch.tensor(seeds, device=device)
-        self.return_draft_probs = False
         self.num_candidates = num_candidates
         # The order of transformers' generate: penalty, the user's own, then what shapes the distribution.
         self.processors: list[Any] = []
@@ -76,7 +74,7 @@ class TokenChoice:
     @property
     def key(self) -> tuple[Any, ...]:
         """Two choices without processors and with one key choose alike, apart from the seeds."""
-        return (*self._settings, self.use_rejection_sampling, self.return_draft_probs, self.num_candidates)
+        return (*self._settings, self.use_rejection_sampling, self.num_candidates)
 
     def select(self, rows: Tensor) -> None:
         """Keep the seeds of these rows."""

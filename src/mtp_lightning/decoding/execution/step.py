@@ -54,11 +54,6 @@ class Drafts(NamedTuple):
 
     tokens: Tensor  # [B, J] int64
     scores: Tensor | None  # what they were chosen from, [B, J, V]; None if unused
-    probabilities: Tensor | None = None  # the drafting head's probability of each, [B, J]; None if unused
-
-
-PROBABILITY_UNIT = 1 << 20
-"""Probabilities travel to the host as multiples of 1 / this, next to the tokens."""
 
 
 MAX_JOINT_MASKS = {"cpu": 16, "cuda": 128}
@@ -66,13 +61,6 @@ MAX_JOINT_MASKS = {"cpu": 16, "cuda": 128}
 
 With more the product is no longer bound by reading it; then the logits of the block that drafts are a product of their own.
 """
-
-
-class RowOutput(NamedTuple):
-    """What the host needs of one row."""
-
-    tokens: list[int]  # the accepted drafts and the base model's own token
-    probabilities: list[float]  # the drafting head's probabilities of the next draft; empty if unused
 
 
 class StepOutput(NamedTuple):
@@ -84,19 +72,16 @@ class StepOutput(NamedTuple):
     drafts: Drafts
 
     def packed(self) -> Tensor:
-        """All that the host needs in one tensor: accepted drafts, base tokens, probabilities; [B, 1 + c + 1 (+ J)] int64."""
-        parts = [self.num_accepted[:, None], self.base_tokens]
-        if self.drafts.probabilities is not None:
-            parts.append((self.drafts.probabilities * PROBABILITY_UNIT).long())
-        return torch.cat(parts, dim=1)
+        """All that the host needs in one tensor: the number of accepted drafts and the base tokens, [B, 1 + c + 1] int64."""
+        return torch.cat([self.num_accepted[:, None], self.base_tokens], dim=1)
 
 
-def read_rows(packed: Tensor, num_drafts: int) -> list[RowOutput]:
-    """``StepOutput.packed`` on the host: the one place in a step that waits for the device."""
-    return [
-        RowOutput(tokens[: accepted + 1], [part / PROBABILITY_UNIT for part in tokens[num_drafts + 1 :]])
-        for accepted, *tokens in packed.tolist()
-    ]
+def read_rows(packed: Tensor) -> list[list[int]]:
+    """``StepOutput.packed`` on the host, the one place in a step that waits for the device.
+
+    For each row its accepted drafts and the base model's own token.
+    """
+    return [tokens[: accepted + 1] for accepted, *tokens in packed.tolist()]
 
 
 def draft_block(
@@ -141,14 +126,11 @@ def draft_block(
 
 def _drafts(indices: Tensor, scores: Tensor, choice: TokenChoice, candidates: Candidates | None) -> Drafts:
     """Drafts given by their index [B, J] among the scores [B, J, V], or [B, J, m] of candidates."""
-    tokens, probabilities = indices, None
-    if choice.return_draft_probs:
-        precise = scores if scores.dtype == torch.float64 else scores.float()
-        probabilities = (precise.gather(-1, indices[..., None])[..., 0] - precise.logsumexp(-1)).exp()
+    tokens = indices
     if candidates is not None:
         tokens = candidates.tokens.gather(-1, indices[..., None])[..., 0]
         scores = candidates.spread(scores) if choice.use_rejection_sampling else scores
-    return Drafts(tokens, scores if choice.use_rejection_sampling else None, probabilities)
+    return Drafts(tokens, scores if choice.use_rejection_sampling else None)
 
 
 def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:

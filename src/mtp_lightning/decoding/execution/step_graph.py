@@ -144,9 +144,7 @@ class StepGraph:
                     joint_logits=True,
                 ),
             )
-            drafts = output.drafts
-            probabilities = [] if drafts.probabilities is None else [drafts.probabilities]
-            return (output.base_tokens, output.num_accepted, output.packed(), drafts.tokens, *probabilities)
+            return (output.base_tokens, output.num_accepted, output.packed(), output.drafts.tokens)
 
         inputs = (self.tokens, self.rows, self.seeds)
         before, cache.fixed = cache.fixed, True
@@ -176,5 +174,5 @@ class StepGraph:
         self.tokens.copy_(tokens)
         self.rows.copy_(torch.tensor([slots, lengths, layout_index, num_verified]).t())
         self.seeds.copy_(seeds)
-        base_tokens, accepted, packed, drafts, *probabilities = self.replay()
-        return StepOutput(base_tokens, accepted, Drafts(drafts, None, *probabilities)), packed
+        base_tokens, accepted, packed, drafts = self.replay()
+        return StepOutput(base_tokens, accepted, Drafts(drafts, None)), packed
