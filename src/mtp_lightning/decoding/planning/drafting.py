@@ -11,7 +11,7 @@ from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan
 from mtp_lightning.decoding.planning.rates import Rates
 from mtp_lightning.decoding.planning.text_lookup import LookupDraft, LookupStats
 
-PRIOR = 0.55
+PRIOR = 0.5
 """Probability that a draft is accepted, before anything is known of a text."""
 
 

@@ -17,7 +17,7 @@ NGRAM_SIZES = (1, 2, 4)
 """Lengths of the n-grams that are indexed; of each n-gram the last occurrence is known, and the longest match counts."""
 MAX_MATCH = 16
 """Matching tokens are counted up to this."""
-PRIOR = 0.2, 0.9
+PRIOR = 0.1, 0.8
 """Chance that a text continues as before after one matching token and after ``MAX_MATCH``; in between it rises evenly."""
 
 
