@@ -132,7 +132,7 @@ def _digest(model: MTPNetwork) -> str:
     """Identifies a model's shapes: those of its weights, and its configuration."""
     config = {name: value for name, value in model.base.config.to_dict().items() if name not in UNRELATED}
     shapes = [(name, str(weight.dtype), *weight.shape) for name, weight in model.named_parameters()]
-    return hashlib.sha256(json.dumps([config, shapes], sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(repr((config, shapes)).encode()).hexdigest()
 
 
 def folder() -> Path:
