@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speculative against plain text on a real model: how many texts are equal, with ``exact`` and without, and its cost.
 
-``python benchmarks/exact_texts.py MODEL --prompts F.jsonl`` decodes each batch of prompts six ways, interleaved: plain,
-with a fixed number of masks and with ``auto``, each by default and with ``exact``, and prints a Markdown table. A text is
-equal if all its tokens are those of plain decoding in the same way (exact or not). Seconds are of all texts together.
+``python benchmarks/exact_texts.py MODEL --prompts F.jsonl`` decodes each batch of prompts in several ways, interleaved:
+plain, with a fixed number of masks and with ``auto``, each by default and with ``exact``. Prints a Markdown table. A text
+is equal if all its tokens are those of plain decoding in the same way (exact or not). Seconds are of all texts together.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="plain comes first")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = MTPModel.from_pretrained(args.model, dtype=args.dtype)
     prompts = [torch.tensor(prompt.input_ids) for prompt in read_prompts(args.prompts, model.tokenizer, args.num_prompts)]
-    seconds = {(way, exact): 0.0 for exact in (False, True) for way in WAYS}
+    seconds = {(way, exact): 0.0 for exact in (False, True) for way in args.ways}
     equal, steps = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0)
     for begin in range(0, len(prompts), args.batch_size):
         rows = prompts[begin : begin + args.batch_size]
@@ -49,7 +50,7 @@ def main() -> None:
         ids = pad(rows, batch_first=True, padding_side="left")
         mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         texts = {}
-        for exact, way in itertools.product((False, True), WAYS):
+        for exact, way in itertools.product((False, True), args.ways):
             options = {"num_masks": args.masks, "exact": exact, **WAYS[way]}
             start = time.perf_counter()
             out = model.generate(ids, mask, max_new_tokens=args.tokens, **options)
