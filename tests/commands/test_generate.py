@@ -19,7 +19,7 @@ from mtp_lightning.saving.checkpoint import named_base
 from mtp_lightning.text.detokenizer import decode_behind
 
 FIELDS = "prompt text token_ids num_steps acceptance_length accepted_per_step seconds tokens_per_second decoding num_masks"
-FIELDS = [*FIELDS.split(), "finish_reason"]
+FIELDS = [*FIELDS.split(), "exact", "finish_reason"]
 
 
 class Recorder(io.StringIO):
