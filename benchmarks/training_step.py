@@ -148,12 +148,12 @@ def small_base() -> Any:
 
 
 def steady(num_steps: int, sums: Sums) -> None:
-    """Print the resident memory over steps on batches of one to four rows of 40 to 400 tokens."""
+    """Print the resident memory over steps on batches of one or two rows of 40 to 200 tokens."""
     model, draw = make_model(small_base()), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=1e-4)
     for number in range(1, num_steps + 1):
-        rows, length = (int(torch.randint(low, high, (), generator=draw)) for low, high in ((1, 5), (40, 401)))
-        step(model, make_batch(rows, length, 8, VOCAB, max_blocks_per_row=32), sums, optimizer)
+        rows, length = (int(torch.randint(low, high, (), generator=draw)) for low, high in ((1, 3), (40, 201)))
+        step(model, make_batch(rows, length, 8, VOCAB, max_blocks_per_row=16), sums, optimizer)
         if number % max(1, num_steps // 10) == 0:
             print(json.dumps({"step": number, "resident_mb": round(status("VmRSS") / 1e6)}), flush=True)
 
