@@ -19,10 +19,8 @@ from mtp_lightning.saving.checkpoint_files import LAST
 from mtp_lightning.training.distributed import all_reduce, checkpoint_folders
 from mtp_lightning.training.lightning_private import cluster_environment, is_accumulating, validation_follows
 
-EXIT_CODES = {signal.SIGINT: 130}
-"""Exit codes of a run that was stopped by a signal and has saved, as a shell shows them."""
-EXIT_CODE = 143
-"""That of all other signals."""
+INTERRUPTED, EXIT_CODE = 130, 143
+"""Exit codes of a run that has saved after Ctrl-C, and after another signal, as a shell shows SIGINT and SIGTERM."""
 
 
 class SaveOnSignal(Callback):
@@ -80,7 +78,7 @@ class SaveOnSignal(Callback):
         trainer.strategy.barrier("saved on a signal")
         # Lightning kills the first process as soon as one that it started ends with another code than 0.
         started_by_lightning = isinstance(cluster_environment(trainer), LightningEnvironment)
-        code = EXIT_CODES.get(received, EXIT_CODE)
+        code = INTERRUPTED if received == signal.SIGINT else EXIT_CODE
         raise SystemExit(0 if started_by_lightning and not trainer.is_global_zero else code)
 
 

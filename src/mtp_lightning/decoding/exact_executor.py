@@ -79,12 +79,11 @@ class ExactExecutor(EagerExecutor):
         """See ``Executor``."""
         num_drafts = self._layout.num_tokens - 1
         num_verified = [min(row.num_waiting, plan.num_drafts) for row in state.rows]
-        shape = StepShape(num_drafts, num_verified, (self._layout,), [0] * len(state.rows))
+        shape = StepShape(num_drafts, num_verified, (self._layout,), [0] * len(state.rows), plan.masks)
         with self.mode.active():
             self._feed_prompts(state)
             tokens, draft_scores = state.fed_tokens(num_drafts)
-            lengths = [row.length for row in state.rows]
-            return self._run(shape, state.cache, tokens, draft_scores, lengths, plan.masks)
+            return self._run(shape, state.cache, tokens, draft_scores, [row.length for row in state.rows])
 
     def _feed_prompts(self, state: DecodeState) -> None:
         """Feed what each row has besides its last token, in chunks; shorter rows are padded."""

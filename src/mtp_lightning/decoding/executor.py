@@ -60,6 +60,7 @@ class StepShape(NamedTuple):
     num_verified: list[int]  # how many of them are to be verified, one per row
     layouts: tuple[StepLayout, ...]  # the different layouts, of one size
     layout_index: list[int]  # which one each row has
+    max_new_drafts: int  # drafts to make for each row
 
 
 def step_shape(plan: Plan, rows: Sequence[Row], all_layouts: bool = False) -> StepShape:
@@ -77,7 +78,7 @@ def step_shape(plan: Plan, rows: Sequence[Row], all_layouts: bool = False) -> St
     of_row = [layout(row.num_fed, count) for row, count in zip(rows, num_verified, strict=True)]
     possible = [layout(row.num_fed, count) for count in range(c + 1) for row in rows] if all_layouts else of_row
     layouts = tuple(dict.fromkeys(possible))
-    return StepShape(c, num_verified, layouts, [layouts.index(each) for each in of_row])
+    return StepShape(c, num_verified, layouts, [layouts.index(each) for each in of_row], plan.masks)
 
 
 class EagerExecutor:
@@ -110,13 +111,7 @@ class EagerExecutor:
             return self._run(shape, cache, tokens, draft_scores, [row.length for row in state.rows])
 
     def _run(
-        self,
-        shape: StepShape,
-        cache: RowCache,
-        tokens: Tensor,
-        draft_scores: Tensor | None,
-        lengths: list[int],
-        max_new_drafts: int | None = None,
+        self, shape: StepShape, cache: RowCache, tokens: Tensor, draft_scores: Tensor | None, lengths: list[int]
     ) -> StepResult:
         device, c, size = tokens.device, shape.num_drafts, shape.layouts[0].size
         slots = None
@@ -145,7 +140,7 @@ class EagerExecutor:
                 choice=self.choice,
                 acceptance=self.acceptance,
                 sampler_head=self.sampler_head,
-                max_new_drafts=shape.layouts[0].depth if max_new_drafts is None else max_new_drafts,
+                max_new_drafts=shape.max_new_drafts,
                 joint_logits=self.joint_logits,
             )
         )
