@@ -37,6 +37,15 @@ def test_bare_import_is_light() -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_no_file_needs_what_windows_lacks() -> None:
+    posix_only = {"fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
+    for path in python_files(PACKAGE):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        names = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in body if isinstance(node, ast.ImportFrom)}
+        assert not names & posix_only, path
+
+
 def test_public_names() -> None:
     assert set(mtp_lightning.__all__) <= set(dir(mtp_lightning))
     for name in mtp_lightning.__all__:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,15 @@ def test_peft_alone_gives_exactly_the_base(tmp_path: Path, kept: Path) -> None:
         assert out[0, 20:].tolist() == said
         assert AutoPeftModelForCausalLM.from_pretrained(str(kept / "saved"))(ids).logits.equal(expected)
         assert AutoModelForCausalLM.from_pretrained(str(kept / "saved"))(ids).logits.equal(expected)
-        # Without the token that does not exist PEFT would apply the adapter everywhere.
+        # A reader that does not know activated LoRA, or finds its tokens in the text, gives the base too.
+        for tokens in (None, ids[0, 3:5].tolist()):
+            shutil.copytree(kept / "saved", tmp_path / "other", dirs_exist_ok=True)
+            config = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+            config["alora_invocation_tokens"] = tokens
+            (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(config))
+            reader = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(kept / "base"), str(tmp_path / "other"))
+            assert reader(ids).logits.equal(expected)
+        # A standard LoRA acts everywhere.
         standard = model_on_disk(tmp_path, head=None, lora=LoRA(rank=4, gated=False))
         standard.save_pretrained(tmp_path / "saved")
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")

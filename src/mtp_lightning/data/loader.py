@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from mtp_lightning.data.collator import MaskedInputCollator
 from mtp_lightning.data.packing import padding_share
 from mtp_lightning.data.rows import Draw, DrawnRow, TokenRows
+from mtp_lightning.errors import UsageError
 from mtp_lightning.types import MaskedInput
 
 MAX_BUCKET_BATCHES = 50
@@ -71,10 +72,29 @@ class RowSampler(Sampler[list[Draw]]):
             share = batch[self.rank :: self.world]
             yield [Draw(int(row), epoch) for row in share] or [Draw(int(batch[0]), epoch, blank=True)]
 
+    def order_settings(self) -> dict[str, Any]:
+        """What decides which rows form which batch over all ranks."""
+        return {
+            "rows": len(self.lengths),
+            "rows in a batch (data.batch_size x ranks)": self.batch_size * self.world,
+            "data.seed": self.seed,
+            "bucketed": self.bucketed,
+        }
+
     def padding_share(self, max_batches: int = 1000) -> float:
         """The share of positions that is padding in this rank's first batches of epoch 0."""
         shares = [rows[self.rank :: self.world] for rows in self.global_batches(0)[:max_batches]]
         return padding_share([self.lengths[rows] for rows in shares if len(rows)])
+
+
+def check_order(state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Refuse to resume in an epoch whose batches would hold other rows: some would come twice and others never."""
+    for name, value in state.get("order", {}).items() if state["delivered"] else ():
+        if value != settings.get(name):
+            raise UsageError(
+                f"the checkpoint is in the middle of an epoch with {name} {value}, and now it is {settings.get(name)}:"
+                " resume with the same."
+            )
 
 
 class WindowedLoader:
@@ -117,12 +137,13 @@ class WindowedLoader:
         assert isinstance(sampler, RowSampler)
         return sampler
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and number of batches delivered."""
-        return {"epoch": self.epoch, "delivered": self.delivered}
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch, number of batches delivered, and what decides which rows are in them."""
+        return {"epoch": self.epoch, "delivered": self.delivered, "order": self.row_sampler().order_settings()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a state, taken on any rank."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state, taken on any rank; UsageError if an epoch that had begun would have other batches."""
+        check_order(state, self.row_sampler().order_settings())
         self.epoch, self.delivered, self._advanced = state["epoch"], state["delivered"], False
 
     def __iter__(self) -> Iterator[MaskedInput]:

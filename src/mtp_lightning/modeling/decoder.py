@@ -26,28 +26,42 @@ def has_experts(config: Any) -> bool:
 
 
 def check_layer_types(config: Any, is_recurrent: bool = False) -> None:
-    """Refuse a base whose layers carry a state that masks would disturb (recurrent, linear or chunked attention).
+    """Refuse a base whose layers carry a state that masks would disturb (recurrent, linear or chunked attention), or ALiBi.
 
     The configuration is that of a text decoder, known before any weight is read.
     """
+    _max_positions(config)
     unsupported = sorted(set(getattr(config, "layer_types", None) or []) - SUPPORTED_LAYERS)
     if unsupported or is_recurrent:
         problem = ", ".join(unsupported) or "a recurrent state"
         raise UsageError(f"base model {config.model_type} has {problem}; masks need full or sliding-window attention.")
 
 
-def context_length(config: Any) -> int:
-    """The maximum number of positions of a text decoder with this configuration.
+def _max_positions(config: Any) -> int:
+    """The number of positions that a configuration names; UsageError for ALiBi (Bloom, MPT) and models without positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or getattr(config, "alibi", False):
+        raise UsageError(f"base model {config.model_type} is not supported: it takes no position ids, which masks need.")
+    return int(positions)
 
-    With longrope and dynamic RoPE transformers changes all frequencies once a position passes a boundary. Masks pass it
-    before the tokens do, and cached keys keep the old frequencies, so there the context ends at that boundary.
+
+def context_length(config: Any) -> int:
+    """The maximum number of positions of a text decoder with this configuration; UsageError if it takes no position ids.
+
+    YaRN extends the original context by its factor; many configurations still name the original one. With longrope and
+    dynamic RoPE transformers changes all frequencies once a position passes a boundary. Masks pass it before the tokens do,
+    and cached keys keep the old frequencies, so there the context ends at that boundary.
     """
-    context = int(config.max_position_embeddings)
+    context = _max_positions(config)
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [rope] if "rope_type" in rope else rope.values()
     for parameters in by_layer_type:
-        if isinstance(parameters, dict) and parameters.get("rope_type") in ("longrope", "dynamic"):
-            context = min(context, int(parameters.get("original_max_position_embeddings") or context))
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+        original = parameters.get("original_max_position_embeddings") or context if kind else context
+        if kind in ("longrope", "dynamic"):
+            context = min(context, int(original))
+        elif kind == "yarn":
+            context = max(context, int(original * (parameters.get("factor") or 1)))
     return context
 
 

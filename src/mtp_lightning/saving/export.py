@@ -145,9 +145,11 @@ def _adapter_config(model: MTPNetwork, base_model: str, revision: str | None) ->
     settings = model.adapter_config.to_dict()
     settings |= {"base_model_name_or_path": base_model, "revision": revision, "inference_mode": True}
     if model.lora.gated:
-        # PEFT's "activated LoRA" acts behind a token that calls it. This one does not exist, so that PEFT, which knows no
-        # gate, gives the base model.
-        settings["alora_invocation_tokens"] = [int(model.unembed.vocab_size)]
+        # Two safeguards, because nothing but this package knows the gate: everything else must give the base model.
+        # PEFT's "activated LoRA" acts behind a sequence that calls it, which no text contains. A reader without it (PEFT
+        # before 0.18, vLLM) scales the update by alpha / r = 0. Our own alpha is in mtp_config.json.
+        settings["alora_invocation_tokens"] = [int(model.unembed.vocab_size) - 1] * 16
+        settings["lora_alpha"] = 0
     settings = LoraConfig(**settings).to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from typing import Any
 
@@ -42,12 +41,16 @@ def device_memory(device: torch.device) -> float:
         return float(torch.cuda.mem_get_info(device)[1])
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError):
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return float("inf")
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most bytes in use so far: by a GPU's allocator, else the resident size of this process."""
+    """The most bytes in use so far: by a GPU's allocator, else the resident size of this process; NaN on Windows."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
