@@ -11,6 +11,7 @@ from resume_runs import checkpoints, fit, whole_and_resumed
 from toy_tokenizers import texts
 
 from mtp_lightning.data import MTPDataModule
+from mtp_lightning.errors import UsageError
 
 
 @pytest.mark.filterwarnings("ignore")  # of Lightning's, about small machines and few batches
@@ -79,3 +80,24 @@ def test_resume_on_two_ranks(tmp_path: Path, write) -> None:
 
 def drawn(starts: list[int]) -> list[int]:
     return [start for start in starts if start >= 0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("streaming_rows", [None, 8])
+def test_other_batches_than_the_epoch_began_with_are_refused(tmp_path: Path, write, streaming_rows: int | None) -> None:
+    """Eight rows, five delivered one by one: with batches of four the last three would never come."""
+    options = {"train": write("a.jsonl", texts(8)), "max_length": 16, "streaming_rows": streaming_rows}
+    fit(tmp_path, MTPDataModule(**options, batch_size=1), 1, save=True)
+    middle, end = str(checkpoints(tmp_path)[4]), str(checkpoints(tmp_path)[7])
+    with pytest.raises(UsageError, match="rows in a batch .data.batch_size times ranks. 1, and now it is 4"):
+        fit(tmp_path, MTPDataModule(**options, batch_size=4), 2, middle)
+    seen = fit(tmp_path, MTPDataModule(**options, batch_size=4), 2, end).seen
+    assert [epoch for epoch, *_ in seen] == [1, 1] and sorted(row for _, rows, *_ in seen for row in rows) == list(range(8))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_next_epoch_may_have_smaller_batches_and_other_rows(tmp_path: Path, write) -> None:
+    fit(tmp_path, MTPDataModule(train=write("a.jsonl", texts(8)), max_length=16, batch_size=4), 1, save=True)
+    data = MTPDataModule(train=write("b.jsonl", texts(9)), max_length=16, batch_size=1)
+    seen = fit(tmp_path, data, 2, str(checkpoints(tmp_path)[-1])).seen
+    assert [epoch for epoch, *_ in seen] == [1] * 9 and sorted(row for _, rows, *_ in seen for row in rows) == list(range(9))

@@ -17,6 +17,8 @@ from mtp_lightning.data.rows import Draw, DrawnRow, TokenRows
 from mtp_lightning.errors import UsageError
 from mtp_lightning.types import MaskedInput
 
+ROWS_IN_A_BATCH = "rows in a batch (data.batch_size times ranks)"
+"""Name of a setting that the order of the rows depends on."""
 MAX_BUCKET_BATCHES = 50
 """Maximum number of batches whose rows are sorted by length together."""
 
@@ -76,7 +78,7 @@ class RowSampler(Sampler[list[Draw]]):
         """What decides which rows form which batch over all ranks."""
         return {
             "rows": len(self.lengths),
-            "rows in a batch (data.batch_size x ranks)": self.batch_size * self.world,
+            ROWS_IN_A_BATCH: self.batch_size * self.world,
             "data.seed": self.seed,
             "bucketed": self.bucketed,
         }
@@ -88,7 +90,10 @@ class RowSampler(Sampler[list[Draw]]):
 
 
 def check_order(state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Refuse to resume in an epoch whose batches would hold other rows: some would come twice and others never."""
+    """Refuse to resume in an epoch whose batches would hold other rows: some would come twice and others never.
+
+    ``state["order"]`` are the settings of the epoch that had begun; empty if it had ended.
+    """
     for name, value in state.get("order", {}).items() if state["delivered"] else ():
         if value != settings.get(name):
             raise UsageError(
@@ -139,12 +144,15 @@ class WindowedLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, number of batches delivered, and what decides which rows are in them."""
-        return {"epoch": self.epoch, "delivered": self.delivered, "order": self.row_sampler().order_settings()}
+        order = self.row_sampler().order_settings() if self.delivered < self.num_batches else {}
+        return {"epoch": self.epoch, "delivered": self.delivered, "order": order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, taken on any rank; UsageError if an epoch that had begun would have other batches."""
         check_order(state, self.row_sampler().order_settings())
         self.epoch, self.delivered, self._advanced = state["epoch"], state["delivered"], False
+        if state.get("order") == {}:  # the epoch is over, whatever its batches were
+            self.delivered = self.num_batches
 
     def __iter__(self) -> Iterator[MaskedInput]:
         if self._advanced or self.delivered >= self.num_batches:

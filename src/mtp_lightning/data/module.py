@@ -255,7 +255,7 @@ class MTPDataModule(LightningDataModule):
             self._streaming_loader = StreamingLoader(
                 RowStream(self._sources("train"), encoder, packing=self.packing),
                 rows=self.streaming_rows,
-                length=-(-self.streaming_rows // (self.batch_size * self._ranks()[1])),
+                batch_rows=self.batch_size * self._ranks()[1],
                 open_epoch=lambda epoch, prepared: self._open("train", prepared, f"data.train, epoch {epoch}"),
             )
         return self._streaming_loader

@@ -17,7 +17,7 @@ import numpy as np
 from mtp_lightning.data.cutting import SHORT
 from mtp_lightning.data.documents import Documents, Encoder, encode_batch
 from mtp_lightning.data.formats import Part, Row
-from mtp_lightning.data.loader import WindowedLoader
+from mtp_lightning.data.loader import ROWS_IN_A_BATCH, WindowedLoader, check_order
 from mtp_lightning.data.packing import WINDOW
 from mtp_lightning.data.preparing import USABLE_ROWS, Prepared, Sources, arrange, report_on, sources_of, weights_of
 from mtp_lightning.data.reading import open_sources
@@ -179,15 +179,17 @@ class StreamingLoader:
     The rows of an epoch are read and encoded at its beginning and shuffled among themselves. The state is the epoch, the
     number of batches delivered and the stream's position at the epoch's beginning, the same on all ranks.
 
-    An epoch has ``rows`` token rows in ``length`` batches; ``open_epoch`` makes its loader from its number and its rows.
+    An epoch has ``rows`` token rows, ``batch_rows`` in a batch over all ranks; ``open_epoch`` makes its loader from its
+    number and its rows.
     """
 
     def __init__(
-        self, stream: RowStream, rows: int, length: int, open_epoch: Callable[[int, Prepared], WindowedLoader]
+        self, stream: RowStream, rows: int, batch_rows: int, open_epoch: Callable[[int, Prepared], WindowedLoader]
     ) -> None:
         self.stream = stream
         self.rows = rows
-        self.length = length
+        self.length = -(-rows // batch_rows)
+        self._order = {"data.streaming_rows": rows, ROWS_IN_A_BATCH: batch_rows}
         self.open_epoch = open_epoch
         self.epoch = self.delivered = 0
         self._epoch_begin = stream.state()
@@ -199,10 +201,12 @@ class StreamingLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, number of batches delivered, and the stream's position at the epoch's beginning."""
-        return {"epoch": self.epoch, "delivered": self.delivered, "stream": copy.deepcopy(self._epoch_begin)}
+        order = self._order if self.delivered < self.length else {}
+        return {"epoch": self.epoch, "delivered": self.delivered, "stream": copy.deepcopy(self._epoch_begin), "order": order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state, taken on any rank."""
+        """Continue from a state, taken on any rank; UsageError if an epoch that had begun would have other batches."""
+        check_order(state, self._order)
         self.epoch, self.delivered, self._epoch_begin = state["epoch"], state["delivered"], copy.deepcopy(state["stream"])
         self.stream.load(self._epoch_begin)
         self._windows, self._advanced = None, False
