@@ -163,7 +163,8 @@ def test_resume_after_any_batch(accumulate: int) -> None:
     for batch in (batch for _ in range(3) for batch in loader):
         batches.append(batch)
         states.append(loader.state_dict())
-    assert states[:2] + states[6:8] == [{"epoch": e, "delivered": d} for e, d in ((0, 0), (0, 1), (0, 6), (1, 1))]
+    positions = [(state["epoch"], state["delivered"]) for state in states]
+    assert positions[:2] + positions[6:8] == [(0, 0), (0, 1), (0, 6), (1, 1)]
     for delivered in range(13):
         resumed = windowed(accumulate=accumulate)
         resumed.load_state_dict(states[delivered])

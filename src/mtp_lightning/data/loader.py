@@ -89,17 +89,21 @@ class RowSampler(Sampler[list[Draw]]):
         return padding_share([self.lengths[rows] for rows in shares if len(rows)])
 
 
-def check_order(state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Refuse to resume in an epoch whose batches would hold other rows: some would come twice and others never.
+def batches_delivered(state: dict[str, Any], order: dict[str, Any], num_batches: int) -> int:
+    """How many batches of the state's epoch were delivered, of ``num_batches`` with the settings ``order``.
 
-    ``state["order"]`` are the settings of the epoch that had begun; empty if it had ended.
+    UsageError if its batches held other rows than now: some rows would come twice and others never. Once the epoch is over
+    that is no matter, unless it has more batches now: Lightning would leave out as many as the state counts.
     """
-    for name, value in state.get("order", {}).items() if state["delivered"] else ():
-        if value != settings.get(name):
-            raise UsageError(
-                f"the checkpoint is in the middle of an epoch with {name} {value}, and now it is {settings.get(name)}:"
-                " resume with the same."
-            )
+    delivered, before = state["delivered"], state.get("order", order)
+    if before == order or not delivered:
+        return int(delivered)
+    if delivered >= state["batches"] >= num_batches:
+        return num_batches
+    name = next(name for name in order if before.get(name) != order[name])
+    raise UsageError(
+        f"the checkpoint's epoch has {name} {before.get(name)}, and now it is {order[name]}: resume with the same."
+    )
 
 
 class WindowedLoader:
@@ -144,15 +148,13 @@ class WindowedLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, number of batches delivered, and what decides which rows are in them."""
-        order = self.row_sampler().order_settings() if self.delivered < self.num_batches else {}
-        return {"epoch": self.epoch, "delivered": self.delivered, "order": order}
+        state = {"epoch": self.epoch, "delivered": self.delivered, "batches": self.num_batches}
+        return state | {"order": self.row_sampler().order_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state, taken on any rank; UsageError if an epoch that had begun would have other batches."""
-        check_order(state, self.row_sampler().order_settings())
-        self.epoch, self.delivered, self._advanced = state["epoch"], state["delivered"], False
-        if state.get("order") == {}:  # the epoch is over, whatever its batches were
-            self.delivered = self.num_batches
+        """Continue from a state, taken on any rank; UsageError if the epoch that had begun would have other batches."""
+        self.delivered = batches_delivered(state, self.row_sampler().order_settings(), self.num_batches)
+        self.epoch, self._advanced = state["epoch"], False
 
     def __iter__(self) -> Iterator[MaskedInput]:
         if self._advanced or self.delivered >= self.num_batches:

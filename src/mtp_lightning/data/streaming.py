@@ -17,7 +17,7 @@ import numpy as np
 from mtp_lightning.data.cutting import SHORT
 from mtp_lightning.data.documents import Documents, Encoder, encode_batch
 from mtp_lightning.data.formats import Part, Row
-from mtp_lightning.data.loader import ROWS_IN_A_BATCH, WindowedLoader, check_order
+from mtp_lightning.data.loader import ROWS_IN_A_BATCH, WindowedLoader, batches_delivered
 from mtp_lightning.data.packing import WINDOW
 from mtp_lightning.data.preparing import USABLE_ROWS, Prepared, Sources, arrange, report_on, sources_of, weights_of
 from mtp_lightning.data.reading import open_sources
@@ -201,13 +201,13 @@ class StreamingLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, number of batches delivered, and the stream's position at the epoch's beginning."""
-        order = self._order if self.delivered < self.length else {}
-        return {"epoch": self.epoch, "delivered": self.delivered, "stream": copy.deepcopy(self._epoch_begin), "order": order}
+        state = {"epoch": self.epoch, "delivered": self.delivered, "stream": copy.deepcopy(self._epoch_begin)}
+        return state | {"order": self._order, "batches": self._num_batches()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, taken on any rank; UsageError if an epoch that had begun would have other batches."""
-        check_order(state, self._order)
-        self.epoch, self.delivered, self._epoch_begin = state["epoch"], state["delivered"], copy.deepcopy(state["stream"])
+        self.delivered = batches_delivered(state, self._order, self.length)
+        self.epoch, self._epoch_begin = state["epoch"], copy.deepcopy(state["stream"])
         self.stream.load(self._epoch_begin)
         self._windows, self._advanced = None, False
 
@@ -220,6 +220,10 @@ class StreamingLoader:
         self._advanced = False
         windows.load_state_dict({"epoch": self.epoch, "delivered": self.delivered})
         return self._deliver(windows)
+
+    def _num_batches(self) -> int:
+        """Batches used of the epoch; fewer than its length under ``limit_train_batches``."""
+        return self.length if self._windows is None else self._windows.num_batches
 
     def _open(self) -> WindowedLoader:
         if self._windows is None:
