@@ -135,7 +135,8 @@ class GRUSamplerHead(SamplerHead):
 
     def step(self, hidden: Tensor, previous: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One position of N blocks; the state is the GRU's, [N, w]."""
-        gru, inputs = self.gru, self._inputs(hidden, previous)
+        gru: Any = self.gru
+        inputs = self._inputs(hidden, previous)
         if state is None:
             state = inputs.new_zeros(len(inputs), gru.hidden_size)
         # Faster for one position than the module is.

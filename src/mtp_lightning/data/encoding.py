@@ -99,11 +99,11 @@ def _encode_completion(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
         loss = np.concatenate([np.zeros(len(prompt), bool), _loss_of(row, len(completion), "completion_ids")])
         return EncodedRow(np.concatenate([np.asarray(prompt, np.int64), completion]), loss, splittable=False)
     prompt_text = render_chat_prompt(row["prompt"], *template) if is_chat else _text(row, "prompt")
-    ids, loss = _encode_joined(prompt_text, _text(row, "completion"), tokenizer, add_first=not is_chat)
+    ids, counts = _encode_joined(prompt_text, _text(row, "completion"), tokenizer, add_first=not is_chat)
     end = completion_end(row["prompt"], tokenizer, chat_template)
-    if end and not (ids[-len(end) :] == end and loss[-1]):
-        ids, loss = [*ids, *end], [*loss, *[True] * len(end)]
-    return EncodedRow(ids, loss, splittable=False)
+    if end and not (ids[-len(end) :] == end and counts[-1]):
+        ids, counts = [*ids, *end], [*counts, *[True] * len(end)]
+    return EncodedRow(ids, counts, splittable=False)
 
 
 def completion_end(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -97,7 +97,7 @@ class File(Part):
         return [str(self.path.resolve()), state.st_size, state.st_mtime_ns, head]
 
     @contextmanager
-    def open(self) -> Iterator[io.BufferedIOBase]:
+    def open(self) -> Iterator[IO[bytes]]:
         """Its bytes, decompressed if its content is compressed; any failure to read them becomes a RunError."""
         try:
             with self.path.open("rb") as file:
@@ -113,7 +113,7 @@ class File(Part):
             raise RunError(f"{self.name}: it can't be read: {reason}.") from error
 
 
-def _opened(path: Path, head: bytes) -> io.BufferedIOBase:
+def _opened(path: Path, head: bytes) -> Any:
     if head.startswith(b"\x1f\x8b"):
         return gzip.open(path)
     if head.startswith(b"\xfd7zXZ\x00"):
@@ -172,7 +172,7 @@ class JsonFile(File):
                 if line and not line.isspace():
                     yield number, line
 
-    def _find_lines(self, file: io.BufferedIOBase) -> bool:
+    def _find_lines(self, file: IO[bytes]) -> bool:
         """False if the file begins with an array, or its first line is not JSON in a ``.json`` file."""
         for line in file:
             line = line.removeprefix(codecs.BOM_UTF8).strip()
@@ -193,7 +193,7 @@ class JsonFile(File):
         except UnicodeDecodeError as error:
             raise RunError(f"{self.name}, line {number}: expected UTF-8 text, {one_line(error)}.") from error
 
-    def _long_values(self, file: io.BufferedIOBase) -> Iterator[tuple[int, Any]]:
+    def _long_values(self, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
         """The values of an array, or one after another, decoded a chunk of the file at a time."""
         buffer, at, line, number, depth, at_end = "", 0, 1, 0, 0, False
         with io.TextIOWrapper(file, encoding="utf-8-sig") as text:

@@ -62,8 +62,9 @@ class _Source:
     def state(self) -> dict[str, Any]:
         """The position, plain values."""
         part = self.parts[self.part]
-        is_inside = isinstance(part, HubStream) and self._rows is not None
-        inside = copy.deepcopy(part.stream.state_dict()) if is_inside else self._inside
+        inside = self._inside
+        if isinstance(part, HubStream) and self._rows is not None:
+            inside = copy.deepcopy(part.stream.state_dict())
         return {"part": self.part, "row": self.row, "cycle": self.cycle, "inside": inside}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -146,7 +147,8 @@ class RowStream:
         return {"sources": [source.state() for source in self.sources], "taken": list(self.taken)}
 
     def _next_batch(self) -> _Batch:
-        position, encoded, num_read = self._position(), [], 0
+        position, num_read = self._position(), 0
+        encoded: list[Any] = []
         while not encoded:  # a part may just have ended, or hold nothing
             position = self._position()
             for number, wanted in self._wanted():

@@ -135,7 +135,7 @@ class Endpoint:
             unanswered = unanswered + 1 if has_failed else 0
             answered += isinstance(reply, Reply)
             refused += isinstance(reply, Unanswered)
-            if unanswered == MAX_UNANSWERED or (refused >= MAX_REFUSED and not answered):
+            if isinstance(reply, Unanswered) and (unanswered == MAX_UNANSWERED or refused >= MAX_REFUSED and not answered):
                 rows = f"{MAX_UNANSWERED} successive rows" if has_failed else f"the first {refused} rows"
                 raise RunError(f"{self.url}: no answer to {rows}; row {reply.row_id!r}: {reply.detail or reply.reason}.")
 

@@ -35,19 +35,21 @@ def loss_sums(
     weight: Tensor | None = getattr(unembed, "matrix", None)
     sums: dict[str, Sequence[LossSum]] = {}
     if weight is not None:
-        together = {name: term for name, term in terms.items() if _has_closed_form(term, states)}
+        together = {
+            name: term for name, term in terms.items() if isinstance(term, TokenLoss) and _has_closed_form(term, states)
+        }
         if together:
             sums = _closed_form_sums(together, states, batch, weight)
     return {name: sums[name] if name in sums else term(states, batch, unembed) for name, term in terms.items()}
 
 
-def _has_closed_form(term: LossTerm, states: HiddenStates) -> bool:
+def _has_closed_form(term: TokenLoss, states: HiddenStates) -> bool:
     """True for cross-entropies at MTP positions to the text or to the anchor's distribution; not for subclasses."""
     if type(term) is AnchorDistillation:
         is_known = term.target == "distribution"
     else:
         is_known = type(term) in (BaseCrossEntropy, SamplerCrossEntropy)
-    if not is_known or not isinstance(term, TokenLoss) or term.positions != "mtp":
+    if not is_known or term.positions != "mtp":
         return False
     return term.head == "base" or states.sampler is not None
 
