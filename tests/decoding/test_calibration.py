@@ -11,7 +11,7 @@ import pytest
 from tiny import CONTEXT, tiny_model, token_row
 
 from mtp_lightning.decoding import calibration
-from mtp_lightning.decoding.calibration import measure, step_costs, step_seconds
+from mtp_lightning.decoding.calibration import measure, measured_plans, step_costs, step_seconds
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
@@ -108,6 +108,8 @@ def test_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
     monkeypatch.setenv(calibration.FOLDER_VARIABLE, "/given")
     assert calibration.folder() == Path("/given")
+    monkeypatch.setenv(calibration.FOLDER_VARIABLE, "~/given")
+    assert calibration.folder() == Path.home() / "given"
     monkeypatch.delenv(calibration.FOLDER_VARIABLE)
     assert calibration.folder() == Path("/c/mtp-lightning")
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -127,6 +129,14 @@ def test_whole_steps_are_measured(num_masks: int) -> None:
         assert {PLAIN, Plan(0, 1, "last"), Plan(0, num_masks, "last")} <= set(found) and min(found.values()) > 0
         StepCosts(found, num_masks)
     assert CONTEXT < calibration.CONTEXT + (num_masks + 1) ** 2  # the context is no limit
+
+
+def test_steps_that_will_not_be_compiled_are_not_measured_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", 2)
+    decode_cache(model).prepare(model)
+    monkeypatch.setattr(calibration, "CompiledExecutor", lambda *args: pytest.fail("compiled"))
+    options = DecodingOptions(compile=True, repetition_penalty=1.2)
+    assert list(measure(model, options, 1))[:2] == measured_plans(model, options)[:2]
 
 
 def test_costs_of_other_plans_follow_from_those_measured() -> None:

@@ -66,12 +66,17 @@ def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[
     The shortest time of a plan counts: a busy machine only adds. Plans are left out from the first one on that takes longer
     than all its drafts could ever save.
     """
+    # Both depend on whether steps compile, and these options decide that too.
+    executor_type, plans = (
+        (CompiledExecutor if can_compile(model, options) else EagerExecutor),
+        measured_plans(model, options),
+    )
     options = replace(options, logits_processor=None, repetition_penalty=1.0)
     choice = token_choice(model, options, [0] * num_rows)
-    executor = (CompiledExecutor if can_compile(model, options) else EagerExecutor)(model, options, choice)
+    executor = executor_type(model, options, choice)
     prompts, found = [torch.zeros(min(CONTEXT, model.context // 2), dtype=torch.int64)] * num_rows, dict[Plan, float]()
     with executor.open_cache(prompts, len(prompts[0]) + 1, None) as cache:
-        limits = [model.context] * num_rows  # no step is committed: it could be anything
+        limits = [model.context] * num_rows  # only the prompt's step is committed, so no row gets there
         state = DecodeState(prompts, limits, cache, choice, fixed_shapes=executor.fixed_shapes)
         prompt_step = executor.run(Plan(0, model.num_masks, "last"), state)
         state.commit(PLAIN, prompt_step)
@@ -87,7 +92,7 @@ def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[
             return min(end - begin for begin, end in itertools.pairwise(times))
 
         begin = time.perf_counter()
-        for plan in measured_plans(model, options):
+        for plan in plans:
             if executor.fixed_shapes:  # compiled after some steps
                 seconds(plan, EAGER_RUNS[model.base.device.type] + 1)
             found[plan] = seconds(plan)
@@ -138,7 +143,7 @@ def _digest(model: MTPNetwork) -> str:
 def folder() -> Path:
     """Where calibrations are kept: what ``MTP_CACHE`` says, else ``mtp-lightning`` in the user's cache folder."""
     if given := os.environ.get(FOLDER_VARIABLE):
-        return Path(given)
+        return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mtp-lightning"
 
 
@@ -182,7 +187,7 @@ def step_seconds(
     """What steps take with up to ``num_rows`` rows; ``notify`` gets a line of text if that has to be measured.
 
     Costs are measured for one row and for the next power of two, and rise evenly in between. Compiled steps keep all rows,
-    and where shapes are few the others take forever.
+    and where shapes are few, plans that were not measured cost infinity.
     """
     if can_compile(model, options):
         costs, few = step_costs(model, options, num_rows, notify), model.base.device.type == "cpu"

@@ -169,7 +169,7 @@ def calibrate(
     Args:
         model: the model.
         options: how it will decode.
-        num_rows: rows of the largest batch.
+        num_rows: rows of the batch.
         notify: gets a line of text when something has to be measured.
     """
     resolve_num_masks(model, options)

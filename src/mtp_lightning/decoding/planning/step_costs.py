@@ -19,7 +19,8 @@ class StepCosts:
     """Seconds of steps: those measured, and others by the positions that they feed for a row and the tokens they draft.
 
     Args:
-        measured: seconds by plan; among them the plain step, one with masks, and both of ``pair(num_masks)``.
+        measured: seconds by plan; among them the plain step and one with masks. Where other plans than these are asked for,
+            both of ``pair(num_masks)`` belong to them: without, drafting tokens after the first takes no time.
         num_masks: k.
     """
 
