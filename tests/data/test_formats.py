@@ -116,8 +116,8 @@ LINES = b'{"text": "one"}\n{"text": "two"}\n'
     [
         ("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\r\n\r\n \r\n{"text": "two"}'),
         ("a.NDJSON", LINES),
-        ("a.jsonl.gz", gzip.compress(LINES)),
-        ("a.jsonl", gzip.compress(LINES)),  # by its content
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("a.jsonl", gzip.compress(LINES, mtime=0)),  # by its content
         ("a.jsonl.zst", pa.compress(LINES, codec="zstd", asbytes=True)),
         ("a.json", LINES),
         ("a.jsonl", json.dumps(ROWS).encode()),
