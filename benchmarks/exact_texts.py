@@ -37,12 +37,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="plain comes first")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="in addition to plain")
     args = parser.parse_args()
+    ways = list(dict.fromkeys(["plain", *args.ways]))
     torch.set_num_threads(args.threads)
     model = MTPModel.from_pretrained(args.model, dtype=args.dtype)
     prompts = [torch.tensor(prompt.input_ids) for prompt in read_prompts(args.prompts, model.tokenizer, args.num_prompts)]
-    seconds = {(way, exact): 0.0 for exact in (False, True) for way in args.ways}
+    seconds = {(way, exact): 0.0 for exact in (False, True) for way in ways}
     equal, steps = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0)
     for begin in range(0, len(prompts), args.batch_size):
         rows = prompts[begin : begin + args.batch_size]
@@ -50,7 +51,7 @@ def main() -> None:
         ids = pad(rows, batch_first=True, padding_side="left")
         mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         texts = {}
-        for exact, way in itertools.product((False, True), args.ways):
+        for exact, way in itertools.product((False, True), ways):
             options = {"num_masks": args.masks, "exact": exact, **WAYS[way]}
             start = time.perf_counter()
             out = model.generate(ids, mask, max_new_tokens=args.tokens, **options)

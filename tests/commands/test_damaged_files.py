@@ -108,7 +108,7 @@ def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[
     path = here / "base" / name
     path.write_text("{}" if content is None else json.dumps(json.loads(path.read_bytes()) | content))
     before = files_of(here)
-    assert error_of(capsys, 1, "fit", "--config", "config.yaml").startswith(expected)
+    assert error_of(capsys, 1, "fit", "--config", "config.yaml", "--overwrite").startswith(expected)
     assert files_of(here) == before
 
 
@@ -126,7 +126,7 @@ def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[
 )
 def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, capsys, option: str, name: str) -> None:
     before = files_of(here)
-    assert name in error_of(capsys, 2, "fit", "--config", "config.yaml", *option.split())
+    assert name in error_of(capsys, 2, "fit", "--config", "config.yaml", "--overwrite", *option.split())
     assert files_of(here) == before
 
 
@@ -150,7 +150,7 @@ class Made(MTPCLI):
 
 
 def test_validations_by_the_clock_need_one_process(run: Path) -> None:
-    words = ["fit", "--config", "config.yaml", "--trainer.val_check_interval", "00:00:10:00"]
+    words = ["fit", "--config", "config.yaml", "--overwrite", "--trainer.val_check_interval", "00:00:10:00"]
     Made(words)
     with pytest.raises(UsageError, match="trainer.val_check_interval"):
         Made([*words, "--trainer.devices", "2", "--trainer.strategy", "ddp"])

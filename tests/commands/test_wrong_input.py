@@ -112,7 +112,7 @@ def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("words", "code", "name"),
-    [*COMMANDS, *((f"fit --config config.yaml {words}", code, name) for words, code, name in FIT)],
+    [*COMMANDS, *((f"fit --config config.yaml --overwrite {words}", code, name) for words, code, name in FIT)],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_input(

@@ -13,6 +13,9 @@ from tiny import tiny_model, token_row
 from torch import Tensor
 
 from mtp_lightning.decoding.acceptance import MatchAcceptance, VerifiedStep
+from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
@@ -76,9 +79,28 @@ def test_logits_have_the_same_bits_whatever_is_drafted(
                 assert torch.equal(verified[place], scores), (decoding, place)
 
 
-def test_a_mixture_of_experts_and_compiled_steps_are_refused() -> None:
-    prompt = torch.ones(1, 3, dtype=torch.int64)
-    with pytest.raises(UsageError, match="exact"):
-        tiny_model("qwen3_moe", 2).generate(prompt, exact=True)
-    with pytest.raises(UsageError, match="exact"):
-        tiny_model("llama", 2).generate(prompt, exact=True, compile=True)
+def test_a_kept_cache_that_other_passes_filled_is_not_used() -> None:
+    """A conversation that goes on with ``exact``: the text is that of a cache of its own."""
+    model, options = tiny_model("llama", 4, dtype=torch.bfloat16).eval(), {"max_new_tokens": 8, "eos_token_id": []}
+    prompt, cache, steps = token_row([30]).input_ids, RowCache(model.base, 1), []
+    expected = [step.tokens for step in decode(model, prompt, DecodingOptions(exact=True, **options))]
+    list(decode(model, prompt, DecodingOptions(num_masks=2, **options), cache))
+    model.register_forward_pre_hook(lambda _, args: steps.append(args[0]))
+    assert [step.tokens for step in decode(model, prompt, DecodingOptions(exact=True, **options), cache)] == expected
+    assert cache.capacity % 512 == 0 and type(steps[0]).__name__ == "PromptChunk"
+    steps.clear()
+    list(decode(model, prompt, DecodingOptions(exact=True, **options), cache))
+    assert type(steps[0]).__name__ == "StepInput"  # what passes of the same shape computed is used
+
+
+def test_what_cannot_be_exact_is_refused() -> None:
+    prompt, eight_bit = torch.ones(1, 3, dtype=torch.int64), tiny_model("llama", 2)
+    eight_bit.base.is_loaded_in_8bit = True
+    for model, options in (
+        (tiny_model("qwen3_moe", 2), {}),
+        (eight_bit, {}),
+        (tiny_model("llama", 2), {"compile": True}),
+        (tiny_model("llama", 2), {"temperature": 1.0, "verification": "rejection"}),
+    ):
+        with pytest.raises(UsageError, match="exact"):
+            model.generate(prompt, exact=True, **options)

@@ -31,13 +31,3 @@ def test_products(dtype: torch.dtype) -> None:
             torch.testing.assert_close(linear(x), F.linear(x, weight, bias), **close)
         part = randn(2, 9, 60, seed=3, dtype=dtype)[:, 4:, 7:55]  # strided
         torch.testing.assert_close(linear(part), F.linear(part, weight, bias), **close)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
-@torch.inference_mode()
-def test_sums(dtype: torch.dtype, rows: int) -> None:
-    weight, close = randn(40, 48, dtype=dtype), {"rtol": DTYPES[dtype], "atol": DTYPES[dtype]}
-    linear = PackedLinear(weight)
-    base, x = randn(rows, 40, seed=1, dtype=dtype), randn(rows, 48, seed=2, dtype=dtype)
-    torch.testing.assert_close(linear.plus(base, x), base + F.linear(x, weight), **close)

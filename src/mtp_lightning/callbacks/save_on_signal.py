@@ -35,10 +35,11 @@ class SaveOnSignal(Callback):
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._process = os.getpid()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers; Lightning restores the previous ones at the end."""
-        self._received = None
+        self._received, self._process = None, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             return
         for number in filter(None, (signal.SIGTERM, signal.SIGINT, slurm_signal(trainer))):
@@ -46,6 +47,8 @@ class SaveOnSignal(Callback):
 
     def _handle(self, number: int, frame: Any) -> None:
         """Only remember the signal: a handler may run at any moment."""
+        if os.getpid() != self._process:  # a worker that loads data: it ends with the run
+            return
         if number == signal.SIGINT:
             if self._received == number:
                 raise KeyboardInterrupt

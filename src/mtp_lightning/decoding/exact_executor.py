@@ -2,7 +2,7 @@
 """ExactExecutor: the same text, bit for bit, whatever is drafted, in any dtype.
 
 Kernels round differently for different shapes, so each pass here has the same ones: (J + 1)^2 positions a row, over cache
-slots whose number is a multiple of ``SLOTS``, and every pass verifies J + 1 positions. Then a row of a matrix product, and a
+slots whose number is a multiple of ``SLOTS``, and every step verifies J + 1 positions. Then a row of a matrix product, and a
 query of the attention, is computed in the same order whatever the other rows, and the slots that it does not see, hold.
 """
 
@@ -49,7 +49,8 @@ class PromptChunk(NamedTuple):
 class ExactExecutor(EagerExecutor):
     """Runs all steps with the shapes of a full quadratic step, and prompts in chunks of that size.
 
-    UsageError for a mixture of experts, whose products have as many rows as tokens choose an expert.
+    UsageError for a mixture of experts, whose products have as many rows as tokens choose an expert, for an 8-bit base,
+    which scales by the whole pass, and for rejection sampling, whose text depends on the drafts.
     """
 
     fixed_shapes = True
@@ -58,6 +59,10 @@ class ExactExecutor(EagerExecutor):
     def __init__(self, model: MTPNetwork, options: DecodingOptions, choice: TokenChoice) -> None:
         if has_experts(text_config(model.base)):
             raise UsageError("exact: not for a mixture of experts, whose rounding depends on the other positions.")
+        if getattr(model.base, "is_loaded_in_8bit", False):
+            raise UsageError("exact: not for an 8-bit base, whose rounding depends on the other positions.")
+        if not options.coupled:
+            raise UsageError("exact: not with verification rejection, whose text depends on the drafts.")
         super().__init__(model, options, choice)
         masks = exact_masks(model, options)
         self._layout = StepLayout(masks + 1, 0, tuple((start, masks) for start in range(masks + 1)))
@@ -65,8 +70,11 @@ class ExactExecutor(EagerExecutor):
     @contextlib.contextmanager
     def open_cache(self, prompts: Sequence[Tensor], max_length: int, kept: RowCache | None) -> Iterator[RowCache]:
         """See ``Executor``. The cache has all its slots from the beginning."""
+        if kept is not None and not kept.exact:  # what it holds was computed by passes of other shapes
+            kept.lengths = [0]
         with super().open_cache(prompts, max_length, kept) as cache:
-            slots = -(-self._max_slots // SLOTS) * SLOTS
+            cache.exact = True
+            slots = -(-max(self._max_slots, cache.capacity) // SLOTS) * SLOTS
             cache.reserve(slots, slots)
             cache.wipe()
             cache.fixed = True
@@ -89,6 +97,8 @@ class ExactExecutor(EagerExecutor):
         """Feed what each row has besides its last token, in chunks; shorter rows are padded."""
         cache, size = state.cache, self._layout.size
         remaining = [row.num_fed - 1 for row in state.rows]
+        if not max(remaining):
+            return
         layout = StepLayout(size, 0, ())
         for begin in range(0, max(remaining), size):
             tokens = state.last_tokens[:, begin : begin + size]

@@ -87,7 +87,3 @@ class PackedLinear:
     def product(self, x: Tensor) -> Tensor:
         """The products with the packed weight."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-    def plus(self, base: Tensor, x: Tensor) -> Tensor:
-        """``base`` [B, N] plus the products of rows [B, D]; for a layer without bias."""
-        return self(x).add_(base)

@@ -47,13 +47,13 @@ def block_attention(
         module: the attention layer; not used.
         query: of M = P * K MTP positions, [B, H, M, d].
         key: of the L cached NTP positions and of the MTP positions, [B, G, L + M, d].
-        value: the same.
+        value: the same, [B, G, L + M, e].
         attention_mask: ``masking.block_mask``, [B, 1, M, L + K] bool.
         scaling: factor of the scores; None: d ** -0.5.
         **kwargs: not used.
 
     Returns:
-        The output, [B, M, H, d], and None.
+        The output, [B, M, H, e], and None.
     """
     B, H, M, d = query.shape
     L = key.shape[2] - M
@@ -75,7 +75,7 @@ def block_attention(
 
 
 def _attend(query: Tensor, ntp_key: Tensor, key: Tensor, ntp_value: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """The output of whole blocks, [B, H, M, d]; heads that share keys are rows of one product."""
+    """The output of whole blocks, [B, H, M, e]; heads that share keys are rows of one product."""
     (B, H, M, d), (G, L) = query.shape, ntp_key.shape[1:3]
     K = mask.shape[3] - L
     R, P = H // G, M // K
@@ -87,11 +87,11 @@ def _attend(query: Tensor, ntp_key: Tensor, key: Tensor, ntp_value: Tensor, valu
         return x.view(B, G, P, R, K, -1).transpose(2, 3).reshape(B, G, R * M, -1)
 
     query = query.reshape(B, G, R * M, d)
-    key, value = key.reshape(B, G, P, K, d), value.reshape(B, G, P, K, d)
+    key, value = key.reshape(B, G, P, K, d), value.reshape(B, G, P, K, -1)
     scores = torch.cat([query @ ntp_key.transpose(2, 3), by_head(by_block(query) @ key.transpose(3, 4))], -1)
     scores = scores.view(B, G, R, M, -1).masked_fill(~mask[:, :, None], -torch.inf)
     on_ntp, on_own = scores.softmax(-1).view(B, G, R * M, -1).split([L, K], -1)
-    return (on_ntp @ ntp_value + by_head(by_block(on_own) @ value)).view(B, H, M, d)
+    return (on_ntp @ ntp_value + by_head(by_block(on_own) @ value)).view(B, H, M, -1)
 
 
 register_attention(BLOCK_ATTENTION, block_attention)

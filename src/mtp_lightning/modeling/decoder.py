@@ -21,7 +21,7 @@ def text_config(base: PreTrainedModel) -> Any:
 
 def has_experts(config: Any) -> bool:
     """True for a mixture of experts."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 

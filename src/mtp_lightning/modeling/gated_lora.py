@@ -86,7 +86,7 @@ class Gate:
 
 
 class _AddLowRank(torch.autograd.Function):
-    """``result`` [.., out] plus scaling * up down x, in place and in its dtype: three products forward, four backward.
+    """``result`` [.., out] plus scaling * up down x, in place and in its dtype: two products forward, four backward.
 
     The same by automatic differentiation takes twice as many operations, most of them casts and copies.
     """
@@ -155,6 +155,7 @@ class GatedVariant(LoraVariant):
             num_ntp == 0
             and dtype == result.dtype
             and type(module.base_layer) is nn.Linear
+            and offload_hook(down) is None  # which brings the weights when the module is called
             and not torch.compiler.is_compiling()
         ):
             return _AddLowRank.apply(result, tail.to(dtype), down.weight, up.weight, scaling)
