@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
+from mtp_lightning.decoding.execution.step import RowOutput
 from mtp_lightning.decoding.planner import AutoPlanner
 from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.text_lookup import TextLookup
@@ -49,6 +48,6 @@ def simulate(
                 lookups[row.number].extend(row.gained)
                 row.offer(lookups[row.number].draft(K))
         blocks, state.num_steps = drawn, state.num_steps + 1
-        state.drafts = SimpleNamespace(tokens=torch.tensor(drawn))
-        planner.update(state, SimpleNamespace())  # type: ignore[arg-type]
+        result: Any = SimpleNamespace(rows=[RowOutput(row.gained, drafts) for row, drafts in zip(rows, drawn, strict=True)])
+        planner.update(state, result)
     return plans, total

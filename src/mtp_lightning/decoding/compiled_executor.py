@@ -61,7 +61,7 @@ class CompiledExecutor(EagerExecutor):
         if graph is None:
             return super()._run(shape, cache, tokens, draft_scores, lengths)
         output, packed = graph.run(tokens, cache.lengths, lengths, shape.layout_index, shape.num_verified, self.choice.seeds)
-        return StepResult(output, read_rows(packed))
+        return StepResult(output, read_rows(packed, shape.num_drafts))
 
     def _graph(self, shape: StepShape, cache: RowCache) -> StepGraph | None:
         """The graph of a step, made when it is due; None: the step runs eagerly."""

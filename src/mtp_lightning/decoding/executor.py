@@ -145,7 +145,7 @@ class EagerExecutor:
                 joint_logits=self.joint_logits,
             )
         )
-        return StepResult(output, read_rows(output.packed()))
+        return StepResult(output, read_rows(output.packed(), c))
 
 
 def token_choice(model: MTPNetwork, options: DecodingOptions, seeds: list[int]) -> TokenChoice:

@@ -146,10 +146,9 @@ class AutoPlanner:
 
     def update(self, state: DecodeState, result: StepResult) -> None:
         """See ``Planner``."""
-        drafts = state.drafts.tokens.tolist() if self._plan.masks else [[]] * len(state.rows)
-        for row, tokens in zip(state.rows, drafts, strict=True):
+        for row, row_output in zip(state.rows, result.rows, strict=True):
             if row.active:
-                self._stats[row.number].learn(row.gained, tokens[: row.num_drafts])
+                self._stats[row.number].learn(row.gained, row_output.drafts[: row.num_drafts])
 
 
 def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState) -> Planner:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.decoding.execution.step import Drafts, StepOutput
+from mtp_lightning.decoding.execution.step import Drafts, RowOutput, StepOutput
 from mtp_lightning.decoding.planning.draft_plan import Plan
 from mtp_lightning.decoding.planning.text_lookup import LookupDraft
 from mtp_lightning.decoding.row_cache import RowCache
@@ -37,7 +37,7 @@ class StepResult(NamedTuple):
     """What an executor returns."""
 
     output: StepOutput  # the step's tensors
-    rows: list[list[int]]  # accepted drafts and the base model's own token of each row, on the host
+    rows: list[RowOutput]  # what the host needs of each row
 
 
 @dataclass(eq=False)
@@ -151,10 +151,10 @@ class DecodeState:
         output = result.output
         self.last_tokens = output.base_tokens.gather(1, output.num_accepted[:, None])
         gained = []
-        for r, (row, tokens) in enumerate(zip(self.rows, result.rows, strict=True)):
+        for r, (row, row_output) in enumerate(zip(self.rows, result.rows, strict=True)):
             if not row.active:
                 continue
-            row.num_verified, row.gained = min(row.num_waiting, plan.num_drafts), tokens
+            row.num_verified, row.gained = min(row.num_waiting, plan.num_drafts), row_output.tokens
             row.text_draft = None
             self.cache.lengths[r] += row.num_fed + row.num_accepted
             row.num_fed = 1

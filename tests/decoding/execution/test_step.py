@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from injected_drafts import shared_model
+from step_cost_examples import FREE
 from tiny import token_row
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtp_lightning.decoding import planner
 from mtp_lightning.decoding.execution import step as decoding_step
+from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.options import DecodingOptions
 
 WAITING = {f"aten::{op}" for op in ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal")}
 """Operations that make the host wait for a device's values."""
@@ -49,3 +53,15 @@ def test_a_step_never_waits_for_the_device(kind: str, options: dict[str, Any], m
     monkeypatch.setattr(decoding_step, "decode_step", without_waiting)
     found = model.generate(ids, **options)
     assert torch.equal(found.sequences, expected.sequences) and found.accepted_per_step == expected.accepted_per_step
+
+
+def test_the_host_reads_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "step_seconds", lambda *args: FREE)
+    steps = decode(shared_model("llama", "gru"), token_row([6]).input_ids, DecodingOptions(max_new_tokens=12))
+    next(steps)
+    calls: list[str] = []
+    for name in ("tolist", "item", "cpu"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda *args, real=real, name=name: calls.append(name) or real(*args))
+    count = sum(1 for _ in steps)
+    assert count and len(calls) == count

@@ -72,16 +72,20 @@ class StepOutput(NamedTuple):
     drafts: Drafts
 
     def packed(self) -> Tensor:
-        """All that the host needs in one tensor: the number of accepted drafts and the base tokens, [B, 1 + c + 1] int64."""
-        return torch.cat([self.num_accepted[:, None], self.base_tokens], dim=1)
+        """All that the host needs of each row: accepted drafts, base tokens, the next drafts, [B, 1 + c + 1 + J] int64."""
+        return torch.cat([self.num_accepted[:, None], self.base_tokens, self.drafts.tokens], dim=1)
 
 
-def read_rows(packed: Tensor) -> list[list[int]]:
-    """``StepOutput.packed`` on the host, the one place in a step that waits for the device.
+class RowOutput(NamedTuple):
+    """What a step gives for one row, on the host."""
 
-    For each row its accepted drafts and the base model's own token.
-    """
-    return [tokens[: accepted + 1] for accepted, *tokens in packed.tolist()]
+    tokens: list[int]  # accepted drafts and the base model's own token
+    drafts: list[int]  # the next drafts, J
+
+
+def read_rows(packed: Tensor, num_drafts: int) -> list[RowOutput]:
+    """``StepOutput.packed`` of a step that was fed ``num_drafts`` drafts, c; the one place that waits for the device."""
+    return [RowOutput(row[1 : row[0] + 2], row[num_drafts + 2 :]) for row in packed.tolist()]
 
 
 def draft_block(
