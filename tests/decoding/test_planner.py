@@ -103,6 +103,19 @@ def test_a_text_that_repeats_by_chance_costs_nothing() -> None:
     assert plans[200:].count(PLAIN) >= 0.95 * len(plans[200:])
 
 
+@pytest.mark.parametrize("where", ["all", "last"])
+@pytest.mark.parametrize("costs", [GENTLE, MIDDLING])
+def test_weak_drafts_of_the_text_do_not_displace_blocks(costs: StepSeconds, where: str) -> None:
+    generator = random.Random(2)
+    text = [generator.randrange(20) for _ in range(4000)]  # its last token has nearly always occurred before
+    rates = []
+    for lookup in (True, False):
+        planner = auto_planner(costs, where)
+        plans, tokens = simulate(planner, lambda n: 5 if n % 3 else 1, 200, [text] if lookup else None)
+        rates.append(tokens / sum(costs(plan, 1) for plan in plans))
+    assert rates[0] > 0.98 * rates[1]
+
+
 # --- In the decoding loop ------------------------------------------------------------------------------------------------
 
 

@@ -17,12 +17,12 @@ from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.limits import resolve_num_masks, uses_auto
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan, block_placement
-from mtp_lightning.decoding.planning.drafting import PLAIN_DECODING, RowStats, drafting_rates, path_probs
+from mtp_lightning.decoding.planning.drafting import PLAIN_DECODING, RowStats, path_probs, strategy_rates
 from mtp_lightning.decoding.state import DecodeState, Row, StepResult
 from mtp_lightning.modeling.network import MTPNetwork
 
 REPLAN_EVERY, SWITCH_GAIN = 4, 1.02
-"""Steps for which a way of drafting is kept, and by how much another one must be better: shapes should not change often."""
+"""Steps for which a strategy is kept, and by how much another one must be better: shapes should not change often."""
 PROBE_SHARE, PROBE_MASKS = 0.01, 2
 """Share of the time of plain steps that is spent on probes, and their masks."""
 
@@ -71,7 +71,7 @@ class AutoPlanner:
         self._stats: dict[int, RowStats] = {}  # by number of the row
         self._known: dict[Plan, float] = {}  # seconds with the rows that are left
         self._num_rows = self._steps = 0
-        self._way, self._rate = PLAIN_DECODING, 0.0
+        self._strategy, self._rate = PLAIN_DECODING, 0.0
         self._credit = 0.0  # seconds saved up for the next probe
         self._plan = PLAIN
 
@@ -82,9 +82,9 @@ class AutoPlanner:
             self._num_rows, self._steps = len(rows), 0
             self._known.clear()
         if self._steps % REPLAN_EVERY == 0:
-            self._choose_way([self._stats.setdefault(row.number, RowStats(self.num_masks)) for row in rows])
+            self._choose_strategy([self._stats.setdefault(row.number, RowStats(self.num_masks)) for row in rows])
         self._steps += 1
-        self._plan = self._best(rows, self._largest_size(min(self._way.masks, max_masks)))
+        self._plan = self._best(rows, self._largest_size(min(self._strategy.masks, max_masks)))
         if self._plan == PLAIN:
             self._plan = self._or_probe(self._largest_size(min(PROBE_MASKS, max_masks)), first=not state.num_steps)
         return self._plan
@@ -97,27 +97,37 @@ class AutoPlanner:
     def _largest_size(self, limit: int) -> int:
         return max(size for size in self.sizes if size <= limit)
 
-    def _choose_way(self, texts: Sequence[RowStats]) -> None:
-        """Choose how the texts are drafted from now on."""
-        accept = [sum(probs) / len(texts) for probs in zip(*(text.accept_probs() for text in texts), strict=True)]
-        rates = drafting_rates(accept, len(texts), self.sizes, self.where, self._seconds)
-        best = max(rates, key=lambda way: rates[way])
-        if rates[best] > SWITCH_GAIN * rates[self._way]:
-            self._way = best
-        self._rate = rates[self._way]
+    def _choose_strategy(self, stats: Sequence[RowStats]) -> None:
+        """Choose the strategy for the next steps by what is known of the texts."""
+        accept = [sum(probs) / len(stats) for probs in zip(*(each.accept_probs() for each in stats), strict=True)]
+        rates = strategy_rates(accept, len(stats), self.sizes, self.where, self._seconds)
+        best = max(rates, key=lambda strategy: rates[strategy])
+        if rates[best] > SWITCH_GAIN * rates[self._strategy]:
+            self._strategy = best
+        self._rate = rates[self._strategy]
 
     def _best(self, rows: Sequence[Row], masks: int) -> Plan:
-        """As many drafts as it pays to verify, and the blocks of the chosen way unless all texts offer drafts themselves."""
+        """As many drafts as it pays to verify, with the strategy's blocks; without if drafts of all texts are worth more."""
         paths = [self._path(row) for row in rows]
-        if all(row.text_draft is not None for row in rows):
-            masks = 0
-        longest, best, best_gain = max(map(len, paths)), Plan(0, masks, "last"), 0.0
-        without = self._seconds(best)
-        for c in self.sizes[1 : 1 + sum(size < longest for size in self.sizes)]:
-            plan = Plan(c, masks, self.where) if masks and self._way.in_each else Plan(c, 0, "last")
-            gain = sum(sum(path[:c]) for path in paths) - self._rate * (self._seconds(plan) - without)
-            if gain > best_gain:
-                best, best_gain = plan, gain
+        longest, block = max(map(len, paths)), Plan(0, masks, "last")
+        counts = self.sizes[1 : 1 + sum(size < longest for size in self.sizes)]
+        # Time is worth the strategy's rate, and drafts what it costs to get them: a step of one token a row and a block.
+        block_worth = self._rate * self._seconds(block) / len(rows) - 1
+
+        def gain(plan: Plan) -> float:
+            gained = -self._rate * self._seconds(plan)
+            for path in (path[: plan.num_drafts] for path in paths):
+                reached = (
+                    path[-1] if path and plan.where == "last" else 1.0
+                )  # probability of a block after the accepted ones
+                gained += 1 + sum(path) + (block_worth * reached if plan.masks else 0.0)
+            return gained
+
+        in_every_step, best = masks > 0 and self._strategy.blocks_in_every_step, block
+        if not in_every_step or all(row.text_draft is not None for row in rows):  # such texts will offer the next drafts too
+            best = max([block, *(Plan(c, 0, "last") for c in counts)], key=gain)
+        if in_every_step and best == block:
+            best = max([block, *(Plan(c, masks, self.where) for c in counts)], key=gain)
         if not best.num_drafts:
             for row in rows:
                 row.text_draft = None
@@ -125,10 +135,10 @@ class AutoPlanner:
 
     def _path(self, row: Row) -> list[float]:
         """The probability of each draft that it and all before it are accepted; of two drafts the better one stays."""
-        text = self._stats[row.number]
-        text.offer, path = row.text_draft, path_probs(text.accept_probs()[: row.num_drafts])
+        stats = self._stats[row.number]
+        stats.last_lookup, path = row.text_draft, path_probs(stats.accept_probs()[: row.num_drafts])
         if row.text_draft is not None:
-            offered = path_probs(text.lookup.accept_probs(row.text_draft))
+            offered = path_probs(stats.lookup.accept_probs(row.text_draft))
             if sum(offered) > sum(path):
                 return offered
             row.text_draft = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The expected rates of ways to draft are those of rows that are drafted so."""
+"""The expected rates of strategies are those of rows that are drafted so."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from step_cost_examples import MIDDLING
 
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan
-from mtp_lightning.decoding.planning.drafting import PLAIN_DECODING, PRIOR, RowStats, drafting_rates
+from mtp_lightning.decoding.planning.drafting import PLAIN_DECODING, PRIOR, RowStats, strategy_rates
 from mtp_lightning.decoding.planning.text_lookup import LookupDraft
 
 ACCEPT = [0.8, 0.6, 0.7, 0.5]
@@ -35,11 +35,11 @@ def simulated_rate(num_rows: int, masks: int, where: str, steps: int = 30_000) -
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_rates_are_those_of_rows_that_are_drafted_so(num_rows: int) -> None:
     for placement in ("all", "last"):
-        rates = drafting_rates(ACCEPT, num_rows, (0, 1, 2, 4), placement, lambda plan: MIDDLING(plan, num_rows))
+        rates = strategy_rates(ACCEPT, num_rows, (0, 1, 2, 4), placement, lambda plan: MIDDLING(plan, num_rows))
         assert rates[PLAIN_DECODING] == num_rows / MIDDLING(PLAIN, num_rows) and len(rates) == 7
-        for (masks, in_each), rate in rates.items():
+        for (masks, in_every), rate in rates.items():
             if masks:
-                assert rate == pytest.approx(simulated_rate(num_rows, masks, placement if in_each else ""), rel=0.02)
+                assert rate == pytest.approx(simulated_rate(num_rows, masks, placement if in_every else ""), rel=0.02)
 
 
 def test_acceptance_is_learned_from_the_text_whether_drafts_are_verified_or_not() -> None:
@@ -63,7 +63,7 @@ def test_acceptance_is_learned_from_the_text_whether_drafts_are_verified_or_not(
 def test_drafts_of_the_text_are_judged_by_their_match() -> None:
     text = RowStats(3)
     for _ in range(50):
-        text.offer = LookupDraft([5, 6], 3)
+        text.last_lookup = LookupDraft([5, 6], 3)
         text.learn([5, 7], [])
     probs = text.lookup.accept_probs(LookupDraft([1, 2, 3], 3))
     assert probs[0] > 0.8 and probs[1] < 0.2 and 0.2 < probs[2] < 0.8

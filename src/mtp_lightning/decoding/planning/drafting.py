@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a text is drafted best: acceptance by depth, seen in the text's own tokens, and what ways of drafting gain by it."""
+"""How a text is drafted best: acceptance by depth, seen in the text's own tokens, and the rates of strategies by it."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class RowStats:
 
     Attributes:
         lookup: how often drafts that are looked up in the text are right.
-        offer: the draft that the text offered last.
+        last_lookup: the draft that was looked up last, None if nothing was found.
     """
 
     def __init__(self, num_masks: int) -> None:
         self._num_masks, self._accepted = num_masks, Rates(num_masks)
         self.lookup = LookupStats()
-        self.offer: LookupDraft | None = None
+        self.last_lookup: LookupDraft | None = None
         self._expected: list[int] = []  # tokens of the newest block that the text has not reached yet
         self._depth = 0
 
     def learn(self, tokens: Sequence[int], drafts: Sequence[int]) -> None:
         """Record the tokens that the text gained, and the drafts that it has now, which need not be verified to learn."""
-        if self.offer is not None:
-            self.lookup.learn(self.offer, tokens)
+        if self.last_lookup is not None:
+            self.lookup.learn(self.last_lookup, tokens)
         for token in tokens:
             if not self._expected:
                 break
@@ -64,29 +64,29 @@ def path_probs(accept: Iterable[float]) -> list[float]:
     return list(itertools.accumulate(accept, lambda path, prob: path * prob))
 
 
-class Drafting(NamedTuple):
-    """A way to draft: blocks of m masks, whose drafts the next step verifies."""
+class Strategy(NamedTuple):
+    """Blocks of m masks, whose drafts the next step verifies."""
 
     masks: int  # m; 0: plain decoding
-    in_each: bool  # True if steps that verify place blocks too; False: every other step verifies, without masks
+    blocks_in_every_step: bool  # True if steps that verify place blocks too; False: every other step verifies, without masks
 
 
-PLAIN_DECODING = Drafting(0, False)
+PLAIN_DECODING = Strategy(0, False)
 
 
-def drafting_rates(
+def strategy_rates(
     accept: Sequence[float], num_rows: int, sizes: Sequence[int], where: str, seconds: Callable[[Plan], float]
-) -> dict[Drafting, float]:
-    """Expected tokens per second of all rows for each way to draft with blocks placed at ``where`` (see ``Plan``).
+) -> dict[Strategy, float]:
+    """Expected tokens per second of all rows for each strategy with blocks placed at ``where`` (see ``Plan``).
 
     A row has drafts, or (where its last token got no block) it has none and the next step gives it a block: two states, so
     that the share of steps with drafts is 1 / (2 - probability of a block).
     """
     rates, path = {PLAIN_DECODING: num_rows / seconds(PLAIN)}, path_probs(accept)
-    for m, in_each in itertools.product(sizes[1:], (False, True)):
-        share = 1 / (2 - in_each * (path[m - 1] if where == "last" else 1.0))
-        no_drafts = (1 - share) ** (num_rows if in_each else 1)  # share of the steps in which no row has drafts
-        verifying = seconds(Plan(m, m, where) if in_each else Plan(m, 0, "last"))
+    for m, in_every in itertools.product(sizes[1:], (False, True)):
+        share = 1 / (2 - in_every * (path[m - 1] if where == "last" else 1.0))
+        no_drafts = (1 - share) ** (num_rows if in_every else 1)  # share of the steps in which no row has drafts
+        verifying = seconds(Plan(m, m, where) if in_every else Plan(m, 0, "last"))
         mean = no_drafts * seconds(Plan(0, m, "last")) + (1 - no_drafts) * verifying
-        rates[Drafting(m, in_each)] = num_rows * (1 + share * sum(path[:m])) / mean
+        rates[Strategy(m, in_every)] = num_rows * (1 + share * sum(path[:m])) / mean
     return rates
