@@ -170,6 +170,21 @@ def test_an_empty_answer_carries_loss_on_its_end() -> None:
     assert "assistant\n[[<|im_end|>]]\n<|im_start|>user" in encoded("qwen", [says("user", ""), says("assistant", ""), *ONE])
 
 
+def test_a_token_that_the_generation_prompt_begins_carries_loss() -> None:
+    """The same tokens carry loss as those of prompt and completion."""
+    tokenizer = byte_tokenizer(["<|im_end|>"], "<|im_end|>")
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: a{% endif %}"  # ``ab`` is one token
+    ).replace("{{ m.content }}", "{{ 'a' if m.role == 'assistant' }}{{ m.content }}")
+    chat = [says("user", "x"), says("assistant", "by"), says("user", "x"), says("assistant", "b")]
+    row = encode_row({"messages": chat}, tokenizer, template)
+    assert shown(tokenizer, row.input_ids, row.loss) == (
+        "user: x<|im_end|>assistant: [[aby<|im_end|>]]user: x<|im_end|>assistant: [[ab<|im_end|>]]"
+    )
+    assert encode_row({"prompt": chat[:3], "completion": "b"}, tokenizer, template).loss[-2:] == [True, True]
+
+
 # refusals
 
 ALL_MARKED = f"{{% generation %}}{CHATML}{{% endgeneration %}}"

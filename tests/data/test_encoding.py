@@ -90,6 +90,38 @@ def test_ids(tokenizer) -> None:
     assert not encode_row({"input_ids": [3], "labels": [3]}, tokenizer).splittable
 
 
+IDS = {"prompt_ids": [0, 0, BOS, ONE], "completion_ids": [TWO, EOS, 0]}
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {"attention_mask": [0, 0, 1, 1, 1, 1, 0]},
+        {"attention_mask": [1, 1, 1, 1, 1, 1, 0], "prompt_mask": [0, 0, 1, 1]},
+    ],
+)
+def test_padding_of_prompt_and_completion_is_cut_off(tokenizer, masks: dict) -> None:
+    check(IDS | masks, tokenizer, [BOS, ONE, TWO, EOS], [X, X, TWO, EOS])
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (IDS | {"attention_mask": [0, 1]}, "attention_mask"),
+        (IDS | {"prompt_mask": [1, 1, 0, 1]}, "prompt_mask"),
+        ({"input_ids": [1, 9], "prompt_mask": [1, 0]}, "prompt_mask"),
+        ({"prompt": "one", "completion_ids": [9], "prompt_mask": [1]}, "prompt_mask"),
+        ({"prompt": "one", "completion_ids": [9], "attention_mask": [1, 1]}, "attention_mask"),
+        ({"text": "one two three", "loss_mask": [0, 0, 1, 1, 1]}, "loss_mask"),
+        ({"prompt": "one", "completion": "two", "completion_mask": [0]}, "completion_mask"),
+        ({"messages": [{"role": "user", "content": "one"}], "assistant_masks": [0]}, "assistant_masks"),
+    ],
+)
+def test_masks_that_fit_no_token_ids_are_refused(tokenizer, row: dict, named: str) -> None:
+    with pytest.raises(RunError, match=named):
+        encode_row(row, tokenizer)
+
+
 # chat
 
 TWO_TURNS = [says("user", "one"), says("assistant", "two three"), says("user", "four"), says("assistant", "one")]

@@ -137,3 +137,48 @@ def test_refused_rows_are_counted_and_shown(write) -> None:
         prepare(write("b.jsonl", rows[:5]), word_tokenizer(), max_length=64, chat_template=ALTERNATES)
     with pytest.raises(RunError, match="jinja"):
         prepare(write("c.jsonl", rows), word_tokenizer(), max_length=64, chat_template="{% for")
+
+
+# tool calls
+
+CALLS = CHATML.replace(
+    "{{ m.content }}", "{{ m.content or '' }}{% if 'tool_calls' in m %}six {{ m.tool_calls[0].name }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("calls", ['[{"name": "two"}]', {"name": "two"}, '{"name": "two"}', ['{"name": "two"}']])
+def test_tool_calls_in_any_form(calls: object) -> None:
+    row = {"messages": [TURNS[0], {"role": "assistant", "tool_calls": calls}]}
+    assert [token for token in tokens(row, CALLS) if token > 0] == [14, 10, 4]
+
+
+@pytest.mark.parametrize("calls", [[], "[]", "null", None])
+def test_empty_lists_of_calls_are_none(calls: object) -> None:
+    row = {"messages": [message | {"tool_calls": calls, "annotations": []} for message in TURNS]}
+    template = CALLS + "{% for m in messages %}{% if 'annotations' in m %}six{% endif %}{% endfor %}"
+    assert tokens(row, template) == tokens({"messages": TURNS})
+
+
+@pytest.mark.parametrize("calls", ["two", ["two"], 2])
+def test_what_is_no_call_is_refused(calls: object) -> None:
+    with pytest.raises(RunError, match="tool_calls"):
+        tokens({"messages": [TURNS[0], says("assistant", "two", tool_calls=calls)]}, CALLS)
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize("call", [{"tool_calls": [{"name": "two"}]}, {"function_call": {"name": "two"}}])
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
+def test_calls_that_the_template_does_not_write(template: str, call: dict, content: dict) -> None:
+    """An answer of nothing else is not trained: it would teach to say nothing."""
+    calling = {"role": "assistant", **content, **call}
+    with pytest.warns(UserWarning, match="tool calls"):
+        found = tokens({"messages": [TURNS[0], calling, *TURNS[2:]]}, template)
+    assert [token for token in found if token > 0] == [11, 4]
+    with pytest.warns(UserWarning, match="tool calls"):
+        assert max(tokens({"messages": [TURNS[0], calling]}, template)) < 0
+        assert tokens({"messages": [TURNS[0], TURNS[1] | call]}, template) == tokens({"messages": TURNS[:2]}, template)
+
+
+def test_values_as_text() -> None:
+    row = {"messages": [TURNS[0], TURNS[1] | {"weight": "0"}, TURNS[2], TURNS[3] | {"train": "true"}], "tools": "null"}
+    assert [token for token in tokens(row) if token > 0] == [11, 4]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mtp_lightning.data.messages import Message, clean_messages, trained_messages
+from mtp_lightning.data.messages import CALLS, Message, clean_messages, trained_messages
 from mtp_lightning.data.tokenizing import tokenize, tokenize_with_spans
 from mtp_lightning.errors import RunError, UsageError, one_line
 
@@ -77,9 +77,11 @@ def encode_messages(
     are malformed or the assistant's part cannot be found.
     """
     cleaned = clean_messages(messages)
-    is_trained = trained_messages(messages)
     template = _Template(template_of(tokenizer, chat_template), tokenizer, tools)
     check_roles(cleaned, template.source)
+    cleaned, lost_calls = _without_unwritten_calls(cleaned, template.source)
+    rows = zip(trained_messages(messages), lost_calls, cleaned, strict=True)
+    is_trained = [trained and not (lost and not message["content"]) for trained, lost, message in rows]
     text = template.render(cleaned)
     turns = [number for number, message in enumerate(cleaned) if message["role"] == "assistant"]
     has_markers = _GENERATION.search(template.source) is not None
@@ -109,7 +111,8 @@ def render_chat_prompt(
     tools: Tools | None = None,
 ) -> str:
     """A conversation that the assistant is to continue as text, generation prompt included."""
-    cleaned, template = clean_messages(messages), template_of(tokenizer, chat_template)
+    template = template_of(tokenizer, chat_template)
+    cleaned, _ = _without_unwritten_calls(clean_messages(messages), template)
     check_roles(cleaned, template)
     return render(cleaned, tokenizer, template, generation_prompt=True, tools=tools)
 
@@ -137,8 +140,12 @@ def end_of_turn(
     if text.count(_PLACEHOLDER) != 1:
         raise RunError("the chat template does not write the assistant's content once and unchanged.")
     after = text.split(_PLACEHOLDER)[1]
-    text = after[: _turn_length(after, tokenizer)]
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    end = after[: _turn_length(after, tokenizer)]
+    # Behind an answer, because a text's first token may be written differently.
+    answer, answer_and_end = (tokenize(part, tokenizer, add_first=False) for part in (_PLACEHOLDER, _PLACEHOLDER + end))
+    if answer_and_end[: len(answer)] == answer:
+        return answer_and_end[len(answer) :]
+    return tokenize(end, tokenizer, add_first=False)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
@@ -198,6 +205,20 @@ def _with_object(call: Any) -> Any:
     return call
 
 
+def _without_unwritten_calls(messages: list[Message], template: str) -> tuple[list[Message], list[bool]]:
+    """The messages without the tool calls that the template does not write, and for each True if it had one."""
+    unwritten = {name for name in CALLS if name not in template}
+    has_calls = [not unwritten.isdisjoint(message) for message in messages]
+    if not any(has_calls):
+        return messages, has_calls
+    warnings.warn(
+        "the chat template has no place for tool calls: those of the rows are left out, answers without text not trained",
+        stacklevel=2,
+    )
+    without = [{"content": "", **{key: message[key] for key in message if key not in unwritten}} for message in messages]
+    return without, has_calls
+
+
 def check_roles(messages: Sequence[Message], template: str) -> None:
     """Raise a RunError for an unknown role: most templates would write it without complaint, and it would carry no loss."""
     for number, message in enumerate(messages, 1):
@@ -224,7 +245,7 @@ def _encode_with_markers(messages: list[Message], turns: list[int], template: _T
         ids, loss = ids[1:], loss[1:]
 
     # Markers in the wrong place.
-    if not any(loss) and turns:
+    if not any(loss) and any(messages[turn] != {"role": "assistant", "content": ""} for turn in turns):
         raise RunError("the chat template has generation markers, but they mark no token of the assistant.")
     before = messages[: turns[0]] if turns else messages
     if any(loss) and before and (text_before := template.try_render(before)) is not None:
@@ -245,10 +266,15 @@ def _encode_with_markers(messages: list[Message], turns: list[int], template: _T
 
 
 def _inside(spans: list[tuple[int, int]], token_spans: list[tuple[int, int]]) -> list[bool]:
-    """For each token True if it begins in one of the spans of the text, which are in order and disjoint."""
-    # A token lies in a span if an odd number of span borders is at or before its first character.
-    first_characters = [begin for begin, _ in token_spans]
-    return (np.searchsorted(np.ravel(spans), first_characters, side="right") % 2 == 1).tolist()
+    """For each token True if it has a character of one of the spans of the text, which are in order and disjoint.
+
+    A token may begin before a span: the space that ends a generation prompt is often part of the answer's first token.
+    """
+    begins, ends = np.reshape(np.asarray(token_spans, np.int64), (-1, 2)).T
+    span_begins, span_ends = np.reshape(np.asarray([span for span in spans if span[0] < span[1]], np.int64), (-1, 2)).T
+    # More spans have begun before the token's end than have ended by its first character.
+    begun = np.searchsorted(span_begins, np.maximum(ends, begins + 1), side="left")
+    return (begun > np.searchsorted(span_ends, begins, side="right")).tolist()
 
 
 def _assistant_spans(messages: list[Message], turns: list[int], text: str, template: _Template) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@
 | ``text`` | as the tokenizer gives them, its first token included, then its end token | all |
 | ``prompt`` + ``completion`` | of the joined text, then the end token | from the first with a character of the completion |
 | ``prompt`` + ``completion_ids`` | the prompt encoded, then the ids as they are | the ids |
-| ``prompt_ids`` + ``completion_ids`` | as they are: what ``mtp distill`` writes | the completion's |
+| ``prompt_ids`` + ``completion_ids`` | as they are, without padding at the ends | the completion's, or where masks say |
 | a conversation (``messages.py``) | the base's chat template | assistant turns with their end-of-turn token |
 | ``input_ids`` (+ ``labels``, masks) | as they are, without padding at the ends | all, or where labels and masks say |
 
@@ -70,6 +70,8 @@ def encode_row(
         return None
     both_are_chats = all(isinstance(row.get(field), list) for field in ("prompt", "completion"))
     is_chat = kind == "messages" or (kind == "prompt" and both_are_chats and row.get("prompt_ids") is None)
+    if kind in ("messages", "text") or (kind == "prompt" and row.get("completion_ids") is None):
+        _refuse_masks(row, (*_LOSS_MASKS, "prompt_mask"))  # whoever made them had other tokens
     if is_chat and (chat := chat_of(row)) is not None:
         ids, loss = encode_messages(chat.messages, tokenizer, chat_template, chat.tools)
         return EncodedRow(ids, loss, splittable=False)
@@ -90,14 +92,20 @@ def _encode_completion(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
     template = (tokenizer, chat_template, clean_tools(row.get("tools")) if is_chat else None)
     if row.get("completion_ids") is not None:
         completion = _token_ids(row, "completion_ids")
-        if row.get("prompt_ids") is not None:
+        has_prompt_ids = row.get("prompt_ids") is not None
+        if has_prompt_ids:
             prompt: Sequence[int] | np.ndarray = _token_ids(row, "prompt_ids")
         elif is_chat:
             prompt = encode_chat_prompt(row["prompt"], *template)
         else:
             prompt = tokenize(_text(row, "prompt"), tokenizer, add_first=True)
         loss = np.concatenate([np.zeros(len(prompt), bool), _loss_of(row, len(completion), "completion_ids")])
-        return EncodedRow(np.concatenate([np.asarray(prompt, np.int64), completion]), loss, splittable=False)
+        ids = np.concatenate([np.asarray(prompt, np.int64), completion])
+        if not has_prompt_ids:
+            _refuse_masks(row, ("attention_mask", "prompt_mask"))
+            return EncodedRow(ids, loss, splittable=False)
+        text = _without_padding(row, len(ids), "prompt_ids + completion_ids", len(prompt))
+        return EncodedRow(ids[text], loss[text], splittable=False)
     prompt_text = render_chat_prompt(row["prompt"], *template) if is_chat else _text(row, "prompt")
     ids, counts = _encode_joined(prompt_text, _text(row, "completion"), tokenizer, add_first=not is_chat)
     end = completion_end(row["prompt"], tokenizer, chat_template)
@@ -148,14 +156,32 @@ def _encode_ids(row: Mapping[str, Any]) -> EncodedRow:
             )
         loss &= labels != IGNORE_INDEX
     splittable = not has_labels and all(row.get(name) is None for name in _LOSS_MASKS)
-    begin, end = 0, len(ids)
-    if row.get("attention_mask") is not None:
-        inside = np.flatnonzero(_mask(row, "attention_mask", len(ids), "input_ids"))
-        begin, end = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
-        if end - begin != len(inside):
-            raise RunError("attention_mask may be 0 at the beginning and end of a row (padding), it is 0 in the middle.")
-    _check_single_document(row, begin, end)
-    return EncodedRow(ids[begin:end], loss[begin:end], splittable)
+    _refuse_masks(row, ("prompt_mask",))
+    text = _without_padding(row, len(ids), "input_ids")
+    _check_single_document(row, text)
+    return EncodedRow(ids[text], loss[text], splittable)
+
+
+def _refuse_masks(row: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise a RunError for the first of these masks that the row has: it belongs to token ids that the row is not."""
+    if found := [name for name in names if row.get(name) is not None]:
+        raise RunError(
+            f"{found[0]} masks token ids, and this row is not read as those: remove it, or the row's other fields."
+        )
+
+
+def _without_padding(row: Mapping[str, Any], length: int, field: str, prompt_length: int = 0) -> slice:
+    """The tokens between the padding that ``attention_mask``, and for the prompt ``prompt_mask``, say."""
+    is_text, names = np.ones(length, bool), []
+    for name, part, of in (("attention_mask", length, field), ("prompt_mask", prompt_length, "prompt_ids")):
+        if row.get(name) is not None:
+            is_text[:part] &= _mask(row, name, part, of)
+            names.append(name)
+    inside = np.flatnonzero(is_text)
+    begin, end = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+    if end - begin != len(inside):
+        raise RunError(f"{', '.join(names)} may be 0 at the beginning and end of a row (padding), not in the middle.")
+    return slice(begin, end)
 
 
 def _loss_of(row: Mapping[str, Any], length: int, field: str) -> np.ndarray:
@@ -185,10 +211,10 @@ def _array(value: Any) -> np.ndarray:
         return np.asarray(None)
 
 
-def _check_single_document(row: Mapping[str, Any], begin: int, end: int) -> None:
+def _check_single_document(row: Mapping[str, Any], text: slice) -> None:
     """Rows that were packed by others would be trained as one text."""
     positions, lengths = row.get("position_ids"), row.get("seq_lengths")
-    if positions is not None and (np.diff(_token_ids(row, "position_ids")[begin:end]) != 1).any():
+    if positions is not None and (np.diff(_token_ids(row, "position_ids")[text]) != 1).any():
         raise RunError("position_ids must count up by one: packed rows are not read, data.packing packs documents.")
     if lengths is not None and np.size(lengths) > 1:
         raise RunError("seq_lengths names several documents: packed rows are not read, data.packing packs documents.")

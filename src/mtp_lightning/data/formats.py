@@ -38,7 +38,7 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 FIELDS = (
     *("messages", "conversations", "conversation", "instruction", "input", "history", "output", "system", "tools"),
     *("prompt", "prompt_ids", "completion", "completion_ids", "text", "input_ids", "labels", "domain"),
-    *("attention_mask", "position_ids", "seq_lengths", "loss_mask", "completion_mask", "assistant_masks"),
+    *("attention_mask", "position_ids", "seq_lengths", "loss_mask", "completion_mask", "assistant_masks", "prompt_mask"),
 )
 """The fields of a row that are read; all others are ignored."""
 

@@ -27,6 +27,11 @@ _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model
 _TRAINED = ("weight", "train", "loss")
 """Fields of a message that say whether it is trained: OpenAI's weight, Axolotl's train, ms-swift's loss."""
 
+CALLS = ("tool_calls", "function_call")
+"""Fields of a message in which the assistant calls tools: a list of calls; a single one, as OpenAI had it at first."""
+
+_SWITCHES = {"0": 0, "1": 1, "false": 0, "true": 1}  # as text, from tables of text
+
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -70,20 +75,27 @@ def _of_alpaca(row: Mapping[str, Any]) -> list[Message]:
 
 def clean_tools(tools: Any) -> list[dict[str, Any]] | None:
     """A row's tools as a list of functions, None if there are none; JSON text is parsed, also in the list."""
-    if isinstance(tools, str):
-        tools = _from_json(tools) if tools.strip() else None
-    if isinstance(tools, dict):
-        tools = [tools]
-    if not tools:
+    return _objects(tools, "tools")
+
+
+def _objects(value: Any, name: str) -> list[dict[str, Any]] | None:
+    """A list of objects, or one of them alone, or JSON text of either; None if there are none."""
+    if isinstance(value, str):
+        value = None if value.strip() in ("", "null") else _from_json(value)
+    if isinstance(value, dict) and value:
+        value = [value]
+    if not value:
         return None
-    functions = [_from_json(tool) for tool in tools] if isinstance(tools, list) else []
-    if not functions or not all(isinstance(function, dict) for function in functions):
-        raise RunError(f"tools must be a list of functions, or JSON text of one, got {one_line(repr(tools), 80)}.")
-    return functions
+    objects = [_from_json(item) for item in value] if isinstance(value, list) else []
+    if not objects or not all(isinstance(item, dict) for item in objects):
+        raise RunError(f"{name} must be a list of functions, or JSON text of one, got {one_line(repr(value), 80)}.")
+    return objects
 
 
 def clean_messages(messages: Any) -> list[Message]:
-    """The messages as {role, content, ..}, contents as text, without null fields; a RunError if they are malformed.
+    """The messages as {role, content, ..}, contents as text; a RunError if they are malformed.
+
+    Fields that are null or empty lists are left out, tool calls are lists of objects, also where they came as JSON text.
 
     {from, value} is accepted too. An assistant message that calls a tool needs no content.
     """
@@ -97,6 +109,12 @@ def _clean_message(message: Any) -> Message:
     if "role" not in fields and isinstance(fields.get("from"), str):
         speaker = fields.pop("from")
         fields = {"role": _SPEAKERS.get(speaker, speaker), "content": fields.pop("value", None)} | fields
+    for name in CALLS:
+        if name in fields:
+            calls = _objects(fields.pop(name), f"{name} of a message")
+            fields |= {name: calls if name == "tool_calls" or len(calls) > 1 else calls[0]} if calls else {}
+    # A template may ask whether a field is there at all.
+    fields = {key: value for key, value in fields.items() if key == "content" or value or not isinstance(value, list | dict)}
     role, content = fields.get("role"), fields.get("content")
     calls_tool = role == "assistant" and (fields.get("tool_calls") or fields.get("function_call"))
     has_content = isinstance(content, str | list) or (content is None and calls_tool)
@@ -116,7 +134,8 @@ def trained_messages(messages: Sequence[Message]) -> list[bool]:
     for message in messages:
         marks = {name: message[name] for name in _TRAINED if message.get(name) is not None}
         for name, value in marks.items():
-            if not isinstance(value, bool | int | float) or value not in (0, 1):
+            marks[name] = _SWITCHES.get(value.strip().lower()) if isinstance(value, str) else value
+            if not isinstance(marks[name], bool | int | float) or marks[name] not in (0, 1):
                 raise RunError(f"{name} of a message must be 0 or 1, got {one_line(repr(value), 80)}.")
         trained.append(all(marks.values()))
     return trained
