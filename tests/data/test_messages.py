@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from toy_tokenizers import CHATML, word_tokenizer
+from toy_tokenizers import CHATML, byte_tokenizer, word_tokenizer
 
 from mtp_lightning.data.encoding import encode_row
 from mtp_lightning.data.preparing import prepare
@@ -36,6 +36,8 @@ CHAT = [says("system", "six"), says("user", "one\n\ntwo"), says("assistant", "th
         {"messages": [{"from": "system", "value": "six"}, *CHAT[1:]], "prompt": "one"},
         {"instruction": "one", "input": "two", "output": "three", "system": "six", "history": []},
         {"prompt": CHAT[:2], "completion": CHAT[2:]},
+        {"prompt": json.dumps(CHAT[:2]), "completion": json.dumps(CHAT[2:])},
+        {"messages": [CHAT[0], says("user", '[{"type": "text", "text": "one\\n\\ntwo"}]'), CHAT[2]]},
         {"messages": [says("system", [{"type": "text", "text": "six", "image": None}]), *CHAT[1:]]},
     ],
 )
@@ -182,3 +184,18 @@ def test_calls_that_the_template_does_not_write(template: str, call: dict, conte
 def test_values_as_text() -> None:
     row = {"messages": [TURNS[0], TURNS[1] | {"weight": "0"}, TURNS[2], TURNS[3] | {"train": "true"}], "tools": "null"}
     assert [token for token in tokens(row) if token > 0] == [11, 4]
+
+
+def test_a_prompt_of_messages_as_json_text() -> None:
+    as_list = {"prompt": CHAT[:2], "completion": "three"}
+    assert tokens(as_list | {"prompt": json.dumps(CHAT[:2])}) == tokens(as_list)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1, 2]", '[{"type": "dog"}]', '[{"role": "user"}]', '["text"]', "[]", "[one]", "[" * 3000, '{"role": "user"}']
+)
+def test_other_json_text_is_text(text: str) -> None:
+    tokenizer = byte_tokenizer(["<|im_end|>"], "<|im_end|>")
+    for row in ({"prompt": text, "completion": text}, {"messages": [says("user", text), says("assistant", text)]}):
+        encoded = encode_row(row, tokenizer, CHATML)
+        assert tokenizer.decode(encoded.input_ids).count(text) == 2

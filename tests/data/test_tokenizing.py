@@ -56,14 +56,20 @@ def test_surrogates_are_refused() -> None:
         tokenize("one \ud800", word_tokenizer(), add_first=True)
 
 
-@pytest.mark.parametrize("is_fast", [True, False])
-def test_pieces_of_sentencepiece_are_those_of_the_joined_text(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alone, a completion would begin with the mark that begins a text."""
-    pieces = ["<unk>", "</s>", "▁", "x", "=", "5", "▁x", "▁5"]
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """Puts the mark of a space before each text, as Llama 2 does."""
+    pieces = ["<unk>", "</s>", "▁", "x", "=", "5", "▁x", "▁5", "[/INST]"]
     merges = [("▁", "x"), ("▁", "5")]
     model = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
     model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", unk_token="<unk>")
+    model.add_special_tokens(["</s>", "[/INST]"])
+    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_pieces_of_sentencepiece_are_those_of_the_joined_text(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, a completion would begin with the mark that begins a text."""
+    tokenizer = sentencepiece()
     monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: is_fast))
     row = encode_row({"prompt": "x=", "completion": "5"}, tokenizer)
     assert tokenizer.convert_ids_to_tokens(row.input_ids) == ["▁x", "=", "5", "</s>"]
@@ -71,3 +77,28 @@ def test_pieces_of_sentencepiece_are_those_of_the_joined_text(is_fast: bool, mon
     row = encode_row({"prompt": "x= ", "completion": "5"}, tokenizer)  # the space joins the answer's token
     assert tokenizer.convert_ids_to_tokens(row.input_ids) == ["▁x", "=", "▁5", "</s>"]
     assert row.loss == [False, False, True, True]
+
+
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+MARKED = TURNS.replace(" {{ m.content }} </s>", "{% generation %} {{ m.content }}{% endgeneration %} </s>")
+
+
+@pytest.mark.parametrize("template", [TURNS, MARKED])
+@pytest.mark.parametrize(
+    ("completion", "end"),
+    [("5", ["▁", "</s>"]), (" 5 </s>", ["▁", "</s>"]), ("5</s>", ["</s>"]), (None, ["▁", "</s>"])],
+)
+def test_the_end_of_a_turn_is_that_of_the_joined_text(template: str, completion: str | None, end: list[str]) -> None:
+    """Alone, it would begin with the mark that begins a text; None: as messages."""
+    tokenizer, prompt = sentencepiece(), [{"role": "user", "content": "x"}]
+    row = {"prompt": prompt, "completion": completion}
+    if completion is None:
+        row = {"messages": [*prompt, {"role": "assistant", "content": "5"}]}
+    encoded = encode_row(row, tokenizer, template)
+    trained = [token for token, flag in zip(encoded.input_ids, encoded.loss, strict=True) if flag]
+    pieces = tokenizer.convert_ids_to_tokens(trained)
+    assert pieces[-len(end) - 1 :] == ["▁5", *end]
+    assert pieces.count("</s>") == 1

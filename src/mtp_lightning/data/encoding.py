@@ -24,7 +24,7 @@ import numpy as np
 
 from mtp_lightning.data.chat import encode_chat_prompt, encode_messages, end_of_turn, render_chat_prompt
 from mtp_lightning.data.formats import ROW_TYPES
-from mtp_lightning.data.messages import Message, chat_of, clean_tools
+from mtp_lightning.data.messages import Message, chat_of, clean_tools, with_parsed_chats
 from mtp_lightning.data.tokenizing import tokenize, tokenize_with_spans
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.types import IGNORE_INDEX
@@ -65,6 +65,7 @@ def encode_row(
     Raises a RunError if the row has none of the fields needed or one has the wrong type (RefusedByTemplate if the chat
     template refuses it), and a UsageError if it needs a chat template and there is none.
     """
+    row = with_parsed_chats(row)
     kind = row_type({name for name, value in row.items() if value is not None})
     if kind is None and row_type(row) is not None:
         return None
@@ -109,7 +110,8 @@ def _encode_completion(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
     prompt_text = render_chat_prompt(row["prompt"], *template) if is_chat else _text(row, "prompt")
     ids, counts = _encode_joined(prompt_text, _text(row, "completion"), tokenizer, add_first=not is_chat)
     end = completion_end(row["prompt"], tokenizer, chat_template)
-    if end and not (ids[-len(end) :] == end and counts[-1]):
+    has_end = ids[-len(end) :] == end or (ids[-1:] == end[-1:] and end[-1] in tokenizer.added_tokens_decoder)
+    if end and not (has_end and counts[-1]):
         ids, counts = [*ids, *end], [*counts, *[True] * len(end)]
     return EncodedRow(ids, counts, splittable=False)
 

@@ -60,6 +60,26 @@ def chat_of(row: Mapping[str, Any]) -> Chat | None:
     return Chat(messages, clean_tools(get("tools")))
 
 
+def with_parsed_chats(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with a ``prompt`` that is JSON text of messages as these messages, then its ``completion`` too.
+
+    Text of any other kind stays: it is what the model reads.
+    """
+    parsed: dict[str, Any] = {}
+    for name in ("prompt", "completion"):
+        value = _from_json(row[name]) if isinstance(row.get(name), str) else None
+        if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+            break
+        parsed[name] = value
+    return {**row, **parsed} if parsed else row
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        isinstance(value.get(role), str) and content in value for role, content in (("role", "content"), ("from", "value"))
+    )
+
+
 def _of_alpaca(row: Mapping[str, Any]) -> list[Message]:
     """Question and answer, after the ``history`` of earlier ones."""
     fields = [row.get(name) or "" for name in ("instruction", "input", "output")]
@@ -120,8 +140,9 @@ def _clean_message(message: Any) -> Message:
     has_content = isinstance(content, str | list) or (content is None and calls_tool)
     if not isinstance(role, str) or not has_content:
         raise RunError(f"each of messages must be {{role, content}} with text in both, got {one_line(repr(message), 80)}.")
-    if isinstance(content, list):
-        fields["content"] = _joined(content)
+    parts = _from_json(content)
+    if isinstance(content, list) or _is_parts(parts):
+        fields["content"] = _joined(parts)
     return {key: value for key, value in fields.items() if key not in _TRAINED}
 
 
@@ -139,6 +160,15 @@ def trained_messages(messages: Sequence[Message]) -> list[bool]:
                 raise RunError(f"{name} of a message must be 0 or 1, got {one_line(repr(value), 80)}.")
         trained.append(all(marks.values()))
     return trained
+
+
+def _is_parts(value: Any) -> bool:
+    """True for a list of parts with types, texts among them: what JSON text must hold to be read as a content in parts."""
+    if not isinstance(value, list) or not all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) for part in value
+    ):
+        return False
+    return any(part["type"] in _TEXT_PARTS and isinstance(part.get("text"), str) for part in value)
 
 
 def _joined(parts: list[Any]) -> str:
@@ -159,6 +189,6 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
