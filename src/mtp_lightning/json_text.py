@@ -41,10 +41,17 @@ def not_json(error: Exception, source: str, line: int = 1) -> RunError:
     return RunError(f"{source}, line {line}: expected JSON, got what Python does not read: {one_line(error)}.")
 
 
+def _integer(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:  # thousands of digits
+        return float(digits)
+
+
 def _constant(name: str) -> float | None:
     return None if name == "NaN" else float(name)
 
 
-# strict=False: real files hold tabs in strings.
+# strict=False: real files hold tabs in strings. Two decoders: a function of ours is called for each integer, which is slow.
 _DECODER = json.JSONDecoder(parse_constant=_constant, strict=False)
-_DECODER_OF_HUGE_NUMBERS = json.JSONDecoder(parse_constant=_constant, strict=False, parse_int=float)
+_DECODER_OF_HUGE_NUMBERS = json.JSONDecoder(parse_constant=_constant, strict=False, parse_int=_integer)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -108,6 +110,7 @@ def test_parquet_with_tables_of_other_types(tmp_path: Path) -> None:
 
 
 ROWS = [{"text": "one"}, {"text": "two"}]
+BOM = b"\xef\xbb\xbf"
 LINES = b'{"text": "one"}\n{"text": "two"}\n'
 
 
@@ -119,12 +122,21 @@ LINES = b'{"text": "one"}\n{"text": "two"}\n'
         ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("a.jsonl", gzip.compress(LINES, mtime=0)),  # by its content
         ("a.jsonl.zst", pa.compress(LINES, codec="zstd", asbytes=True)),
+        (
+            "a.jsonl.zst",
+            b"\x50\x2a\x4d\x18\x03\0\0\0any" + pa.compress(LINES, codec="zstd", asbytes=True),
+        ),  # a skippable frame
+        ("a.jsonl", bz2.compress(LINES)),
+        ("a.JSONL.BZ2", bz2.compress(LINES)),
         ("a.json", LINES),
         ("a.jsonl", json.dumps(ROWS).encode()),
         ("a.json", json.dumps(ROWS, indent=2).encode()),
         ("a.json", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS).encode()),
         ("a.json.gz", gzip.compress(json.dumps(ROWS, indent=2).encode())),
         ("a.txt", b"\xef\xbb\xbfone\r\n<|endoftext|>two"),
+        ("a.txt", BOM + b"one\n<|endoftext|>\n" + BOM + b"two<|endoftext|>" + BOM),  # files that were joined
+        ("a.jsonl", b"".join(BOM + line for line in LINES.splitlines(keepends=True))),
+        ("a.json", b"".join(BOM + json.dumps(row, indent=2).encode() for row in ROWS)),
         ("a.jsonl", b'{"text": "three", "text": "one", "n": NaN}\n{"text": "two", "n": ' + b"9" * 5000 + b"}"),
         ("a.jsonl", b'{"text": "one", "unused": "\\ud800\t"}\n{"text": "two", "messages": NaN}'),
     ],
@@ -142,6 +154,23 @@ def test_a_long_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "b.json").write_text("\n\n" + json.dumps(rows)[:-40])
     with pytest.raises(RunError, match="b.json, line 3: expected JSON"):
         fields(tmp_path / "b.json")
+
+
+def test_an_array_on_one_line_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"text": "one " * 25_000}] * 200))
+    (part,) = open_source(str(path))
+    tracemalloc.start()
+    assert part.count() == 200
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 2
+
+
+def test_a_huge_number_leaves_the_others_integers(write) -> None:
+    text = '{"text": "one", "id": %s, "messages": [{"seed": 123456789012345678901, "x": 1}]}' % ("9" * 5000)
+    (message,) = fields(Path(write("a.jsonl", text)))[0]["messages"]
+    assert json.dumps(message) == '{"seed": 123456789012345678901, "x": 1}'
 
 
 def test_rows_of_nulls_are_counted(write) -> None:
@@ -179,6 +208,28 @@ def test_folders_as_they_are(write, tmp_path: Path) -> None:
     for name in ("c.jsonl", "none.parquet"):
         with pytest.raises(RunError, match=f"{name}: .*empty"):
             both(str(tmp_path / "d" / name))
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_saved_datasets_with_a_format(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    row = {
+        "input_ids": [1, ONE, TWO, 0],
+        "attention_mask": [1, 1, 1, 0],
+        "labels": [-100, -100, TWO, -100],
+        "tools": [{"name": "f"}],
+    }
+    datasets.Dataset.from_list([row]).with_format(kind, columns=["input_ids"]).save_to_disk(tmp_path / "d")
+    assert fields(tmp_path / "d") == [row]
+
+
+def test_a_saved_dataset_of_no_rows(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "d")
+    with pytest.raises(RunError, match="d: .*empty"):
+        open_source(str(tmp_path / "d"))
 
 
 def test_saved_datasets(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def test_folders_and_globs_take_files_in_order(write, tmp_path: Path) -> None:
         write(name, [{"text": name}])
     assert [row["text"] for row in rows_of(f"{tmp_path}/g*")] == ["g1.jsonl", "g2.jsonl", "g3.jsonl", "g4.jsonl"]
     assert rows_of(write("a[1].txt", "one")) == [{"text": "one"}]  # a file that exists is not a glob
+
+
+def test_a_folder_gives_each_row_once(write, tmp_path: Path) -> None:
+    """Links to files and folders, also to the folder itself, and compressed files beside what was unpacked from them."""
+    path = Path(write("d/a.jsonl", [{"text": "a"}]))
+    Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    Path(write("d/z.jsonl", [{"text": "z"}])).with_suffix(".jsonl.gz").write_bytes(b"")
+    (tmp_path / "d" / "0").symlink_to(path)
+    (tmp_path / "d" / "b.jsonl").symlink_to(path)
+    write("elsewhere/c.jsonl", [{"text": "c"}])
+    (tmp_path / "d" / ".hidden").symlink_to(tmp_path / "elsewhere")  # not the first link that counts
+    (tmp_path / "d" / "sub").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "again").symlink_to(tmp_path / "d")
+    with pytest.warns(UserWarning, match="jsonl.gz"):
+        assert [row["text"] for row in rows_of(str(tmp_path / "d"))] == ["a", "c", "z"]
+    assert [row["text"] for row in rows_of(f"{tmp_path}/d/a.jsonl.*")] == ["a"]
 
 
 def test_shipped_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write) -> None:

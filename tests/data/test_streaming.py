@@ -102,6 +102,43 @@ def test_sources_one_after_another(write) -> None:
     assert found == both + both
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        [texts(5), []],
+        [[], texts(5)],
+        [texts(8)],  # the rows of one read
+        [texts(8), [], [], texts(16)],
+        [[*texts(8), {"text": ""}]],  # the last read has no usable row
+        [texts(3), [{"text": ""}] * 20],
+    ],
+)
+def test_a_read_without_rows_does_not_end_the_stream(write, tmp_path: Path, files: list[list[dict]]) -> None:
+    for number, rows in enumerate(files):
+        write(f"s/{number}.jsonl", rows)
+    expected = ids(prepare(str(tmp_path / "s"), word_tokenizer(), max_length=16)[0])
+    endless = stream(str(tmp_path / "s"))
+    for _ in range(4):
+        assert ids(endless.take(len(expected))) == expected
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_a_stream_without_rows_ends(write, monkeypatch: pytest.MonkeyPatch, mix: bool) -> None:
+    empty = datasets.IterableDataset.from_generator(lambda: iter(()))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: empty)
+    sources = {"owner/name": 1, write("a.jsonl", texts(20)): 1} if mix else "owner/name"
+    with pytest.raises(RunError, match="data.train: .*owner/name"):
+        stream(sources).take(100)
+
+
+def test_a_hub_stream_that_fails_names_the_row(monkeypatch: pytest.MonkeyPatch, write) -> None:
+    shards = [write("a.jsonl", texts(3)), write("b.jsonl", [{**row, "id": "a"} for row in texts(3)])]
+    opened = datasets.load_dataset("json", data_files=shards, split="train", streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: opened)
+    with pytest.raises(RunError, match="owner/name, after row 3: .*cast"):
+        stream("owner/name").take(9)
+
+
 def test_a_mix_has_its_shares(write) -> None:
     a = write("a.jsonl", [{"input_ids": [9, 9]}] * 30)
     b = write("b.jsonl", [{"input_ids": [8, 8]}] * 3)  # it begins again and again

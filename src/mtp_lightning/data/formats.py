@@ -48,6 +48,7 @@ ROW_TYPES = (
 """The types of rows, for error messages."""
 
 _CHUNK = 1 << 20  # characters read at once from a file that is not read by lines
+_BZIP2 = (b"1AY&SY", b"\x17rE8P\x90")  # behind the first four bytes: a block, or the end of an empty file
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -101,7 +102,7 @@ class File(Part):
         """Its bytes, decompressed if its content is compressed; any failure to read them becomes a RunError."""
         try:
             with self.path.open("rb") as file:
-                head = file.read(6)
+                head = file.read(10)
             if head.startswith(_UTF_16):
                 raise RunError(f"{self.name}: expected UTF-8 text, it is UTF-16. Convert it.")
             with _opened(self.path, head) as file:
@@ -118,9 +119,9 @@ def _opened(path: Path, head: bytes) -> Any:
         return gzip.open(path)
     if head.startswith(b"\xfd7zXZ\x00"):
         return lzma.open(path)
-    if head.startswith(b"BZh") and path.suffix == ".bz2":
+    if head.startswith(b"BZh") and head[4:] in _BZIP2:
         return bz2.open(path)
-    if head.startswith(b"\x28\xb5\x2f\xfd"):  # Zstandard
+    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F):  # Zstandard
         import pyarrow as pa
 
         return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
@@ -167,14 +168,13 @@ class JsonFile(File):
                 yield from self._long_values(file)
                 return
             for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
+                line = line.removeprefix(codecs.BOM_UTF8)  # of any line: files were joined
                 if line and not line.isspace():
                     yield number, line
 
     def _find_lines(self, file: IO[bytes]) -> bool:
         """False if the file begins with an array, or its first line is not JSON in a ``.json`` file."""
-        for line in file:
+        while line := file.readline(_CHUNK):  # an array may be one line, of any length
             line = line.removeprefix(codecs.BOM_UTF8).strip()
             if line.startswith(b"["):
                 return False
@@ -198,7 +198,7 @@ class JsonFile(File):
         buffer, at, line, number, depth, at_end = "", 0, 1, 0, 0, False
         with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
             while True:
-                while at < len(buffer) and buffer[at] in " \t\r\n,[]" and not (buffer[at] == "[" and depth):
+                while at < len(buffer) and buffer[at] in " \t\r\n\ufeff,[]" and not (buffer[at] == "[" and depth):
                     depth += {"[": 1, "]": -1}.get(buffer[at], 0)
                     at += 1
                 try:
@@ -237,9 +237,15 @@ class TextFile(File):
             rest = ""
             while more := text.read(max(_CHUNK, len(rest))):
                 *pieces, rest = (rest + more).split(DOCUMENT_SEPARATOR)
-                yield from (piece.strip("\n") for piece in pieces if piece.strip())
-            if rest.strip():
-                yield rest.strip("\n")
+                yield from filter(None, map(_document, pieces))
+            if document := _document(rest):
+                yield document
+
+
+def _document(piece: str) -> str:
+    """The text between two separators without a byte order mark, of files that were joined; "" if it is blank."""
+    document = piece.strip("\n").removeprefix("\ufeff").strip("\n")
+    return document if document.strip() else ""
 
 
 def select_rows(items: Iterable[T], start: int, wanted: np.ndarray | None, first: int = 0) -> Iterator[tuple[int, T]]:

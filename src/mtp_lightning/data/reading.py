@@ -14,8 +14,9 @@ A source is one string:
 from __future__ import annotations
 
 import glob
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mtp_lightning.data.cache import cache_errors
@@ -45,9 +46,7 @@ def open_source(source: str, streaming: bool = False) -> list[Part]:
             raise UsageError(f"{path}: expected a file that ends in one of {_SUFFIXES}, got {path.suffix or 'no suffix'!r}.")
         return [_open_file(path)]
     if path.is_dir():
-        return _saved_dataset(source, path) or _open_files(
-            source, (file for file in sorted(path.rglob("*")) if _is_shown(file, path))
-        )
+        return _saved_dataset(source, path) or _open_files(source, sorted(_files_below(path)))
     if "*" in source or "?" in source or ("[" in source and ":" not in source):
         return _open_files(source, map(Path, sorted(glob.glob(str(path), recursive=True))))
     has_file_suffix = file_suffix(path) is not None or path.suffix.lower() in _OTHER_SUFFIXES
@@ -84,16 +83,41 @@ def _open_file(path: Path) -> File:
 
 
 def _open_files(source: str, paths: Iterable[Path]) -> list[Part]:
-    files = [_open_file(path) for path in paths if path.is_file() and file_suffix(path) is not None]
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_file() and file_suffix(path) is not None:
+            found.setdefault(path.resolve(), path)  # a file that is also there as a link is read once
+    names = set(found.values())
+    files = [_open_file(path) for path in found.values() if not _is_compressed_copy(path, names)]
     files = [file for file in files if not _is_description(file)]
     if not files:
         raise RunError(f"{source}: expected {_SUFFIXES} files, found none (looked in {Path.cwd()}).")
     return sorted(files, key=lambda file: isinstance(file, TextFile))
 
 
-def _is_shown(file: Path, folder: Path) -> bool:
-    """False for hidden and temporary files: ``.ipynb_checkpoints``, ``__MACOSX``, ``_temporary``."""
-    return not any(part.startswith((".", "__", "_temporary")) for part in file.relative_to(folder).parts)
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its subfolders, also those that are links, each folder once; not the hidden ones."""
+    seen: set[Path] = set()
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders[:] = sorted(filter(_is_shown, subfolders))  # walked in this order: the first of two links counts
+        if (real := Path(place).resolve()) in seen:
+            subfolders.clear()
+        else:
+            seen.add(real)
+            yield from (Path(place, name) for name in names if _is_shown(name))
+
+
+def _is_compressed_copy(path: Path, files: set[Path]) -> bool:
+    """True for ``a.jsonl.gz`` beside ``a.jsonl``, which ``gunzip -k`` leaves."""
+    if path.suffix.lower() not in COMPRESSED or path.with_suffix("") not in files:
+        return False
+    warnings.warn(f"{path}: left out, {path.stem} beside it is taken for the same rows", stacklevel=2)
+    return True
+
+
+def _is_shown(name: str) -> bool:
+    """False for hidden and temporary files and folders: ``.ipynb_checkpoints``, ``__MACOSX``, ``_temporary``."""
+    return not name.startswith((".", "__", "_temporary"))
 
 
 def _is_description(file: File) -> bool:
@@ -117,6 +141,8 @@ def _saved_dataset(source: str, folder: Path) -> list[Part]:
             raise RunError(f"{source}: a saved dataset without the split train; name the folder of another split.")
     if not ((folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()):
         return []
+    if not any(folder.glob("*.arrow")):  # datasets cannot load it
+        raise RunError(f"{source}: expected at least one row, the saved dataset is empty (no .arrow file).")
     try:
         return [DatasetPart(source, datasets.Dataset.load_from_disk(str(folder)))]
     except RunError:

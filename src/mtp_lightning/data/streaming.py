@@ -59,6 +59,10 @@ class _Source:
             self.cycle += self.part == 0
         return rows, part, first
 
+    def whole_cycle(self) -> int:
+        """Number of the next cycle that is read from its beginning to its end."""
+        return self.cycle + (self.part > 0 or self.row > 0)
+
     def state(self) -> dict[str, Any]:
         """The position, plain values."""
         part = self.parts[self.part]
@@ -121,14 +125,18 @@ class RowStream:
         is_new: list[np.ndarray] = []  # a batch that spans two epochs is reported in the first
         rows: list[np.ndarray] = []
         num_read = num_documents = num_unusable = 0
+        cycles = self._whole_cycles()
         while len(rows) < count:
             if starts_batch := self._batch is None:
                 self._batch, self._used = self._next_batch(), 0
                 num_read += self._batch.num_read
             batch = self._batch
             assert batch is not None
-            num_unusable = 0 if batch.rows else num_unusable + batch.num_read
-            if num_unusable and min(source.cycle for source in self.sources) > 0:
+            if batch.rows:
+                cycles, num_unusable = self._whole_cycles(), 0
+            else:
+                num_unusable += batch.num_read
+            if num_unusable and len(self._read_whole(cycles)) == len(self.sources):
                 raise RunError(f"{self.name}: none of the last {num_unusable} rows can be used. {USABLE_ROWS}")
             chosen = batch.rows[self._used : self._used + count - len(rows)]
             rows += [num_documents + row for row in chosen]
@@ -146,8 +154,15 @@ class RowStream:
     def _position(self) -> dict[str, Any]:
         return {"sources": [source.state() for source in self.sources], "taken": list(self.taken)}
 
+    def _whole_cycles(self) -> list[int]:
+        return [source.whole_cycle() for source in self.sources]
+
+    def _read_whole(self, cycles: list[int]) -> list[str]:
+        """Names of the sources that have been read from beginning to end since ``_whole_cycles`` gave these."""
+        return [source.name for source, cycle in zip(self.sources, cycles, strict=True) if source.cycle > cycle]
+
     def _next_batch(self) -> _Batch:
-        position, num_read = self._position(), 0
+        position, num_read, cycles = self._position(), 0, self._whole_cycles()
         encoded: list[Any] = []
         while not encoded:  # a part may just have ended, or hold nothing
             position = self._position()
@@ -157,8 +172,8 @@ class RowStream:
                 num_read += len(rows)
                 if rows:
                     encoded.append(encode_batch(rows, first, part.name, part.unit, self.encoder))
-            if not encoded and all(source.cycle > 1 for source in self.sources):
-                raise RunError(f"{self.name}: no rows in {', '.join(source.name for source in self.sources)}.")
+            if not encoded and (empty := self._read_whole(cycles)):
+                raise RunError(f"{self.name}: no rows in {', '.join(empty)}.")
         documents = Documents(encoded)
         usable = np.flatnonzero(documents.column("outcome") < SHORT)
         order, offsets = arrange(documents, usable, self.packing, self.encoder.max_length)

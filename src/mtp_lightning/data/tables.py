@@ -63,7 +63,8 @@ class DatasetPart(Part):
 
     def __init__(self, name: str, dataset: Dataset) -> None:
         super().__init__(name)
-        self.dataset = dataset.select_columns(known_fields(dataset.column_names, name))
+        # A format, which save_to_disk keeps, may hide columns and return tensors.
+        self.dataset = dataset.with_format(None).select_columns(known_fields(dataset.column_names, name))
 
     def rows(self, start: int = 0, wanted: np.ndarray | None = None) -> Iterator[Row]:
         """See ``Part``."""
@@ -93,11 +94,13 @@ class HubStream(Part):
 
     def rows(self, start: int = 0, wanted: np.ndarray | None = None) -> Iterator[Row]:
         """The rows from the stream's own position on, which is at ``start`` after ``load_state_dict`` if not 0."""
+        place = start
         try:
             for place, fields in enumerate(self.stream, start + 1):
                 yield Row(place, _without_nulls(fields))
         except Exception as error:  # Arrow, datasets and the hub's client raise many types
-            raise RunError(f"{self.name}: it cannot be read: {one_line(error.__cause__ or error)}.") from error
+            where = f"{self.name}, after row {place}"
+            raise RunError(f"{where}: it cannot be read: {one_line(error.__cause__ or error)}.") from error
 
 
 def known_fields(names: list[str], source: str) -> list[str]:
