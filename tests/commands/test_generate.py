@@ -14,6 +14,7 @@ from tiny_run import LAST
 from trained_run import as_if_trained_here, json_lines, without_times
 
 from mtp_lightning import MTPModel
+from mtp_lightning.commands import generate
 from mtp_lightning.commands.distill import base_of
 from mtp_lightning.saving.checkpoint import named_base
 from mtp_lightning.text.detokenizer import decode_behind
@@ -91,6 +92,15 @@ def test_batches_and_seeds(run: Path, capsys) -> None:
     assert mtp(*words[:-1], "--num_masks", 2, "--batch_size", 4) == 0
     out = capsys.readouterr()
     assert out.err.count("acceptance length") == 4 and out.out.count("one two") == 2
+
+
+def test_costs_of_all_batch_sizes_are_measured_before_decoding(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[object] = []
+    monkeypatch.setattr(generate, "calibrate", lambda model, options, sizes, notify: found.append(sizes))
+    for count, sizes in ((5, {3, 2}), (6, {3}), (2, {2})):
+        Path("several.txt").write_text("one\n" * count)
+        assert mtp("generate", LAST, "--prompts", "several.txt", "--max_new_tokens", 1, "--batch_size", 3) == 0
+        assert found.pop() == sizes
 
 
 def test_a_stop_text_ends_the_text_and_is_not_shown(run: Path, capsys) -> None:

@@ -35,7 +35,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 def calibrated(model: MTPModel, num_rows: int = 1, **options: Any) -> StepCosts:
     """What ``auto`` goes by, as a new process would find it."""
     decode_cache(model).calibrations.clear()
-    calibrate(model, DecodingOptions(**options), num_rows)
+    calibrate(model, DecodingOptions(**options), [num_rows])
     return next(iter(decode_cache(model).calibrations.values()))
 
 
@@ -43,7 +43,7 @@ def test_costs_are_measured_once(measured: list[int], tmp_path: Path) -> None:
     model, notes = tiny_model("gemma3", 3, sampler_head=GRUSamplerHead()), list[str]()
     list(decode(model, token_row([4]).input_ids, DecodingOptions(max_new_tokens=4, num_masks=2)))
     assert not measured  # fixed masks need no costs
-    calibrate(model, DecodingOptions(), 1, notes.append)
+    calibrate(model, DecodingOptions(), [1], notes.append)
     first = calibrated(model)
     assert calibrated(model, prompt_lookup=False, max_new_tokens=7).measured == first.measured
     assert measured == [1] and len(notes) == 1 and len(list((tmp_path / "cache").iterdir())) == 1

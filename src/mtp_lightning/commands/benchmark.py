@@ -94,8 +94,7 @@ def measure(config: Any, arguments: DecodingArguments) -> None:
         masks = [setting.num_masks for setting in settings if setting[:2] == (chosen.decoding, chosen.sampler_head)]
         masks += ["auto"] if config.num_masks is None else []
         if "auto" in masks:
-            for num_rows in {len(batch) for batch in batches}:
-                calibrate(model, replace(chosen, num_masks="auto"), num_rows, note)
+            calibrate(model, replace(chosen, num_masks="auto"), set(map(len, batches)), note)
         systems = speed_systems(model, chosen, masks, config.batch_size, arguments.stop)
         report["speed"] = measure_speed(systems, batches, options.max_new_tokens, on_progress)
     text = markdown(report)

@@ -30,8 +30,8 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
     options, stops = with_text_ends(model, arguments.options()), [arguments.stop] if arguments.stop else []
     resolve_num_masks(model, options)  # an error shows before anything is printed
     seeds = row_seeds(arguments.seed, len(prompts))
-    for num_rows in {min(len(prompts), arguments.batch_size), len(prompts) % arguments.batch_size} - {0}:
-        calibrate(model, options, num_rows, note)
+    batch_sizes = {min(len(prompts), arguments.batch_size), len(prompts) % arguments.batch_size} - {0}  # the last is smaller
+    calibrate(model, options, batch_sizes, note)
     for begin in range(0, len(prompts), arguments.batch_size):
         batch = prompts[begin : begin + arguments.batch_size]
         batch_options = replace(options, seed=seeds[begin : begin + len(batch)])

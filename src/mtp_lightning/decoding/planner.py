@@ -7,7 +7,7 @@ draft that is not verified yet: the rejection rule forbids it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -171,17 +171,21 @@ def make_planner(model: MTPNetwork, options: DecodingOptions, state: DecodeState
 
 @torch.inference_mode()
 def calibrate(
-    model: MTPNetwork, options: DecodingOptions, num_rows: int = 1, notify: Callable[[str], object] | None = None
+    model: MTPNetwork,
+    options: DecodingOptions,
+    batch_sizes: Iterable[int] = (1,),
+    notify: Callable[[str], object] | None = None,
 ) -> None:
     """Find out what steps cost if ``auto`` needs it, so that a clock that starts now does not count it.
 
     Args:
         model: the model.
         options: how it will decode.
-        num_rows: rows of the batch.
+        batch_sizes: numbers of rows that will be decoded together.
         notify: gets a line of text when something has to be measured.
     """
     resolve_num_masks(model, options)
     if uses_auto(model, options):
         decode_cache(model).prepare(model)
-        step_seconds(model, options, num_rows, notify)
+        for num_rows in batch_sizes:
+            step_seconds(model, options, num_rows, notify)

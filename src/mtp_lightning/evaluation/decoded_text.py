@@ -34,7 +34,7 @@ def decode_batch(
     stopped: set[int] = set()
     options = with_text_ends(model, options)
     found = [StoppableText(model.tokenizer, prompt.input_ids, [stop]) for prompt in prompts] if stop else []
-    calibrate(model, options, len(prompts))
+    calibrate(model, options, [len(prompts)])
     begin = time.perf_counter()
     # Each step ends by reading its tokens from the device, so no work is pending when the clock is read.
     for steps in decode_rows(model, [torch.tensor(prompt.input_ids) for prompt in prompts], options, stopped=stopped):
