@@ -167,6 +167,34 @@ def test_token_ids_of_the_server_are_taken(tmp_path: Path, base: str, serve) -> 
     assert found == {0: ([3, 7], [9, 9, 4]), "q1": ([3, 8], [9, 9, 4])}
 
 
+def test_token_ids_that_are_none_are_left_out(tmp_path: Path, base: str, serve) -> None:
+    wrong = [{field: ids} for field in ("token_ids", "prompt_token_ids") for ids in (["a"], [9, 17], [-1], [True], [9.0], 9)]
+
+    def with_ids(path: str, body: dict) -> dict:
+        answer = usual(path, body)
+        answer["choices"][0] |= [*wrong, {"token_ids": []}][int(body["prompt"].split()[1])]
+        return answer
+
+    write_rows(tmp_path / "q.jsonl", [{"prompt": f"one {number}"} for number in range(len(wrong) + 1)])
+    assert mtp("distill", *words(base, tmp_path, serve(reply=with_ids).url, token_ids="true")) == 0
+    (row,) = read(tmp_path / "a.jsonl")
+    assert row["id"] == len(wrong) + 1 and row["completion_ids"] == [9, 0, 14, 2]  # of the text
+
+
+def test_an_end_in_the_text_is_not_doubled(tmp_path: Path, base: str, serve) -> None:
+    def ended(path: str, body: dict) -> dict:
+        answer = usual(path, body)
+        if path.endswith("chat/completions"):
+            answer["choices"][0]["message"]["content"] = "six<|im_end|>"
+        else:
+            answer["choices"][0]["text"] = " six<eos>"
+        return answer
+
+    write_rows(tmp_path / "q.jsonl", questions(2))
+    assert mtp("distill", *words(base, tmp_path, serve(reply=ended).url)) == 0
+    assert {row["id"]: row["completion_ids"] for row in read(tmp_path / "a.jsonl")} == {0: [14, 4], "q1": [14, 2]}
+
+
 def failing(number: int, handler: BaseHTTPRequestHandler) -> bool:
     """Two of three requests fail, in seven ways that pass."""
     if number % 3 == 0:
@@ -223,6 +251,8 @@ UNUSABLE = {
     "filtered": (200, chat_answer("content_filter", content="one")),
     "aborted": (200, chat_answer("abort", content="one")),
     "no reason": (200, chat_answer(None, content="one")),
+    "half an emoji": (200, chat_answer("length", content="six \ud83d")),
+    "nothing but an end": (200, chat_answer(content="<|im_end|>")),
     "error": (200, {"error": {"message": "one"}}),
     "no choice": (200, {"choices": []}),
     "null choices": (200, {"choices": None}),
@@ -251,18 +281,20 @@ def test_rows_without_a_usable_answer_are_left_out_and_counted(tmp_path: Path, b
     assert [row["id"] for row in read(tmp_path / "a.jsonl")] == ["first", "last"]
     shown = capsys.readouterr().err
     assert len(server.requests) == len(rows)  # none of this passes
-    assert f"{len(UNUSABLE)} rows left out" in shown and "4 refused" in shown and "3 empty" in shown
+    assert f"{len(UNUSABLE)} rows left out" in shown and "4 refused" in shown and "4 empty" in shown
+    assert "1 not UTF-8" in shown and "1 no finish_reason" in shown
     assert mtp("distill", *words(base, tmp_path, server.url, concurrency=1)) == 0  # asked again
     assert len(read(tmp_path / "a.jsonl")) == 2 and len(server.requests) == 2 * len(rows) - 2
 
 
-def test_a_page_in_place_of_an_answer_is_left_out(serve) -> None:
+@pytest.mark.parametrize(("data", "said"), [(b"<html>\xff</html>", "<html>"), (b"", "empty")])
+def test_a_page_in_place_of_an_answer_is_left_out(serve, data: bytes, said: str) -> None:
     def page(number: int, handler: BaseHTTPRequestHandler) -> bool:
-        say(handler, 200, b"<html>\xff</html>", {"Content-Type": "text/html"})
+        say(handler, 200, data, {"Content-Type": "text/html"})
         return True
 
     reply = Endpoint(EndpointOptions(serve(page).url), "m", AnswerOptions()).ask(Question(1, "one", 3))
-    assert isinstance(reply, Unanswered) and "<html>" in reply.detail
+    assert isinstance(reply, Unanswered) and said in reply.detail
 
 
 def test_tools_and_parts_reach_the_server(tmp_path: Path, base: str, serve) -> None:

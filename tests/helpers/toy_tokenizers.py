@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>"]
@@ -53,3 +53,33 @@ def byte_tokenizer(special: list[str], eos: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+
+
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Pieces and bytes as Llama 2 has them: a space is put before each text, and the decoder drops the first one.
+
+    ``</s>`` is 2, ``▁Paris`` 3, ``▁the`` 4, ``x`` 5, the bytes 6 to 261, ``▁`` 262, ``5`` 263, ``=`` 264, ``==`` 265.
+    """
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "▁Paris",
+        "▁the",
+        "x",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "5",
+        "=",
+        "==",
+    ]
+    model = models.BPE(
+        {piece: number for number, piece in enumerate(pieces)}, [("=", "=")], unk_token="<unk>", byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in pieces[:3]])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")

@@ -4,23 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models
-from toy_tokenizers import byte_tokenizer, word_tokenizer
+from toy_tokenizers import byte_tokenizer, llama_tokenizer, word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mtp_lightning.text.detokenizer import Detokenizer, StoppableText, decode_behind
-
-
-def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """Pieces and bytes as Llama 2 has them; its decoder drops the first space of what it is given."""
-    pieces = ["<unk>", "<s>", "</s>", "▁Paris", "▁the", "x", *(f"<0x{byte:02X}>" for byte in range(256))]
-    model = models.BPE({piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
-    tokenizer = Tokenizer(model)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in pieces[:3]])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
 def slow(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
@@ -41,7 +28,10 @@ def test_spaces_and_characters_at_the_borders(is_fast: bool, monkeypatch: pytest
     assert decode_behind(tokenizer, [4], [*as_bytes("é€")]) == "é€"
     assert decode_behind(tokenizer, [4], [5, *as_bytes("\ufffd")]) == "x\ufffd"  # the model wrote it
     assert decode_behind(tokenizer, [4], [5, *as_bytes("€")[:2]]) == "x"  # cut in the middle
+    assert decode_behind(tokenizer, [4], [5, *as_bytes("\ufffd"), *as_bytes("€")[:2]]) == "x\ufffd"
     assert decode_behind(tokenizer, [4, *as_bytes("\ufffd")], [5, 3]) == "x Paris"
+    assert decode_behind(tokenizer, [4, *as_bytes("\ufffd")], [3, 5]) == " Parisx"
+    assert stopped(StoppableText(tokenizer, [4], ["\ufffd"]), [5, *as_bytes("\ufffd")])[1] == "x"
     detokenizer = Detokenizer(tokenizer, [4])
     assert [detokenizer.add(token) for token in as_bytes("€")] == ["", "", "€"] and detokenizer.rest() == ""
 

@@ -14,7 +14,15 @@ from toy_tokenizers import word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mtp_lightning.errors import MTPError, RunError, UsageError
-from mtp_lightning.text.prompts import Prompt, PromptRow, encode_prompt, encode_prompt_row, read_prompts
+from mtp_lightning.text.prompts import (
+    EmptyPrompt,
+    Prompt,
+    PromptRow,
+    encode_prompt,
+    encode_prompt_row,
+    read_prompt_rows,
+    read_prompts,
+)
 
 BOS, EOS, START, END, NEWLINE, ONE, TWO = 1, 2, 3, 4, 5, 9, 10
 USER, ASSISTANT = 7, 8
@@ -106,12 +114,37 @@ def user(content: object) -> str:
         ('{"prompt": "one"}\n{"prompt": "one", "id": ' + "9" * 5_000 + "}\n", ", line 2: .* id "),
         ('{"messages": [{"role": "usr", "content": "one"}]}\n', ", line 1: message 1 .*'usr'"),
         ('{"prompt": "one"}\n{"prompt": "  "}\n', ", line 2: .* token"),
+        ('{"prompt": "one", "id": 1.5}\n', ", line 1: .*id .*1.5"),
     ],
 )
 def test_rejected_lines_are_named(write, content: str, named: str) -> None:
     source = write("p.jsonl", content)
     with pytest.raises(RunError, match="^" + re.escape(source) + named):
         read_prompts(source, word_tokenizer(bos=False))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": None},
+        {"prompt": ""},
+        {"prompt": []},
+        {"prompt": None, "messages": None},
+        {"messages": []},
+        {"messages": "[]"},
+        {"messages": chat("one", "two")[1:]},
+        {"messages": chat("one", "two")[1:] * 2},
+        {"messages": chat(" ")},
+    ],
+)
+def test_a_row_without_a_prompt_is_named(write, row: dict) -> None:
+    with pytest.raises(EmptyPrompt, match="line 2: "):
+        read_prompts(write("p.jsonl", [{"prompt": "one"}, row]), word_tokenizer(bos=False))
+
+
+def test_ids_that_pandas_wrote(write) -> None:
+    rows = '{"prompt": "one", "id": 7.0}\n{"prompt": "one", "id": NaN}\n{"prompt": "one", "id": null}\n'
+    assert [repr(row.row_id) for row in read_prompt_rows(write("p.jsonl", rows))] == ["7", "2", "3"]
 
 
 def test_messages_without_a_template_or_refused_by_it(write) -> None:

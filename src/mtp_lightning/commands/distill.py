@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,11 +17,11 @@ from jsonargparse.typing import PositiveInt
 
 from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.progress import Progress
-from mtp_lightning.data.chat import RefusedByTemplate
-from mtp_lightning.data.encoding import completion_end
 from mtp_lightning.distill.answer_file import AnswerFile, prompt_checksum
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
-from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Reply, Unanswered
+from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Unanswered
+from mtp_lightning.distill.reply_tokens import reply_tokens
+from mtp_lightning.distill.tasks import LeftOut, Task, check_ids, tasks_of
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.modeling.decoder import context_length
@@ -30,39 +29,7 @@ from mtp_lightning.paths import PACKAGE, resolve
 from mtp_lightning.saving.checkpoint import SETTINGS, named_base, read_checkpoint
 from mtp_lightning.saving.load import check_device
 from mtp_lightning.text.detokenizer import decode_behind
-from mtp_lightning.text.prompts import Prompt, PromptRow, encode_prompt_row, read_prompt_rows
-
-
-class Task(NamedTuple):
-    """A prompt of this process, as in its file and as tokens."""
-
-    row: PromptRow
-    prompt: Prompt
-
-    def fields(self, answer: str) -> dict[str, Any]:
-        """The fields of the output that name the prompt; of messages with the answer."""
-        fields: dict[str, Any] = {"prompt": self.prompt.text}
-        if not isinstance(self.row.content, str):
-            fields["messages"] = [*self.row.content, {"role": "assistant", "content": answer}]
-        return fields | ({"tools": self.row.tools} if self.row.tools else {})
-
-
-class LeftOut:
-    """Rows without an answer: how many for each reason, and what was said of the first three."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.details: list[str] = []
-
-    def add(self, reason: str, row_id: str | int, detail: str = "") -> None:
-        """Count a row."""
-        self.counts[reason] += 1
-        if len(self.details) < 3:
-            self.details.append(f"row {row_id!r}: {detail or reason}")
-
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.most_common())
-        return f"{self.counts.total():,} rows left out: {reasons} ({'; '.join(self.details)})"
+from mtp_lightning.text.prompts import read_prompt_rows
 
 
 class Job(NamedTuple):
@@ -71,6 +38,7 @@ class Job(NamedTuple):
     tasks: dict[str | int, Task]  # the prompts by their row's id
     left_out: LeftOut  # prompts that get no answer
     context: int  # number of positions that the base was made for
+    vocab_size: int  # number of tokens that have an embedding in the base
     tokenizer: Any  # the base's
     base_model: str  # name of the base
     revision: str | None  # its hub revision
@@ -132,16 +100,16 @@ def _read_job(config: Any, shard: int, num_shards: int) -> Job:
     if endpoint.endpoint is None:
         check_device(config.device)
     rows = read_prompt_rows(config.prompts)
-    _check_ids(rows)
+    check_ids(rows)
     base_config = load_config(base_model, revision).get_text_config(decoder=True)
     context = context_length(base_config)
     tokenizer = load_tokenizer(base_model, revision)
     left_out = LeftOut()
-    tasks = _tasks(rows[shard::num_shards], tokenizer, context, left_out)
+    tasks = tasks_of(rows[shard::num_shards], tokenizer, context, left_out)
     for task in tasks.values():
         if (largest := max(task.prompt.input_ids)) >= base_config.vocab_size:
             raise RunError(f"{task.row.location}: token {largest} of the tokenizer has no embedding in the base.")
-    return Job(tasks, left_out, context, tokenizer, base_model, revision, answers, endpoint)
+    return Job(tasks, left_out, context, base_config.vocab_size, tokenizer, base_model, revision, answers, endpoint)
 
 
 def _write(answers: Iterable[list[dict[str, Any]]], file: AnswerFile, total: int) -> str:
@@ -214,33 +182,6 @@ def _default_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def _check_ids(rows: list[PromptRow]) -> None:
-    """Refuse prompts with the same id."""
-    locations: dict[str | int, str] = {}
-    for row in rows:
-        if row.row_id in locations:
-            raise RunError(f"{row.location}: id {row.row_id!r} is that of {locations[row.row_id]} too.")
-        locations[row.row_id] = row.location
-
-
-def _tasks(rows: list[PromptRow], tokenizer: Any, context: int, left_out: LeftOut) -> dict[str | int, Task]:
-    """Prompts as tokens, without those that leave no token of the context for an answer or that the template refuses."""
-    tasks = {}
-    for row in rows:
-        try:
-            task = Task(row, encode_prompt_row(row, tokenizer))
-        except RefusedByTemplate as error:
-            left_out.add("refused by the chat template", row.row_id, str(error))
-            continue
-        if len(task.prompt.input_ids) < context:
-            tasks[row.row_id] = task
-        else:
-            left_out.add(f"without room in the context of {context}", row.row_id)
-    if rows and not tasks:
-        raise RunError(f"no prompt can be answered; {left_out}.")
-    return tasks
-
-
 def _check_prompts(file: AnswerFile, job: Job) -> None:
     """Refuse a file with answers to other prompts."""
     for row_id, checksum in file.done.items():
@@ -285,22 +226,18 @@ def _server_answers(job: Job, file: AnswerFile) -> Iterator[list[dict[str, Any]]
         if isinstance(reply, Unanswered):
             job.left_out.add(reply.reason, reply.row_id, reply.detail)
             continue
-        if reply.has_reasoning and reply.token_ids is None:
+        task = job.tasks[reply.row_id]
+        tokens = reply_tokens(reply, task, job.tokenizer, job.vocab_size)
+        if isinstance(tokens, Unanswered):
+            job.left_out.add(tokens.reason, tokens.row_id, tokens.detail)
+            continue
+        if reply.has_reasoning and not reply.token_ids:
             warnings.warn(
                 "the server returns the reasoning apart from the answer: the rows are without it, unless --token_ids true"
                 " returns all tokens",
                 stacklevel=1,
             )
-        task = job.tasks[reply.row_id]
-        prompt_ids = reply.prompt_ids or task.prompt.input_ids
-        token_ids = _token_ids(reply, task, job.tokenizer) if reply.token_ids is None else reply.token_ids
-        yield [_row(task, reply.text, prompt_ids, token_ids, reply.ended, job.answers)]
-
-
-def _token_ids(reply: Reply, task: Task, tokenizer: Any) -> list[int]:
-    """Tokens of an answer that came as text alone, with what ends a turn or a text."""
-    ids = list(tokenizer(reply.text, add_special_tokens=False)["input_ids"])
-    return ids + completion_end(task.row.content, tokenizer) if reply.ended else ids
+        yield [_row(task, reply.text, *tokens, reply.ended, job.answers)]
 
 
 def _row(

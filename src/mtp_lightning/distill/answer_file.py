@@ -80,7 +80,7 @@ class AnswerFile:
         RunError if the disk is full or fails; the file then ends with its last complete row.
         """
         rows = list(rows)
-        # A server may send an unpaired surrogate; what training reads are the ids.
+        # Fields that the chat template does not write may hold an unpaired surrogate; what training reads are the ids.
         data = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace"))
         end = os.fstat(self._file).st_size
         try:

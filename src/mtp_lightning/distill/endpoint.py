@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
+from mtp_lightning.data.tokenizing import is_utf8
 from mtp_lightning.distill.base_answers import AnswerOptions
 from mtp_lightning.errors import RunError, UsageError, one_line
 
@@ -76,8 +77,8 @@ class Reply(NamedTuple):
     row_id: str | int  # id of the row
     text: str  # the answer
     ended: bool  # True if the model ended it, False if it was cut at the limit
-    token_ids: list[int] | None  # the answer's tokens, if the server returned them
-    prompt_ids: list[int] | None  # the prompt's tokens, if the server returned them
+    token_ids: list[Any] | None  # the answer's tokens as the server returned them, not checked; None or empty: it did not
+    prompt_ids: list[Any] | None  # the prompt's, likewise
     has_reasoning: bool = False  # True if the server took the reasoning out of the text
 
 
@@ -220,16 +221,21 @@ def _parse(question: Question, response: bytes) -> Reply | Unanswered:
         message = choice if isinstance(question.content, str) else choice["message"]
         text, reason = message["text" if message is choice else "content"], choice["finish_reason"]
     except (ValueError, KeyError, IndexError, TypeError):
-        return Unanswered(question.row_id, "no choices", one_line(response[:200].decode("utf-8", "replace"), 200))
+        said = response[:200].decode("utf-8", "replace").strip()
+        return Unanswered(question.row_id, "no choices", one_line(said, 200) if said else "an empty response")
     if message.get("tool_calls"):
         return Unanswered(question.row_id, "tool_calls")
     if reason not in ("stop", "length"):
-        return Unanswered(question.row_id, str(reason))
+        return Unanswered(question.row_id, "no finish_reason" if reason is None else str(reason))
     if not isinstance(text, str) or not text.strip():
         return Unanswered(question.row_id, "empty")
-    prompt_ids = choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
+    if not is_utf8(text):  # an emoji cut in half
+        return Unanswered(question.row_id, "not UTF-8")
+    token_ids, prompt_ids = choice.get("token_ids"), choice.get("prompt_token_ids") or answer.get("prompt_token_ids")
+    if not isinstance(token_ids, list | None) or not isinstance(prompt_ids, list | None):
+        return Unanswered(question.row_id, "with unknown token ids")
     has_reasoning = bool(message.get("reasoning_content") or message.get("reasoning"))
-    return Reply(question.row_id, text, reason == "stop", choice.get("token_ids"), prompt_ids, has_reasoning)
+    return Reply(question.row_id, text, reason == "stop", token_ids, prompt_ids, has_reasoning)
 
 
 def _said(error: Any) -> str:

@@ -31,7 +31,8 @@ class Detokenizer:
         if tokenizer.is_fast:
             # The stream would take a U+FFFD at the prompt's end for the first bytes of a character.
             incomplete = self._decode(self._before).endswith(_INCOMPLETE)
-            self._stream = DecodeStream([] if incomplete else self._before, skip_special_tokens)
+            if not (incomplete and self._is_real(self._before)):
+                self._stream = DecodeStream([] if incomplete else self._before, skip_special_tokens)
 
     def add(self, token: int) -> str:
         """The text that a token completes; empty while the last character lacks bytes."""
@@ -52,15 +53,19 @@ class Detokenizer:
     def rest(self) -> str:
         """The text that was held back, without a last character that lacks bytes."""
         piece = self._tail()
-        if piece.endswith(_INCOMPLETE):
-            tokens = "".join(self.tokenizer.convert_ids_to_tokens(self._held))
-            piece = piece if tokens.endswith(_REAL) else piece.rstrip(_INCOMPLETE)
-        return piece
+        if not piece.endswith(_INCOMPLETE):
+            return piece
+        through_real = next((end for end in range(len(self._held), 0, -1) if self._is_real(self._held[:end])), 0)
+        return max(piece.rstrip(_INCOMPLETE), self._tail(through_real), key=len)
 
-    def _tail(self) -> str:
-        """The text of the tokens held back."""
+    def _is_real(self, token_ids: list[int]) -> bool:
+        """True if the tokens end with U+FFFD itself."""
+        return "".join(self.tokenizer.convert_ids_to_tokens(token_ids[-3:])).endswith(_REAL)
+
+    def _tail(self, end: int | None = None) -> str:
+        """The text of the tokens held back, or of those before ``end``."""
         before = self._before[-_CONTEXT:]
-        return self._decode(before + self._held)[len(self._decode(before)) :]
+        return self._decode(before + self._held[:end])[len(self._decode(before)) :]
 
     def _decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(
@@ -99,8 +104,8 @@ class StoppableText:
     def finish(self) -> None:
         """Show what was held back: no more tokens come."""
         if not self.stopped:
-            self._append(self._detokenizer.rest())
-            self.text = self._shown(len(self._searched))
+            if not self._append(self._detokenizer.rest()):
+                self.text = self._shown(len(self._searched))
 
     def _append(self, piece: str) -> bool:
         begin = max(0, len(self._searched) - max(map(len, self.stops), default=0))

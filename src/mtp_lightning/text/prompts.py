@@ -21,6 +21,13 @@ from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.json_text import read_json
 from mtp_lightning.paths import resolve
 
+_FIELDS = ("prompt", "messages", "conversations", "conversation")
+"""The fields of a line that hold its prompt."""
+
+
+class EmptyPrompt(RunError):
+    """A row whose prompt is null or empty: there is nothing to answer."""
+
 
 class Prompt(NamedTuple):
     """What a text is generated from."""
@@ -124,22 +131,28 @@ def _parse_line(source: str, number: int, line: str, is_json: bool) -> PromptRow
     domain = value.get("domain")
     if not isinstance(domain, str | None):
         raise RunError(f"{location}: expected domain as text, got {type(domain).__name__}.")
-    row_id = value.get("id", number)
+    row_id = number if value.get("id") is None else value["id"]
+    if isinstance(row_id, float) and row_id.is_integer():  # pandas writes whole numbers like this beside missing ones
+        row_id = int(row_id)
     if not isinstance(row_id, str | int) or not is_utf8(str(row_id)):
         raise RunError(f"{location}: expected id as UTF-8 text or a number, got {row_id!r}.")
     return PromptRow(location, content, domain or "", row_id, tools)
 
 
 def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], list[dict[str, Any]] | None]:
-    """The text, or the messages without an answer at their end, and the tools of a line."""
+    """The text, or the messages without an answer at their end, and the tools of a line; empty if it asks nothing."""
     if isinstance(value.get("prompt"), str) and value.get("messages") is None:
         return value["prompt"], None
     try:
         chat = chat_of({**value, "messages": value.get("prompt")} if isinstance(value.get("prompt"), list) else value)
         if chat is not None:
-            return drop_final_answer(clean_messages(chat.messages)), chat.tools
+            messages = drop_final_answer(clean_messages(chat.messages) if chat.messages != [] else [])
+            is_asked = any(message["role"] != "assistant" for message in messages)
+            return messages if is_asked else [], chat.tools
     except RunError as error:
         raise RunError(f"{location}: {error}") from error
+    if any(name in value for name in _FIELDS) and all(value.get(name) is None for name in _FIELDS):
+        return "", None
     fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
     raise RunError(f"{location}: expected prompt as text, or messages, got the fields: {fields}.")
 
@@ -161,8 +174,13 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
 
 
 def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
-    """A row as text and token ids; a RunError if it is not valid UTF-8, has no token, or its messages can't be rendered."""
+    """A row as text and token ids.
+
+    EmptyPrompt if it has no token, another RunError if it is not valid UTF-8 or its messages can't be rendered.
+    """
     _check_tokenizer(tokenizer)
+    if not row.content:
+        raise EmptyPrompt(f"{row.location}: expected a prompt, it is null or empty.")
     text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
     if not is_utf8(text):
         raise RunError(f"{row.location}: expected UTF-8 text, the prompt contains an unpaired surrogate.")
@@ -171,7 +189,7 @@ def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
     else:
         ids = tokenize(text, tokenizer, add_first=False)  # the template writes the special tokens that the base expects
     if not ids:
-        raise RunError(f"{row.location}: expected at least one token, the prompt has none.")
+        raise EmptyPrompt(f"{row.location}: expected at least one token, the prompt has none.")
     return Prompt(text, ids, row.domain)
 
 
@@ -192,7 +210,7 @@ def _render(row: PromptRow, tokenizer: Any) -> str:
     try:
         for number, message in enumerate(clean_messages(row.content), 1):
             if message["role"] == "user" and not message["content"].strip():
-                raise RunError(f"message {number} is the user's and empty.")
+                raise EmptyPrompt(f"message {number} is the user's and empty.")
         return render_chat_prompt(clean_messages(row.content), tokenizer, tools=row.tools)
     except RunError as error:
         raise type(error)(f"{row.location}: {error}") from error
