@@ -311,6 +311,11 @@ def test_tools_and_parts_reach_the_server(tmp_path: Path, base: str, serve) -> N
     assert row["messages"] == [*body["messages"], {"role": "assistant", "content": "one six"}]
 
 
+def test_a_prompt_that_cannot_be_sent_is_left_out(serve) -> None:
+    question = Question(1, [{"role": "user", "content": "one", "name": "\ud83d"}], 3)
+    assert isinstance(Endpoint(EndpointOptions(serve().url), "m", AnswerOptions()).ask(question), Unanswered)
+
+
 def test_no_proxy_is_asked_for_this_machine(serve, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

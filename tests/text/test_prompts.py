@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mtp_lightning.errors import MTPError, RunError, UsageError
 from mtp_lightning.text.prompts import (
-    EmptyPrompt,
     Prompt,
     PromptRow,
+    UnusablePrompt,
     encode_prompt,
     encode_prompt_row,
     read_prompt_rows,
@@ -135,10 +135,11 @@ def test_rejected_lines_are_named(write, content: str, named: str) -> None:
         {"messages": chat("one", "two")[1:]},
         {"messages": chat("one", "two")[1:] * 2},
         {"messages": chat(" ")},
+        {"prompt": "\ud800"},
     ],
 )
 def test_a_row_without_a_prompt_is_named(write, row: dict) -> None:
-    with pytest.raises(EmptyPrompt, match="line 2: "):
+    with pytest.raises(UnusablePrompt, match="line 2: "):
         read_prompts(write("p.jsonl", [{"prompt": "one"}, row]), word_tokenizer(bos=False))
 
 

@@ -158,6 +158,8 @@ class Endpoint:
         except openai.APIConnectionError as error:  # a timeout too
             detail = one_line(str(error.__cause__ or error) or type(error.__cause__ or error).__name__, 200)
             return Unanswered(question.row_id, NO_ANSWER, detail)
+        except UnicodeEncodeError:  # in a field of a message or a tool that the template does not write
+            return Unanswered(question.row_id, "not UTF-8", "the prompt contains an unpaired surrogate")
         return _parse(question, response)
 
     def _send(self, question: Question) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mtp_lightning.data.chat import RefusedByTemplate
 from mtp_lightning.errors import RunError
-from mtp_lightning.text.prompts import EmptyPrompt, Prompt, PromptRow, encode_prompt_row
+from mtp_lightning.text.prompts import Prompt, PromptRow, UnusablePrompt, encode_prompt_row
 
 
 class Task(NamedTuple):
@@ -56,14 +56,15 @@ def check_ids(rows: Sequence[PromptRow]) -> None:
 def tasks_of(rows: Sequence[PromptRow], tokenizer: Any, context: int, left_out: LeftOut) -> dict[str | int, Task]:
     """The tasks by their row's id, without prompts that can't be answered.
 
-    Those are empty prompts, prompts that leave no token of the context for an answer, and what the template refuses.
+    Those are prompts that are empty or not UTF-8, prompts that leave no token of the context for an answer, and what the
+    template refuses.
     """
     tasks = {}
     for row in rows:
         try:
             task = Task(row, encode_prompt_row(row, tokenizer))
-        except EmptyPrompt:
-            left_out.add("without a prompt", row.row_id)
+        except UnusablePrompt as error:
+            left_out.add("without a usable prompt", row.row_id, str(error))
         except RefusedByTemplate as error:
             left_out.add("refused by the chat template", row.row_id, str(error))
         else:

@@ -25,8 +25,8 @@ _FIELDS = ("prompt", "messages", "conversations", "conversation")
 """The fields of a line that hold its prompt."""
 
 
-class EmptyPrompt(RunError):
-    """A row whose prompt is null or empty: there is nothing to answer."""
+class UnusablePrompt(RunError):
+    """A row whose prompt is null, empty or not UTF-8: there is nothing to answer."""
 
 
 class Prompt(NamedTuple):
@@ -176,20 +176,20 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
 def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
     """A row as text and token ids.
 
-    EmptyPrompt if it has no token, another RunError if it is not valid UTF-8 or its messages can't be rendered.
+    UnusablePrompt if it has no token or is not valid UTF-8, another RunError if its messages can't be rendered.
     """
     _check_tokenizer(tokenizer)
     if not row.content:
-        raise EmptyPrompt(f"{row.location}: expected a prompt, it is null or empty.")
+        raise UnusablePrompt(f"{row.location}: expected a prompt, it is null or empty.")
     text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
     if not is_utf8(text):
-        raise RunError(f"{row.location}: expected UTF-8 text, the prompt contains an unpaired surrogate.")
+        raise UnusablePrompt(f"{row.location}: expected UTF-8 text, the prompt contains an unpaired surrogate.")
     if isinstance(row.content, str):
         ids = encode_prompt(text, tokenizer)
     else:
         ids = tokenize(text, tokenizer, add_first=False)  # the template writes the special tokens that the base expects
     if not ids:
-        raise EmptyPrompt(f"{row.location}: expected at least one token, the prompt has none.")
+        raise UnusablePrompt(f"{row.location}: expected at least one token, the prompt has none.")
     return Prompt(text, ids, row.domain)
 
 
@@ -210,7 +210,7 @@ def _render(row: PromptRow, tokenizer: Any) -> str:
     try:
         for number, message in enumerate(clean_messages(row.content), 1):
             if message["role"] == "user" and not message["content"].strip():
-                raise EmptyPrompt(f"message {number} is the user's and empty.")
+                raise UnusablePrompt(f"message {number} is the user's and empty.")
         return render_chat_prompt(clean_messages(row.content), tokenizer, tools=row.tools)
     except RunError as error:
         raise type(error)(f"{row.location}: {error}") from error
