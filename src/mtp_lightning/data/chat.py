@@ -79,9 +79,8 @@ def encode_messages(
     cleaned = clean_messages(messages)
     template = _Template(template_of(tokenizer, chat_template), tokenizer, tools)
     check_roles(cleaned, template.source)
-    cleaned, lost_calls = _without_unwritten_calls(cleaned, template.source)
-    rows = zip(trained_messages(messages), lost_calls, cleaned, strict=True)
-    is_trained = [trained and not (lost and not message["content"]) for trained, lost, message in rows]
+    cleaned, emptied = _without_unwritten_calls(cleaned, template.source)
+    is_trained = np.array(trained_messages(messages)) & ~np.array(emptied)
     text = template.render(cleaned)
     turns = [number for number, message in enumerate(cleaned) if message["role"] == "assistant"]
     has_markers = _GENERATION.search(template.source) is not None
@@ -206,8 +205,8 @@ def _with_object(call: Any) -> Any:
 
 
 def _without_unwritten_calls(messages: list[Message], template: str) -> tuple[list[Message], list[bool]]:
-    """The messages without the tool calls that the template does not write, and for each True if it had one."""
-    unwritten = {name for name in CALLS if name not in template}
+    """The messages without the tool calls that the template does not write, and for each True if nothing is left of it."""
+    unwritten = {name for name in CALLS if not re.search(rf"\b{name}\b", template)}
     has_calls = [not unwritten.isdisjoint(message) for message in messages]
     if not any(has_calls):
         return messages, has_calls
@@ -216,7 +215,7 @@ def _without_unwritten_calls(messages: list[Message], template: str) -> tuple[li
         stacklevel=2,
     )
     without = [{"content": "", **{key: message[key] for key in message if key not in unwritten}} for message in messages]
-    return without, has_calls
+    return without, [had and not message["content"].strip() for had, message in zip(has_calls, without, strict=True)]
 
 
 def check_roles(messages: Sequence[Message], template: str) -> None:

@@ -101,12 +101,12 @@ def _encode_completion(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
         else:
             prompt = tokenize(_text(row, "prompt"), tokenizer, add_first=True)
         loss = np.concatenate([np.zeros(len(prompt), bool), _loss_of(row, len(completion), "completion_ids")])
-        ids = np.concatenate([np.asarray(prompt, np.int64), completion])
+        joined = np.concatenate([np.asarray(prompt, np.int64), completion])
         if not has_prompt_ids:
             _refuse_masks(row, ("attention_mask", "prompt_mask"))
-            return EncodedRow(ids, loss, splittable=False)
-        text = _without_padding(row, len(ids), "prompt_ids + completion_ids", len(prompt))
-        return EncodedRow(ids[text], loss[text], splittable=False)
+            return EncodedRow(joined, loss, splittable=False)
+        text = _without_padding(row, len(joined), "prompt_ids + completion_ids", len(prompt))
+        return EncodedRow(joined[text], loss[text], splittable=False)
     prompt_text = render_chat_prompt(row["prompt"], *template) if is_chat else _text(row, "prompt")
     ids, counts = _encode_joined(prompt_text, _text(row, "completion"), tokenizer, add_first=not is_chat)
     end = completion_end(row["prompt"], tokenizer, chat_template)

@@ -30,7 +30,7 @@ _TRAINED = ("weight", "train", "loss")
 CALLS = ("tool_calls", "function_call")
 """Fields of a message in which the assistant calls tools: a list of calls; a single one, as OpenAI had it at first."""
 
-_SWITCHES = {"0": 0, "1": 1, "false": 0, "true": 1}  # as text, from tables of text
+_SWITCHES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # as text, from tables of text
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
