@@ -152,3 +152,14 @@ def test_where_the_base_is(trained: Path, run: Path, here: Path, tmp_path: Path,
     assert without_times(json_lines(capsys)) == expected
     del settings["base_folder"]  # as in a checkpoint of an earlier version
     assert named_base(settings) == "base"
+
+
+@pytest.mark.parametrize("words", [["--exact"], ["--exact", "--json"], ["--json", "--exact", "true"]])
+def test_a_switch_needs_no_value(words: list[str]) -> None:
+    from mtp_lightning.commands.parser import CommandParser
+
+    parser = CommandParser()
+    parser.add_argument("--exact", type=bool, default=False)
+    parser.add_argument("--json", action="store_true")
+    found = parser.parse_args(words)
+    assert found.exact is True and found.json is ("--json" in words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined] # documented, not in its __all__
@@ -35,11 +35,23 @@ _SHORTER = {
 }
 
 
+SWITCHES = ("--exact", "--compile")
+"""Options that need no value: off by default, and on where they are named."""
+
+
 class CommandParser(ArgumentParser):
     """A parser without abbreviations, whose errors are one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:
+        """Jsonargparse's; a switch without a value is ``true``: ``--exact --json``."""
+        words = None if args is None else list(args)
+        for at in range(len(words or []), 0, -1):
+            if words and words[at - 1] in SWITCHES and (at == len(words) or words[at].startswith("--")):
+                words.insert(at, "true")
+        return super().parse_args(words, *others, **kwargs)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """The help text, without the backticks of the docstrings."""
