@@ -45,7 +45,7 @@ class CommandParser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
-    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Jsonargparse's; a switch without a value is ``true``: ``--exact --json``."""
         words = None if args is None else list(args)
         for at in range(len(words or []), 0, -1):
