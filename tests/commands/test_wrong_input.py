@@ -56,7 +56,7 @@ COMMANDS = [
     ("generate {last} --prompt a --decoding cubic", 2, "decoding"),
     ("generate {last} --prompt a --num_mask 3", 2, "num_masks"),
     ("generate {last} --prompt a --num_masks 4", 2, "num_masks"),
-    ("generate {last} --prompt a --compile", 2, "--compile"),
+    ("generate {last} --prompt a --compile maybe", 2, "compile"),
     ("generate {last} --prompt a --dtype half", 2, "dtype"),
     ("chat {last} --batch_size 2", 2, "--batch_size"),
     ("chat {last} --chat_template no.jinja", 1, "no.jinja"),
