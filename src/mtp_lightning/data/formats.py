@@ -218,7 +218,7 @@ class JsonFile(File):
 
 
 def _is_cut_off(error: Exception, buffer: str) -> bool:
-    """True if more text could mend the error: a string that does not end, or anything at the end of the text."""
+    """True if more text could fix the error: a string that does not end, or anything at the end of the text."""
     return isinstance(error, json.JSONDecodeError) and (
         error.msg.startswith("Unterminated string") or error.pos >= len(buffer) - 10
     )

@@ -93,7 +93,7 @@ def batches_delivered(state: dict[str, Any], order: dict[str, Any], num_batches:
     """How many batches of the state's epoch were delivered, of ``num_batches`` with the settings ``order``.
 
     UsageError if its batches held other rows than now: some rows would come twice and others never. Once the epoch is over
-    that is no matter, unless it has more batches now: Lightning would leave out as many as the state counts.
+    that does not matter, unless it has more batches now: Lightning would leave out as many as the state counts.
     """
     delivered, before = state["delivered"], state.get("order", order)
     if before == order or not delivered:

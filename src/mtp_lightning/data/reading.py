@@ -108,10 +108,10 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_compressed_copy(path: Path, files: set[Path]) -> bool:
-    """True for ``a.jsonl.gz`` beside ``a.jsonl``, which ``gunzip -k`` leaves."""
+    """True for ``a.jsonl.gz`` next to ``a.jsonl``, which ``gunzip -k`` leaves."""
     if path.suffix.lower() not in COMPRESSED or path.with_suffix("") not in files:
         return False
-    warnings.warn(f"{path}: left out, {path.stem} beside it is taken for the same rows", stacklevel=2)
+    warnings.warn(f"{path}: left out, {path.stem} next to it is taken for the same rows", stacklevel=2)
     return True
 
 

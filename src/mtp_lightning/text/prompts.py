@@ -132,7 +132,7 @@ def _parse_line(source: str, number: int, line: str, is_json: bool) -> PromptRow
     if not isinstance(domain, str | None):
         raise RunError(f"{location}: expected domain as text, got {type(domain).__name__}.")
     row_id = number if value.get("id") is None else value["id"]
-    if isinstance(row_id, float) and row_id.is_integer():  # pandas writes whole numbers like this beside missing ones
+    if isinstance(row_id, float) and row_id.is_integer():  # pandas writes whole numbers like this next to missing ones
         row_id = int(row_id)
     if not isinstance(row_id, str | int) or not is_utf8(str(row_id)):
         raise RunError(f"{location}: expected id as UTF-8 text or a number, got {row_id!r}.")
