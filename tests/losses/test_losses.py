@@ -15,11 +15,16 @@ from toy_losses import UNEMBED, D, Focal, K, V
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import (
     AnchorDistillation,
+    AnchorLoss,
     BaseCrossEntropy,
+    HybridAcceptance,
     LatentConsistency,
     LossTerm,
+    NegativeLogAcceptance,
     SamplerCrossEntropy,
     TokenLoss,
+    TotalVariation,
+    anchor_loss,
     base,
     chunked,
     term_value,
@@ -90,6 +95,21 @@ def cross_entropy(logits: Tensor, label: int) -> Tensor:
     return logits.exp().sum().log() - logits[label]
 
 
+def to_the_anchor(term: AnchorLoss, logits: Tensor, anchor_logits: Tensor) -> Tensor:
+    if isinstance(term, AnchorDistillation) and term.target == "argmax":
+        return cross_entropy(logits, int(anchor_logits.argmax()))
+    p, q = (values.exp() / values.exp().sum() for values in (anchor_logits, logits))
+    if isinstance(term, AnchorDistillation):
+        return -(p * q.log()).sum()
+    tv = (p - q).abs().sum() / 2
+    if isinstance(term, NegativeLogAcceptance):
+        return -(1 - tv).log()
+    if isinstance(term, HybridAcceptance):
+        share = torch.exp(-3 * (1 - tv)).detach()
+        return share * (p * (p / q).log()).sum() + (1 - share) * tv
+    return tv
+
+
 def reference(term: LossTerm, states: HiddenStates, rows: list[TokenRow], starts: list[list[int]], ignored: int) -> Tensor:
     """The term's value, position by position."""
     ntp, mtp = list(ntp_positions(rows, ignored)), list(mtp_positions(rows, ignored, starts))
@@ -112,12 +132,21 @@ def reference(term: LossTerm, states: HiddenStates, rows: list[TokenRow], starts
         if isinstance(term, Focal):
             log_p = -cross_entropy(logits, x.label)
             return -((1 - log_p.exp()) ** term.gamma) * log_p * (x.j + 1)
-        if isinstance(term, AnchorDistillation):
-            teacher = UNEMBED(states.ntp[x.row, x.i + x.j].detach())
-            if term.target == "argmax":
-                return cross_entropy(logits, int(teacher.argmax()))
-            return -((teacher.exp() / teacher.exp().sum()) * (logits - logits.exp().sum().log())).sum()
+        if isinstance(term, AnchorLoss):
+            return to_the_anchor(term, logits, UNEMBED(states.ntp[x.row, x.i + x.j].detach())) * position_weight(x)
         return cross_entropy(logits, x.label)
+
+    def position_weight(x: Position) -> float | Tensor:
+        if not isinstance(term, AnchorLoss) or term.position_weights is None:
+            return 1.0
+        if term.position_weights != "acceptance":
+            return float(term.position_weights ** (x.j - 1))
+        weight = torch.ones((), dtype=torch.float64)
+        for other in mtp:
+            if (other.row, other.p) == (x.row, x.p) and other.j < x.j:
+                p, q = UNEMBED(states.ntp[x.row, x.i + other.j]), UNEMBED(at_mtp[x.row, x.p, other.j - 1])
+                weight = weight * torch.minimum(p.softmax(-1), q.softmax(-1)).sum()
+        return weight.detach()
 
     zero = torch.zeros((), dtype=torch.float64)
     m = sum((one(x) * block_weight(rows, ignored, starts, x.row) for x in mtp), zero) if term.positions != "ntp" else zero
@@ -139,6 +168,10 @@ TERMS: dict[str, LossTerm] = {
     "lcm sum": LatentConsistency(reduction="sum"),
     "distillation": AnchorDistillation(),
     "distillation base argmax": AnchorDistillation(head="base", target="argmax"),
+    "distillation decay": AnchorDistillation(position_weights=0.8),
+    "total variation": TotalVariation(),
+    "negative log acceptance": NegativeLogAcceptance(head="base"),
+    "hybrid, weights": HybridAcceptance(position_weights="acceptance"),
     "focal": Focal(),
     "focal sampler all": Focal("sampler", "all"),
 }
@@ -149,7 +182,7 @@ TERMS: dict[str, LossTerm] = {
 def test_term_equals_a_loop_over_positions(
     name: str, block_fraction: float, rows_per_chunk: int | None, ignored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (masking, base):  # -7 shows any place that leans on cross_entropy's own default of -100
+    for module in (masking, base, anchor_loss):  # -7 shows any place that leans on cross_entropy's own default of -100
         monkeypatch.setattr(module, "IGNORE_INDEX", ignored)
     if rows_per_chunk is not None:
         monkeypatch.setattr(chunked, "LOGITS_PER_CHUNK", rows_per_chunk * V)

@@ -8,7 +8,17 @@ import torch
 from tiny import tiny_base, tiny_model, tiny_rows
 from toy_losses import Focal, K
 
-from mtp_lightning.losses import AnchorDistillation, BaseCrossEntropy, LatentConsistency, SamplerCrossEntropy, one_pass
+from mtp_lightning.losses import (
+    AnchorDistillation,
+    BaseCrossEntropy,
+    HybridAcceptance,
+    LatentConsistency,
+    NegativeLogAcceptance,
+    SamplerCrossEntropy,
+    TotalVariation,
+    chunked,
+    tiles,
+)
 from mtp_lightning.losses.one_pass import loss_sums
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.modeling.unembedding import FrozenUnembedding
@@ -17,6 +27,11 @@ from mtp_lightning.sampler_heads import GRUSamplerHead
 TERMS = {
     "distillation": AnchorDistillation(),
     "base distillation": AnchorDistillation(head="base"),
+    "decay": AnchorDistillation(position_weights=0.5),
+    "total variation": TotalVariation(),
+    "base total variation": TotalVariation(head="base"),
+    "negative log acceptance": NegativeLogAcceptance(),
+    "hybrid": HybridAcceptance(head="base", position_weights="acceptance"),
     "base": BaseCrossEntropy(),
     "sampler": SamplerCrossEntropy(),
     "lcm": LatentConsistency(),
@@ -25,9 +40,10 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize("names", [list(TERMS), ["sampler"], ["base distillation"]])
+@pytest.mark.parametrize("names", [list(TERMS), ["sampler"], ["base distillation"], ["hybrid"]])
 def test_one_pass_gives_the_sums_and_gradients_of_each_term(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_pass, "TILE", 20)  # the last tile is smaller
+    monkeypatch.setattr(tiles, "TILE", 20)  # the last tile is smaller
+    monkeypatch.setattr(chunked, "LOGITS_PER_CHUNK", 16 * 40)  # several chunks of positions, too
     model = tiny_model(num_masks=K, sampler_head=GRUSamplerHead())
     batch = build_masked_input(tiny_rows(), K, block_fraction=0.7)
     assert model.unembed.matrix is not None
@@ -35,7 +51,7 @@ def test_one_pass_gives_the_sums_and_gradients_of_each_term(names: list[str], mo
     states = model.hidden_states(batch)
     expected = {name: term(states, batch, model.unembed) for name, term in terms.items()}
     passes = []
-    monkeypatch.setattr(one_pass, "_over_tiles", lambda h, w, over=one_pass._over_tiles: passes.append(len(h)) or over(h, w))
+    monkeypatch.setattr(tiles, "_over_tiles", lambda h, w, over=tiles._over_tiles: passes.append(len(h)) or over(h, w))
     found = loss_sums(terms, states, batch, model.unembed)
     assert list(found) == names and passes
     trained = [p for _, p in model.trained_parameters()]
@@ -55,7 +71,7 @@ def test_one_pass_gives_the_sums_and_gradients_of_each_term(names: list[str], mo
 def test_masks_that_share_an_anchor_share_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny_model(num_masks=K), build_masked_input(tiny_rows(), K)
     states, passes = model.hidden_states(batch), []
-    monkeypatch.setattr(one_pass, "_over_tiles", lambda h, w, over=one_pass._over_tiles: passes.append(len(h)) or over(h, w))
+    monkeypatch.setattr(tiles, "_over_tiles", lambda h, w, over=tiles._over_tiles: passes.append(len(h)) or over(h, w))
     loss_sums({"x": AnchorDistillation(head="base")}, states, batch, model.unembed)
     assert passes == batch.counts[1:].tolist()  # under full coverage: MTP positions, and anchors
 

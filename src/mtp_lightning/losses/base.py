@@ -138,8 +138,8 @@ class TokenLoss(LossTerm):
         if self.positions != "ntp":
             shape, K = batch.mtp_labels.shape, mtp.shape[2]
             offsets = torch.arange(2, K + 2, device=mtp.device).expand(shape)
-            weights = batch.block_weights[:, :, None].expand(shape)
             anchors = batch.at_anchors(states.ntp.detach()) if self.uses_anchors else None
+            weights = self.mtp_weights(mtp, anchors, batch, unembed)
             sums.append(LossSum(self._sum(mtp, batch.mtp_labels, weights, offsets, anchors, unembed), MTP))
         if self.positions != "mtp" and ntp is not None:
             ones = torch.ones_like(batch.ntp_labels)
@@ -150,6 +150,10 @@ class TokenLoss(LossTerm):
         if self.joint_mean and len(sums) == 2:
             sums = [LossSum(sums[0].total + sums[1].total, (NTP, MTP))]
         return sums
+
+    def mtp_weights(self, hidden: Tensor, anchors: Tensor | None, batch: MaskedInput, unembed: Unembedding) -> Tensor:
+        """Weight of the loss at each MTP position, without gradient, [B, P, K]; states and anchors are [B, P, K, D]."""
+        return batch.block_weights[:, :, None].expand(batch.mtp_labels.shape)
 
     def _sum(
         self, hidden: Tensor, labels: Tensor, weights: Tensor, offsets: Tensor, anchors: Tensor | None, unembed: Unembedding
