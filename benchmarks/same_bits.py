@@ -76,9 +76,10 @@ def decoding_hash(checkpoint: str, num_prompts: int, folder: Path) -> str:
 
 def benchmark_hash(checkpoint: str) -> str:
     """Run ``mtp benchmark`` with fixed numbers of masks; a hash of its acceptance lengths."""
-    options = ["--num_prompts", "6", "--max_new_tokens", "48", "--speed_rounds", "0", "--dtype", "float64", "--json"]
-    out = mtp("benchmark", checkpoint, "--prompts", str(PROMPTS), *options)
-    return hashlib.sha256(json.dumps(_lengths(json.loads(out)), sort_keys=True).encode()).hexdigest()
+    options = ["--num_prompts", "6", "--max_new_tokens", "48", "--dtype", "float64", "--json", "--grid"]
+    out = mtp("benchmark", checkpoint, "--prompts", str(PROMPTS), "--output", "benchmark", "--overwrite", *options)
+    settings = [each for each in json.loads(out)["settings"] if isinstance(each["num_masks"], int)]
+    return hashlib.sha256(json.dumps(_lengths(settings), sort_keys=True).encode()).hexdigest()
 
 
 def _lengths(report: object) -> object:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Markdown and the plot of ``mtp benchmark``."""
+"""What ``mtp benchmark`` recommends, its tables and its plot."""
 
 from __future__ import annotations
 
@@ -8,90 +8,85 @@ from typing import Any
 
 import pytest
 from prompt_results import result
+from rich.console import Console
 
 from mtp_lightning.evaluation.acceptance import summarise
-from mtp_lightning.evaluation.benchmark_report import markdown, save_benchmark_plot
-from mtp_lightning.evaluation.benchmark_speed import AUTOREGRESSIVE, TRANSFORMERS
+from mtp_lightning.evaluation.benchmark_report import advice, markdown, print_report, save_benchmark_plot, tables
 
 
-def figures(num_accepted: int) -> dict[str, Any]:
-    texts = [(0, "code"), (1, "maths"), (2, "code")]
-    return summarise([result(i, domain, (0, num_accepted, i % 2), lossless=True) for i, domain in texts])
+def figures(
+    num_accepted: int, speed_up: float | None, domains: tuple[str, ...] = ("code", "maths", "code")
+) -> dict[str, Any]:
+    texts = enumerate(domains)
+    return summarise([result(i, domain, (0, num_accepted, i % 2), lossless=True, speed_up=speed_up) for i, domain in texts])
 
 
-def speed_up(median: float) -> dict[str, Any]:
-    return {"median": median, "quartiles": [median - 0.25, median + 0.25], "num_pairs": 2}
+def setting(masks: int | str, speed_up: float, **options: Any) -> dict[str, Any]:
+    shown = {"decoding": "quadratic", "sampler_head": True, "num_masks": masks, "has_head": True, **options}
+    return {"name": str(masks), **shown, **figures(1 if masks == "auto" else int(masks), speed_up)}
 
 
-@pytest.fixture
-def report() -> dict[str, Any]:
-    def system(baselines: dict[str, Any]) -> dict[str, Any]:
-        domains = {"code": baselines, "maths": baselines}
-        shared = {"equal_texts": [2, 2], "tokens_per_second": 12.345, "acceptance_length": None}
-        return {**shared, "speed_up": baselines, "domains": domains}
-
+def report(*settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": "a model",
-        "base_model": "a base",
         "prompts": "prompts.jsonl",
         "options": {"max_new_tokens": 20, "max_steps": None, "temperature": 0.0, "batch_size": 1},
         "dtype": "float64",
         "device": "a device",
-        "torch": "0",
-        "threads": 1,
-        "settings": [
-            {"decoding": decoding, "sampler_head": head, "num_masks": masks, **figures(masks)}
-            for decoding in ("quadratic", "linear")
-            for head in (True, False)
-            for masks in (1, 2)
-        ],
-        "texts": figures(0),
-        "order": {"one mask more is lower: quadratic, sampler head": [0.5]},
-        "speed": {
-            "num_rounds": 2,
-            "contenders": {
-                AUTOREGRESSIVE: system({TRANSFORMERS: speed_up(0.5)}),
-                TRANSFORMERS: system({AUTOREGRESSIVE: speed_up(2)}),
-                "quadratic, sampler head, 1 mask": system({AUTOREGRESSIVE: speed_up(2), TRANSFORMERS: speed_up(1)}),
-            },
-        },
+        "endpoints": None,
+        "settings": list(settings),
+        "plain": summarise([result(i, d, (0, 0, 0)) for i, d in enumerate(("code", "maths", "code"))]),
+        "order": {"more masks are lower: quadratic, sampler head": [0.5]},
     }
 
 
-def tables(text: str) -> list[list[list[str]]]:
-    """The cells of each Markdown table, without the line below the header."""
-    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in [lines[0], *lines[2:]]] for lines in blocks]
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([setting(2, 1.5), setting(4, 1.6), setting("auto", 1.2)], "--num_masks 4 here: 1.60x"),
+        ([setting(2, 1.5), setting("auto", 1.49)], "--num_masks auto): 1.49x"),  # no clear difference
+        ([setting(2, 0.5), setting("auto", 0.9)], "--decoding autoregressive"),
+        ([setting(2, 1.5, decoding="linear", sampler_head=False)], "--decoding linear --num_masks 2 --sampler_head false"),
+        ([setting(2, 1.5, sampler_head=False, has_head=False)], "Use --num_masks 2 here"),
+    ],
+)
+def test_advice(settings: list[dict[str, Any]], expected: str) -> None:
+    said = advice(report(*settings))
+    assert expected in said and ("3 of 3 prompts" in said) == ("autoregressive" not in expected)
 
 
-def test_markdown(report: dict[str, Any]) -> None:
-    text = markdown(report)
-    lengths, *_, by_system, by_domain = tables(text)
-    assert len(tables(text)) == 4 + 1 + 2
+def test_tables() -> None:
+    whole = report(setting(1, 0.5), setting(2, 2.0), setting("auto", 1.5), setting(2, 1.0, decoding="linear"))
+    overall, lengths, ratios, linear, _ = tables(whole)
+    assert [row[0] for row in overall.rows] == ["plain", "1", "2", "auto", "2"]
     # Each text has 3 steps: 3 + 1 + 0 or 1 tokens with one mask, one more with two.
-    assert lengths == [
-        ["domain", "1", "2"],
-        ["code", "1.33", "1.67"],
-        ["maths", "1.67", "2.00"],
-        ["mean of domains", "1.50", "1.83"],
-        ["all prompts", "1.44", "1.78"],
-        ["not repeating (texts)", "1.44 (3)", "1.78 (3)"],
+    assert overall.rows[2] == ["2", "1.78", "5.3", "2.00x", "2.00 to 2.00", "3/3"]
+    assert overall.rows[0][3:] == ["-", "-", "-"]
+    assert lengths.header == ratios.header == ("domain", "1", "2", "auto") and linear.header == ("domain", "2")
+    assert lengths.rows == [
+        ["code", "1.33", "1.67", "1.33"],
+        ["maths", "1.67", "2.00", "1.67"],
+        ["all prompts", "1.44", "1.78", "1.44"],
+        ["not repeating (3)", "1.44", "1.78", "1.44"],
     ]
-    assert "24 of 24 texts" in text
-    assert by_system[0][4:] == [f"over {AUTOREGRESSIVE}", f"over {TRANSFORMERS}"]
-    assert by_system[1] == [AUTOREGRESSIVE, "-", "2/2", "12.3", "-", "0.50 [0.25, 0.75]"]
-    assert by_domain[0] == ["system", "code", "maths"]
-    assert by_domain[-1] == ["quadratic, sampler head, 1 mask", *["2.00 [1.75, 2.25]"] * 2]
+    assert ratios.rows == [[name, "0.50x", "2.00x", "1.50x"] for name in ("code", "maths", "all prompts")]
+    assert markdown(whole).count("| all prompts |") == 4
 
 
-def test_without_domains_and_speed(report: dict[str, Any], tmp_path: Path) -> None:
-    for group in (report["texts"], *report["settings"]):
-        group["domains"] = {}
-    for setting in report["settings"]:
-        setting["num_masks"] = "auto" if setting["num_masks"] == 2 else setting["num_masks"]
-    report["speed"] = None
-    save_benchmark_plot(report, tmp_path / "new" / "benchmark.png")
+def test_terminal_of_80_columns() -> None:
+    whole = report(*(setting(masks, 1.5, decoding=d) for d in ("quadratic", "linear") for masks in (*range(1, 9), "auto")))
+    for figures in whole["settings"]:
+        figures["name"] = f"{figures['decoding']}, sampler head, {figures['num_masks']} masks"
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    print_report(whole, console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines[-1]) > 20 and not any("…" in line for line in lines)
+
+
+def test_plot_and_report_without_domains_or_a_comparison(tmp_path: Path) -> None:
+    alone = {"name": "server", "decoding": None, "sampler_head": None, "num_masks": None, "has_head": True}
+    whole = report({**alone, **figures(1, None, ("", ""))}) | {"plain": None, "order": {}, "endpoints": {"server": {}}}
+    assert len(list(tables(whole))) == 1 and "compared" in advice(whole)
+    save_benchmark_plot(whole, tmp_path / "new" / "benchmark.png")
+    save_benchmark_plot(report(setting(2, 1.0), setting("auto", 1.5)), tmp_path / "new" / "other.png")
     assert (tmp_path / "new" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    first = tables(markdown(report))[0]
-    assert first[0] == ["domain", "1", "auto"]
-    assert [row[0] for row in first[1:]] == ["all prompts", "not repeating (texts)"]

@@ -1,125 +1,214 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mtp benchmark``: acceptance length by domain and number of masks, losslessness, speed-up. Prints, writes three files."""
+"""``mtp benchmark``: which way to decode is the fastest on this machine. Prints tables, writes three files."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
 
 from mtp_lightning.commands.arguments import DecodingArguments
+from mtp_lightning.commands.distill import base_of
 from mtp_lightning.commands.parser import CommandParser
-from mtp_lightning.commands.progress import Progress, note
+from mtp_lightning.commands.progress import counted, note
 from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.evaluation.benchmark import Setting, acceptance_grid, grid_settings
-from mtp_lightning.evaluation.benchmark_report import markdown, save_benchmark_plot
-from mtp_lightning.evaluation.benchmark_speed import batches_by_domain, measure_speed, speed_systems
+from mtp_lightning.evaluation.acceptance import summarise
+from mtp_lightning.evaluation.benchmark import (
+    PLAIN,
+    Setting,
+    System,
+    batches_by_domain,
+    decoding_system,
+    difference_finder,
+    measure,
+    order_violations,
+    settings_grid,
+)
+from mtp_lightning.evaluation.benchmark_report import markdown, print_report, save_benchmark_plot
+from mtp_lightning.evaluation.losslessness import autoregressive
 from mtp_lightning.evaluation.reporting import save_json
+from mtp_lightning.evaluation.transformers_systems import transformers_systems
 from mtp_lightning.files import atomic_file
+from mtp_lightning.integrations.openai_server import compare_tokens, served_model, server_system
 from mtp_lightning.model import MTPModel
+from mtp_lightning.modeling.base import load_tokenizer
 from mtp_lightning.paths import why_unwritable
-from mtp_lightning.text.prompts import read_prompts
+from mtp_lightning.text.prompts import Prompt, read_prompts
 
 VARIED = {"decoding", "num_masks", "sampler_head"}
 """Options of decoding that are varied by default."""
+FILE = "benchmark.json"
 
 
 def run_benchmark(args: list[str]) -> None:
     """``mtp benchmark MODEL --prompts F``."""
     parser = CommandParser(
         prog="mtp benchmark",
-        description="Measures tokens per step and speed-up on prompts, and compares each text with autoregressive decoding.",
+        description="Finds the fastest way to decode on this machine: plain decoding, a few fixed numbers of masks and auto,"
+        " on the same prompts. Example: mtp benchmark saved --prompts prompts.jsonl",
     )
     parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
     parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
     parser.add_argument(
-        "--num_prompts", type=PositiveInt | None, default=None, help="maximum number, taken evenly from the domains"
+        "--num_prompts", type=PositiveInt | None, default=16, help="maximum number, evenly from the domains; null: all"
     )
-    parser.add_argument("--decoding", type=Decoding | None, default=None, help="quadratic or linear. Default: both")
+    parser.add_argument("--grid", action="store_true", help="1 to k masks, both decodings, both heads, transformers' loops")
+    parser.add_argument("--decoding", type=Decoding | None, default=None, help="quadratic or linear. Default: quadratic")
     parser.add_argument(
-        "--num_masks", type=int | Literal["auto"] | None, default=None, help="Default: 1 to k, and auto in the timing"
+        "--num_masks", type=int | Literal["auto"] | None, default=None, help="a single number. Default: 2, 4, .., k and auto"
     )
-    parser.add_argument("--sampler_head", type=bool | None, default=None, help="Default: with it and without it")
-    parser.add_argument("--speed_rounds", type=NonNegativeInt, default=12, help="rounds of timing, each a batch; 0: none")
+    parser.add_argument("--sampler_head", type=bool | None, default=None, help="Default: true, if there is one")
+    parser.add_argument("--endpoint", type=str | None, default=None, help="address of a server to measure")
+    parser.add_argument("--baseline_endpoint", type=str | None, default=None, help="a server of the plain base")
     parser.add_argument("--output", type=str, default="benchmark", help="folder for benchmark.json, .md and .png")
+    parser.add_argument("--overwrite", action="store_true", help="replace the benchmark that is in the folder")
     parser.add_argument("--json", action="store_true", help="print the JSON report instead of the tables")
     DecodingArguments.add_to(parser, skip=VARIED)
     config = parser.parse_args(args)
     if config.decoding == "autoregressive":
         raise UsageError("--decoding must be quadratic or linear: autoregressive decoding is what both are compared with.")
-    measure(config, DecodingArguments.from_config(config, skip=VARIED))
+    if config.baseline_endpoint is not None and config.endpoint is None:
+        raise UsageError("--baseline_endpoint needs --endpoint, the server to compare with it.")
+    arguments = DecodingArguments.from_config(config, skip=VARIED)
+    check_output(Path(config.output), config.overwrite)  # before minutes of measuring
+    report = (measure_model if config.endpoint is None else measure_servers)(config, arguments)
+    write(report, Path(config.output), config.json)
 
 
-def measure(config: Any, arguments: DecodingArguments) -> None:
-    """Load the model, measure, print and write."""
-    folder = Path(config.output)
-    if (reason := why_unwritable(folder)) is not None:  # before hours of measuring
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that can't be written, or that holds another benchmark."""
+    if (reason := why_unwritable(folder)) is not None:
         raise RunError(f"{folder} can't be written: {reason}.")
+    if (folder / FILE).exists() and not overwrite:
+        raise UsageError(
+            f"{str(folder)!r} holds a benchmark already: choose another folder with --output, or replace it (--overwrite)."
+        )
+
+
+def measure_model(config: Any, arguments: DecodingArguments) -> dict[str, Any]:
+    """Load the model and measure its ways to decode."""
     model = arguments.load(config.model)
     prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts, model.context)
     options = arguments.options()
-    shown_options = {name: value for name, value in asdict(options).items() if name != "logits_processor"}
-    settings = _settings(model, config)
-    progress = Progress()
-
-    def on_progress(label: str, done: int, count: int) -> None:
-        progress(f"{label}: {done} of {count} {'rounds' if label == 'speed' else 'prompts'}", always=done == count)
-
-    report: dict[str, Any] = {
-        "model": config.model,
+    settings = chosen_settings(model, config)
+    by_name: dict[str, Setting] = {s.label if config.grid else s.masks: s for s in settings}
+    ways = {PLAIN: autoregressive(options), **{name: replace(options, **s._asdict()) for name, s in by_name.items()}}
+    systems = {name: decoding_system(model, prompts, way, arguments.stop) for name, way in ways.items()}
+    if config.grid:
+        systems |= transformers_systems(model, prompts, options, config.batch_size, arguments.stop)
+    domains = [prompt.domain for prompt in prompts]
+    sizes = set(map(len, batches_by_domain(domains, config.batch_size)))
+    for way in ways.values():
+        calibrate(model, way, sizes, note)
+    with counted("texts" if config.batch_size == 1 else "batches") as progress:
+        find = difference_finder(model, prompts, options)
+        results = measure(systems, domains, config.batch_size, options.max_new_tokens, find, progress)
+    return {
+        **described(config, arguments),
         "base_model": model.base_model,
         "revision": model.revision,
-        "prompts": config.prompts,
-        "options": {**shown_options, "batch_size": config.batch_size, "stop": arguments.stop},
         "dtype": str(model.base.dtype).removeprefix("torch."),
-        "device": _device(model),
+        "device": device_name(model),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        **acceptance_grid(model, prompts, settings, options, config.batch_size, on_progress, arguments.stop),
-        "speed": None,
+        "endpoints": None,
+        "plain": summarise(results[PLAIN]),
+        "settings": [
+            {
+                "name": name,
+                **(by_name[name]._asdict() if name in by_name else dict.fromkeys(Setting._fields)),
+                "has_head": model.sampler_head is not None,
+                **summarise(group),
+            }
+            for name, group in results.items()
+            if name != PLAIN
+        ],
+        "order": order_violations({s: results[name] for name, s in by_name.items()}) if config.grid else {},
     }
-    batches = batches_by_domain(prompts, config.batch_size, config.speed_rounds)
-    if batches:
-        head = model.sampler_head is not None and config.sampler_head is not False
-        chosen = replace(options, decoding=config.decoding or "quadratic", sampler_head=head)
-        masks = [setting.num_masks for setting in settings if setting[:2] == (chosen.decoding, chosen.sampler_head)]
-        masks += ["auto"] if config.num_masks is None else []
-        if "auto" in masks:
-            calibrate(model, replace(chosen, num_masks="auto"), set(map(len, batches)), note)
-        systems = speed_systems(model, chosen, masks, config.batch_size, arguments.stop)
-        report["speed"] = measure_speed(systems, batches, options.max_new_tokens, on_progress)
-    text = markdown(report)
-    # Printed first: if the disk is full by now, the measurements are not lost.
-    print(json.dumps(report, ensure_ascii=False) if config.json else text, end="\n" if config.json else "", flush=True)
-    try:
-        save_json(report, folder / "benchmark.json")
-        with atomic_file(folder / "benchmark.md") as file:
-            file.write(text.encode())
-        save_benchmark_plot(report, folder / "benchmark.png")
-    except RunError as error:
-        raise RunError(f"{error} The report is printed above.") from error
 
 
-def _settings(model: MTPModel, config: Any) -> list[Setting]:
-    decodings: list[Decoding] = [config.decoding] if config.decoding else ["quadratic", "linear"]
-    heads = [True, False] if config.sampler_head is None else [config.sampler_head]
+def chosen_settings(model: MTPModel, config: Any) -> list[Setting]:
+    """The settings that the command line asks for."""
+    k = model.num_masks
+    masks: Sequence[Any] = [*range(1, k + 1), "auto"] if config.grid else [*(m for m in (2, 4, 8) if m < k), k, "auto"]
     if config.num_masks is not None:
         resolve_num_masks(model, DecodingOptions(num_masks=config.num_masks))  # fails before anything is decoded
-        return grid_settings(model, decodings, heads, [config.num_masks])
-    return grid_settings(model, decodings, heads, range(1, model.num_masks + 1))
+        masks = [config.num_masks]
+    decodings: list[Decoding] = ["quadratic", "linear"] if config.grid else ["quadratic"]
+    heads = [True, False] if config.grid else [True]
+    return settings_grid(
+        model,
+        [config.decoding] if config.decoding else decodings,
+        heads if config.sampler_head is None else [config.sampler_head],
+        masks,
+    )
 
 
-def _device(model: MTPModel) -> str:
+def measure_servers(config: Any, arguments: DecodingArguments) -> dict[str, Any]:
+    """Measure one server, or two against each other."""
+    tokenizer = load_tokenizer(*base_of(config.model, config.base_model, config.revision))
+    prompts: list[Prompt] = read_prompts(config.prompts, tokenizer, config.num_prompts)
+    options = arguments.options()
+    endpoints = {PLAIN: config.baseline_endpoint, "server": config.endpoint}
+    named = {name: (url, served_model(url)) for name, url in endpoints.items() if url is not None}
+    systems: dict[str, System] = {n: server_system(*at, prompts, options, arguments.stop) for n, at in named.items()}
+    with counted("requests" if config.batch_size == 1 else "batches") as progress:
+        domains = [prompt.domain for prompt in prompts]
+        find = compare_tokens if options.coupled else None
+        results = measure(systems, domains, config.batch_size, options.max_new_tokens, find, progress)
+    return {
+        **described(config, arguments),
+        "dtype": "",
+        "device": f"server {config.endpoint}",
+        "endpoints": {name: {"url": url, "model": model} for name, (url, model) in named.items()},
+        "plain": summarise(results[PLAIN]) if PLAIN in results else None,
+        "settings": [
+            {"name": "server", **dict.fromkeys(Setting._fields), "has_head": True, **summarise(results["server"])},
+        ],
+        "order": {},
+    }
+
+
+def described(config: Any, arguments: DecodingArguments) -> dict[str, Any]:
+    """What was asked for."""
+    options = {name: value for name, value in asdict(arguments.options()).items() if name != "logits_processor"}
+    return {
+        "model": config.model,
+        "prompts": config.prompts,
+        "options": {**options, "batch_size": config.batch_size, "stop": arguments.stop},
+    }
+
+
+def device_name(model: MTPModel) -> str:
+    """The device that the model is on, in words."""
     device = model.base.device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {os.cpu_count()} cores, {platform.machine()}"
+    return f"{device.type} with {torch.get_num_threads()} of {os.cpu_count()} cores, {platform.machine()}"
+
+
+def write(report: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print the report and write its files. Printed first: if the disk is full by now, the measurements are not lost."""
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False), flush=True)
+    else:
+        print_report(report, Console())
+    try:
+        save_json(report, folder / FILE)
+        with atomic_file(folder / "benchmark.md") as file:
+            file.write(markdown(report).encode())
+        save_benchmark_plot(report, folder / "benchmark.png")
+    except RunError as error:
+        raise RunError(f"{error} The report is printed above.") from error
+    note(f"written to {folder}: {FILE}, benchmark.md, benchmark.png")

@@ -5,6 +5,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -31,3 +38,24 @@ class Progress:
 def note(text: str) -> None:
     """Print a line on standard error at once."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with what is done and the number of all: it shows both and the time left.
+
+    A bar on a terminal, else a line every ten seconds. The first call comes after the first of all is done.
+    """
+    if sys.stderr.isatty():
+        columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+        with RichProgress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, count: bar.update(task, completed=done, total=count)
+        return
+    progress = Progress()
+
+    def line(done: int, count: int) -> None:
+        left = timedelta(seconds=round(progress.seconds / done * (count - done)))
+        progress(f"{what}: {done} of {count}" + (f", {left} left" if done < count else ""), always=done == count)
+
+    yield line

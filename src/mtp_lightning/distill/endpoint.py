@@ -99,7 +99,7 @@ class Endpoint:
         self.url = options.endpoint.rstrip("/")
         self.model = model
         self.answers = answers
-        self._client = _client(self.url, options)
+        self._client = client(self.url, options)
 
     def replies(self, questions: Iterable[Question]) -> Iterator[Reply | Unanswered]:
         """Send all questions, at most ``concurrency`` at once, and yield replies as they come.
@@ -188,20 +188,20 @@ class Endpoint:
         return response
 
 
-def _client(url: str, options: EndpointOptions) -> Any:
+def client(url: str, options: EndpointOptions) -> Any:
     """A client of the ``openai`` package."""
     try:
         import openai
     except ImportError as error:
         raise UsageError("--endpoint needs the openai package: pip install 'mtp-lightning[endpoint]'.") from error
     # A proxy of the environment can't reach what is on this machine.
-    client = openai.DefaultHttpxClient(trust_env=False) if _is_local(url) else None
+    http_client = openai.DefaultHttpxClient(trust_env=False) if _is_local(url) else None
     return openai.OpenAI(
         base_url=url,
         api_key=os.environ.get(API_KEY_VARIABLE) or "none",
         max_retries=options.retries,
         timeout=options.timeout,
-        http_client=client,
+        http_client=http_client,
     )
 
 

@@ -29,7 +29,7 @@ class PromptResult(NamedTuple):
     prompt_index: int  # index of the prompt in the list
     domain: str  # its domain
     num_tokens: int  # generated tokens
-    num_steps: int  # steps
+    num_steps: float  # steps; a server tells only those of a batch, and this is then the prompt's share
     accepted_per_step: list[int]  # accepted draft tokens of each step
     drafted_per_step: list[int]  # verified draft tokens of each step; the first step has none
     repeated_8grams: float  # share of the text's 8-grams that occurred earlier in it
@@ -136,7 +136,7 @@ def _figures(results: Sequence[PromptResult], num_masks: int) -> dict[str, Any]:
     kept = survival_counts([accepted for result in results for accepted in result.accepted_per_step], num_masks)
     return {
         "num_prompts": len(results),
-        "num_tokens": sum(result.num_tokens for result in results),
+        "num_tokens": (num_tokens := sum(result.num_tokens for result in results)),
         "num_steps": sum(result.num_steps for result in results),
         "acceptance_length": _acceptance_length(results),
         "repeated_8grams": sum(result.repeated_8grams for result in results) / len(results) if results else None,
@@ -152,7 +152,8 @@ def _figures(results: Sequence[PromptResult], num_masks: int) -> dict[str, Any]:
             ],
         },
         "speed_up": spread([result.speed_up for result in results if result.speed_up is not None]),
-        "seconds": sum(result.seconds for result in results),
+        "seconds": (seconds := sum(result.seconds for result in results)),
+        "tokens_per_second": num_tokens / seconds if seconds else None,
     }
 
 

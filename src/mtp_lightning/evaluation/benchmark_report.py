@@ -1,199 +1,246 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of ``mtp benchmark`` as Markdown and as a plot."""
+"""The report of ``mtp benchmark``: what to use here, tables for the terminal and Markdown, a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mtp_lightning.evaluation.benchmark import Setting
-from mtp_lightning.evaluation.reporting import DARK, GREY, LIGHT, decimals, markdown_table, new_figure, save_figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from mtp_lightning.evaluation.benchmark import PLAIN, Setting
+from mtp_lightning.evaluation.reporting import GREY, decimals, markdown_table, new_figure, save_figure
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ALL, MEAN = "all prompts", "mean of domains"
+ALL = "all prompts"
+CLEARLY_FASTER = 1.02
+"""By how much a fixed number of masks must beat ``auto`` to be recommended instead."""
+
+Figures = dict[str, Any]
+"""What ``acceptance.summarise`` returns, of a system with its name."""
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report, as the command writes it to JSON, as text."""
-    return "\n".join(_lines(report)) + "\n"
+class ReportTable(NamedTuple):
+    """A table, for the terminal or Markdown."""
+
+    title: str
+    header: Sequence[str]  # of each column; the first one has names, the others numbers
+    rows: Sequence[Sequence[str]]
 
 
-def _lines(report: dict[str, Any]) -> Iterator[str]:
-    options, texts = report["options"], report["texts"]
+# ---- what to use
+
+
+def advice(report: dict[str, Any]) -> str:
+    """One sentence: which way to decode is the fastest on this machine, by how much, and whether the text is the same."""
+    timed = [figures for figures in report["settings"] if figures["num_masks"] and figures["overall"]["speed_up"]]
+    if not timed:
+        return "Nothing was compared with plain decoding."
+    best = max(timed, key=_median)
+    # The default adapts to the text, so it is preferred among equals.
+    automatic = [each for each in timed if each["num_masks"] == "auto" and _median(best) < CLEARLY_FASTER * _median(each)]
+    best = max(automatic, key=_median, default=best)
+    spread = best["overall"]["speed_up"]
+    low, high = spread["quartiles"]
+    figures = f"{spread['median']:.2f}x plain decoding (quartiles {low:.2f} and {high:.2f}, {_pairs(spread['num_pairs'])})"
+    if spread["median"] <= 1:
+        return f"Nothing beats plain decoding here: use --decoding autoregressive. {_options(best)} is {figures}."
+    use = f"Use the default here ({_options(best)})" if best["num_masks"] == "auto" else f"Use {_options(best)} here"
+    equal, checked = best["overall"]["lossless"]["equal"], best["overall"]["lossless"]["checked"]
+    return f"{use}: {figures}" + (f", the same text for {equal} of {_prompts(checked)}." if checked else ".")
+
+
+def _median(figures: Figures) -> float:
+    return float(figures["overall"]["speed_up"]["median"])
+
+
+def _options(figures: Figures) -> str:
+    """The options of ``mtp generate`` that give a setting; defaults are left out."""
+    words = [] if figures["decoding"] == "quadratic" else [f"--decoding {figures['decoding']}"]
+    words += [f"--num_masks {figures['num_masks']}"]
+    others = [] if figures["sampler_head"] or not figures["has_head"] else ["--sampler_head false"]
+    return " ".join(words + others)
+
+
+def _pairs(count: int) -> str:
+    return "1 pair" if count == 1 else f"{count} pairs"
+
+
+def _prompts(count: int) -> str:
+    return "1 prompt" if count == 1 else f"{count} prompts"
+
+
+# ---- text and tables
+
+
+def heading(report: dict[str, Any]) -> str:
+    """What was measured, in a few sentences."""
+    options, overall = report["options"], report["settings"][0]["overall"]
     choice = f"temperature {options['temperature']}" if options["temperature"] else "greedy"
     steps = "" if options["max_steps"] is None else f" and {options['max_steps']} steps"
-    yield f"# Benchmark of {report['model']}"
-    yield ""
-    yield (
-        f"Base model {report['base_model']}, {report['dtype']} on {report['device']};"
-        f" {_count(texts['overall']['num_prompts'])} of {report['prompts']}, at most {options['max_new_tokens']} tokens"
-        f"{steps} each, {choice}, batch {options['batch_size']}. Torch {report['torch']}, {report['threads']} threads."
+    where = ", ".join(filter(None, (report["dtype"], report["device"])))
+    return (
+        f"{_prompts(overall['num_prompts'])} of {report['prompts']}, at most {options['max_new_tokens']} tokens{steps}"
+        f" each, {choice}, batch {options['batch_size']}; {where}."
     )
-    yield from ("", "## Acceptance length", "")
-    yield "Tokens generated over forward passes of the base, by masks in a block."
-    for family, by_masks in _families(report).items():
-        yield from ("", f"**{family}**", "")
-        yield from markdown_table(["domain", *by_masks], _length_rows(report, by_masks))
-    yield from ("", "## The texts", "")
-    yield from _text_figures(texts)
-    yield ""
-    yield from _lossless(report)
-    if report["order"]:
-        yield from ("", "Share of prompts where the expected order fails:", "")
-        for name, shares in report["order"].items():
-            yield f"- {name}: {', '.join(decimals(share) for share in shares)}"
-    if report["speed"] is not None:
-        yield ""
-        yield from _speed(report["speed"], options)
 
 
-def _families(report: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Figures of the settings by family and number of masks."""
-    families: dict[str, dict[str, dict[str, Any]]] = {}
+def tables(report: dict[str, Any]) -> Iterator[ReportTable]:
+    """All systems over all prompts; then tokens per step and speed-up by domain, for each family of settings."""
+    systems: list[Figures] = [*([{"name": PLAIN, **report["plain"]}] if report["plain"] else []), *report["settings"]]
+    header = ("", "tokens per step", "tokens/s", "speed-up", "quartiles", "same text")
+    yield ReportTable("All prompts", header, [_system_row(figures) for figures in systems])
+    for family, by_masks in families(report).items():
+        domains = list(next(iter(by_masks.values()))["domains"])
+        if len(domains) < 2:
+            continue
+        columns = ("domain", *(_short(masks) for masks in by_masks))
+        lengths = [
+            [name, *(decimals(_group(figures, name)["acceptance_length"]) for figures in by_masks.values())]
+            for name in [*domains, ALL]
+        ]
+        groups = [figures["overall"]["non_repeating"] for figures in by_masks.values()]
+        texts = f"not repeating ({groups[0]['num_prompts']})"
+        lengths.append([texts, *(decimals(group["acceptance_length"]) for group in groups)])
+        yield ReportTable(f"Tokens per step by domain: {family}", columns, lengths)
+        if report["plain"]:
+            ratios = [[d, *(_ratio(_group(f, d)["speed_up"]) for f in by_masks.values())] for d in [*domains, ALL]]
+            yield ReportTable(f"Speed-up by domain: {family}", columns, ratios)
+
+
+def families(report: dict[str, Any]) -> dict[str, dict[str, Figures]]:
+    """Figures of the settings by family and number of masks; a system that is no setting is a family of its own."""
+    found: dict[str, dict[str, Figures]] = {}
     for figures in report["settings"]:
-        setting = Setting(figures["decoding"], figures["sampler_head"], figures["num_masks"])
-        families.setdefault(setting.family, {})[str(setting.num_masks)] = figures
-    return families
+        if figures["num_masks"] is None:
+            found.setdefault("servers" if report["endpoints"] else "others", {})[figures["name"]] = figures
+        else:
+            setting = Setting(figures["decoding"], figures["sampler_head"], figures["num_masks"])
+            found.setdefault(setting.family, {})[setting.masks] = figures
+    return found
 
 
-def _length(figures: dict[str, Any], domain: str) -> float | None:
-    """Acceptance length in a domain, of all prompts, or the mean over the domains as the paper averages."""
-    if domain == MEAN:
-        lengths = [group["acceptance_length"] for group in figures["domains"].values()]
-        return sum(lengths) / len(lengths)
-    length: float | None = (figures["overall"] if domain == ALL else figures["domains"][domain])["acceptance_length"]
-    return length
+def _short(masks: str) -> str:
+    """The number alone: ``4 masks -> 4``."""
+    return masks.removesuffix(" masks").removesuffix(" mask")
 
 
-def _length_rows(report: dict[str, Any], by_masks: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
-    domains = list(report["texts"]["domains"])
-    for domain in [*domains, *([MEAN] if len(domains) > 1 else []), ALL]:
-        yield [domain, *(decimals(_length(figures, domain)) for figures in by_masks.values())]
-    groups = [figures["overall"]["non_repeating"] for figures in by_masks.values()]
-    yield [
-        "not repeating (texts)",
-        *(f"{decimals(group['acceptance_length'])} ({group['num_prompts']})" for group in groups),
-    ]
+def _group(figures: Figures, domain: str) -> Figures:
+    """The figures of a domain or of all prompts; a domain without prompts has none."""
+    group: Figures = figures["overall"] if domain == ALL else figures["domains"][domain]
+    return group
 
 
-def _text_figures(texts: dict[str, Any]) -> Iterator[str]:
-    yield (
-        "Autoregressive decoding by the same model. Repetition inflates the acceptance length; *not repeating* counts texts"
-        f" with under {REPETITION_THRESHOLD:.0%} repeated 8-grams."
-    )
-    yield ""
-    rows = []
-    for name, figures in [*texts["domains"].items(), (ALL, texts["overall"])]:
-        repeated = "-" if figures["repeated_8grams"] is None else f"{figures['repeated_8grams']:.0%}"
-        counts = [str(figures["num_prompts"]), str(figures["num_tokens"])]
-        rows.append([name, *counts, repeated, str(figures["non_repeating"]["num_prompts"])])
-    yield from markdown_table(["domain", "prompts", "tokens", "repeated 8-grams", "not repeating"], rows)
-
-
-def _lossless(report: dict[str, Any]) -> Iterator[str]:
-    counts = [figures["overall"]["lossless"] for figures in report["settings"]]
-    equal, checked = sum(count["equal"] for count in counts), sum(count["checked"] for count in counts)
-    if not checked:
-        yield "Texts were not compared: the rejection rule preserves only the distribution of autoregressive decoding."
-        return
-    yield f"Equal to autoregressive decoding: {equal} of {checked} texts."
-    gaps = [gap for count in counts for difference in count["differences"] if (gap := difference["gap"]) is not None]
-    if gaps:
-        noise = "(noise included) " if report["options"]["temperature"] else ""
-        yield (
-            f"Where a text first differs, the two largest scores that the token is chosen from {noise}are at most"
-            f" {max(gaps):.2g} apart: {report['dtype']} kernels round differently for different shapes, so near ties flip."
-        )
-
-
-def _speed(speed: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
-    systems = speed["contenders"]
-    compared = {baseline for figures in systems.values() for baseline in figures["speed_up"]}
-    baselines = [name for name in systems if name in compared]
-    yield from ("## Speed", "")
-    yield (
-        f"{speed['num_rounds']} interleaved rounds of {_count(options['batch_size'])} of one domain; in each, every system"
-        " decodes the same prompts. Speed-up: median and quartiles of the ratios within a round. Equal: texts that equal"
-        " autoregressive decoding."
-    )
-    yield ""
-    rows = []
-    for name, figures in systems.items():
-        equal, checked = figures["equal_texts"]
-        speed_ups = [_ratio(figures["speed_up"].get(baseline)) for baseline in baselines]
-        rate = f"{figures['tokens_per_second']:.1f}"
-        rows.append([name, decimals(figures["acceptance_length"]), f"{equal}/{checked}", rate, *speed_ups])
-    header = ["system", "acceptance length", "equal", "tokens/s", *(f"over {baseline}" for baseline in baselines)]
-    yield from markdown_table(header, rows)
-    first = next(iter(systems))  # autoregressive decoding
-    domains = list(systems[first]["domains"])
-    if domains and baselines:
-        yield from ("", f"Over {first}, by domain:", "")
-        others = {name: figures["domains"] for name, figures in systems.items() if name != first}
-        rows = [[name, *(_ratio(by_domain[domain][first]) for domain in domains)] for name, by_domain in others.items()]
-        yield from markdown_table(["system", *domains], rows)
-
-
-def _count(prompts: int) -> str:
-    return "1 prompt" if prompts == 1 else f"{prompts} prompts"
+def _system_row(figures: Figures) -> list[str]:
+    overall = figures["overall"]
+    spread, lossless = overall["speed_up"], overall["lossless"]
+    quartiles = "-" if spread is None else "{:.2f} to {:.2f}".format(*spread["quartiles"])
+    same = f"{lossless['equal']}/{lossless['checked']}" if lossless["checked"] else "-"
+    rate = f"{overall['tokens_per_second']:.1f}"
+    return [figures["name"], decimals(overall["acceptance_length"]), rate, _ratio(spread), quartiles, same]
 
 
 def _ratio(spread: dict[str, Any] | None) -> str:
-    if spread is None:
-        return "-"
-    low, high = spread["quartiles"]
-    return f"{spread['median']:.2f} [{low:.2f}, {high:.2f}]"
+    return "-" if spread is None else f"{spread['median']:.2f}x"
+
+
+def notes(report: dict[str, Any]) -> Iterator[str]:
+    """What the columns mean, how near the base was to other texts, where the expected order fails."""
+    masks = [str(figures["num_masks"]) for figures in report["settings"] if isinstance(figures["num_masks"], int)]
+    if "auto" in [figures["num_masks"] for figures in report["settings"]] and masks:
+        yield (
+            f"{max(masks, key=int)} masks is the paper's protocol: it shows what was trained, not what is fast. auto is the"
+            " default of mtp generate; it also drafts what repeats in the text."
+        )
+    yield (
+        "Speed-up: median of tokens/s over plain decoding of the same prompts right before or after; quartiles of the pairs."
+    )
+    yield (
+        f"Not repeating: texts with under {REPETITION_THRESHOLD:.0%} repeated 8-grams, because repetition inflates the"
+        " tokens per step."
+    )
+    counts = [figures["overall"]["lossless"] for figures in report["settings"]]
+    gaps = [gap for count in counts for difference in count["differences"] if (gap := difference["gap"]) is not None]
+    if gaps:
+        yield (
+            f"Where a text first differs, the two best tokens are at most {max(gaps):.2g} apart: {report['dtype']} rounds"
+            " differently for different shapes (--exact removes this)."
+        )
+    for name, shares in report["order"].items():
+        yield f"Share of prompts where {name}: {', '.join(decimals(share) for share in shares)}."
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """Print the report in at most 80 columns; the advice comes last."""
+    console.print(f"{report['model']}: {heading(report)}", highlight=False)
+    for title, header, rows in tables(report):
+        console.print(f"\n{title}", highlight=False, style="bold")  # a table's own title is wrapped at its width
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column(header[0], overflow="fold", vertical="bottom")
+        for name in header[1:]:
+            table.add_column(name, justify="right", vertical="bottom", overflow="fold")
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] == ALL else "")
+        console.print(table)
+    for line in notes(report):
+        console.print(line, highlight=False, style="dim")
+    console.print(f"\n{advice(report)}", highlight=False, style="bold", markup=False)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [f"# Benchmark of {report['model']}", "", heading(report), "", f"**{advice(report)}**", ""]
+    for title, header, rows in tables(report):
+        lines += [f"## {title}", "", *markdown_table(header, rows), ""]
+    return "\n".join([*lines, *(f"- {line}" for line in notes(report)), "", "![the same](benchmark.png)", ""])
+
+
+# ---- plot
 
 
 def save_benchmark_plot(report: dict[str, Any], path: Path) -> None:
-    """Draw acceptance length against masks, one panel for each domain, and the speed-ups; replaces the file atomically."""
-    domains = [ALL, *report["texts"]["domains"]]
-    columns = min(4, len(domains))
-    num_rows = -(-len(domains) // columns)
-    has_speed = report["speed"] is not None
-    figure = new_figure(3.4 * max(columns, 2), 3.2 * (num_rows + has_speed))
-    grid = figure.add_gridspec(num_rows + has_speed, columns)
-    shared: Any = None
-    for index, domain in enumerate(domains):
-        axes = figure.add_subplot(grid[index // columns, index % columns], sharey=shared)
-        shared = shared or axes
-        _draw_lengths(axes, _families(report), domain)
-        if index % columns == 0:
-            axes.set_ylabel("acceptance length (tokens per step)")
-    shared.set_ylim(bottom=0.95)  # after all curves are drawn: a fixed limit ends autoscaling
-    figure.legend(*shared.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    if has_speed:
-        _draw_speed(figure.add_subplot(grid[num_rows, :]), report["speed"])
-    figure.suptitle(f"{report['model']}: {_count(report['texts']['overall']['num_prompts'])}", fontsize=11)
+    """Draw tokens per step and speed-up by number of masks, a row for each family; replaces the file atomically."""
+    by_family = families(report)
+    figure = new_figure(10, 0.6 + 3.4 * len(by_family))
+    grid = figure.subplots(len(by_family), 2, squeeze=False)
+    for (left, right), (family, by_masks) in zip(grid, by_family.items(), strict=True):
+        _draw(left, by_masks, "acceptance_length")
+        _draw(right, by_masks, "speed_up")
+        left.set_title(f"Tokens per step: {family}", fontsize=10)
+        right.set_title("Speed-up over plain decoding (bars: quartiles)", fontsize=10)
+        left.legend(fontsize=8, framealpha=0.9, edgecolor="none")
+    figure.suptitle(f"{report['model']}: {_prompts(report['settings'][0]['overall']['num_prompts'])}", fontsize=11)
     save_figure(figure, path, dpi=130)
 
 
-def _draw_lengths(axes: Axes, families: dict[str, dict[str, dict[str, Any]]], domain: str) -> None:
-    """One curve for each family, dashed for linear decoding."""
-    for family, by_masks in families.items():
-        lengths: list[Any] = [_length(figures, domain) for figures in by_masks.values()]
-        style = "--" if family.startswith("linear") else "-"
-        axes.plot(list(by_masks), lengths, style, marker="o", markersize=3, label=family)
-    axes.set_title(domain, fontsize=10)
-    axes.set_xlabel("masks in a block")
-    axes.grid(alpha=0.3)
-
-
-def _draw_speed(axes: Axes, speed: dict[str, Any]) -> None:
-    """A bar for each system: its speed-up over autoregressive decoding, with quartiles."""
-    baseline = next(iter(speed["contenders"]))
-    spreads = {name: figures["speed_up"].get(baseline) for name, figures in speed["contenders"].items()}
-    spreads = {name: spread for name, spread in spreads.items() if spread is not None}
-    medians = [spread["median"] for spread in spreads.values()]
-    below = [spread["median"] - spread["quartiles"][0] for spread in spreads.values()]
-    above = [spread["quartiles"][1] - spread["median"] for spread in spreads.values()]
-    places = range(len(spreads))
-    axes.bar(places, medians, yerr=[below, above], color=LIGHT, ecolor=DARK, capsize=3)
+def _draw(axes: Axes, by_masks: dict[str, Figures], key: str) -> None:
+    """A line for each domain over fixed numbers of masks, and a marker for every other system."""
+    names = [_short(name) for name in by_masks]
+    fixed = [place for place, name in enumerate(names) if name.isdigit()]
+    domains = list(next(iter(by_masks.values()))["domains"])
+    for domain in [*(domains if len(domains) > 1 else []), ALL]:
+        groups = [_group(figures, domain)[key] for figures in by_masks.values()]
+        values: list[Any] = [group["median"] if isinstance(group, dict) else group for group in groups]
+        style: dict[str, Any] = {"color": "black", "linewidth": 2.2} if domain == ALL else {"linewidth": 1.2}
+        (line,) = axes.plot(fixed, [values[place] for place in fixed], marker="o", markersize=4, label=domain, **style)
+        others = [place for place in range(len(names)) if place not in fixed and values[place] is not None]
+        axes.plot(others, [values[place] for place in others], marker="s", linestyle="none", color=line.get_color())
+        if domain == ALL and key == "speed_up":
+            known = [place for place, group in enumerate(groups) if group]
+            below = [groups[place]["median"] - groups[place]["quartiles"][0] for place in known]
+            above = [groups[place]["quartiles"][1] - groups[place]["median"] for place in known]
+            heights = [groups[place]["median"] for place in known]
+            axes.errorbar(known, heights, yerr=[below, above], color="black", linestyle="none", capsize=4)
     axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
-    axes.set_xticks(places, [name.replace(", ", ",\n").replace("s ", "s\n", 1) for name in spreads], fontsize=7)
-    axes.set_ylabel(f"speed-up over\n{baseline}")
-    axes.set_title(f"median and quartiles of {speed['num_rounds']} interleaved rounds", fontsize=9)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(-0.4, len(names) - 0.6)
+    axes.set_xticks(range(len(names)), names, fontsize=9 if len(names) > 3 else 8)
+    axes.set_xlabel("masks in a block" if fixed else "")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -3,7 +3,8 @@
 
 * ``.txt``: one prompt per line; empty lines are skipped.
 * ``.jsonl``: one object per line with ``prompt`` (text, or a list of messages) or ``messages`` (rendered with the
-  tokenizer's chat template; an assistant's answer at the end is dropped), and optionally ``tools`` and ``domain``.
+  tokenizer's chat template; an assistant's answer at the end is dropped), and optionally ``tools`` and ``domain`` (or
+  ``category``).
 * ``-``: standard input, one of the two: JSON where the first line begins with ``{``.
 """
 
@@ -129,6 +130,8 @@ def _parse_line(source: str, number: int, line: str, is_json: bool) -> PromptRow
         raise RunError(f"{location}: expected an object with prompt or messages, got {type(value).__name__}.")
     content, tools = _content(value, location)
     domain = value.get("domain")
+    if domain is None and isinstance(value.get("category"), str):  # as benchmarks of chat models name it
+        domain = value["category"]
     if not isinstance(domain, str | None):
         raise RunError(f"{location}: expected domain as text, got {type(domain).__name__}.")
     row_id = number if value.get("id") is None else value["id"]
