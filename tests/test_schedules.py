@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_lightning.schedules import WarmupConstant, WarmupCosine
+from mtp_lightning.errors import UsageError
+from mtp_lightning.schedules import Ramp, WarmupConstant, WarmupCosine
 
 
 def schedule(kind: Any, **options: Any) -> tuple[torch.optim.Optimizer, Any]:
@@ -41,3 +42,12 @@ def test_a_resumed_run_keeps_its_own_length() -> None:
     _, resumed = schedule(WarmupCosine, total_steps=50)
     resumed.load_state_dict(saved.state_dict())
     assert resumed.total_steps == 50
+
+
+def test_a_ramp_by_hand() -> None:
+    ramp = Ramp(2, 8, begin=10, steps=6)
+    assert [ramp.at(step, 100) for step in (0, 10, 11, 13, 16, 99)] == [2, 2, 3, 5, 8, 8]
+    assert Ramp(1, 0, begin=10).at(15, 20) == 0.5
+    for wrong in ({"steps": 0}, {"begin": -1}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            Ramp(0, 1, **wrong)

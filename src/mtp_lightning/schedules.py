@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning-rate schedules by optimizer step, for ``model.lr_scheduler`` in the YAML."""
+"""Schedules by optimizer step: of the learning rate, for ``model.lr_scheduler`` in the YAML, and of other numbers."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
@@ -60,6 +61,33 @@ class WarmupCosine(LambdaLR):
             return rise
         progress = max(0, step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return rise * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A number that changes linearly during training.
+
+    Args:
+        start: the number at first.
+        end: the number in the end.
+        begin: optimizer step at which the change begins.
+        steps: optimizer steps that it takes, 1 or more. None: to the end of the run.
+    """
+
+    start: float
+    end: float
+    begin: int = 0
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _non_negative("begin", self.begin)
+        if self.steps is not None and self.steps < 1:
+            raise UsageError(f"steps must be 1 or more, got {self.steps}.")
+
+    def at(self, step: int, total_steps: float) -> float:
+        """The number at an optimizer step of a run of ``total_steps``."""
+        steps = self.steps if self.steps is not None else max(1, total_steps - self.begin)
+        return self.start + (self.end - self.start) * min(1.0, max(0, step - self.begin) / steps)
 
 
 def _non_negative(name: str, value: Any) -> Any:

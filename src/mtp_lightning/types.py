@@ -76,6 +76,15 @@ class MaskedInput(NamedTuple):
         non_blocking = non_blocking or torch.device(device).type == "cuda"
         return MaskedInput(*(field.to(device, non_blocking=non_blocking) for field in self))
 
+    def first_masks(self, num_masks: int) -> MaskedInput:
+        """The batch with the first masks of each block alone, weighted so that sums stay about the same."""
+        K = self.mtp_labels.shape[2]
+        return self._replace(
+            mtp_labels=self.mtp_labels[:, :, :num_masks],
+            anchor_weights=self.anchor_weights[:, :, :num_masks],
+            block_weights=self.block_weights * (K / num_masks),
+        )
+
     def at_anchors(self, values: Tensor) -> Tensor:
         """Values [B, L] or [B, L, D] at each MTP position's anchor i + j, clamped to the row: [B, P, K] or [B, P, K, D].
 

@@ -40,6 +40,8 @@ CONFIG: dict[str, Any] = {
             "class_path": "mtp_lightning.schedules.WarmupCosine",
             "init_args": {"warmup_steps": 3, "floor": 0.1, "total_steps": 24},
         },
+        "loss_schedules": {"base": {"start": 1.0, "end": 0.0, "steps": 10}},
+        "num_masks_schedule": {"start": 1, "end": 2, "begin": 2, "steps": 6},
     },
     # 11 batches an epoch: steps, validations and epochs end at different places.
     "data": {

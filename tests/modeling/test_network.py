@@ -109,9 +109,21 @@ def test_a_batch_without_any_block_runs_and_trains_to_zero() -> None:
         assert not grad.any() and grad.isfinite().all(), name
 
 
+def test_the_first_masks_of_each_block_give_the_states_that_they_have_with_all() -> None:
+    model, batch = tiny_model(num_masks=3), tiny_batch(3)
+    few = batch.first_masks(2)
+    states, expected = model.hidden_states(few), model.hidden_states(batch)
+    torch.testing.assert_close(states.mtp, expected.mtp[:, :, :2], **tolerance(model.base))
+    assert torch.equal(few.block_weights, batch.block_weights * 1.5)
+    value = LatentConsistency()(states, few, model.unembed)[0].total
+    anchors = batch.at_anchors(expected.ntp)[:, :, :2]
+    distance = (anchors - expected.mtp[:, :, :2]).square().mean(-1)
+    torch.testing.assert_close(value, (distance * batch.anchor_weights[:, :, :2] * few.block_weights[:, :, None]).sum())
+
+
 def test_a_wrong_number_of_masks_is_refused() -> None:
-    with pytest.raises(UsageError, match="2 masks in a block"):
-        tiny_model(num_masks=3).hidden_states(tiny_batch(2))
+    with pytest.raises(UsageError, match="3 masks in a block"):
+        tiny_model(num_masks=2).hidden_states(tiny_batch(3))
     with pytest.raises(UsageError, match="num_masks"):
         MTPModel(tiny_base(), 0)
 

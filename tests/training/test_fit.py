@@ -111,6 +111,21 @@ def test_accumulated_batches_are_one_large_batch(here: Path) -> None:
         torch.testing.assert_close(accumulated[name], large[name], rtol=1e-8, atol=1e-10)
 
 
+def test_schedules_weigh_terms_in_training_alone(here: Path, capsys) -> None:
+    options = ["--model.loss_schedules", '{"base": {"start": 1, "end": 0}}', "--model.num_masks_schedule.start", 1]
+    options += ["--model.num_masks_schedule.end", 3, "--model.num_masks_schedule.steps", 2, "--model.optimizer.lr", 0]
+    assert fit(*options) == 0
+    lines = [line for line in read_metrics(here / "run") if "train/loss" in line]
+    for step, line in enumerate(lines):
+        base, lcm, sampler = (float(line[f"train/loss/{term}"]) for term in TERMS)
+        assert float(line["train/loss"]) == pytest.approx((1 - step / STEPS) * base + lcm + sampler, rel=1e-5)
+    line = validations(here / "run")[-1]
+    assert float(line["val/loss"]) == pytest.approx(sum(float(line[f"val/loss/{term}"]) for term in TERMS), rel=1e-5)
+    options[-5] = 4
+    capsys.readouterr()
+    assert fit(*options) == 2 and "model.num_masks_schedule.end" in capsys.readouterr().err
+
+
 def test_a_loss_and_a_head_from_the_current_folder(here: Path, capsys) -> None:
     (here / "my_losses.py").write_text(
         "import torch\nimport torch.nn.functional as F\nfrom mtp_lightning.losses import SamplerCrossEntropy\n\n\n"

@@ -109,6 +109,7 @@ def _silence_libraries() -> None:
     """Hide what other libraries print on every start and no user can act on."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory already
     warnings.filterwarnings("ignore", message=".*intended to run from within Python.*")  # main() passes the arguments on
+    warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # as it should be
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     warnings.showwarning = _show_warning
     # Lightning's tip to install another of its makers' packages.

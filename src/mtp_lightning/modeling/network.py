@@ -148,14 +148,14 @@ class MTPNetwork(nn.Module):
     def hidden_states(self, batch: MaskedInput) -> HiddenStates:
         """Embed, run the decoder and apply the sampler head.
 
-        NTP states are detached when the LoRA is gated: they are the frozen base's. UsageError if the batch has another
-        number of masks, or gradient checkpointing that loses the gate is on.
+        NTP states are detached when the LoRA is gated: they are the frozen base's. UsageError if the batch has more masks
+        in a block than the model, or gradient checkpointing that loses the gate is on.
         """
-        P, K = batch.starts.shape[1], self.num_masks
-        if batch.mtp_labels.shape[2] != K:
-            raise UsageError(f"the batch has {batch.mtp_labels.shape[2]} masks in a block, and the model has {K}.")
+        P, K = batch.mtp_labels.shape[1:]
+        if K > self.num_masks:
+            raise UsageError(f"the batch has {K} masks in a block, and the model has {self.num_masks}.")
         tokens = self.embed(batch.input_ids)
-        masks = self.mask_embeddings.to(tokens.dtype).expand(len(tokens), P, K, -1).flatten(1, 2)
+        masks = self.mask_embeddings[:K].to(tokens.dtype).expand(len(tokens), P, K, -1)
         pattern = attention_pattern(batch, K)
         # transformers drops the cache under gradient checkpointing, and a gate that is always open leaves none to use.
         is_checkpointing = self._is_checkpointing()
@@ -177,17 +177,18 @@ class MTPNetwork(nn.Module):
         return bool(layers)
 
     def _two_passes(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
-        """NTP positions first and without gradient, then MTP positions over their cached keys and values.
+        """NTP positions [B, L, D] first and without gradient, then MTP positions [B, P, K, D] over their keys and values.
 
         The NTP positions are the frozen base's and see no mask, so no activation of theirs is kept and no gradient is
         computed for them.
         """
-        L, cache, positions = tokens.shape[1], DynamicCache(), pattern.position_ids
+        L, K, masks = tokens.shape[1], masks.shape[2], masks.flatten(1, 2)
+        cache, positions = DynamicCache(), pattern.position_ids
         with torch.no_grad(), self.gate.over_last(0):
             ntp = run_decoder(self.base, tokens, attention_mask(self.base, pattern, L, 0, L), positions[:, :L], cache)
         with self.gate.over_last(masks.shape[1]):
             if supports_block_attention(self.base):
-                mask = per_layer_type(self.base, lambda window: block_mask(pattern, L, self.num_masks, window))
+                mask = per_layer_type(self.base, lambda window: block_mask(pattern, L, K, window))
                 with SwitchedAttention(self.base, BLOCK_ATTENTION):
                     mtp = run_decoder(self.base, masks, mask, positions[:, L:], cache)
             else:
@@ -196,7 +197,7 @@ class MTPNetwork(nn.Module):
 
     def _one_pass(self, tokens: Tensor, masks: Tensor, pattern: AttentionPattern) -> tuple[Tensor, Tensor]:
         """All positions at once, under gradient checkpointing or with a gate that is always open."""
-        L, gated = tokens.shape[1], self.lora.gated
+        L, gated, masks = tokens.shape[1], self.lora.gated, masks.flatten(1, 2)
         inputs, mask = torch.cat([tokens, masks], 1), attention_mask(self.base, pattern, L)
         with self.gate.over_last(masks.shape[1] if gated else inputs.shape[1]):
             hidden = run_decoder(self.base, inputs, mask, pattern.position_ids)

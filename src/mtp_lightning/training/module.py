@@ -24,10 +24,11 @@ from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.network import ForwardOutput
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
 from mtp_lightning.saving.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
-from mtp_lightning.schedules import WarmupConstant, WarmupCosine
+from mtp_lightning.schedules import Ramp, WarmupConstant, WarmupCosine
 from mtp_lightning.training.distributed import all_reduce
 from mtp_lightning.training.fully_sharded import FullyShardedStrategy
 from mtp_lightning.training.lightning_private import attached_trainer, is_accumulating
+from mtp_lightning.training.run_schedules import RunSchedules
 from mtp_lightning.training.sharding import shard_model
 from mtp_lightning.types import NTP, MaskedInput
 
@@ -52,6 +53,10 @@ class MTPModule(LightningModule):
         sampler_head: a class of ``mtp_lightning.sampler_heads`` or your own; false: draft from the base head. Not given: the
             paper's ``MLPSamplerHead``.
         losses: name -> loss term. Empty: the paper's three.
+        loss_schedules: name of a loss term -> factor of its weight in training, from ``start`` to ``end``. In evaluation the
+            weight alone counts.
+        num_masks_schedule: masks in a block in training, from ``start`` to ``end``, rounded; evaluation has ``num_masks``. A
+            step with fewer masks computes fewer positions. None: ``num_masks`` always.
         optimizer: makes the optimizer from the trained parameters.
         lr_scheduler: makes the learning-rate schedule, stepped every optimizer step.
     """
@@ -70,6 +75,8 @@ class MTPModule(LightningModule):
         lora: LoRA = LoRA(),  # noqa: B008 - never changed in place
         sampler_head: SamplerHead | Literal[False] | None = None,
         losses: dict[str, LossTerm] = {},  # noqa: B006 - never changed in place
+        loss_schedules: dict[str, Ramp] = {},  # noqa: B006 - never changed in place
+        num_masks_schedule: Ramp | None = None,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-4),
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupConstant(o, warmup_steps=100),
     ) -> None:
@@ -92,6 +99,7 @@ class MTPModule(LightningModule):
         self._head = (MLPSamplerHead() if sampler_head is None else (sampler_head or None),)
         terms = losses or paper_losses(with_sampler=self.sampler_head is not None)
         _check_heads(terms, self.sampler_head)
+        self.schedules = RunSchedules(loss_schedules, num_masks_schedule, terms, num_masks)
         self.losses = nn.ModuleDict(terms)
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -204,8 +212,14 @@ class MTPModule(LightningModule):
     # ---- training
 
     def on_train_start(self) -> None:
-        """Drop what an earlier run that failed had summed up, perhaps on another device."""
+        """Drop what an earlier run that failed had summed up, perhaps on another device; ask how long this one is."""
         self._step_values = 0.0
+        self.schedules.start(self.trainer)
+
+    def on_before_batch_transfer(self, batch: MaskedInput, dataloader_idx: int) -> MaskedInput:
+        """In training, the first masks of each block, as many as the schedule says."""
+        num_masks = self.schedules.num_masks(self.global_step) if self.trainer.training else None
+        return batch if num_masks is None else batch.first_masks(num_masks)
 
     def training_step(self, batch: MaskedInput, batch_idx: int) -> Tensor:
         """The weighted loss of a batch, scaled so that accumulated batches and ranks add up to one sum over counts."""
@@ -214,7 +228,7 @@ class MTPModule(LightningModule):
         counts = all_reduce(batch.counts.clone(), "sum")
         output: ForwardOutput = self.model(batch, self.terms)
         values = {name: term_value(sums, counts) * num_parts for name, sums in output.sums.items()}
-        loss = self.weighted(values)
+        loss = self.weighted(values, self.schedules.factors(self.global_step))
         self._log_training(torch.stack([loss, *values.values()]).detach())
         return loss
 
@@ -228,9 +242,10 @@ class MTPModule(LightningModule):
         self.log("train/loss", mean[0], prog_bar=True)
         self.log_dict({f"train/loss/{name}": value for name, value in zip(self.losses, mean[1:], strict=True)})
 
-    def weighted(self, values: dict[str, Tensor]) -> Tensor:
-        """The sum of the terms' values times their weights."""
-        return torch.stack([self.terms[name].weight * value for name, value in values.items()]).sum()
+    def weighted(self, values: dict[str, Tensor], factors: dict[str, float] = {}) -> Tensor:  # noqa: B006 - not changed
+        """The sum of the terms' values times their weights, and times these factors."""
+        weights = {name: term.weight * factors.get(name, 1.0) for name, term in self.terms.items()}
+        return torch.stack([weights[name] * value for name, value in values.items()]).sum()
 
     # ---- evaluation
 
