@@ -99,18 +99,25 @@ class GRUSamplerHead(SamplerHead):
         hidden_size: width w of the state and of u. None: the base model's hidden size. A small base gains from more;
             half its width or less is enough for a large one.
         read_hidden: the GRU also reads the hidden state.
+        normalize: embeddings and hidden states are read through a LayerNorm each, and O u is divided by sqrt(w). In real
+            models hidden states are many times larger than embeddings, which the head then hardly sees, and at the
+            adapters' learning rate the output overshoots.
     """
 
-    def __init__(self, hidden_size: int | None = None, read_hidden: bool = False) -> None:
+    def __init__(self, hidden_size: int | None = None, read_hidden: bool = False, normalize: bool = False) -> None:
         super().__init__()
         if hidden_size is not None and hidden_size < 1:
             raise UsageError(f"hidden_size must be 1 or more, got {hidden_size}.")
         self.hidden_size = hidden_size
         self.read_hidden = read_hidden
+        self.normalize = normalize
 
     def build(self, width: int) -> None:
         """Create the layers."""
         w = self.hidden_size or width
+        self.previous_norm = nn.LayerNorm(width) if self.normalize else nn.Identity()
+        self.hidden_norm = nn.LayerNorm(width) if self.normalize else nn.Identity()
+        self.output_scale = w**-0.5 if self.normalize else 1.0
         self.gru = nn.GRU(width * (2 if self.read_hidden else 1), w, batch_first=True)
         self.first = nn.Linear(w + width, w)
         self.first_norm = nn.LayerNorm(w)
@@ -121,12 +128,13 @@ class GRUSamplerHead(SamplerHead):
         nn.init.zeros_(self.output.bias)
 
     def _inputs(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        return torch.cat([previous, hidden], dim=-1) if self.read_hidden else previous
+        previous = self.previous_norm(previous)
+        return torch.cat([previous, self.hidden_norm(hidden)], dim=-1) if self.read_hidden else previous
 
     def _correct(self, hidden: Tensor, state: Tensor) -> Tensor:
-        u = self.first_norm(F.silu(self.first(torch.cat([state, hidden], dim=-1))))
+        u = self.first_norm(F.silu(self.first(torch.cat([state, self.hidden_norm(hidden)], dim=-1))))
         u = u + self.second_norm(F.silu(self.second(u)))
-        return hidden + self.output(u)
+        return hidden + self.output(u) * self.output_scale
 
     def forward(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """All K positions of N blocks, [N, K, D]."""

@@ -17,6 +17,7 @@ HEADS: dict[str, Callable[[], SamplerHead]] = {
     "mlp": MLPSamplerHead,
     "gru": GRUSamplerHead,
     "gru-hidden": lambda: GRUSamplerHead(hidden_size=20, read_hidden=True),
+    "gru-normalized": lambda: GRUSamplerHead(hidden_size=20, read_hidden=True, normalize=True),
 }
 
 
@@ -79,6 +80,18 @@ def test_gru_head_is_its_formula_and_starts_as_the_base_head() -> None:
         v = v + F.layer_norm(F.silu(v @ head.second.weight.T + head.second.bias), (20,))
         # Float32, a dozen operations on values near 1.
         torch.testing.assert_close(head(z, e)[0, j], z[0, j] + v @ head.output.weight.T, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_normalized_gru_head_is_the_plain_one_on_normalized_inputs() -> None:
+    plain, normalized = (GRUSamplerHead(hidden_size=20, read_hidden=True, normalize=value) for value in (False, True))
+    plain.build(16)
+    normalized.build(16)
+    torch.nn.init.normal_(plain.output.weight)
+    normalized.load_state_dict(plain.state_dict(), strict=False)  # the norms begin with weight 1 and bias 0
+    z, e = torch.randn(2, 2, 3, 16) * torch.tensor([5.0, 0.1]).reshape(2, 1, 1, 1)
+    correction = plain(F.layer_norm(z, (16,)), F.layer_norm(e, (16,))) - F.layer_norm(z, (16,))
+    torch.testing.assert_close(normalized(z, e), z + correction / 20**0.5, rtol=1e-5, atol=1e-5)  # float32 rounding
 
 
 def test_a_wrong_size_is_refused() -> None:
