@@ -33,6 +33,7 @@ COMMANDS = {
     "chat": Command("talk with a trained model", "chat", "run_chat"),
     "data": Command("show a few rows with the role of every token, and the shares", "data", "run_data"),
     "distill": Command("write the base model's own answers to prompts, to train on", "distill", "run_distill"),
+    "serve": Command("serve a saved folder with vLLM (OpenAI-compatible)", "serve", "run_serve"),
     "export": Command("checkpoint to saved folder (safetensors and JSON)", "export", "run_export"),
     "benchmark": Command(
         "tokens per step by domain and number of masks, speed-up, losslessness", "benchmark", "run_benchmark"

@@ -8,11 +8,26 @@ whole vocabulary, so the text is the same.
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_lightning.modeling.unembedding import FrozenUnembedding
+
+class Unembedding(Protocol):
+    """A base's unembedding with a plain linear output layer: ``FrozenUnembedding``, or another engine's."""
+
+    head: Any  # has ``weight`` [V, D] or longer, and ``bias`` [V] or None
+    vocab_size: int
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        ...
+
+    def scale_and_cap(self, logits: Tensor) -> Tensor:
+        """Scale and cap raw logits of any part of the vocabulary."""
+        ...
 
 
 class Candidates:
@@ -27,7 +42,7 @@ class Candidates:
         tokens: their ids, ascending, [B, J, m] int64.
     """
 
-    def __init__(self, unembed: FrozenUnembedding, logits: Tensor, count: int) -> None:
+    def __init__(self, unembed: Unembedding, logits: Tensor, count: int) -> None:
         self.unembed = unembed
         # Ascending: of equal scores the smallest id is drafted, as the base's argmax has it.
         self.tokens = logits.topk(count, sorted=False).indices.sort(-1).values

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many masks a pass has, by the number of requests in it: the more requests, the less a mask is worth. No vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mtp_lightning.errors import UsageError
+
+
+class Blocks(NamedTuple):
+    """The blocks of masks that a pass adds for each request."""
+
+    count: int  # after each of its last ``count`` tokens: 1 in linear decoding, k + 1 in quadratic, 0 in a plain pass
+    masks: int  # masks in a block, k
+
+    @property
+    def rows(self) -> int:
+        """Masks of a request."""
+        return self.count * self.masks
+
+
+PLAIN = Blocks(0, 0)
+
+
+class Load(NamedTuple):
+    """A row of the table."""
+
+    max_requests: int  # the largest number of requests that it is for
+    blocks: Blocks  # what is added for each
+
+
+class LoadTable:
+    """Blocks by number of requests; above the last row a pass is plain.
+
+    Args:
+        loads: the rows, ascending.
+        max_rows: the largest number of rows, tokens and masks together, that a pass may have.
+    """
+
+    def __init__(self, loads: Sequence[Load], max_rows: int) -> None:
+        self.loads, self.max_rows = loads, max_rows
+
+    def choose(self, num_requests: int, num_tokens: int) -> Blocks:
+        """The blocks of a pass: the first row of the table that is for this load or a higher one and fits."""
+        for load in self.loads:
+            if num_requests <= load.max_requests and num_tokens + num_requests * load.blocks.rows <= self.max_rows:
+                return load.blocks
+        return PLAIN
+
+    @property
+    def max_masks(self) -> int:
+        """The largest number of masks in a block."""
+        return max((load.blocks.masks for load in self.loads), default=0)
+
+
+MASK_ROWS = {"cpu": 64, "cuda": 512}
+"""Masks of a pass, by device, up to which the default table adds them: about where rows stop being nearly free."""
+
+
+def default_loads(decoding: str, num_masks: int, device: str) -> list[list[Any]]:
+    """The table that is used without ``load_table``: quadratic, then linear, as long as masks are nearly free."""
+    rows = MASK_ROWS.get(device, MASK_ROWS["cuda"])
+    quadratic = max(1, rows // blocks_of("quadratic", num_masks).rows)
+    linear = max(1, rows // num_masks)
+    table: list[list[Any]] = [[linear, "linear", num_masks]]
+    if decoding == "quadratic":
+        table = [[quadratic, "quadratic", num_masks]] + (table if linear > quadratic else [])
+    return table
+
+
+def blocks_of(decoding: str, num_masks: int) -> Blocks:
+    """The blocks of a kind of decoding."""
+    return Blocks(num_masks + 1 if decoding == "quadratic" else 1, num_masks)
+
+
+def parse_loads(rows: Any, num_masks: int) -> list[Load]:
+    """The rows ``[max_requests, "quadratic" or "linear", masks]`` of the option ``load_table``; UsageError if one is wrong.
+
+    ``num_masks`` is the largest number of masks that a row may have.
+    """
+    if not isinstance(rows, list) or not all(isinstance(row, list | tuple) and len(row) == 3 for row in rows):
+        raise UsageError(f'load_table must be a list of [requests, "quadratic" or "linear", masks], got {rows!r}.')
+    loads: list[Load] = []
+    for max_requests, decoding, masks in rows:
+        if decoding not in ("quadratic", "linear"):
+            raise UsageError(f"load_table: decoding must be quadratic or linear, got {decoding!r}.")
+        if not _is_positive(masks) or masks > num_masks:
+            raise UsageError(f"load_table: masks must be from 1 to {num_masks}, got {masks!r}.")
+        if not _is_positive(max_requests) or (loads and max_requests <= loads[-1].max_requests):
+            raise UsageError(f"load_table: numbers of requests must be from 1 on and ascend, got {max_requests!r}.")
+        loads.append(Load(max_requests, blocks_of(decoding, masks)))
+    return loads
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
