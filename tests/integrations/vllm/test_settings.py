@@ -29,6 +29,8 @@ def vllm_config(**changes: Any) -> SimpleNamespace:
             tensor_parallel_size=1, pipeline_parallel_size=1, decode_context_parallel_size=1, enable_expert_parallel=False
         ),
         lora_config=None,
+        device_config=SimpleNamespace(device_type="cuda"),
+        compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name="FULL_DECODE_ONLY")),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         speculative_config=SimpleNamespace(method="custom_class", model=PROPOSER, num_speculative_tokens=4),
     )
@@ -65,6 +67,7 @@ def test_supported_engine() -> None:
         ("parallel_config__decode_context_parallel_size", 2, "decode_context_parallel_size"),
         ("parallel_config__enable_expert_parallel", True, "enable_expert_parallel"),
         ("lora_config", object(), "enable_lora"),
+        ("compilation_config__cudagraph_mode", SimpleNamespace(name="FULL_AND_PIECEWISE"), "cudagraph_mode"),
         ("cache_config__cache_dtype", "fp8_e4m3", "kv_cache_dtype"),
         ("speculative_config", None, "speculative_config"),
         ("speculative_config__method", "ngram", "speculative_config"),
@@ -114,7 +117,17 @@ def test_other_version(version: str) -> None:
 
 
 def test_parts_without_vllm_need_neither_lightning_nor_peft() -> None:
-    modules = ["attention_layers", "drafting", "folder", "layout", "load_table", "mask_attention", "proposer", "settings"]
+    modules = [
+        "attention_layers",
+        "cpu_sampling",
+        "drafting",
+        "folder",
+        "layout",
+        "load_table",
+        "mask_attention",
+        "proposer",
+        "settings",
+    ]
     code = "import sys; sys.modules.update(vllm=None, lightning=None, peft=None, datasets=None)\n"
     code += "".join(f"import mtp_lightning.integrations.vllm.{name}\n" for name in modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

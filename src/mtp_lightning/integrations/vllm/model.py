@@ -23,6 +23,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from mtp_lightning.integrations.vllm.attention_layers import add_masks_to
+from mtp_lightning.integrations.vllm.cpu_sampling import repair_cpu_sampling
 from mtp_lightning.integrations.vllm.drafting import draft_greedily
 from mtp_lightning.integrations.vllm.folder import read_parts
 from mtp_lightning.integrations.vllm.gated_layers import gate_layers
@@ -109,6 +110,8 @@ class MTPMixin:
         check_attention(layers)
         for layer in layers:
             add_masks_to(layer, self.mtp.state)
+        if self.mtp.state.device.type == "cpu":
+            repair_cpu_sampling()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The base's, and the trained parts beside them."""

@@ -45,6 +45,7 @@ class PassState:
         self.layout: Layout | None = None
         self.attention_bias: Tensor | None = None
         self.logits: Tensor | None = None
+        self.device = device
         self._hidden = torch.zeros(max_masks, width, dtype=dtype, device=device)
         self._seq_lens = torch.zeros(max_requests, dtype=torch.int64, device=device)
         self._sizes = torch.zeros(3, dtype=torch.int64, device=device)  # R, W, k

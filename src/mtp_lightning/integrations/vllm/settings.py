@@ -13,6 +13,7 @@ from mtp_lightning.integrations.vllm import TRIED_VERSION
 KEY = "mtp_lightning"
 PROPOSER = "mtp_lightning.integrations.vllm.proposer.Proposer"
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
+CUDA_GRAPHS = ("NONE", "FULL_DECODE_ONLY")
 CPU_CACHE_LAYOUTS = ("vec", "amx")
 """vLLM's names of the forms in which its CPU kernels keep keys and values, of those that we can read."""
 
@@ -71,6 +72,10 @@ def check_engine(vllm_config: Any, num_masks: int) -> None:
         raise UsageError("enable_expert_parallel must be off: bases with experts are not supported.")
     if vllm_config.lora_config is not None:
         raise UsageError("enable_lora must be off: the masks' own LoRA acts on the same layers.")
+    graphs = vllm_config.compilation_config.cudagraph_mode.name
+    if vllm_config.device_config.device_type == "cuda" and graphs not in CUDA_GRAPHS:
+        # Others are chosen by the number of the scheduler's tokens, while a pass also has masks.
+        raise UsageError(f"cudagraph_mode must be {' or '.join(CUDA_GRAPHS)}, got {graphs} (--compilation-config).")
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise UsageError(f"kv_cache_dtype must be auto, got {cache_dtype}: masks read keys and values as they are.")

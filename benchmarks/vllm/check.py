@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is our plugin's text plain vLLM's, with our own decoder's steps? Prints a line for each check; exit code 1 if one fails.
+
+    python benchmarks/vllm/check.py SAVED_FOLDER --dtype float32 --parts texts features memory
+
+Equal texts alone would prove little: verification repairs whatever is drafted. Equal steps show that drafts are right too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from engines import base_of, greedy_ids, metrics, our_steps, set_blocks, start, stop, take_steps
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+FAILED: list[str] = []
+
+
+def report(name: str, ok: bool, detail: str) -> None:
+    """Print a check's outcome."""
+    print(f"{'ok  ' if ok else 'FAIL'} {name}: {detail}", flush=True)
+    if not ok:
+        FAILED.append(name)
+
+
+def equal(texts: list[Any], others: list[Any]) -> int:
+    return sum(a == b for a, b in zip(texts, others, strict=True))
+
+
+def demo_prompts(number: int) -> list[str]:
+    lines = files("mtp_lightning").joinpath("demo/prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines[:number]]
+
+
+def texts(args: argparse.Namespace, prompts: list[str]) -> None:
+    """Quadratic and linear, one prompt at a time and all together."""
+    ours = our_steps(args.folder, args.dtype, prompts, args.tokens, ["quadratic", "linear"], args.num_masks)
+    engine = start(args.folder, False, args.dtype)
+    plain = greedy_ids(engine, prompts, max_tokens=args.tokens)
+    alone = greedy_ids(engine, prompts, together=False, max_tokens=args.tokens)
+    stop(engine)
+    report("plain vLLM, together and alone", True, f"{equal(plain, alone)}/{len(plain)} texts equal")
+    engine = start(args.folder, True, args.dtype, args.num_masks)
+    for decoding in ("quadratic", "linear"):
+        set_blocks(engine, decoding, args.num_masks)
+        same, expected = equal(plain, ours[decoding][0]), ours[decoding][1]
+        for together in (True, False):
+            take_steps(engine)
+            found = greedy_ids(engine, prompts, together, max_tokens=args.tokens)
+            steps, number = take_steps(engine), equal(found, plain if together else alone)
+            # In bfloat16 rounding of other shapes decides between drafts that are equally good.
+            close = steps == expected if args.dtype == "float32" else abs(steps / expected - 1) < 0.03
+            report(
+                f"{decoding}, {'together' if together else 'one at a time'}",
+                number == len(prompts) and close,
+                f"{number}/{len(prompts)} texts equal, {steps} steps, our decoder {expected}"
+                f" (its texts: {same}/{len(prompts)}), {sum(map(len, found)) / steps:.2f} tokens a step",
+            )
+    stop(engine)
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    "grammar (regex)": {"structured_outputs": StructuredOutputsParams(regex=r"[a-z ]{5,20}\.")},
+    "grammar (choice)": {"structured_outputs": StructuredOutputsParams(choice=["yes", "no", "perhaps"])},
+    "min_tokens": {"min_tokens": 40},
+    "stop string": {"stop": ["\n", "the"]},
+    "bad_words": {"bad_words": [" the", " self"]},
+    "logprobs": {"logprobs": 2, "prompt_logprobs": 1},
+    "to the end of the context": {"max_tokens": 500},
+    "the same again (prefix cache)": {},
+}
+
+
+def answers(engine: LLM, prompts: list[str], options: dict[str, Any]) -> list[Any]:
+    """Ids, texts and log-probabilities (three decimals)."""
+    params = SamplingParams(temperature=0, **({"max_tokens": 48} | options))
+    result = []
+    for output in engine.generate(prompts, params, use_tqdm=False):
+        answer = output.outputs[0]
+        scores = [round(entry[t].logprob, 3) for t, entry in zip(answer.token_ids, answer.logprobs or [], strict=False)]
+        result.append((list(answer.token_ids), answer.text, scores))
+    return result
+
+
+def streamed(engine: LLM, prompts: list[str], abort: set[int]) -> list[str]:
+    """Texts put together from what each step added; some requests are aborted after 10 steps and left out."""
+    params = SamplingParams(temperature=0, max_tokens=48, output_kind=RequestOutputKind.DELTA)
+    pieces: dict[str, list[str]] = {str(i): [] for i in range(len(prompts))}
+    for i, prompt in enumerate(prompts):
+        engine.llm_engine.add_request(str(i), prompt, params)
+    steps = 0
+    while engine.llm_engine.has_unfinished_requests():
+        for output in engine.llm_engine.step():
+            pieces[output.request_id].append(output.outputs[0].text)
+        steps += 1
+        if steps == 10:
+            engine.llm_engine.abort_request([str(i) for i in abort])
+    return ["".join(pieces[str(i)]) for i in range(len(prompts)) if i not in abort]
+
+
+def features(args: argparse.Namespace, prompts: list[str]) -> None:
+    """What requests may ask for, streaming, and aborts."""
+    shared = ["x = 1\n" * 40 + prompt for prompt in prompts]
+    aborted = {1, 4}
+    found: dict[bool, dict[str, Any]] = {}
+    for ours in (False, True):
+        engine = start(args.folder, ours, args.dtype, args.num_masks)
+        if ours:
+            set_blocks(engine, args.decoding, args.num_masks)
+        one = found[ours] = {name: answers(engine, prompts, options) for name, options in FEATURES.items()}
+        one["shared beginning (prefix cache)"] = answers(engine, shared, {"max_tokens": 24})
+        one["streaming"] = streamed(engine, prompts, set())
+        one["abort in the middle, the others"] = streamed(engine, prompts, aborted)
+        stop(engine)
+    for name in found[True]:
+        number = equal(found[True][name], found[False][name])
+        report(f"{args.decoding}, {name}", number == len(found[True][name]), f"{number}/{len(found[True][name])} equal")
+
+
+def memory(args: argparse.Namespace, prompts: list[str]) -> None:
+    """Prompts in chunks, and so few pages that requests are preempted."""
+    prompts = [(prompt + "\n") * 30 for prompt in prompts]
+    found = {}
+    for ours in (False, True):
+        options = {"num_gpu_blocks_override": args.pages, "max_num_batched_tokens": 288, "block_size": 32}
+        engine = start(args.folder, ours, args.dtype, args.num_masks, disable_log_stats=False, **options)
+        if ours:
+            set_blocks(engine, args.decoding, args.num_masks)
+        cut = [{"prompt_token_ids": engine.get_tokenizer().encode(prompt)[:300]} for prompt in prompts]
+        found[ours] = greedy_ids(engine, cut, max_tokens=args.tokens * 2)
+        counters = metrics(engine)
+        stop(engine)
+    number, preempted = equal(found[True], found[False]), counters["vllm:num_preemptions"]
+    report(
+        f"{args.decoding}, chunked prompts and preemption",
+        number == len(prompts) and preempted > 0,
+        f"{number}/{len(prompts)} texts equal, {preempted:.0f} preemptions,"
+        f" {counters['vllm:spec_decode_num_accepted_tokens']:.0f} draft tokens accepted",
+    )
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {"texts": texts, "features": features, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--decoding", default="quadratic", help="of the parts features and memory")
+    parser.add_argument("--num_masks", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--pages", type=int, default=40)
+    args = parser.parse_args()
+    print(f"# {args.folder}, base {base_of(args.folder)}, {args.dtype}, {args.num_masks} masks", flush=True)
+    for part in args.parts:
+        PARTS[part](args, demo_prompts(args.prompts))
+    sys.exit(1 if FAILED else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM engines for the checks, in this process: plain ones and ours, and our own decoder's texts and steps."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: its counters can be read
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+from mtp_lightning.integrations.vllm.load_table import LoadTable, parse_loads  # noqa: E402
+from mtp_lightning.integrations.vllm.settings import KEY, PROPOSER  # noqa: E402
+from mtp_lightning.paths import resolve  # noqa: E402
+
+
+def base_of(folder: str) -> str:
+    """The base model of a saved folder."""
+    return resolve(json.loads((Path(folder) / "mtp_config.json").read_text())["base_model"])
+
+
+def start(folder: str, ours: bool, dtype: str, num_masks: int = 8, **options: Any) -> LLM:
+    """An engine: the base alone, or with our plugin."""
+    base = base_of(folder)
+    if ours:
+        architecture = json.loads((Path(base) / "config.json").read_text())["architectures"][0]
+        options |= {
+            "hf_overrides": {"architectures": ["MTP" + architecture]},
+            "additional_config": {KEY: {"folder": folder}},
+            "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_masks},
+        }
+    settings = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "gpu_memory_utilization": 0.3, "seed": 0}
+    return LLM(model=base, dtype=dtype, **(settings | options))
+
+
+def stop(engine: LLM) -> None:
+    """Free an engine, so that another can be started."""
+    engine.llm_engine.engine_core.shutdown()
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def set_blocks(engine: LLM, decoding: str, num_masks: int, max_requests: int = 1000) -> None:
+    """Blocks of passes with up to so many requests, from now on; decoding ``plain``: none."""
+    rows = [] if decoding == "plain" else [[max_requests, decoding, num_masks]]
+
+    def change(worker: Any) -> None:
+        served = worker.model_runner.model.mtp
+        served.table = LoadTable(parse_loads(rows, num_masks), served.table.max_rows)
+
+    engine.collective_rpc(change)
+
+
+def take_steps(engine: LLM) -> int:
+    """Steps that requests took since the last call, added up."""
+
+    def take(worker: Any) -> int:
+        drafter = worker.model_runner.drafter
+        steps, drafter.num_steps = drafter.num_steps, 0
+        return int(steps)
+
+    return sum(engine.collective_rpc(take))
+
+
+def metrics(engine: LLM) -> dict[str, float]:
+    """vLLM's counters by name."""
+    return {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+
+
+def greedy_ids(engine: LLM, prompts: list[str], together: bool = True, **options: Any) -> list[list[int]]:
+    """The token ids of greedy answers, with all prompts at once or one after another."""
+    params = SamplingParams(temperature=0, **options)
+    groups = [prompts] if together else [[prompt] for prompt in prompts]
+    outputs = [output for group in groups for output in engine.generate(group, params, use_tqdm=False)]
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def our_steps(
+    folder: str, dtype: str, prompts: list[str], max_tokens: int, decodings: list[str], num_masks: int
+) -> dict[str, tuple[list[list[int]], int]]:
+    """By decoding: the texts of our own decoder and its steps, added up."""
+    from mtp_lightning import MTPModel
+
+    model = MTPModel.from_pretrained(folder, dtype=dtype)
+    results: dict[str, tuple[list[list[int]], int]] = {}
+    for decoding in decodings:
+        texts, steps = [], 0
+        for prompt in prompts:
+            ids = model.tokenizer(prompt, return_tensors="pt").input_ids
+            with torch.inference_mode():
+                out = model.generate(ids, max_new_tokens=max_tokens, decoding=decoding, num_masks=num_masks)
+            texts.append(out.sequences[0, ids.shape[1] :].tolist())
+            steps += int(torch.as_tensor(out.num_steps).sum())
+        results[decoding] = texts, steps
+    return results
