@@ -11,5 +11,6 @@ lint-imports
 mypy
 pydoclint src
 codespell
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 pytest -m "not slow" "$@"
 [ $# -gt 0 ] || OUT=$(mktemp -d) bash scripts/gpu_check.sh --tiny

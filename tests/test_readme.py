@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README shows works: its command lines, its Python, the files it names."""
+"""What the README and the docs show works: command lines, and of the README its Python and the files it names."""
 
 from __future__ import annotations
 
@@ -22,17 +22,25 @@ from mtp_lightning.types import IGNORE_INDEX
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
+PAGES = "\n".join(page.read_text() for page in sorted((ROOT / "docs").rglob("*.md")))
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The code blocks: language and code."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+PYTHON = [code for language, code in blocks(README) if language == "python"]
 PLACEHOLDERS = {"configs/mine.yaml"}
 """Files that the reader writes."""
 
 
 def command_lines() -> list[list[str]]:
     """The words of every ``mtp`` command in the code blocks, without comments."""
-    shell = "\n".join(code for language, code in BLOCKS if language in ("bash", "sh", "console", "shell"))
+    shell = "\n".join(code for language, code in blocks(README + PAGES) if language in ("bash", "sh", "console", "shell"))
     lines = [line.removeprefix("$ ") for line in shell.replace("\\\n", " ").splitlines()]
-    return [words[1:] for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "mtp"]
+    commands = [tuple(words[1:]) for line in lines if (words := shlex.split(line, comments=True)) and words[0] == "mtp"]
+    return [list(words) for words in dict.fromkeys(commands)]
 
 
 def focal_source() -> str:
@@ -62,6 +70,7 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     monkeypatch.setattr("mtp_lightning.commands.base._is_complete", stop)
     monkeypatch.setattr("mtp_lightning.commands.export.export_checkpoint", stop)
     monkeypatch.setattr("mtp_lightning.commands.distill.chosen_shard", stop)
+    monkeypatch.setattr("mtp_lightning.commands.serve.find_folder", stop)
     monkeypatch.setattr("mtp_lightning.model.MTPModel.from_pretrained", stop)
     monkeypatch.setenv("MTP_DEBUG", "1")
     assert mtp(*words) == 1

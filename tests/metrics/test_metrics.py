@@ -25,7 +25,7 @@ def blocks() -> list[tuple[list[bool], list[bool]]]:
 
 
 def by_loop(case: str) -> float:
-    """The value over both batches, from the words of docs/method.md §1 and §5."""
+    """The value over both batches, from the words of docs/glossary.md and docs/method.md §5."""
     if case == "acceptance":
         tokens, steps = (sum(sum(batch[part].tolist()) for batch in batches(case)) for part in (0, 1))
         return tokens / steps

@@ -11,7 +11,7 @@ from mtp_lightning.metrics.functional import draft_runs, offset_hits
 
 
 class ForcedAcceptance(Metric):
-    """Mean over starts of (run of correct greedy drafts + 1), over starts whose K labels all count (docs/method.md §1).
+    """Mean over starts of (run of correct greedy drafts + 1), over starts whose K labels all count (docs/glossary.md).
 
     As input to ``update``: ``hits`` and ``valid``, [..., K] bool.
     As output of ``compute``: a scalar from 1 to K + 1, NaN before any start; ``accuracy`` gives [K], by offset.
