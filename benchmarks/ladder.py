@@ -2,21 +2,23 @@
 """The ladder of recipes: from the paper's upwards, one ingredient at a time, on the demo's base and data.
 
     python benchmarks/ladder.py --rungs screen --steps 200
-    python benchmarks/ladder.py --rungs "today" "winner" --cpu_seconds 600 --seeds 0 1 2 --prompts 24
+    python benchmarks/ladder.py --rungs bf16-mixed "8 rows of 8 blocks" --cpu_seconds 600 --seeds 0 1 2 --prompts 24
 
 Each rung is a list of options of ``mtp fit --config configs/demo.yaml`` that a user could type. Rows go to ``--rows``, a
-JSON line a run; a run that has its row is not repeated. With ``--cpu_seconds`` each rung trains for as many steps as it
-takes on this machine in that time, measured over its first steps. Prints a table and draws a plot.
+JSON line a run; a run that has its row is not repeated. All rungs train for equal ``--steps``, or with ``--cpu_seconds`` for
+equal time: each for as many steps as fit in it at the pace of its first 30. Prints a table and draws a plot; ``--show`` does
+that for all rows there are.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from recipe_runs import Run, decoded, mean_and_spread, run_all, train
+from recipe_runs import Run, decoded, mean_and_spread, read_rows, run_all, train
 
 PROMPTS = "package://demo/prompts.jsonl"
 LOSSES = "mtp_lightning.losses."
@@ -48,9 +50,9 @@ def cross_entropy(head: str) -> str:
     return f"{{class_path: {LOSSES}{head.title()}CrossEntropy}}"
 
 
-def gru(width: int, read_hidden: bool) -> str:
+def gru(width: int, read_hidden: bool = True, normalize: bool = False) -> str:
     """The GRU head."""
-    options = f"{{hidden_size: {width}, read_hidden: {str(read_hidden).lower()}}}"
+    options = f"{{hidden_size: {width}, read_hidden: {str(read_hidden).lower()}{', normalize: true' if normalize else ''}}}"
     return f"--model.sampler_head={{class_path: mtp_lightning.sampler_heads.GRUSamplerHead, init_args: {options}}}"
 
 
@@ -75,7 +77,7 @@ MLP = "--model.sampler_head=mtp_lightning.sampler_heads.MLPSamplerHead"
 TO_TEXT = losses(cross_entropy("base"), cross_entropy("sampler"))
 TO_ANCHORS = losses(anchors("base"), anchors("sampler"))
 TRAINING = (adamw(), cosine(), *batches(4, 16), "--model.lora.rank=32", "--model.lora.alpha=null")
-TODAY = (*TRAINING, gru(512, True), TO_ANCHORS)
+TODAY = (*TRAINING, gru(512), TO_ANCHORS)
 
 LADDER: dict[str, tuple[str, ...]] = {
     "paper": (*TRAINING, MLP, TO_TEXT),
@@ -100,11 +102,14 @@ SCREEN: dict[str, tuple[str, ...]] = {
     "hybrid": (*FAST, losses(anchors("base"), acceptance("HybridAcceptance"))),
     "weights 0.8^j": (*FAST, losses(anchors("base"), anchors("sampler", decay=0.8))),
     "weights by acceptance": (*FAST, losses(anchors("base"), anchors("sampler", decay="acceptance"))),
-    "head of 1024": (*FAST, gru(1024, True)),
-    "head of 256": (*FAST, gru(256, True)),
+    "head of 1024": (*FAST, gru(1024)),
+    "head of 256": (*FAST, gru(256)),
+    "normalized head": (*FAST, gru(512, normalize=True)),
+    "normalized head, lr 6e-3": (*FAST, gru(512, normalize=True), adamw(0.006)),
     "2 rows of 32 blocks": (*FAST, *batches(2, 32)),
     "2 rows of 16 blocks": (*FAST, *batches(2, 16)),
-    "1 row of 64 blocks": (*FAST, *batches(1, 64)),
+    "4 rows of 8 blocks": (*FAST, *batches(4, 8)),
+    "8 rows of 8 blocks": (*FAST, *batches(8, 8)),
     "rank 128": (*FAST, "--model.lora.rank=128"),
     "rank 8": (*FAST, "--model.lora.rank=8"),
     "alpha / r of 8": (*FAST, "--model.lora.alpha=256"),
@@ -114,14 +119,16 @@ SCREEN: dict[str, tuple[str, ...]] = {
     "betas 0.9, 0.95": (*FAST, adamw(betas="[0.9, 0.95]")),
     "weight decay 0.1": (*FAST, adamw(decay=0.1)),
     "targets: anchor's argmax": (*FAST, losses(anchors("base", target="argmax"), anchors("sampler", target="argmax"))),
-    "4 masks in 32 blocks": (*FAST, "--model.num_masks=4", *batches(4, 32)),
+    "masks 2 to 8": (*FAST, "--model.num_masks_schedule={start: 2, end: 8}"),
+    "base loss falls to 0.1": (*FAST, "--model.loss_schedules={base: {start: 1.0, end: 0.1}}"),
 }
 RUNGS = LADDER | SCREEN
 
 
-def measure(config: str, run: Run, prompts: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """The row of a run."""
-    module, row = train(config, run)
+    module, row = train(args.config, run)
+    row["budget"], prompts = args.cpu_seconds, args.prompts
     if prompts:
         # Sampled text repeats itself less than greedy text, and with coupled verification all recipes get the same text.
         row["greedy"] = decoded(module, PROMPTS, prompts, max_new_tokens=64)
@@ -129,10 +136,21 @@ def measure(config: str, run: Run, prompts: int) -> dict[str, Any]:
     return row
 
 
-def steps_in(config: str, name: str, options: tuple[str, ...], seconds: float) -> int:
-    """Optimizer steps of a rung in CPU seconds, by its cost over 30 steps."""
-    _, row = train(config, Run(name, 0, 30, (*options, "--data.eval_max_rows=16")))
-    return round(seconds / (row["cpu_seconds"] / 30))
+def steps_in(args: argparse.Namespace, name: str, options: tuple[str, ...]) -> int:
+    """Optimizer steps of a rung in ``--cpu_seconds``: as in an earlier row of it, else by its cost over 30 steps."""
+    for row in read_rows(args.rows):
+        if row["name"] == name and row["options"] == list(options) and row.get("budget") == args.cpu_seconds:
+            return int(row["steps"])
+    _, row = train(args.config, Run(name, 0, 30, options))
+    return round(args.cpu_seconds / (row["cpu_seconds"] / 30))
+
+
+def runs(args: argparse.Namespace, names: list[str]) -> Iterator[Run]:
+    """The runs of rungs."""
+    for name in names:
+        options = (*RUNGS[name], f"--data.eval_max_rows={args.eval_rows}")
+        steps = steps_in(args, name, options) if args.cpu_seconds else args.steps
+        yield from (Run(name, seed, steps, options) for seed in args.seeds)
 
 
 def figures(row: dict[str, Any]) -> dict[str, float]:
@@ -145,11 +163,12 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> list[tuple[str, int, dict[str, tuple[float, float]]]]:
-    """Rung, number of seeds, and mean and spread of each figure."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
+    """Rung, number of seeds, and mean and spread of each figure, for each length of the runs."""
+    groups: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["steps"]), []).append(figures(row))
     lines = []
-    for name in names:
-        found = [figures(row) for row in rows if row["name"] == name]
+    for (name, _), found in groups.items():
         shared = [key for key in found[0] if all(key in each for each in found)]
         lines.append((name, len(found), {key: mean_and_spread([each[key] for each in found]) for key in shared}))
     return lines
@@ -163,7 +182,9 @@ def print_table(lines: list[tuple[str, int, dict[str, tuple[float, float]]]]) ->
     for name, seeds, means in lines:
         cells = [f"{means[key][0]:,.0f}" for key in ("steps", "mtp_positions", "cpu_seconds")]
         for key, digits in (("share", 3), ("forced", 2), ("greedy", 2), ("sampled", 2)):
-            cells.append(f"{means[key][0]:.{digits}f} ± {means[key][1]:.{digits}f}" if key in means else "-")
+            mean, spread = means.get(key, (None, None))
+            spread = f" ± {spread:.{digits}f}" if seeds > 1 else ""
+            cells.append("-" if mean is None else f"{mean:.{digits}f}{spread}")
         print(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
 
 
@@ -177,7 +198,7 @@ def draw(lines: list[tuple[str, int, dict[str, tuple[float, float]]]], path: Pat
     shares = [means["share"] for _, _, means in lines]
     left.errorbar([m for m, _ in shares], places, xerr=[s for _, s in shares], fmt="o", capsize=3)
     left.set(xlabel="share of reference (mean and standard deviation over seeds)")
-    left.set_yticks(list(places), [f"{name} ({seeds})" for name, seeds, _ in lines])
+    left.set_yticks(list(places), [f"{name}, {means['steps'][0]:.0f} steps ({seeds})" for name, seeds, means in lines])
     left.grid(axis="x", alpha=0.3)
     right.barh(list(places), [means["cpu_seconds"][0] for _, _, means in lines], color="0.7")
     right.set(xlabel="CPU seconds")
@@ -189,7 +210,7 @@ def main() -> None:
     """Run what is missing, and print and draw what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("--rungs", nargs="+", default=["all"], help=f"ladder, screen, all, or of {', '.join(RUNGS)}")
+    parser.add_argument("--rungs", nargs="+", default=["all"], help=f"ladder, screen, all, or names: {'; '.join(RUNGS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--cpu_seconds", type=float, help="equal time instead of equal steps")
@@ -197,16 +218,18 @@ def main() -> None:
     parser.add_argument("--eval_rows", type=int, default=150, help="held-out rows of text sampled from the base")
     parser.add_argument("--rows", type=Path, default=Path("benchmarks/results/ladder.jsonl"))
     parser.add_argument("--plot", type=Path, default=Path("runs/ladder.png"))
+    parser.add_argument("--show", action="store_true", help="train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     groups = {"ladder": list(LADDER), "screen": list(SCREEN), "all": list(RUNGS)}
     names = [name for word in args.rungs for name in groups.get(word, [word])]
-    runs = []
-    for name in names:
-        options = (*RUNGS[name], f"--data.eval_max_rows={args.eval_rows}")
-        steps = steps_in(args.config, name, options, args.cpu_seconds) if args.cpu_seconds else args.steps
-        runs += [Run(name, seed, steps, options) for seed in args.seeds]
-    lines = table(run_all(args.rows, runs, lambda run: measure(args.config, run, args.prompts)))
+    if unknown := [name for name in names if name not in RUNGS]:
+        parser.error(f"argument --rungs: no rung {unknown[0]!r}")
+    if args.show:
+        rows = read_rows(args.rows)
+    else:
+        rows = run_all(args.rows, runs(args, names), lambda run: measure(args, run))
+    lines = table(rows)
     print_table(lines)
     draw(lines, args.plot)
     print(f"plot: {args.plot}")
