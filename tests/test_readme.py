@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README and the docs show works: command lines, and of the README its Python and the files it names."""
+"""What the README and the docs show works: command lines, the notebook, the README's Python and the files it names."""
 
 from __future__ import annotations
 
@@ -114,3 +114,12 @@ def test_the_python_example(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(MTPModel, "from_pretrained", lambda name, **options: asked.append(name) or model)
     exec(code, {})
     assert asked and capsys.readouterr().out.split()
+
+
+@pytest.mark.slow  # trains for a minute
+def test_the_notebook() -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=1200).execute()  # raises where a cell does
+    shown = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert shown.count("same tokens: True") == 2
