@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import error_of, mtp
+from command_line import error_of, mtp, write_rows
 from tiny_run import LAST
 from trained_run import as_if_trained_here, json_lines, without_times
 
 from mtp_lightning import MTPModel
 from mtp_lightning.commands import generate
 from mtp_lightning.commands.distill import base_of
+from mtp_lightning.errors import UsageError
 from mtp_lightning.saving.checkpoint import named_base
 from mtp_lightning.text.detokenizer import decode_behind
 
@@ -38,7 +39,7 @@ class Recorder(io.StringIO):
 def test_generate_streams_what_the_model_generates(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = Recorder()
     monkeypatch.setattr(sys, "stdout", output)
-    assert mtp("generate", LAST, "--prompt", "one two", "--max_new_tokens", 16) == 0
+    assert mtp("generate", LAST, "--prompt", "one two", "--raw", "--max_new_tokens", 16) == 0
     model = MTPModel.from_pretrained(LAST)
     ids = model.tokenizer("one two", return_tensors="pt").input_ids
     expected = model.generate(ids, max_new_tokens=16, eos_token_id=[2, 4])
@@ -48,7 +49,7 @@ def test_generate_streams_what_the_model_generates(run: Path, monkeypatch: pytes
 
 
 def test_json_lines_of_generate_and_predict(run: Path, capsys) -> None:
-    options = ["--max_new_tokens", 9, "--decoding", "linear", "--num_masks", 2, "--eos_token_id", "[]"]
+    options = ["--max_new_tokens", 9, "--decoding", "linear", "--num_masks", 2, "--eos_token_id", "[]", "--raw"]
     assert mtp("generate", LAST, "--prompts", "prompts.jsonl", "--json", *options) == 0
     lines = json_lines(capsys)
     assert mtp("predict", "--config", "config.yaml", "--ckpt_path", LAST, "--data.test", "prompts.jsonl", *options) == 0
@@ -104,7 +105,7 @@ def test_costs_of_all_batch_sizes_are_measured_before_decoding(run: Path, monkey
 
 
 def test_a_stop_text_ends_the_text_and_is_not_shown(run: Path, capsys) -> None:
-    words = ["generate", LAST, "--prompt", "one two", "--max_new_tokens", 30, "--num_masks", 2]
+    words = ["generate", LAST, "--prompt", "one two", "--raw", "--max_new_tokens", 30, "--num_masks", 2]
     assert mtp(*words, "--json") == 0
     whole = json_lines(capsys)[0]
     # A part of the text that begins within one token and ends within a later one.
@@ -123,8 +124,25 @@ def test_a_stop_text_ends_the_text_and_is_not_shown(run: Path, capsys) -> None:
 
 def test_generate_reads_standard_input(run: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
-    assert mtp("generate", LAST, "--prompts", "-", "--json", "--max_steps", 2) == 0
+    assert mtp("generate", LAST, "--prompts", "-", "--raw", "--json", "--max_steps", 2) == 0
     assert [(line["prompt"], line["num_steps"]) for line in json_lines(capsys)] == [("one", 2), ("two", 2)]
+
+
+def test_a_text_is_a_users_turn(run: Path, capsys) -> None:
+    words = ["generate", LAST, "--max_new_tokens", 5, "--num_masks", 2]
+    write_rows(Path("chat.jsonl"), [{"messages": [{"role": "user", "content": "one two"}]}])
+    assert mtp(*words, "--json", "--prompt", "one two") == mtp(*words, "--json", "--prompts", "chat.jsonl") == 0
+    text, chat = without_times(json_lines(capsys))
+    assert text == chat and text["prompt"] != "one two"
+    assert mtp(*words, "--prompt", "one two") == 0
+    assert capsys.readouterr().out.rstrip("\n") == f"> one two\n{text['text']}".rstrip("\n")
+    model = MTPModel.from_pretrained(LAST)
+    options = {"max_new_tokens": 5, "num_masks": 2}
+    for prompts in ("one two", [{"role": "user", "content": "one two"}], ["one two", "six"]):
+        assert model.generate(prompts, **options).texts[0] == text["text"]
+    assert model.generate("one two", raw=True, **options).sequences[0, :3].tolist() == [1, 9, 10]
+    with pytest.raises(UsageError, match="attention_mask"):
+        model.generate("one", torch.ones(1, 1), **options)
 
 
 def test_where_the_base_is(trained: Path, run: Path, here: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -14,6 +14,7 @@ from tiny import greedy_text
 from toy_tokenizers import CHATML, word_tokenizer
 from transformers import AutoModelForCausalLM
 
+from mtp_lightning.commands import distill
 from mtp_lightning.commands.distill import base_of, chosen_shard, shard_path
 from mtp_lightning.data.chat import encode_chat_prompt
 from mtp_lightning.data.preparing import prepare
@@ -120,19 +121,20 @@ def test_messages_are_compared_and_not_their_rendering(tmp_path: Path, base: str
     assert len(prompts) == 5 and prompts[0].startswith("one\n") and prompts[4].startswith("two\n")
 
 
-def test_empty_answers_are_left_out_and_counted(tmp_path: Path, capsys) -> None:
+def test_empty_answers_are_left_out_and_counted(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     save_base(tmp_path / "base", "llama", word_tokenizer(bos=False), torch.float64, eos_token_id=4)
     write_rows(tmp_path / "q.jsonl", questions(6))
     words = ["distill", tmp_path / "base", "--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl"]
-    for _ in range(2):  # the second time there is nothing new
+    for _ in range(2):  # the second time nothing is asked
         assert mtp(*words, "--max_new_tokens", 6) == 0
         rows = read(tmp_path / "a.jsonl")
         assert len(rows) == 3 and all(row["completion"].strip() for row in rows)
         assert "3 rows left out: 3 empty" in capsys.readouterr().err
+        monkeypatch.setattr(distill, "load_base", None)
 
 
 def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> None:
-    rows = [{"prompt": " ".join(["one"] * length)} for length in (3, 62, 64, 80)]
+    rows = [{"prompt": " ".join(["one"] * length), "raw": True} for length in (3, 62, 64, 80)]
     write_rows(tmp_path / "q.jsonl", rows)
     words = ["distill", base, "--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl"]
     assert mtp(*words) == 0

@@ -175,7 +175,7 @@ def test_token_ids_that_are_none_are_left_out(tmp_path: Path, base: str, serve) 
         answer["choices"][0] |= [*wrong, {"token_ids": []}][int(body["prompt"].split()[1])]
         return answer
 
-    write_rows(tmp_path / "q.jsonl", [{"prompt": f"one {number}"} for number in range(len(wrong) + 1)])
+    write_rows(tmp_path / "q.jsonl", [{"prompt": f"one {number}", "raw": True} for number in range(len(wrong) + 1)])
     assert mtp("distill", *words(base, tmp_path, serve(reply=with_ids).url, token_ids="true")) == 0
     (row,) = read(tmp_path / "a.jsonl")
     assert row["id"] == len(wrong) + 1 and row["completion_ids"] == [9, 0, 14, 2]  # of the text
@@ -283,8 +283,8 @@ def test_rows_without_a_usable_answer_are_left_out_and_counted(tmp_path: Path, b
     assert len(server.requests) == len(rows)  # none of this passes
     assert f"{len(UNUSABLE)} rows left out" in shown and "4 refused" in shown and "4 empty" in shown
     assert "1 not UTF-8" in shown and "1 no finish_reason" in shown
-    assert mtp("distill", *words(base, tmp_path, server.url, concurrency=1)) == 0  # asked again
-    assert len(read(tmp_path / "a.jsonl")) == 2 and len(server.requests) == 2 * len(rows) - 2
+    assert mtp("distill", *words(base, tmp_path, server.url, concurrency=1)) == 0  # asked again, but not the empty
+    assert len(read(tmp_path / "a.jsonl")) == 2 and len(server.requests) == 2 * len(rows) - 2 - 4
 
 
 @pytest.mark.parametrize(("data", "said"), [(b"<html>\xff</html>", "<html>"), (b"", "empty")])
@@ -349,7 +349,7 @@ def test_a_server_that_went_down(tmp_path: Path, base: str, serve, capsys) -> No
 
 
 def test_one_question_that_breaks_the_server_is_left_out(tmp_path: Path, base: str, serve, capsys) -> None:
-    write_rows(tmp_path / "q.jsonl", [{"prompt": word} for word in ("one", "two", "three")])
+    write_rows(tmp_path / "q.jsonl", [{"prompt": word, "raw": True} for word in ("one", "two", "three")])
 
     def breaks(number: int, handler: BaseHTTPRequestHandler) -> bool:
         if is_two := server.requests[number - 1][1]["prompt"] == "two":

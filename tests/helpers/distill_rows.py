@@ -11,7 +11,7 @@ WORDS = "one two three four five six".split()
 
 def questions(number: int) -> list[dict]:
     return [
-        {"id": f"q{row}", "prompt": " ".join(WORDS[(row + place) % 6] for place in range(1 + row % 5)), "domain": "d"}
+        {"id": f"q{row}", "prompt": " ".join(WORDS[(row + n) % 6] for n in range(1 + row % 5)), "domain": "d", "raw": True}
         if row % 2
         else {"messages": [{"role": "user", "content": WORDS[row % 6]}], "id": row}
         for row in range(number)

@@ -7,7 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-FIT = ("fit", "--config", "config.yaml", "--ckpt_path", "last")
+FIT = ("fit", "--config", "config.yaml", "--ckpt_path", "auto")
 ACCUMULATED = ("--trainer.accumulate_grad_batches", 4, "--trainer.max_steps", 5)
 """Optimizer steps of 4 batches, while a validation comes every 6 and an epoch has 11."""
 

@@ -44,17 +44,20 @@ def chat(*contents: str) -> list[dict[str, str]]:
 
 def test_text_file_has_one_prompt_a_line(write) -> None:
     source = write("prompts.txt", "one two\r\n\n  \ntwo\n")
-    assert read_prompts(source, word_tokenizer()) == [Prompt("one two", [BOS, ONE, TWO], ""), Prompt("two", [BOS, TWO], "")]
+    prompts = read_prompts(source, word_tokenizer(), raw=True)
+    assert prompts == [Prompt("one two", [BOS, ONE, TWO], ""), Prompt("two", [BOS, TWO], "")]
 
 
 def test_jsonl_with_prompts_and_messages(write) -> None:
-    source = write(
-        "p.jsonl", [{"prompt": "one", "domain": "code"}, {"messages": chat("two"), "more": 3}, {"prompt": chat("two")}]
-    )
+    rows = [{"prompt": "one", "domain": "code", "raw": True}, {"messages": chat("two"), "more": 3}, {"prompt": chat("two")}]
+    source = write("p.jsonl", [*rows, {"prompt": "two"}])
     rendered = "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
     ids = [START, USER, NEWLINE, TWO, END, NEWLINE, START, ASSISTANT, NEWLINE]  # and no second <bos>
-    expected = [Prompt("one", [BOS, ONE], "code"), Prompt(rendered, ids, ""), Prompt(rendered, ids, "")]
-    assert read_prompts(source, word_tokenizer()) == expected
+    text, *chats = read_prompts(source, word_tokenizer())
+    assert text == Prompt("one", [BOS, ONE], "code") and chats == [Prompt(rendered, ids, "", "two")] * 3
+    assert (text.shown, chats[0].shown) == ("one", "> two\n")
+    assert read_prompts(source, word_tokenizer(), raw=True)[-1] == Prompt("two", [BOS, TWO], "")
+    assert read_prompts(write("q.txt", "two"), appending_tokenizer()) == [Prompt("two", [TWO], "")]  # has no template
 
 
 def test_an_answer_at_the_end_is_dropped(write) -> None:
@@ -66,7 +69,7 @@ def test_an_answer_at_the_end_is_dropped(write) -> None:
 
 def test_line_separators_inside_json_strings_do_not_split(write) -> None:
     text = "one\u2028two\x85"
-    assert [p.text for p in read_prompts(write("p.jsonl", f'{{"prompt": "{text}"}}'), word_tokenizer())] == [text]
+    assert [p.text for p in read_prompts(write("p.jsonl", f'{{"prompt": "{text}"}}'), word_tokenizer(), raw=True)] == [text]
 
 
 def test_an_appended_end_token_is_stripped_and_one_in_the_text_is_not(write) -> None:
@@ -74,13 +77,13 @@ def test_an_appended_end_token_is_stripped_and_one_in_the_text_is_not(write) -> 
     tokenizer = appending_tokenizer()
     assert tokenizer("one two")["input_ids"] == [ONE, TWO, EOS]
     assert [p.input_ids for p in read_prompts(source, tokenizer)] == [[ONE, TWO], [ONE, EOS]]
-    assert [p.input_ids for p in read_prompts(source, word_tokenizer(bos=False))] == [[ONE, TWO], [ONE, EOS]]
+    assert [p.input_ids for p in read_prompts(source, word_tokenizer(bos=False), raw=True)] == [[ONE, TWO], [ONE, EOS]]
 
 
 @pytest.mark.parametrize("text, ids", [("one\ntwo\n", [[BOS, ONE], [BOS, TWO]]), ('\n{"prompt": "one"}\n', [[BOS, ONE]])])
 def test_standard_input(text: str, ids: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    assert [p.input_ids for p in read_prompts("-", word_tokenizer())] == ids
+    assert [p.input_ids for p in read_prompts("-", word_tokenizer(), raw=True)] == ids
 
 
 def test_a_limit_takes_evenly_from_the_domains(write) -> None:
@@ -88,7 +91,7 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
     source = write("p.jsonl", [{"prompt": "one " * (i + 1), "domain": domain} for i, domain in enumerate(domains)])
 
     def taken(limit: int | None) -> list[int]:
-        return [len(p.input_ids) - 2 for p in read_prompts(source, word_tokenizer(), limit)]
+        return [len(p.input_ids) - 2 for p in read_prompts(source, word_tokenizer(), limit, raw=True)]
 
     assert taken(None) == list(range(7))
     assert taken(5) == [0, 4, 6, 1, 5]
@@ -113,8 +116,11 @@ def user(content: object) -> str:
         (user(" "), ", line 1: message 1 .* empty"),
         ('{"prompt": "one"}\n{"prompt": "one", "id": ' + "9" * 5_000 + "}\n", ", line 2: .* id "),
         ('{"messages": [{"role": "usr", "content": "one"}]}\n', ", line 1: message 1 .*'usr'"),
-        ('{"prompt": "one"}\n{"prompt": "  "}\n', ", line 2: .* token"),
+        ('{"prompt": "one"}\n{"prompt": "  ", "raw": true}\n', ", line 2: .* token"),
+        ('{"prompt": "one"}\n{"prompt": "  "}\n', ", line 2: .* empty"),
         ('{"prompt": "one", "id": 1.5}\n', ", line 1: .*id .*1.5"),
+        ('{"prompt": "one", "raw": 1}\n', ", line 1: .*raw .*1"),
+        ('{"messages": [{"role": "user", "content": "one"}], "raw": true}\n', ", line 1: .*raw .*True"),
     ],
 )
 def test_rejected_lines_are_named(write, content: str, named: str) -> None:
@@ -179,6 +185,6 @@ def test_prompts_that_cannot_be_encoded(write) -> None:
     with pytest.raises(UsageError, match="surrogate"):
         encode_prompt("\udcff", word_tokenizer())
     source = write("p.txt", "one\none one one\n")
-    assert len(read_prompts(source, word_tokenizer(), context=5)) == 2
+    assert len(read_prompts(source, word_tokenizer(), context=5, raw=True)) == 2
     with pytest.raises(RunError, match="p.txt, line 2: .* 4 tokens"):
-        read_prompts(source, word_tokenizer(), context=4)
+        read_prompts(source, word_tokenizer(), context=4, raw=True)

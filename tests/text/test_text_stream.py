@@ -55,7 +55,7 @@ def test_pieces_are_the_text(model: MTPModel, options: dict[str, Any]) -> None:
     ids = model.tokenizer("one two", return_tensors="pt").input_ids
     text, tokens, accepted = text_of(model, ids, **options)
     for prompt in ("one two", ids, ids[0].tolist()):
-        stream = model.stream(prompt, **LIMIT, **options)
+        stream = model.stream(prompt, raw=True, **LIMIT, **options)
         pieces = list(stream)
         assert "".join(pieces) == text == stream.text and len(pieces) > 4
         assert (stream.token_ids, stream.accepted_per_step, stream.finish_reason) == (tokens, accepted, "length")

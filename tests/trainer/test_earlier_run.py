@@ -116,6 +116,9 @@ def test_a_damaged_checkpoint_is_skipped(zygote: Zygote, whole: Path, tmp_path: 
     assert_same_run(folder, whole)
 
 
-def test_commands_that_only_read_need_a_checkpoint(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
-    ended = zygote.run(fresh(whole, tmp_path / "run"), "validate", *FIT[1:])
-    assert ended.code == 1 and "run/checkpoints" in ended.error and "--ckpt_path" in ended.error
+def test_last_needs_a_checkpoint(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    folder = fresh(whole, tmp_path / "run")
+    for command in ("validate", "fit"):
+        ended = zygote.run(folder, command, *FIT[1:-1], "last")
+        assert ended.code == 1 and "run/checkpoints" in ended.error and "--ckpt_path" in ended.error
+        assert not (folder / "run/metrics.csv").exists()

@@ -68,7 +68,7 @@ def test_without_a_logger_all_starts_use_one_folder(here: Path) -> None:
     del config["trainer"]["logger"]
     (here / "config.yaml").write_text(yaml.safe_dump(config))
     for steps in (1, 2):
-        assert fit("--ckpt_path", "last", "--trainer.max_steps", steps) == 0
+        assert fit("--ckpt_path", "auto", "--trainer.max_steps", steps) == 0
     assert len(losses(here / "lightning_logs")) == 2
     assert list((here / "lightning_logs").glob("events.out.tfevents.*"))
     assert not list((here / "lightning_logs").glob("version_*"))

@@ -73,7 +73,7 @@ class SampleText(DecodingCallback):
             console = progress_console(trainer)
             console.print(heading, style="bold", highlight=False)
             console.print(
-                colour(prompt.text, spans) if console.is_terminal else prompt.text + plain(spans),
+                colour(prompt.shown, spans) if console.is_terminal else prompt.shown + plain(spans),
                 highlight=False,
                 markup=False,
             )

@@ -24,6 +24,7 @@ class DecodingArguments(DecodingOptions):
         seed: seed of the draws; each prompt of a file has its own, derived from this one and its number. Default: random.
         batch_size: number of prompts decoded together.
         stop: a text that ends the generation; it is cut off.
+        raw: continue prompts of text as they are. Default: they are a user's turn where the base has a chat template.
         dtype: dtype of the model. Default: the one the base was saved in.
         device: cpu, cuda, ... Default: cuda if there is one.
         revision: hub revision of the base model.
@@ -34,6 +35,7 @@ class DecodingArguments(DecodingOptions):
     seed: int | None = None
     batch_size: PositiveInt = 1
     stop: str | None = None
+    raw: bool = False
     dtype: str | None = None
     device: str | None = None
     revision: str | None = None

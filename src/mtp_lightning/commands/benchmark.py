@@ -99,7 +99,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def measure_model(config: Any, arguments: DecodingArguments) -> dict[str, Any]:
     """Load the model and measure its ways to decode."""
     model = arguments.load(config.model)
-    prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts, model.context)
+    prompts = read_prompts(config.prompts, model.tokenizer, config.num_prompts, model.context, arguments.raw)
     options = arguments.options()
     settings = chosen_settings(model, config)
     by_name: dict[str, Setting] = {s.label if config.grid else s.masks: s for s in settings}

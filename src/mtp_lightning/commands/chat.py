@@ -36,10 +36,10 @@ def run_chat(args: list[str]) -> None:
         default=None,
         help="a jinja file; plain: names before lines, for a base without a template. Default: the base's own",
     )
-    DecodingArguments.add_to(parser, skip={"batch_size"})
+    DecodingArguments.add_to(parser, skip={"batch_size", "raw"})
     parser.set_defaults({"max_new_tokens": MAX_NEW_TOKENS})
     config = parser.parse_args(args)
-    arguments = DecodingArguments.from_config(config, skip={"batch_size"})
+    arguments = DecodingArguments.from_config(config, skip={"batch_size", "raw"})
     template = _read_template(config.chat_template)
     run_conversation(open_conversation(arguments.load(config.model), arguments, template, config.system))
 

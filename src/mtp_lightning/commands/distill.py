@@ -19,7 +19,7 @@ from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.progress import Progress
 from mtp_lightning.distill.answer_file import AnswerFile, prompt_checksum
 from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
-from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Unanswered
+from mtp_lightning.distill.endpoint import EMPTY, Endpoint, EndpointOptions, Question, Unanswered
 from mtp_lightning.distill.reply_tokens import reply_tokens
 from mtp_lightning.distill.tasks import LeftOut, Task, check_ids, tasks_of
 from mtp_lightning.errors import RunError, UsageError
@@ -60,6 +60,8 @@ def run_distill(args: list[str]) -> None:
     with AnswerFile(output, settings) as file:
         _check_prompts(file, job)
         num_done = len(file.done)
+        for row_id in file.empty:
+            job.left_out.add(EMPTY, row_id)
         answers = _server_answers(job, file) if server else _base_answers(job, file, config)
         summary = _write(answers, file, len(job.tasks))
         if job.left_out.counts and not file.done:
@@ -80,6 +82,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
     parser.add_argument("--output", type=str, required=True, help="the .jsonl file to write or to resume")
     parser.add_argument(
+        "--raw",
+        type=bool,
+        default=False,
+        help="continue prompts of text as they are. Default: they are a user's turn where the base has a chat template",
+    )
+    parser.add_argument(
         "--shard", type=str, default=None, help="i/n: every n-th prompt from number i, 0 to n - 1. Default: RANK/WORLD_SIZE"
     )
     parser.add_argument("--batch_size", type=PositiveInt, default=16, help="prompts that are answered together")
@@ -99,7 +107,7 @@ def _read_job(config: Any, shard: int, num_shards: int) -> Job:
     base_model, revision = base_of(config.model, config.base_model, config.revision)
     if endpoint.endpoint is None:
         check_device(config.device)
-    rows = read_prompt_rows(config.prompts)
+    rows = read_prompt_rows(config.prompts, config.raw)
     check_ids(rows)
     base_config = load_config(base_model, revision).get_text_config(decoder=True)
     context = context_length(base_config)
@@ -184,7 +192,7 @@ def _default_device() -> str:
 
 def _check_prompts(file: AnswerFile, job: Job) -> None:
     """Refuse a file with answers to other prompts."""
-    for row_id, checksum in file.done.items():
+    for row_id, checksum in {**file.done, **file.empty}.items():
         if row_id not in job.tasks or prompt_checksum(job.tasks[row_id].fields("")) != checksum:
             raise UsageError(
                 f"{file.path}: row {row_id!r} answers another prompt than --prompts has. Give another --output."
@@ -193,20 +201,29 @@ def _check_prompts(file: AnswerFile, job: Job) -> None:
 
 def _base_answers(job: Job, file: AnswerFile, config: Any) -> Iterator[list[dict[str, Any]]]:
     """Rows answered by the base model, a batch at a time."""
-    if len(file.done) == len(job.tasks):
+    done = {*file.done, *file.empty}
+    if job.tasks.keys() <= done:
         return
     base = load_base(job.base_model, job.revision, config.dtype, device=config.device or _default_device())
     prompts = [NamedPrompt(row_id, task.prompt) for row_id, task in job.tasks.items()]
-    for answers in base_answers(base, job.tokenizer, prompts, job.answers, config.batch_size, file.done):
-        rows = []
+    for answers in base_answers(base, job.tokenizer, prompts, job.answers, config.batch_size, done):
+        rows, empty = [], []
         for answer in answers:
             task = job.tasks[answer.row_id]
             text = decode_behind(job.tokenizer, task.prompt.input_ids, answer.token_ids)
             if text.strip():
                 rows.append(_row(task, text, task.prompt.input_ids, answer.token_ids, answer.ended, job.answers))
             else:
-                job.left_out.add("empty", answer.row_id)
+                empty.append(task)
+        _leave_out(empty, job, file)
         yield rows
+
+
+def _leave_out(tasks: list[Task], job: Job, file: AnswerFile) -> None:
+    """Count prompts whose answer is empty, and remember them."""
+    for task in tasks:
+        job.left_out.add(EMPTY, task.row.row_id)
+    file.leave_out({task.row.row_id: prompt_checksum(task.fields("")) for task in tasks})
 
 
 def _server_answers(job: Job, file: AnswerFile) -> Iterator[list[dict[str, Any]]]:
@@ -220,16 +237,17 @@ def _server_answers(job: Job, file: AnswerFile) -> Iterator[list[dict[str, Any]]
             task.row.tools,
         )
         for row_id, task in job.tasks.items()
-        if row_id not in file.done
+        if row_id not in file.done and row_id not in file.empty
     )
     for reply in server.replies(questions):
-        if isinstance(reply, Unanswered):
-            job.left_out.add(reply.reason, reply.row_id, reply.detail)
-            continue
         task = job.tasks[reply.row_id]
-        tokens = reply_tokens(reply, task, job.tokenizer, job.vocab_size)
-        if isinstance(tokens, Unanswered):
-            job.left_out.add(tokens.reason, tokens.row_id, tokens.detail)
+        answered = reply if isinstance(reply, Unanswered) else reply_tokens(reply, task, job.tokenizer, job.vocab_size)
+        if isinstance(reply, Unanswered) or isinstance(answered, Unanswered):
+            assert isinstance(answered, Unanswered)
+            if answered.reason == EMPTY:
+                _leave_out([task], job, file)
+            else:
+                job.left_out.add(answered.reason, answered.row_id, answered.detail)
             continue
         if reply.has_reasoning and not reply.token_ids:
             warnings.warn(
@@ -237,7 +255,7 @@ def _server_answers(job: Job, file: AnswerFile) -> Iterator[list[dict[str, Any]]
                 " returns all tokens",
                 stacklevel=1,
             )
-        yield [_row(task, reply.text, *tokens, reply.ended, job.answers)]
+        yield [_row(task, reply.text, *answered, reply.ended, job.answers)]
 
 
 def _row(

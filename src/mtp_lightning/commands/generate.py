@@ -38,7 +38,7 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
         texts = [GeneratedText(model, prompt, batch_options, stops) for prompt in batch]
         streamed = not as_json and len(batch) == 1  # several texts at a time can't be shown as they grow
         if streamed:
-            print(("\n\n" if begin else "") + batch[0].text, end="", flush=True)
+            print(("\n\n" if begin else "") + batch[0].shown, end="", flush=True)
         for piece in _decode_texts(model, texts, batch_options):
             if streamed:
                 print(piece, end="", flush=True)
@@ -48,7 +48,7 @@ def print_generations(model: MTPModel, prompts: list[Prompt], arguments: Decodin
                 print(line, end="", flush=True)  # in one write, so that Ctrl-C leaves whole lines
                 continue
             if not streamed:
-                print(("\n\n" if number else "") + text.prompt.text + text.text, end="", flush=True)
+                print(("\n\n" if number else "") + text.prompt.shown + text.text, end="", flush=True)
             print(f"\n{text.summary()}", file=sys.stderr)
 
 
@@ -87,8 +87,8 @@ def run_generate(args: list[str]) -> None:
     arguments = DecodingArguments.from_config(config)
     model = arguments.load(config.model)
     if config.prompt is not None:
-        prompts = [Prompt(config.prompt, encode_prompt(config.prompt, model.tokenizer), "")]
+        prompts = [encode_prompt(config.prompt, model.tokenizer, arguments.raw)]
         check_prompt(len(prompts[0].input_ids), model.context)
     else:
-        prompts = read_prompts(config.prompts, model.tokenizer, context=model.context)
+        prompts = read_prompts(config.prompts, model.tokenizer, context=model.context, raw=arguments.raw)
     print_generations(model, prompts, arguments, config.json)

@@ -165,10 +165,11 @@ class MTPCLI(LightningCLI):
     def _checkpoint_path(self) -> str | None:
         """``ckpt_path``, with ``last`` replaced by the file that it stands for."""
         path: str | None = self._get(self.config, "ckpt_path")
+        may_begin = path == "auto" and self.subcommand == "fit"
         if path in ("", "best", "hpc", "registry"):  # Lightning's words, which need a trainer that has trained
-            raise UsageError(f"ckpt_path must be the path of a .ckpt file, or last, got {path!r}.")
-        if path == "last":
-            path = last_checkpoint(self.trainer, self._run_folder, self.subcommand == "fit")
+            raise UsageError(f"ckpt_path must be the path of a .ckpt file, last or auto, got {path!r}.")
+        if path == "last" or may_begin:
+            path = last_checkpoint(self.trainer, self._run_folder, may_begin)
             for config in (self.config, self.config_init):
                 config[self.subcommand].ckpt_path = path
         return path

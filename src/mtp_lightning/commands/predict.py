@@ -62,4 +62,5 @@ def run_predict(args: list[str]) -> None:
     if not isinstance(source, str) or not source:
         raise UsageError("mtp predict needs prompts: give --prompts FILE or set data.test to one file of prompts.")
     model = cli.load_model(args, arguments)
-    print_generations(model, read_prompts(source, model.tokenizer, context=model.context), arguments, as_json=True)
+    prompts = read_prompts(source, model.tokenizer, context=model.context, raw=arguments.raw)
+    print_generations(model, prompts, arguments, as_json=True)

@@ -57,6 +57,15 @@ def row_type(fields: Mapping[str, Any] | set[str]) -> str | None:
     return next((kind for kind, needed in _TYPES if needed <= set(fields)), None)
 
 
+def is_plain_text(row: Mapping[str, Any]) -> bool:
+    """True for a row of text, or of a prompt and completion of text, which no chat template is applied to."""
+    row = with_parsed_chats(row)
+    fields = {name for name, value in row.items() if value is not None}
+    kind = row_type(fields)
+    is_completion = kind == "prompt" and fields.isdisjoint({"prompt_ids", "completion_ids"})
+    return kind == "text" or (is_completion and isinstance(row["prompt"], str))
+
+
 def encode_row(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
 ) -> EncodedRow | None:

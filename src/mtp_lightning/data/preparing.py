@@ -10,6 +10,7 @@ import numpy as np
 
 from mtp_lightning.data.cutting import NO_LOSS, NULL, REFUSED, SHORT, SPLIT, TRUNCATED
 from mtp_lightning.data.documents import Documents, Encoder, encode_part
+from mtp_lightning.data.encoding import is_plain_text
 from mtp_lightning.data.formats import Part
 from mtp_lightning.data.packing import pack
 from mtp_lightning.data.reading import open_sources
@@ -27,6 +28,11 @@ USABLE_ROWS = (
 )
 """Advice where no row can be used."""
 
+PLAIN_TEXT = (
+    "warning: {} has rows of plain text, and the base has a chat template, which prompts of its users go through: better"
+    " train on rows of messages (mtp distill writes them)"
+)
+"""The line on rows that are unlike what an instruct base reads when it is used."""
 _SKIP_REASONS = {
     SHORT: "shorter than two tokens",
     NO_LOSS: "no token with loss after the first",
@@ -54,6 +60,7 @@ class Report:
     padding_share: float = 0.0  # share of a batch's positions that is padding; filled in where batches are formed
     empty_files: int = 0  # files without a row
     examples: list[str] = field(default_factory=list)  # why the first rows were refused by the chat template
+    plain_source: str | None = None  # a source of plain text, where the base has a chat template
 
     def __str__(self) -> str:
         changes = [f"{self.empty_files:,} empty file{'s' * (self.empty_files > 1)}"] if self.empty_files else []
@@ -66,6 +73,7 @@ class Report:
             f" {self.documents:,} documents in {self.rows:,} rows an epoch, {self.tokens:,} tokens,"
             f" {self.eligible_starts:,} eligible starts, {self.padding_share:.1%} padding"
             f"{''.join(chr(10) + example for example in self.examples)}"
+            f"{chr(10) + PLAIN_TEXT.format(self.plain_source) if self.plain_source else ''}"
         )
 
 
@@ -122,12 +130,19 @@ def prepare(
     if isinstance(sources, dict):
         chosen = _mixed(chosen, owners, rows, weights, seed, name)
     main = prepared(chosen, ~apart, num_read - num_held_out)
+    main.report.plain_source = _plain_source(opened) if name == "data.train" and tokenizer.chat_template else None
     if not held_out:
         return main, None
     chosen = np.flatnonzero(usable & apart)
     if max_held_out is not None and len(chosen) > max_held_out:
         chosen = chosen[np.arange(max_held_out) * len(chosen) // max_held_out]
     return main, prepared(chosen, apart, num_held_out)
+
+
+def _plain_source(opened: dict[str, list[Part]]) -> str | None:
+    """The first source whose first row is plain text, or None."""
+    firsts = ((source, next(row for part in parts for row in part.rows())) for source, parts in opened.items())
+    return next((source for source, row in firsts if is_plain_text(row.fields)), None)
 
 
 def weights_of(sources: Sources, name: str) -> dict[str, float]:

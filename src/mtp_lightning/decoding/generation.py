@@ -28,6 +28,7 @@ class Generation:
         accepted_per_step: draft tokens accepted in each step, one list a row. A row generated their sum plus its steps.
         finish_reasons: ``stop`` at an end token, else ``length``, one per row.
         seeds: each row's seed, with which it can be generated again alone; None if decoding was greedy.
+        texts: the generated text of each row, where the prompts were text or messages; else None.
     """
 
     sequences: Tensor
@@ -36,6 +37,7 @@ class Generation:
     accepted_per_step: list[list[int]]
     finish_reasons: list[str]
     seeds: list[int] | None = None
+    texts: list[str] | None = None
 
 
 def generate(

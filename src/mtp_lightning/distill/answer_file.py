@@ -20,10 +20,14 @@ from mtp_lightning.paths import why_unwritable
 
 SETTINGS_SUFFIX = ".settings"
 """The settings of ``G.jsonl`` are in ``G.jsonl.settings``, a suffix that the data layer does not read."""
+EMPTY_SUFFIX = ".empty"
+"""Prompts whose answer is empty are in ``G.jsonl.empty``, one a line: id and checksum of the prompt."""
 
 
 class AnswerFile:
     """The rows answered so far (``done``: id -> checksum of the prompt), and how to add to them. A context manager.
+
+    ``empty`` are in the same way the prompts whose answer was empty: they have no row, and are not asked again.
 
     Every ``append`` writes complete lines and waits until they are on the disk. A line that a kill left incomplete is cut
     off at the next start. A second process on the same file is refused (RunError), and so are other ``settings``, plain
@@ -33,6 +37,8 @@ class AnswerFile:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.done: dict[str | int, int] = {}
+        self.empty: dict[str | int, int] = {}
+        self._empty_path = path.with_name(path.name + EMPTY_SUFFIX)
         self._settings_path = path.with_name(path.name + SETTINGS_SUFFIX)
         self._lock = FileLock(path.with_name(path.name + ".lock"))
         try:
@@ -63,7 +69,7 @@ class AnswerFile:
         """Close the file; without an answer delete it, so that the next start may have other settings."""
         is_empty = not os.fstat(self._file).st_size
         os.close(self._file)
-        for path in (self._settings_path, self.path) if is_empty else ():
+        for path in (self._settings_path, self._empty_path, self.path) if is_empty else ():
             path.unlink(missing_ok=True)
         self._unlock()
 
@@ -96,6 +102,13 @@ class AnswerFile:
             raise RunError(f"{self.path} could not be written: {os_reason(error)}. {intact}.") from error
         self.done.update((row["id"], prompt_checksum(row)) for row in rows)
 
+    def leave_out(self, prompts: Mapping[str | int, int]) -> None:
+        """Remember prompts whose answer is empty, id -> checksum; RunError if the file can't be written."""
+        self.empty.update(prompts)
+        if prompts:
+            with atomic_file(self._empty_path) as file:
+                file.writelines(f"{json.dumps(pair)}\n".encode() for pair in self.empty.items())
+
     def _check_settings(self, settings: dict[str, Any]) -> None:
         """Compare the settings with those of the file, or write them if it is new."""
         if not os.fstat(self._file).st_size:
@@ -114,6 +127,8 @@ class AnswerFile:
 
     def _read_rows(self) -> None:
         """Read the ids of the rows, and cut off an incomplete last line."""
+        with suppress(OSError, ValueError, TypeError):  # what can't be read is asked again
+            self.empty = dict(map(json.loads, self._empty_path.read_text(encoding="utf-8").splitlines()))
         length = 0
         with os.fdopen(os.dup(self._file), "rb") as lines:
             lines.seek(0)

@@ -29,6 +29,8 @@ API_KEY_VARIABLE = "MTP_API_KEY"
 
 NO_ANSWER = "no answer"
 """The reason of rows without a response from the server."""
+EMPTY = "empty"
+"""The reason of rows whose answer has no text."""
 MAX_UNANSWERED = 3
 """Successive questions without an answer, after all retries, from which on the server is taken to be down."""
 MAX_REFUSED = 100
@@ -230,7 +232,7 @@ def _parse(question: Question, response: bytes) -> Reply | Unanswered:
     if reason not in ("stop", "length"):
         return Unanswered(question.row_id, "no finish_reason" if reason is None else str(reason))
     if not isinstance(text, str) or not text.strip():
-        return Unanswered(question.row_id, "empty")
+        return Unanswered(question.row_id, EMPTY)
     if not is_utf8(text):  # an emoji cut in half
         return Unanswered(question.row_id, "not UTF-8")
     token_ids, prompt_ids = choice.get("token_ids"), choice.get("prompt_token_ids") or answer.get("prompt_token_ids")

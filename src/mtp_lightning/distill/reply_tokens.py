@@ -8,7 +8,7 @@ from typing import Any
 
 from mtp_lightning.data.encoding import completion_end
 from mtp_lightning.data.tokenizing import tokenize
-from mtp_lightning.distill.endpoint import Reply, Unanswered
+from mtp_lightning.distill.endpoint import EMPTY, Reply, Unanswered
 from mtp_lightning.distill.tasks import Task
 
 
@@ -29,7 +29,7 @@ def reply_tokens(reply: Reply, task: Task, tokenizer: Any, vocab_size: int) -> t
     if wrong:
         return Unanswered(reply.row_id, "with unknown token ids", f"{wrong[0]!r} is no token id below {vocab_size}")
     if not tokenizer.decode(token_ids, skip_special_tokens=True).strip():
-        return Unanswered(reply.row_id, "empty")
+        return Unanswered(reply.row_id, EMPTY)
     return prompt_ids, token_ids
 
 

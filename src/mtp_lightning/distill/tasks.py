@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mtp_lightning.data.chat import RefusedByTemplate
 from mtp_lightning.errors import RunError
-from mtp_lightning.text.prompts import Prompt, PromptRow, UnusablePrompt, encode_prompt_row
+from mtp_lightning.text.prompts import Prompt, PromptRow, UnusablePrompt, as_turn, encode_prompt_row
 
 
 class Task(NamedTuple):
@@ -62,7 +62,7 @@ def tasks_of(rows: Sequence[PromptRow], tokenizer: Any, context: int, left_out: 
     tasks = {}
     for row in rows:
         try:
-            task = Task(row, encode_prompt_row(row, tokenizer))
+            task = Task(as_turn(row, tokenizer), encode_prompt_row(row, tokenizer))
         except UnusablePrompt as error:
             left_out.add("without a usable prompt", row.row_id, str(error))
         except RefusedByTemplate as error:

@@ -3,9 +3,11 @@
 
 * ``.txt``: one prompt per line; empty lines are skipped.
 * ``.jsonl``: one object per line with ``prompt`` (text, or a list of messages) or ``messages`` (rendered with the
-  tokenizer's chat template; an assistant's answer at the end is dropped), and optionally ``tools`` and ``domain`` (or
-  ``category``).
+  tokenizer's chat template; an assistant's answer at the end is dropped), and optionally ``tools``, ``raw`` and ``domain``
+  (or ``category``).
 * ``-``: standard input, one of the two: JSON where the first line begins with ``{``.
+
+Where the base has a chat template, a text is a user's turn, unless it is raw.
 """
 
 from __future__ import annotations
@@ -36,6 +38,12 @@ class Prompt(NamedTuple):
     text: str  # the prompt as text, a chat rendered
     input_ids: list[int]  # its token ids, at least one
     domain: str  # its domain, or an empty string
+    question: str | None = None  # of a chat its last message; None for a text that is continued
+
+    @property
+    def shown(self) -> str:
+        """What a terminal shows in front of the generated text: the text, or the question on a line of its own."""
+        return self.text if self.question is None else f"> {self.question}\n"
 
 
 class PromptRow(NamedTuple):
@@ -46,18 +54,22 @@ class PromptRow(NamedTuple):
     domain: str  # its domain, or an empty string
     row_id: str | int  # the row's ``id``, or its line number
     tools: list[dict[str, Any]] | None = None  # functions that the assistant may call
+    raw: bool = False  # a text that the base continues as it is, without its chat template
 
 
-def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context: int | None = None) -> list[Prompt]:
+def read_prompts(
+    source: str, tokenizer: Any, limit: int | None = None, context: int | None = None, raw: bool = False
+) -> list[Prompt]:
     """The prompts of a source, at least one, tokenised as the tokenizer does it, without an end token that it may append.
 
     The source is a ``.txt`` or ``.jsonl`` file, ``package://...`` or ``-``. At most ``limit`` prompts are taken, evenly from
     the domains; None: all, in the order of the file. With a ``context``, each prompt must leave space in it for a token.
+    ``raw``: no text is a user's turn.
     UsageError for another file format, RunError if the file is missing or empty or a line can't be used.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"num_prompts must be 1 or more, got {limit}.")
-    rows = read_prompt_rows(source)
+    rows = read_prompt_rows(source, raw)
     if limit is not None:
         rows = [rows[i] for i in round_robin([row.domain for row in rows])[:limit]]
     prompts = [encode_prompt_row(row, tokenizer) for row in rows]
@@ -67,8 +79,8 @@ def read_prompts(source: str, tokenizer: Any, limit: int | None = None, context:
     return prompts
 
 
-def read_prompt_rows(source: str) -> list[PromptRow]:
-    """The prompts of a source in the order of the file, at least one, before any tokenizer is needed.
+def read_prompt_rows(source: str, raw: bool = False) -> list[PromptRow]:
+    """The prompts of a source in the order of the file, at least one, before any tokenizer is needed; ``raw``: all are.
 
     Raises a UsageError for an unsupported file format, and a RunError if the file is missing or empty or a line can't be
     used.
@@ -79,7 +91,7 @@ def read_prompt_rows(source: str) -> list[PromptRow]:
     rows = [_parse_line(name, number, line, is_json) for number, line in lines if line.strip()]
     if not rows:
         raise RunError(f"{name}: expected at least one prompt, it is empty.")
-    return rows
+    return [row._replace(raw=raw or row.raw) for row in rows]
 
 
 def round_robin(domains: Sequence[str]) -> list[int]:
@@ -134,12 +146,15 @@ def _parse_line(source: str, number: int, line: str, is_json: bool) -> PromptRow
         domain = value["category"]
     if not isinstance(domain, str | None):
         raise RunError(f"{location}: expected domain as text, got {type(domain).__name__}.")
+    raw = value.get("raw") or False
+    if not isinstance(raw, bool) or (raw and not isinstance(content, str)):
+        raise RunError(f"{location}: expected raw as true or false, true with a prompt of text alone, got {raw!r}.")
     row_id = number if value.get("id") is None else value["id"]
     if isinstance(row_id, float) and row_id.is_integer():  # pandas writes whole numbers like this next to missing ones
         row_id = int(row_id)
     if not isinstance(row_id, str | int) or not is_utf8(str(row_id)):
         raise RunError(f"{location}: expected id as UTF-8 text or a number, got {row_id!r}.")
-    return PromptRow(location, content, domain or "", row_id, tools)
+    return PromptRow(location, content, domain or "", row_id, tools, raw)
 
 
 def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], list[dict[str, Any]] | None]:
@@ -165,35 +180,47 @@ def _check_tokenizer(tokenizer: Any) -> None:
         raise UsageError("a prompt needs a tokenizer, and the model was saved without one.")
 
 
-def encode_prompt(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of a prompt, with what the tokenizer puts before a text and without an end token that it appends.
+def encode_prompt(text: str, tokenizer: Any, raw: bool = False) -> Prompt:
+    """A text as a prompt: a user's turn where the base has a chat template, unless it is ``raw``.
 
-    Raises a UsageError if there is no tokenizer, or the prompt is not valid UTF-8.
+    Raises a UsageError if there is no tokenizer, or the prompt is empty or not valid UTF-8.
     """
+    try:
+        return encode_prompt_row(PromptRow("the prompt", text, "", 0, raw=raw), tokenizer)
+    except UnusablePrompt as error:
+        raise UsageError(str(error)) from error
+
+
+def as_turn(row: PromptRow, tokenizer: Any) -> PromptRow:
+    """A row of text as a user's turn where the base has a chat template, unless it is raw; any other row as it is."""
     _check_tokenizer(tokenizer)
-    if not is_utf8(text):
-        raise UsageError("the prompt must be UTF-8 text, it contains an unpaired surrogate.")
-    return tokenize(text, tokenizer, add_first=True)
+    if row.raw or not row.content or not isinstance(row.content, str) or not has_chat_template(tokenizer):
+        return row
+    return row._replace(content=[{"role": "user", "content": row.content}])
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """True if the base has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
-    """A row as text and token ids.
+    """A row as text and token ids: those of a text with what the tokenizer puts before one, without an end that it appends.
 
     UnusablePrompt if it has no token or is not valid UTF-8, another RunError if its messages can't be rendered.
     """
-    _check_tokenizer(tokenizer)
+    row = as_turn(row, tokenizer)
     if not row.content:
         raise UnusablePrompt(f"{row.location}: expected a prompt, it is null or empty.")
     text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
     if not is_utf8(text):
         raise UnusablePrompt(f"{row.location}: expected UTF-8 text, the prompt contains an unpaired surrogate.")
-    if isinstance(row.content, str):
-        ids = encode_prompt(text, tokenizer)
-    else:
-        ids = tokenize(text, tokenizer, add_first=False)  # the template writes the special tokens that the base expects
+    # A template writes the special tokens that the base expects.
+    ids = tokenize(text, tokenizer, add_first=isinstance(row.content, str))
     if not ids:
         raise UnusablePrompt(f"{row.location}: expected at least one token, the prompt has none.")
-    return Prompt(text, ids, row.domain)
+    question = None if isinstance(row.content, str) else str(clean_messages(row.content)[-1].get("content") or "")
+    return Prompt(text, ids, row.domain, question)
 
 
 def drop_final_answer(messages: list[Any]) -> list[Any]:
@@ -208,7 +235,7 @@ def render_messages(messages: list[Any], tokenizer: Any) -> Prompt:
 
 
 def _render(row: PromptRow, tokenizer: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(tokenizer):
         raise RunError(f"{row.location}: the base's tokenizer has no chat template for messages: give text.")
     try:
         for number, message in enumerate(clean_messages(row.content), 1):

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mtp_lightning.decoding.generation import Generation, generate
 from mtp_lightning.decoding.limits import end_tokens, resolve_num_masks, with_text_ends
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.errors import UsageError
-from mtp_lightning.text.detokenizer import StoppableText
+from mtp_lightning.text.detokenizer import StoppableText, decode_behind
 from mtp_lightning.text.prompts import Prompt, encode_prompt, render_messages
 
 if TYPE_CHECKING:
@@ -155,19 +156,42 @@ def stream_text(
     model: MTPNetwork,
     prompt: str | Sequence[int] | Tensor | Sequence[dict[str, Any]],
     stop: str | Sequence[str] | None = None,
+    raw: bool = False,
     **options: Any,
 ) -> TextStream:
     """Generate for one prompt as an iterator over pieces of text; see ``MTPModel.stream``."""
-    tokenizer = model.tokenizer
-    if tokenizer is None:
+    if model.tokenizer is None:
         raise UsageError("streaming text needs a tokenizer, and the model has none: set model.tokenizer.")
-    if isinstance(prompt, str):
-        encoded = Prompt(prompt, encode_prompt(prompt, tokenizer), "")
-    elif not isinstance(prompt, Tensor) and len(prompt) and isinstance(prompt[0], dict):
-        encoded = render_messages(list(prompt), tokenizer)
-    else:
-        ids: list[Any] = prompt.reshape(-1).tolist() if isinstance(prompt, Tensor) else list(prompt)
-        encoded = Prompt(tokenizer.decode(ids), ids, "")
+    encoded = _encode(prompt, model.tokenizer, raw)
     settings = with_text_ends(model, DecodingOptions.from_kwargs(options))
     resolve_num_masks(model, settings)  # so that a wrong option raises now, not at the first piece
     return TextStream(model, encoded, settings, [stop] if isinstance(stop, str) else stop or ())
+
+
+def _encode(prompt: str | Sequence[int] | Tensor | Sequence[dict[str, Any]], tokenizer: Any, raw: bool) -> Prompt:
+    """A prompt of any of the forms that ``stream_text`` takes."""
+    if isinstance(prompt, str):
+        return encode_prompt(prompt, tokenizer, raw)
+    if not isinstance(prompt, Tensor) and len(prompt) and isinstance(prompt[0], dict):
+        return render_messages(list(prompt), tokenizer)
+    ids: list[Any] = prompt.reshape(-1).tolist() if isinstance(prompt, Tensor) else list(prompt)
+    return Prompt(tokenizer.decode(ids), ids, "")
+
+
+def generate_texts(model: MTPNetwork, prompts: str | Sequence[Any], raw: bool = False, **options: Any) -> Generation:
+    """``generate`` for a text, a conversation, or several of either; the result has ``texts`` too."""
+    if model.tokenizer is None:
+        raise UsageError("a prompt of text needs a tokenizer, and the model has none: set model.tokenizer.")
+    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    encoded = [_encode(prompt, model.tokenizer, raw) for prompt in ([prompts] if is_one else prompts)]
+    rows = [torch.tensor(prompt.input_ids) for prompt in encoded]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0, dtype=torch.long)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True) if rows else None
+    streamer = options.pop("streamer", None)
+    settings = with_text_ends(model, DecodingOptions.from_kwargs(options))
+    generation = generate(model, ids, mask, streamer, **{**options, "eos_token_id": settings.eos_token_id})
+    generation.texts = []
+    for row, accepted, prompt in zip(generation.sequences, generation.accepted_per_step, encoded, strict=True):
+        begin, new = len(prompt.input_ids), sum(accepted) + len(accepted)
+        generation.texts.append(decode_behind(model.tokenizer, prompt.input_ids, row[begin : begin + new].tolist()))
+    return generation

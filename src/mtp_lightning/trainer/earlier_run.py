@@ -48,18 +48,21 @@ def appends_metrics(trainer: Trainer, folder: Path, checkpoint: dict[str, Any]) 
     return False
 
 
-def last_checkpoint(trainer: Trainer, folder: Path, training: bool) -> str | None:
+def last_checkpoint(trainer: Trainer, folder: Path, may_begin: bool) -> str | None:
     """The newest complete checkpoint of the run, which ``--ckpt_path last`` means. All processes must call it.
 
-    If there is none, training begins at step 0 (None), and other commands fail.
+    If there is none: None with ``may_begin`` (``--ckpt_path auto``), else a RunError.
     """
     folders = checkpoint_folders(trainer)
     path = newest_checkpoint(folders, read_run_id(folder), lambda message: _warn(trainer, message))
     if path is not None:
         return str(path)
     missing = f"no complete checkpoint of this run in {str(folders[-1])!r}"
-    if not training:
-        raise RunError(f"{missing}. Give the path of a .ckpt file with --ckpt_path.")
+    if not may_begin:
+        raise RunError(
+            f"{missing}. Give the path of a .ckpt file with --ckpt_path, or the folder of the run to resume"
+            " (trainer.default_root_dir, save_dir of the loggers); mtp fit --ckpt_path auto begins a new run where there is none."
+        )
     _warn(trainer, f"{missing}: training begins at step 0.")
     return None
 
