@@ -10,7 +10,8 @@ import torch
 from tiny import CONTEXT, greedy_text, tiny_base
 from transformers import GenerationConfig
 
-from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, SeededNoise, base_answers, base_batches
+from mtp_lightning.distill.base_answers import NamedPrompt, SeededNoise, base_answers, base_batches
+from mtp_lightning.distill.options import AnswerOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.text.prompts import Prompt
 

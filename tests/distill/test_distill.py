@@ -18,7 +18,7 @@ from mtp_lightning.commands import distill
 from mtp_lightning.commands.distill import base_of, chosen_shard, shard_path
 from mtp_lightning.data.chat import encode_chat_prompt
 from mtp_lightning.data.preparing import prepare
-from mtp_lightning.distill.base_answers import AnswerOptions
+from mtp_lightning.distill.options import AnswerOptions
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.text.detokenizer import decode_behind
 

@@ -20,8 +20,8 @@ from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.data.encoding import encode_row
 from mtp_lightning.data.preparing import prepare
-from mtp_lightning.distill.base_answers import AnswerOptions
-from mtp_lightning.distill.endpoint import Endpoint, EndpointOptions, Question, Reply, Unanswered
+from mtp_lightning.distill.endpoint import Endpoint, Question, Reply, Unanswered
+from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
 from mtp_lightning.errors import RunError
 
 

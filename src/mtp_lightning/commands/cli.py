@@ -12,27 +12,31 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import mtp_lightning
+from mtp_lightning.commands import settings
 from mtp_lightning.errors import MTPError, UsageError, one_line
 
 
 class Command(NamedTuple):
-    """A command; its module is imported when it is called, as torch and Lightning take seconds to import."""
+    """A command; its module is imported once its options are read, as torch and Lightning take seconds to import."""
 
     help: str  # text for ``mtp --help``
     module: str  # module in this package
-    function: str  # function in the module that takes the command's options
+    function: str  # function in the module, called with the options
+    parser: str = ""  # function in ``options.py`` whose parser reads the options; without one they are its words
 
 
 COMMANDS = {
-    "base": Command("download a small chat model (SmolLM2-135M-Instruct) to train on", "base", "run_base"),
+    "base": Command("download a small chat model (SmolLM2-135M-Instruct) to train on", "base", "run_base", "base_parser"),
     "fit": Command("train", "lightning_cli", "run_trainer"),
     "validate": Command("losses, NTP figure and acceptance on the validation set", "lightning_cli", "run_trainer"),
     "test": Command("the same on the test set", "lightning_cli", "run_trainer"),
     "predict": Command("speculative generation over the test prompts, one JSON line per prompt", "predict", "run_predict"),
     "generate": Command("generate text with a trained model", "generate", "run_generate"),
-    "chat": Command("talk with a trained model", "chat", "run_chat"),
+    "chat": Command("talk with a trained model", "chat", "run_chat", "chat_parser"),
     "data": Command("show a few rows with the role of every token, and the shares", "data", "run_data"),
-    "distill": Command("write the base model's own answers to prompts, to train on", "distill", "run_distill"),
+    "distill": Command(
+        "write the base model's own answers to prompts, to train on", "distill", "run_distill", "distill_parser"
+    ),
     "serve": Command("serve a saved folder with vLLM (OpenAI-compatible)", "serve", "run_serve"),
     "export": Command("checkpoint to saved folder (safetensors and JSON)", "export", "run_export"),
     "benchmark": Command(
@@ -100,10 +104,17 @@ def _run(words: list[str]) -> None:
     # each of hundreds of small operations per token.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _silence_libraries()
-    command = COMMANDS[words[0]]
-    getattr(import_module(f"mtp_lightning.commands.{command.module}"), command.function)(
-        words if command.function == "run_trainer" else words[1:]  # Lightning's own subcommands
-    )
+    command, options = COMMANDS[words[0]], words[1:]
+    if words[0] in settings.OPTIONS:  # it reads a configuration
+        options = settings.with_configurations(options)
+        if topic := next((word for word in options if word in settings.HELP_WORDS), None):
+            print(settings.help_text(words[0], topic), end="")
+            return
+        settings.check_words(words[0], options)
+        options = [words[0], *settings.with_replacements(options)]
+    elif command.parser:
+        options = getattr(import_module("mtp_lightning.commands.options"), command.parser)().parse_args(options)
+    getattr(import_module(f"mtp_lightning.commands.{command.module}"), command.function)(options)
 
 
 def _silence_libraries() -> None:
@@ -115,10 +126,9 @@ def _silence_libraries() -> None:
     warnings.showwarning = _show_warning
     # Lightning's tip to install another of its makers' packages.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For seamless" not in r.getMessage())
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils.logging import disable_progress_bar  # seconds, which --help does not need
-
-    disable_progress_bar()
+    # bitsandbytes, of a kernel that it does without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too, which is not imported yet
 
 
 def _show_warning(

@@ -20,8 +20,6 @@ from mtp_lightning.training.module import MTPModule
 class DataCLI(SettingsCLI):
     """The configuration files of training with the options of this command."""
 
-    USAGE = "mtp data --config F [--config G ...] [--split S] [--rows N] [--steps N] [options]"
-
     def add_arguments_to_parser(self, parser: ArgumentParser) -> None:
         """Options in addition to the configuration."""
         super().add_arguments_to_parser(parser)
@@ -31,9 +29,9 @@ class DataCLI(SettingsCLI):
         parser.add_argument("--steps", type=PositiveInt, default=10, help="number of optimizer steps to count")
 
 
-def run_data(args: list[str]) -> None:
+def run_data(words: list[str]) -> None:
     """``mtp data``: show a few rows with the role of every token, what became of all rows, and what a step holds."""
-    cli = DataCLI(args)
+    cli = DataCLI(words[1:])
     config, data = cli.config, cli.datamodule
     accumulate = config.trainer.accumulate_grad_batches if config.split == "train" else 1
     world_size = config.trainer.num_nodes * _num_devices(config.trainer.devices)

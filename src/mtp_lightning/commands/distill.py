@@ -13,13 +13,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jsonargparse.typing import PositiveInt
-
-from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.progress import Progress
 from mtp_lightning.distill.answer_file import AnswerFile, prompt_checksum
-from mtp_lightning.distill.base_answers import AnswerOptions, NamedPrompt, base_answers
-from mtp_lightning.distill.endpoint import EMPTY, Endpoint, EndpointOptions, Question, Unanswered
+from mtp_lightning.distill.base_answers import NamedPrompt, base_answers
+from mtp_lightning.distill.endpoint import EMPTY, Endpoint, Question, Unanswered
+from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
 from mtp_lightning.distill.reply_tokens import reply_tokens
 from mtp_lightning.distill.tasks import LeftOut, Task, check_ids, tasks_of
 from mtp_lightning.errors import RunError, UsageError
@@ -46,9 +44,8 @@ class Job(NamedTuple):
     endpoint: EndpointOptions  # the server that answers, if any
 
 
-def run_distill(args: list[str]) -> None:
+def run_distill(config: Any) -> None:
     """``mtp distill MODEL --prompts F --output G.jsonl``."""
-    config = _parser().parse_args(args)
     parse_dtype(config.dtype)
     shard, num_shards = chosen_shard(config.shard)
     output = shard_path(config.output, shard, num_shards)
@@ -68,36 +65,6 @@ def run_distill(args: list[str]) -> None:
             raise RunError(f"no row was answered; {job.left_out}.")
     left_out = f"; {job.left_out}" if job.left_out.counts else ""
     print(f"{summary}; {output}: {len(file.done) - num_done:,} new{left_out}", file=sys.stderr, flush=True)
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="mtp distill",
-        description="Writes the base model's own answers to prompts, one JSON line each: training data that matches what"
-        " will be verified. The same command run again resumes.",
-    )
-    parser.add_argument(
-        "model", type=str, help="the base (folder, GGUF file or hub id), or a checkpoint or saved folder made for it"
-    )
-    parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
-    parser.add_argument("--output", type=str, required=True, help="the .jsonl file to write or to resume")
-    parser.add_argument(
-        "--raw",
-        type=bool,
-        default=False,
-        help="continue prompts of text as they are. Default: they are a user's turn where the base has a chat template",
-    )
-    parser.add_argument(
-        "--shard", type=str, default=None, help="i/n: every n-th prompt from number i, 0 to n - 1. Default: RANK/WORLD_SIZE"
-    )
-    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="prompts that are answered together")
-    parser.add_argument("--dtype", type=str, default="auto", help="dtype of the base; auto: the one it was saved in")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, .. Default: cuda if there is one")
-    parser.add_argument("--revision", type=str | None, default=None, help="hub revision of the base")
-    parser.add_argument("--base_model", type=str | None, default=None, help="where the base is now, if it moved")
-    parser.add_class_arguments(AnswerOptions, None)
-    parser.add_class_arguments(EndpointOptions, None)
-    return parser
 
 
 def _read_job(config: Any, shard: int, num_shards: int) -> Job:

@@ -88,13 +88,12 @@ class MTPCLI(LightningCLI):
         return parser
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Lightning's, with a usage line instead of a page of options."""
+        """Lightning's, with our options."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument(
                 "--overwrite", action="store_true", help="delete the run that is in the folder, and begin again"
             )
-        parser.usage = f"mtp {subcommand} --config F [--config G ...] [--ckpt_path C] [options]"
         return parser
 
     @staticmethod
@@ -123,7 +122,7 @@ class MTPCLI(LightningCLI):
         """The trainer, with one-line errors; by default with CSV and TensorBoard loggers in one folder."""
         given = self._get(self.config_init, "trainer", default={})
         if given.get("logger") in (None, True):  # Lightning's own would begin a new folder at each start
-            folder = Path(given.get("default_root_dir") or ".") / "lightning_logs"
+            folder = Path(given.get("default_root_dir") or "lightning_logs")
             kwargs["logger"] = [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
         if given.get("val_check_interval") == 0:
             raise UsageError("trainer.val_check_interval must be above 0, got 0.")
@@ -215,6 +214,6 @@ class MTPCLI(LightningCLI):
             print(f"\nbest checkpoint: {path}\ntry it: mtp generate {path} --prompt TEXT", flush=True)
 
 
-def run_trainer(args: list[str]) -> None:
-    """``mtp fit | validate | test``, with the command as the first argument."""
-    MTPCLI(args)
+def run_trainer(words: list[str]) -> None:
+    """``mtp fit | validate | test``, with the command as the first word."""
+    MTPCLI(words)

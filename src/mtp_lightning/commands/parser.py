@@ -90,4 +90,5 @@ def _in_one_line(message: str, keys: list[str]) -> str:
         text = re.sub(pattern, replacement, text)
     unknown = re.search(r"unrecognized arguments: -*([\w.]+)|does not accept option '([\w.]+)", text)
     near = difflib.get_close_matches(unknown[1] or unknown[2], keys, n=1) if unknown else []
-    return one_line(text) + (f"; did you mean {near[0]}?" if near else "")
+    dashes = "--" if unknown and unknown[1] else ""
+    return one_line(text) + (f"; did you mean {dashes}{near[0]}?" if near else "")

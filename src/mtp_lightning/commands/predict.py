@@ -18,8 +18,6 @@ from mtp_lightning.text.prompts import read_prompts
 class PredictCLI(SettingsCLI):
     """The configuration files of training with the options of decoding."""
 
-    USAGE = "mtp predict --config F [--config G ...] --ckpt_path C [--prompts P] [options]"
-
     def load_model(self, args: list[str], arguments: DecodingArguments) -> MTPModel:
         """Load the checkpoint, checked against the settings that the user named; defaults do not count."""
         checkpoint = read_checkpoint(self.config.ckpt_path)
@@ -51,8 +49,9 @@ class PredictCLI(SettingsCLI):
         DecodingArguments.add_to(parser)
 
 
-def run_predict(args: list[str]) -> None:
+def run_predict(words: list[str]) -> None:
     """``mtp predict``: decode the test prompts with a checkpoint, one JSON line per prompt."""
+    args = words[1:]
     cli = PredictCLI(args)
     config = cli.config
     if config.ckpt_path == "last":

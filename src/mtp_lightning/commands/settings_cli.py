@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jsonargparse import ArgumentParser
 
 from mtp_lightning.commands.lightning_cli import MTPCLI
@@ -13,16 +11,8 @@ from mtp_lightning.commands.lightning_cli import MTPCLI
 class SettingsCLI(MTPCLI):
     """``MTPCLI`` up to the module and the data module, with the options of one command: no weights, no trainer."""
 
-    USAGE = ""
-
     def __init__(self, args: list[str]) -> None:
         super().__init__(args, run=False, save_config_callback=None)
-
-    def init_parser(self, **kwargs: Any) -> Any:
-        """The parser, with a usage line instead of a page of options."""
-        parser = super().init_parser(**kwargs)
-        parser.usage = self.USAGE
-        return parser
 
     def instantiate_classes(self) -> None:
         """Build the module and the data module; a trainer would want the devices that are named."""

@@ -38,7 +38,7 @@ class MTPDataModule(LightningDataModule):
         test: the same, for testing.
         validation_fraction: without a validation source, hold out this share of the training rows for it: the same rows in
             every run.
-        max_length: maximum tokens in a row; at most the base's context. Longer texts are split into several rows, longer
+        max_length: maximum tokens in a row, or the base's context if that is less. Longer texts are split into rows, longer
             prompts and chats lose their end.
         batch_size: rows in a batch, for each device.
         eval_batch_size: the same for validation and testing. None: batch_size.
@@ -156,8 +156,9 @@ class MTPDataModule(LightningDataModule):
         return {split: prepared[split] for split in splits if split in prepared}
 
     def _read(self, split: str, max_rows: int | None, held_out: float = 0.0) -> tuple[Prepared, Prepared | None]:
+        sources = self._sources(split)  # limits max_length
         return prepare(
-            self._sources(split),
+            sources,
             self._attached()[1].tokenizer,
             max_length=self.max_length,
             name=f"data.{split}",
@@ -175,9 +176,13 @@ class MTPDataModule(LightningDataModule):
         sources: Sources | None = getattr(self, split)
         if sources is None:
             raise UsageError(f"data.{split} must name a source for this command, got nothing.")
-        context = self._attached()[1].context
-        if context is not None and self.max_length > context:
-            raise UsageError(f"data.max_length must be at most the base's context, {context}, got {self.max_length}.")
+        trainer, module = self._attached()
+        if module.context is not None and self.max_length > module.context:
+            if trainer.is_global_zero:
+                print(
+                    f"data.max_length: {module.context}, the base's context, instead of {self.max_length}", file=sys.stderr
+                )
+            self.max_length = module.context
         return sources
 
     def _template_source(self) -> str | None:
@@ -251,9 +256,10 @@ class MTPDataModule(LightningDataModule):
             return self._loader("train")
         if self._streaming_loader is None:  # it holds the position, so there is only one
             module = self._attached()[1]
+            sources = self._sources("train")
             encoder = Encoder(module.tokenizer, self.max_length, self._template_source(), module.vocab_size)
             self._streaming_loader = StreamingLoader(
-                RowStream(self._sources("train"), encoder, packing=self.packing),
+                RowStream(sources, encoder, packing=self.packing),
                 rows=self.streaming_rows,
                 batch_rows=self.batch_size * self._ranks()[1],
                 open_epoch=lambda epoch, prepared: self._open("train", prepared, f"data.train, epoch {epoch}"),

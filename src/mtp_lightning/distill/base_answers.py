@@ -7,52 +7,22 @@ prompts, so an interrupted and resumed run writes what an uninterrupted one woul
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mtp_lightning.decoding.limits import base_end_tokens
-from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.distill.options import AnswerOptions
+from mtp_lightning.errors import RunError
 from mtp_lightning.modeling.decoder import context_length, text_config
 from mtp_lightning.text.prompts import Prompt
 
 BATCHES_SORTED_TOGETHER = 32
 """Prompts are sorted by length within this many batches, so that few positions are padding."""
-
-
-@dataclass(frozen=True)
-class AnswerOptions:
-    """How answers are drawn.
-
-    Args:
-        max_new_tokens: maximum number of tokens in an answer.
-        temperature: 0: greedy; above: sampled at this temperature.
-        top_k: sample from the k most likely tokens only.
-        top_p: sample from the smallest set of most likely tokens with this total probability.
-        seed: each row's seed is derived from this one and the row's id.
-    """
-
-    max_new_tokens: PositiveInt = 1024
-    temperature: NonNegativeFloat = 0.0
-    top_k: PositiveInt | None = None
-    top_p: ClosedUnitInterval | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise UsageError("top_k and top_p need a temperature above 0: set --temperature 1.")
-
-    def row_seed(self, row_id: str | int) -> int:
-        """The seed of the row with an id, 0 to 2^31 - 1: what every server accepts."""
-        digest = hashlib.sha256(f"{self.seed} {row_id!r}".encode()).digest()
-        return int.from_bytes(digest[:4], "big") >> 1
 
 
 class NamedPrompt(NamedTuple):

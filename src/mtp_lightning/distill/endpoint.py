@@ -13,15 +13,12 @@ import os
 import threading
 import urllib.parse
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
-
 from mtp_lightning.data.tokenizing import is_utf8
-from mtp_lightning.distill.base_answers import AnswerOptions
+from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
 from mtp_lightning.errors import RunError, UsageError, one_line
 
 API_KEY_VARIABLE = "MTP_API_KEY"
@@ -35,33 +32,6 @@ MAX_UNANSWERED = 3
 """Successive questions without an answer, after all retries, from which on the server is taken to be down."""
 MAX_REFUSED = 100
 """Questions that a server may refuse before it has answered any."""
-
-
-@dataclass(frozen=True)
-class EndpointOptions:
-    """Which server answers, and how requests are made.
-
-    Args:
-        endpoint: address of an OpenAI-compatible server, as http://localhost:8000/v1. Default: MODEL itself answers.
-        endpoint_model: the model's name on the server. Default: MODEL.
-        concurrency: number of concurrent requests.
-        retries: how often a request is retried.
-        timeout: seconds to wait for an answer.
-        token_ids: ask the server for token ids (vLLM: return_token_ids). Default: tokenize its text.
-    """
-
-    endpoint: str | None = None
-    endpoint_model: str | None = None
-    concurrency: PositiveInt = 16
-    retries: NonNegativeInt = 8
-    timeout: PositiveFloat = 600.0
-    token_ids: bool = False
-
-    def __post_init__(self) -> None:
-        if self.endpoint is not None:
-            parts = urllib.parse.urlsplit(self.endpoint)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise UsageError(f"endpoint must be an address like http://localhost:8000/v1, got {self.endpoint!r}.")
 
 
 class Question(NamedTuple):

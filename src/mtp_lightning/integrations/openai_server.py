@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.distill.endpoint import EndpointOptions, client
+from mtp_lightning.distill.endpoint import client
+from mtp_lightning.distill.options import EndpointOptions
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.evaluation.benchmark import Batch, System, prompt_seeds
 from mtp_lightning.evaluation.decoded_text import DecodedText

