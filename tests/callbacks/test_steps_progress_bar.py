@@ -1,35 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run shows on the terminal: the bar of a run that ends after a number of steps, and no advertisements."""
+"""What a run shows on the terminal: its steps, what it trains, what is unusual about it, and no advertisements."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
-from command_line import mtp
-from lightning import Trainer
+from command_line import mtp, write_rows
 from tiny_run import write_config, write_run
+from toy_tokenizers import word_tokenizer
 
-from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [({"max_steps": 9}, "Epoch 2   "), ({"max_epochs": 5}, "Epoch 2/4 "), ({"max_epochs": -1}, "Epoch 2   ")],
-)
-def test_the_number_of_epochs_is_named_where_it_is_known(options: dict[str, int], said: str, tmp_path: Path) -> None:
-    bar = StepsProgressBar()
-    trainer = Trainer(callbacks=[bar], logger=False, enable_checkpointing=False, default_root_dir=tmp_path, **options)
-    bar._trainer = trainer
-    assert bar._get_train_description(2) == said and len(said) == len(bar.validation_description)
+from mtp_lightning.callbacks import steps_progress_bar
 
 
 def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, caplog) -> None:
+    """Steps of the whole run are counted, under accumulation and after a resume."""
     config = write_run(tmp_path)
-    config["trainer"] |= {"max_steps": 2, "enable_progress_bar": True, "callbacks+": []}
+    last = {"class_path": "mtp_lightning.callbacks.LastCheckpoint"}
+    config["trainer"] |= {"enable_progress_bar": True, "accumulate_grad_batches": 2, "callbacks+": [last]}
     write_config(tmp_path, config)
     monkeypatch.chdir(tmp_path)
-    assert mtp("fit", "--config", "config.yaml") == 0
-    out, err = capfd.readouterr()
-    assert "Epoch 0  " in out and "/-2" not in out and "Tip:" not in out + err + caplog.text
-    assert "max_steps=2` reached" in caplog.text  # other messages of Lightning are shown
+    monkeypatch.setattr(steps_progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
+    for words, steps in (
+        (["--trainer.max_steps", 2], [1, 2]),
+        (["--trainer.max_steps", 5, "--ckpt_path", "last"], [3, 4, 5]),
+    ):
+        assert mtp("fit", "config.yaml", *words) == 0
+        out, err = capfd.readouterr()
+        assert [int(step) for step in dict.fromkeys(re.findall(r"^step (\d+) of \d+,.* loss", err, re.MULTILINE))] == steps
+        lines = err.splitlines()
+        assert all(any(line.startswith(name) for line in lines) for name in ("base ", "LoRA ", "masks ", "head ", "losses "))
+        unusual = [line for line in lines if line.startswith("warning: ")]
+        assert [key for key in ("data.validation", "model.lora.rank") if not any(key in line for line in unusual)] == []
+        assert "Tip:" not in out + err + caplog.text
+    assert "max_steps=5` reached" in caplog.text  # other messages of Lightning are shown
+
+
+def test_openings_of_rows_in_place_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A base without a chat template can't be asked them; and a row is at most as long as its context."""
+    config = write_run(tmp_path)
+    config["data"]["max_length"] = 999
+    write_config(tmp_path, config)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").unlink(missing_ok=True)
+    write_rows(tmp_path / "prompts.jsonl", [{"messages": [{"role": "user", "content": "one"}]}])
+    monkeypatch.chdir(tmp_path)
+    assert mtp("fit", "config.yaml", "--trainer.max_steps", 1, "--trainer.val_check_interval", 1) == 0
+    assert "data.max_length: 32," in capsys.readouterr().err
+    assert json.loads(Path("run/acceptance.json").read_text())["latest"]["overall"]["num_prompts"] == 3

@@ -76,4 +76,12 @@ def test_files_named_first_are_configurations() -> None:
         "--config", "a.yaml", "--config", "b.yml", "--x", "c.yaml"
     ]  # fmt: skip
     assert settings.with_configurations(["--config", "a.yaml"]) == ["--config", "a.yaml"]
+    fraction = ["--data.validation", "null"]
+    assert settings.with_replacements(["--data.validation_fraction=0.1"]) == ["--data.validation_fraction=0.1", *fraction]
+    assert settings.with_replacements(["--data.validation", "F"]) == [
+        "--data.validation",
+        "F",
+        "--data.validation_fraction",
+        "0",
+    ]
     assert mtp("fit", "none.yaml") == 1

@@ -4,26 +4,23 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console
+from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console, show_progress
 from mtp_lightning.callbacks.throughput import pause_clocks
 from mtp_lightning.decoding.lockstep import in_step
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.errors import UsageError
-from mtp_lightning.evaluation.acceptance import Progress, PromptResult, evaluate_prompts, paired_speed_ups, summarise
+from mtp_lightning.evaluation.acceptance import PromptResult, evaluate_prompts, paired_speed_ups, summarise
 from mtp_lightning.evaluation.acceptance_report import print_notes, print_table, save_plot
 from mtp_lightning.evaluation.reporting import save_json
 from mtp_lightning.text.prompts import Prompt, round_robin
 from mtp_lightning.training.distributed import gather, run_folder
 from mtp_lightning.training.lightning_private import is_accumulating
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class AcceptanceEvaluation(DecodingCallback):
@@ -142,7 +139,7 @@ class AcceptanceEvaluation(DecodingCallback):
                 model,
                 self.loaded,
                 self.options,
-                self._progress(trainer),
+                lambda done, count: show_progress(trainer, f"acceptance {done}/{count}"),
                 num_lossless=self.num_lossless,
                 num_speed_pairs=0 if sharded else self.num_speed_pairs,
                 rank=trainer.global_rank,
@@ -154,19 +151,6 @@ class AcceptanceEvaluation(DecodingCallback):
                 self.results = with_speed_pairs(model, self.loaded, self.options, self.num_speed_pairs, self.results)
         model.clear_decode_cache()  # training needs the memory, and changes the weights
         self._evaluated_at = trainer.global_step
-
-    def _progress(self, trainer: Trainer) -> Progress | None:
-        if not trainer.is_global_zero:
-            return None
-        console, last = progress_console(trainer), time.monotonic()
-
-        def progress(done: int, count: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
-                console.print(f"acceptance: {done} of {count} prompts decoded", highlight=False)
-
-        return progress
 
     def _logged(self, prefix: str) -> dict[str, float]:
         summary = summarise(self.results)

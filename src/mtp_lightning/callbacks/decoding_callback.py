@@ -7,16 +7,22 @@ import sys
 from io import StringIO
 from typing import Any, Literal
 
+import numpy as np
 import rich
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from rich.console import Console
 
+from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
+from mtp_lightning.data.rows import TokenRows
 from mtp_lightning.decoding.limits import resolve_auto
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.text.prompts import Prompt, read_prompts
+from mtp_lightning.text.prompts import Prompt, has_chat_template, read_prompt_rows, read_prompts
+
+OPENING_TOKENS = 32
+"""The longest opening of a row that is decoded from, where the prompts can't be used."""
 
 
 class DecodingCallback(Callback):
@@ -48,12 +54,46 @@ class DecodingCallback(Callback):
             return
         module: Any = pl_module
         self.options = resolve_auto(module, self.options)
-        prompts = read_prompts(self.prompts, module.tokenizer, self.num_prompts)
+        prompts = self._read(trainer, module)
         for prompt in prompts:
             if len(prompt.input_ids) >= module.context:
                 length = f"{len(prompt.input_ids)} tokens, and the base's context is {module.context}"
                 raise RunError(f"{self.prompts}: a prompt has {length}: {prompt.text[:60]!r}...")
         self.loaded = prompts
+
+    def _read(self, trainer: Trainer, module: Any) -> list[Prompt]:
+        """The prompts; of conversations, for a base without a chat template, openings of the run's own rows instead."""
+        if not has_chat_template(module.tokenizer):
+            rows = getattr(getattr(trainer, "datamodule", None), "rows", {})
+            rows = rows.get("validation", rows.get("test"))
+            if rows and all(not isinstance(row.content, str) for row in read_prompt_rows(self.prompts)):
+                prompts = openings(rows, module.tokenizer, self.num_prompts)
+                if trainer.is_global_zero:
+                    reason = f"{self.prompts} holds conversations, and the base has no chat template"
+                    text = f"prompts of {type(self).__name__}: openings of {len(prompts)} validation rows; {reason}"
+                    print(text, file=sys.stderr)
+                return prompts
+        return read_prompts(self.prompts, module.tokenizer, self.num_prompts)
+
+
+def openings(rows: TokenRows, tokenizer: Any, limit: int | None) -> list[Prompt]:
+    """The beginnings of documents of some rows, evenly spaced, at most ``limit``: half of each, up to 32 tokens."""
+    documents = np.unique(rows.order)
+    if limit is not None and len(documents) > limit:
+        documents = documents[np.arange(limit) * len(documents) // limit]
+    prompts = []
+    for index in documents:
+        ids, _, domain = rows.documents.document(int(index))
+        opening = ids[: max(1, min(OPENING_TOKENS, len(ids) // 2))].tolist()
+        prompts.append(Prompt(tokenizer.decode(opening, skip_special_tokens=True), opening, domain))
+    return prompts
+
+
+def show_progress(trainer: Trainer, text: str) -> None:
+    """Show what is being done behind the bar of the run."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, StepsProgressBar):
+        bar.note(text)
 
 
 def progress_console(trainer: Trainer) -> Console:

@@ -1,17 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""StepsProgressBar: Lightning's rich progress bar for a run that ends after a number of steps. Used by every command."""
+"""StepsProgressBar: one bar over the optimizer steps of a run, with the time left. Every command with a trainer uses it."""
 
 from __future__ import annotations
 
-from lightning.pytorch.callbacks import RichProgressBar
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import rich
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from mtp_lightning.training.lightning_private import is_accumulating
+
+SECONDS_BETWEEN_LINES = 30.0
 
 
-class StepsProgressBar(RichProgressBar):
-    """Lightning's bar says ``Epoch 0/-2`` where ``trainer.max_steps`` ends the run; this one leaves the ``/-2`` out."""
+class StepsProgressBar(ProgressBar):
+    """Shows optimizer steps of the whole run, of resumed runs from the step they resume at; evaluations are named behind it.
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        description = super()._get_train_description(current_epoch)
-        if self.trainer.max_epochs != -1:
-            return description
-        # As long as the validation's description, so that the bars do not move.
-        return description.replace("/-2", "").ljust(len(self.validation_description))
+    On a terminal it is one line; elsewhere a line is printed every half minute. The time left is that of the remaining steps
+    at the run's pace since its start, evaluations included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Progress | None = None  # on a terminal
+        self._task: TaskID = TaskID(0)
+        self._what, self._first, self._done, self._total = "", 0, 0, 0
+        self._began = self._last_line = 0.0  # time.monotonic
+        self._note = ""
+
+    def disable(self) -> None:
+        """Show nothing, in processes other than the first."""
+        self._enabled = False
+        self._stop()
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        rich.get_console().print(*args, markup=False, highlight=False)
+
+    def note(self, text: str) -> None:
+        """Show what else is being done behind the bar, until its next step."""
+        self._note = text
+        self._show()
+
+    def _start(self, what: str, total: float, first: int = 0) -> None:
+        self._stop()
+        self._what, self._first, self._done = what, first, first
+        self._total = int(total) if total != float("inf") else 0
+        self._began = self._last_line = time.monotonic()
+        self._note = ""
+        if self._enabled and rich.get_console().is_terminal:
+            fields = [TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}")]
+            columns = [TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), *fields]
+            self._bar = Progress(*columns, console=rich.get_console(), expand=True, refresh_per_second=2)
+            self._task = self._bar.add_task(what, total=self._total or None, completed=first, left="", note="")
+            self._bar.start()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def time_left(self) -> str:
+        """The time left as text, empty before the first step."""
+        if self._done <= self._first or not self._total:
+            return ""
+        pace = (time.monotonic() - self._began) / (self._done - self._first)
+        return f"{timedelta(seconds=round(pace * (self._total - self._done)))} left"
+
+    def _step(self, done: int, note: str = "") -> None:
+        self._done, self._note = done, note
+        self._show()
+
+    def _show(self) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, left=self.time_left(), note=self._note)
+        elif self._enabled and self._what and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            of = f" of {self._total}" if self._total else ""
+            parts = [f"{self._what} {self._done}{of}", self.time_left(), self._note]
+            print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+    # ---- training
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the bar of Lightning's first look at the validation data."""
+        self._start("sanity check", sum(trainer.num_sanity_val_batches))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the bar of the run."""
+        total = trainer.max_steps if trainer.max_steps > 0 else float("inf")
+        self._start("step", min(total, float(trainer.estimated_stepping_batches)), trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show a step once its last batch is done."""
+        if not is_accumulating(trainer):
+            loss = self.get_metrics(trainer, pl_module).get("train/loss")
+            self._step(trainer.global_step, "" if loss is None else f"loss {float(loss):.3f}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the bar."""
+        self._stop()
+
+    # ---- evaluation
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a bar, except within a run."""
+        if trainer.state.fn == "validate":
+            self._start("validation batch", sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show a batch, behind the bar of the run if there is one."""
+        if trainer.sanity_checking or trainer.state.fn == "validate":
+            self._step(batch_idx + 1)
+        else:
+            self.note(f"validation {batch_idx + 1}/{sum(map(int, trainer.num_val_batches))}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a bar of its own."""
+        if trainer.sanity_checking or trainer.state.fn == "validate":
+            self._stop()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a bar."""
+        self._start("test batch", sum(trainer.num_test_batches))
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Show a batch."""
+        self._step(batch_idx + 1)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the bar."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the bar, so that the error is printed below it."""
+        self._stop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End the bar."""
+        self._stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -27,6 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "base": Command("download a small chat model (SmolLM2-135M-Instruct) to train on", "base", "run_base", "base_parser"),
+    "init": Command("write a configuration sized for a base, data and this machine", "init", "run_init", "init_parser"),
     "fit": Command("train", "lightning_cli", "run_trainer"),
     "validate": Command("losses, NTP figure and acceptance on the validation set", "lightning_cli", "run_trainer"),
     "test": Command("the same on the test set", "lightning_cli", "run_trainer"),
@@ -45,6 +47,8 @@ COMMANDS = {
 }
 
 
+_SAID_AT_EVERY_START = re.compile(r"Tip: For seamless|^[GTH]PU available: False|^Seed set to|Automatic Mixed Precision")
+"""What Lightning logs at every start: a tip to install a package of its makers, and settings that the user made."""
 _PYTHONS_SHOW_WARNING = warnings.showwarning
 
 
@@ -124,8 +128,12 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # as it should be
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     warnings.showwarning = _show_warning
-    # Lightning's tip to install another of its makers' packages.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "Tip: For seamless" not in r.getMessage())
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.seed",
+        "lightning.fabric.utilities.rank_zero",
+    ):
+        logging.getLogger(name).addFilter(lambda record: not _SAID_AT_EVERY_START.search(record.getMessage()))
     # bitsandbytes, of a kernel that it does without.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' too, which is not imported yet

@@ -7,13 +7,14 @@ import json
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mtp_lightning.commands.progress import Progress
+from mtp_lightning.commands.progress import counted
 from mtp_lightning.distill.answer_file import AnswerFile, prompt_checksum
 from mtp_lightning.distill.base_answers import NamedPrompt, base_answers
 from mtp_lightning.distill.endpoint import EMPTY, Endpoint, Question, Unanswered
@@ -89,17 +90,14 @@ def _read_job(config: Any, shard: int, num_shards: int) -> Job:
 
 def _write(answers: Iterable[list[dict[str, Any]]], file: AnswerFile, total: int) -> str:
     """Write rows as they come and report progress; returns the last report."""
-    progress, num_tokens = Progress(), 0
-
-    def report() -> str:
-        rate = num_tokens / max(progress.seconds, 1e-9)
-        return f"distill: {len(file.done):,} of {total:,} rows, {num_tokens:,} tokens, {rate:,.0f} tokens/s"
-
-    for rows in answers:
-        file.append(rows)
-        num_tokens += sum(len(row["completion_ids"]) for row in rows)
-        progress(report())
-    return report()
+    began, num_tokens, before = time.monotonic(), 0, len(file.done) + len(file.empty)
+    with counted("prompts") as progress:
+        for rows in answers:
+            file.append(rows)
+            num_tokens += sum(len(row["completion_ids"]) for row in rows)
+            progress(len(file.done) + len(file.empty) - before, total - before)
+    rate = num_tokens / max(time.monotonic() - began, 1e-9)
+    return f"distill: {len(file.done):,} of {total:,} rows, {num_tokens:,} tokens, {rate:,.0f} tokens/s"
 
 
 def chosen_shard(text: str | None) -> tuple[int, int]:
@@ -143,7 +141,8 @@ def _adapter_config(path: Path, name: str) -> Path | None:
     from transformers.utils import find_adapter_config_file
 
     if path.is_dir():
-        return path / "adapter_config.json" if (path / "adapter_config.json").is_file() else None
+        adapter = path / "adapter_config.json"  # without the other file it is an adapter that belongs to the base
+        return adapter if adapter.is_file() and (path / "mtp_config.json").is_file() else None
     try:
         file = None if name.startswith(PACKAGE) else find_adapter_config_file(name)
     except OSError:  # not a hub id, or out of reach: loading the base reports it

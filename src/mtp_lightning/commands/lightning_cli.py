@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ import mtp_lightning.losses
 import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
 from mtp_lightning.callbacks.run_guards import as_text
+from mtp_lightning.callbacks.run_summary import RunSummary
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
 from mtp_lightning.commands.parser import CommandParser, ConfigFile
 from mtp_lightning.data import MTPDataModule
@@ -76,7 +76,10 @@ class MTPCLI(LightningCLI):
             MTPDataModule,
             args=args,
             seed_everything_default=0,
-            trainer_defaults={"callbacks": [RunGuards(), ResumeExactly(), SaveOnSignal()]},
+            trainer_defaults={
+                "callbacks": [RunGuards(), ResumeExactly(), SaveOnSignal(), RunSummary()],
+                "enable_model_summary": False,  # RunSummary says it in fewer lines
+            },
             auto_configure_optimizers=False,
             **{"save_config_callback": SaveConfig, "save_config_kwargs": {"overwrite": True}, **kwargs},
         )
@@ -205,13 +208,6 @@ class MTPCLI(LightningCLI):
             if known is None:
                 raise
             raise known from error
-
-    def after_fit(self) -> None:
-        """Print where the best checkpoint is."""
-        paths = [getattr(callback, "best_model_path", "") for callback in self.trainer.checkpoint_callbacks]
-        if any(paths) and self.trainer.is_global_zero:
-            path = os.path.relpath(next(filter(None, paths)))
-            print(f"\nbest checkpoint: {path}\ntry it: mtp generate {path} --prompt TEXT", flush=True)
 
 
 def run_trainer(words: list[str]) -> None:

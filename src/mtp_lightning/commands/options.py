@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
@@ -74,4 +74,19 @@ def distill_parser() -> CommandParser:
     parser.add_argument("--base_model", type=str | None, default=None, help="where the base is now, if it moved")
     parser.add_class_arguments(AnswerOptions, None)
     parser.add_class_arguments(EndpointOptions, None)
+    return parser
+
+
+def init_parser() -> CommandParser:
+    """``mtp init``."""
+    parser = CommandParser(
+        prog="mtp init",
+        description="Writes a configuration for mtp fit, sized for a base, data and this machine; measures two steps.",
+    )
+    parser.add_argument("--base_model", type=str, required=True, help="folder, GGUF file or hub id of the base")
+    parser.add_argument("--data.train", type=str, required=True, help="the rows to train on: a file, glob, folder or hub id")
+    parser.add_argument("--revision", type=str | None, default=None, help="hub revision of the base")
+    parser.add_argument("--hours", type=PositiveFloat | None, default=None, help="the longest run. Default: 1, on a GPU 12")
+    parser.add_argument("--output", type=str, default="mtp.yaml", help="the YAML file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
     return parser

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +38,8 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 def load_config(base_model: str, revision: str | None = None) -> Any:
     """The configuration of a model; no weights are read. RunError if it does not exist or can't be read."""
+    if (adapter := adapter_settings(base_model)) is not None:
+        return load_config(adapter["base_model_name_or_path"], adapter.get("revision"))
     source, options = _source(base_model)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, **options)
@@ -53,9 +58,12 @@ def load_base(
     """Load a causal language model, in evaluation mode; RunError if it does not exist or can't be read.
 
     The base is a folder, a hub id, a ``package://`` name or a GGUF file, which is dequantised (dtype ``auto``: to float32).
+    A folder of a PEFT adapter is merged into its own base.
     ``attention`` is ``sdpa``, ``eager``, ``flex_attention``, or None for the architecture's own choice; ``quantization`` is
     ``4bit`` or ``8bit`` (bitsandbytes). UsageError for a wrong option or an architecture that can't take mask tokens.
     """
+    if (adapter := adapter_settings(base_model)) is not None:
+        return _load_merged(base_model, adapter, dtype, attention, quantization, device)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "device_map": device}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -81,11 +89,52 @@ def load_base(
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     """The base model's tokenizer, which need not have a pad token; RunError if it does not exist or can't be read."""
+    if (adapter := adapter_settings(base_model)) is not None and not (Path(base_model) / "tokenizer_config.json").is_file():
+        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"))
     source, options = _source(base_model)
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, **options)
     except Exception as error:  # a damaged file makes transformers and tokenizers raise anything
         raise RunError(f"no tokenizer could be loaded from {base_model!r}: {_reason(error)}") from error
+
+
+def adapter_settings(base_model: str) -> dict[str, Any] | None:
+    """The settings of the PEFT adapter in a folder, None if it is no such folder; RunError if it can't be used as a base."""
+    folder = Path(resolve(base_model))
+    path = folder / "adapter_config.json"
+    if not path.is_file() or (folder / "config.json").is_file():
+        return None
+    if (folder / "mtp_config.json").is_file():
+        raise RunError(f"{base_model!r} is a trained model, not a base: name the base it was trained on.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not settings["base_model_name_or_path"]:
+            raise KeyError("base_model_name_or_path")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{str(path)!r} does not name a base_model_name_or_path.") from error
+    return dict(settings)
+
+
+def _load_merged(
+    folder: str,
+    adapter: dict[str, Any],
+    dtype: str | torch.dtype,
+    attention: str | None,
+    quantization: str | None,
+    device: str | torch.device | None,
+) -> PreTrainedModel:
+    """The base of a PEFT adapter with the adapter merged into its weights."""
+    if quantization is not None:
+        raise UsageError(f"quantization {quantization!r}: the adapter {folder!r} can't be merged into quantized weights.")
+    name = adapter["base_model_name_or_path"]
+    base = load_base(name, adapter.get("revision"), dtype, attention, None, device)
+    try:
+        merged: Any = PeftModel.from_pretrained(base, resolve(folder)).merge_and_unload()
+    except Exception as error:  # peft and safetensors raise many types
+        raise RunError(f"the adapter {folder!r} does not fit its base {name!r}: {_reason(error)}") from error
+    print(f"base {name}, with the adapter {folder} merged into its weights", file=sys.stderr)
+    merged.name_or_path = folder
+    return merged.eval()
 
 
 def _source(base_model: str) -> tuple[str, dict[str, str]]:

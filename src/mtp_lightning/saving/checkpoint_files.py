@@ -15,6 +15,8 @@ from mtp_lightning.files import atomic_file
 
 LAST = "last.ckpt"
 """Name of the checkpoint to resume from."""
+BEST = "best.ckpt"
+"""Name of the checkpoint with the best figures in the complete configurations."""
 
 RESUME = "mtp_resume"
 """A checkpoint's entry of what Lightning leaves out; its ``run`` is the run's id."""

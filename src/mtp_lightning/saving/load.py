@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.paths import is_gguf, resolve
 from mtp_lightning.saving.base_identity import check_layer_shape, hub_commit, warn_if_other_base
 from mtp_lightning.saving.checkpoint import checkpoint_parts, read_checkpoint
+from mtp_lightning.saving.checkpoint_files import BEST, LAST, newest_checkpoint
 from mtp_lightning.saving.saved_folder import check_head, find_folder, read_folder
 from mtp_lightning.saving.trained_parts import TrainedParts, build_head, shape_mismatch
 
@@ -36,11 +38,26 @@ def load_pretrained(
         raise RunError(f"{name!r} is a base model: give a trained model, and this file as its base_model (--base_model).")
     if path.is_file() or (path.suffix == ".ckpt" and not path.is_dir()):
         parts = checkpoint_parts(read_checkpoint(path), path)
+    elif (run := run_checkpoint(path)) is not None:
+        print(f"model: {run}", file=sys.stderr)
+        parts = checkpoint_parts(read_checkpoint(run), run)
     else:
         parts = read_folder(find_folder(name))
         if not trust_remote_code:
             check_head(parts.sampler_head, path if path.is_dir() else None)
     return build_network(network_class, parts, **options)
+
+
+def run_checkpoint(folder: Path) -> Path | None:
+    """The best checkpoint in the folder of a run, else the last one; None if it is the folder of no run."""
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir() or (folder / "mtp_config.json").exists():
+        return None
+    best = next((path for name in (BEST, LAST) if (path := checkpoints / name).is_file()), None)
+    best = best or newest_checkpoint([checkpoints])
+    if best is None:
+        raise RunError(f"the run in {str(folder)!r} has no checkpoint yet.")
+    return best
 
 
 def build_network(

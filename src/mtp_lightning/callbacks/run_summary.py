@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RunSummary: what a run trains, in a few lines at its start; where its results are and how good, at its end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from mtp_lightning.training.distributed import run_folder
+from mtp_lightning.training.sizing import model_size
+
+FEW_VALIDATION_ROWS = 50
+"""Fewer rows than this choose the best checkpoint by chance."""
+MANY_EPOCHS = 10
+LARGE_SHARE = 0.25
+"""Share of trained weights in those of the base from which on it is unusual."""
+
+
+class RunSummary(Callback):
+    """Prints base, LoRA, masks, head and losses in a line each before training, and warns of settings that rarely work."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what is trained."""
+        if trainer.is_global_zero:
+            for name, text in described(pl_module).items():
+                say(f"{name:9} {text}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print how long the run is and where it writes, and what is unusual about it."""
+        folder = run_folder(trainer)  # all processes must ask
+        if not trainer.is_global_zero:
+            return
+        steps, epochs = planned(trainer)
+        say(f"{'run':9} {steps:,} steps, {epochs:.1f} epochs{validations(trainer)}")
+        say(f"{'results':9} {folder}")
+        for text in warnings_of(trainer, pl_module, epochs):
+            say(f"warning: {text}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print where the results are, how good they are, and what to do with them."""
+        folder = run_folder(trainer)
+        best = next((path for each in trainer.checkpoint_callbacks if (path := getattr(each, "best_model_path", ""))), "")
+        if trainer.is_global_zero and best and not trainer.interrupted:
+            print("\n" + "\n".join(ending(trainer, folder, Path(best))), flush=True)
+
+
+def say(text: str) -> None:
+    """Print a line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def millions(number: int) -> str:
+    """A number of parameters: ``134_515_008 -> '134.5 M'``."""
+    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
+
+
+def described(module: Any) -> dict[str, str]:
+    """What a run trains: base, LoRA, masks, head and losses, a line each."""
+    model, size = module.model, model_size(module.model)
+    head, lora = model.sampler_head, model.lora
+    kind, dtype = module.base_config.model_type, str(model.base.dtype).removeprefix("torch.")
+    head_size = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
+    losses = [
+        f"{name} ({type(term).__name__}{'' if term.weight == 1 else f' x {term.weight:g}'})"
+        for name, term in module.terms.items()
+    ]
+    return {
+        "base": f"{module.base_model}: {kind}, {millions(size.base_parameters)} parameters, {dtype}, frozen",
+        "LoRA": f"rank {lora.rank}, {'gated' if lora.gated else 'always on'}: {millions(size.lora_parameters)} parameters",
+        "masks": f"{model.num_masks} in a block",
+        "head": "none, drafts are the base's own"
+        if head is None
+        else f"{type(head).__name__}: {millions(head_size)} parameters",
+        "losses": ", ".join(losses),
+    }
+
+
+def planned(trainer: Trainer) -> tuple[int, float]:
+    """Optimizer steps of the run, and how many epochs these are."""
+    an_epoch = max(1, -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches))
+    steps = float(trainer.estimated_stepping_batches)
+    if steps == float("inf"):
+        return 0, 0.0
+    return int(steps), steps / an_epoch
+
+
+def validations(trainer: Trainer) -> str:
+    """How often a run is validated, as the end of a sentence."""
+    if not sum(map(int, trainer.num_val_batches)):
+        return ", without validation"
+    if trainer.check_val_every_n_epoch is not None:
+        return ""
+    return f", validated every {int(trainer.val_check_batch) // trainer.accumulate_grad_batches:,} steps"
+
+
+def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
+    """What is unusual about a run, and what to do about it."""
+    found, data = [], getattr(trainer, "datamodule", None)
+    rows = getattr(data, "rows", {})
+    if "validation" in rows and len(rows["validation"]) < FEW_VALIDATION_ROWS:
+        count = len(rows["validation"])
+        found.append(f"{count} validation rows choose the best checkpoint: better 50 or more (data.validation_fraction)")
+    if epochs > MANY_EPOCHS:
+        found.append(
+            f"{epochs:.0f} epochs of the same {len(rows.get('train', ())):,} rows: lower trainer.max_epochs, or add data"
+        )
+    size = model_size(module.model)
+    if size.trained_parameters > LARGE_SHARE * size.base_parameters:
+        share = size.trained_parameters / size.base_parameters
+        found.append(
+            f"{share:.0%} as many weights are trained as the base has: lower model.lora.rank or the head's hidden_size"
+        )
+    steps, _ = planned(trainer)
+    if trainer.check_val_every_n_epoch is None and rows.get("validation") is not None:
+        interval = int(trainer.val_check_batch) // trainer.accumulate_grad_batches
+        if steps and 2 * interval > steps:
+            found.append(
+                f"validated every {interval:,} of {steps:,} steps: lower trainer.val_check_interval to choose among more"
+            )
+    return found
+
+
+def ending(trainer: Trainer, folder: Path, best: Path) -> list[str]:
+    """The lines at the end of a run."""
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    lines = [f"best checkpoint: {relative(best)}"]
+    for callback in trainer.checkpoint_callbacks:
+        score, monitor = getattr(callback, "best_model_score", None), getattr(callback, "monitor", None)
+        if score is not None and monitor:
+            lines[0] += f", {monitor.removeprefix('val/').replace('_', ' ')} {float(score):.2f}"
+    if (reference := figures.get("val/forced_reference")) is not None:
+        lines[0] += f" (of {reference:.2f} that the base's own next tokens reach)"
+    if (length := figures.get("val/acceptance_length")) is not None:
+        speed = figures.get("val/speed_up")
+        lines.append(
+            f"decoding, last validation: {length:.2f} tokens a step" + (f", {speed:.2f} x plain speed" if speed else "")
+        )
+    run = relative(folder)
+    return [
+        *lines,
+        f"next: mtp generate {run} --prompt TEXT",
+        f"      mtp benchmark {run} --prompts FILE",
+        f"      mtp export --ckpt_path {relative(best)} --output FOLDER",
+    ]
+
+
+def relative(path: Path) -> str:
+    """A path as seen from the current folder, if it lies in it."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
