@@ -23,11 +23,8 @@ def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     write_config(tmp_path, config)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps_progress_bar, "SECONDS_BETWEEN_LINES", 0.0)
-    for words, steps in (
-        (["--trainer.max_steps", 2], [1, 2]),
-        (["--trainer.max_steps", 5, "--ckpt_path", "last"], [3, 4, 5]),
-    ):
-        assert mtp("fit", "config.yaml", *words) == 0
+    for words, total, steps in (([], 2, [1, 2]), (["--ckpt_path", "last"], 5, [3, 4, 5])):
+        assert mtp("fit", "config.yaml", "--trainer.max_steps", total, *words) == 0
         out, err = capfd.readouterr()
         assert [int(step) for step in dict.fromkeys(re.findall(r"^step (\d+) of \d+,.* loss", err, re.MULTILINE))] == steps
         lines = err.splitlines()

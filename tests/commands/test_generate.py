@@ -128,6 +128,16 @@ def test_generate_reads_standard_input(run: Path, capsys, monkeypatch: pytest.Mo
     assert [(line["prompt"], line["num_steps"]) for line in json_lines(capsys)] == [("one", 2), ("two", 2)]
 
 
+def test_a_run_folder_is_its_best_checkpoint(run: Path, capsys) -> None:
+    words = ["--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]
+    assert mtp("generate", "run", *words) == mtp("generate", "run/checkpoints/best.ckpt", *words) == 0
+    found, expected = without_times(json_lines(capsys))
+    assert found == expected
+    for path in Path("run/checkpoints").iterdir():
+        path.unlink()
+    assert "'run'" in error_of(capsys, 1, "generate", "run", *words)
+
+
 def test_a_text_is_a_users_turn(run: Path, capsys) -> None:
     words = ["generate", LAST, "--max_new_tokens", 5, "--num_masks", 2]
     write_rows(Path("chat.jsonl"), [{"messages": [{"role": "user", "content": "one two"}]}])

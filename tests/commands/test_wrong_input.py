@@ -92,7 +92,6 @@ FIT = [
     ("--trainer.strategy no_strategy", 2, "no_strategy"),
     ("--trainer.callbacks+ mtp_lightning.callbacks.AcceptanceEvaluation", 2, "prompts"),
     ("--data.batch_size 0", 2, "batch_size"),
-    ("--data.max_length 97", 2, "max_length"),
     ("--data.train config.yaml", 2, "config.yaml"),
     ("--data.train missing.jsonl", 1, "missing.jsonl"),
     ("--data.validation empty.jsonl", 1, "empty.jsonl"),

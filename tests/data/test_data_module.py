@@ -68,7 +68,6 @@ def test_errors_of_setup(write) -> None:
         ("fit", {}, UsageError, "data.train"),
         ("validate", {"train": path}, UsageError, "data.validation"),
         ("test", {"train": path}, UsageError, "data.test"),
-        ("fit", {"train": path, "trainer": {"context": 8}}, UsageError, "data.max_length .* 8, got 16"),
         ("fit", {"train": path, "chat_template": "nothing.jinja"}, RunError, "data.chat_template .*'nothing.jinja'"),
     ):
         with pytest.raises(error, match=f"^{named}"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bases in GGUF files."""
+"""Bases in GGUF files, and with a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import save_base
+from peft import LoraConfig, get_peft_model
+from toy_tokenizers import word_tokenizer
+from transformers import AutoModelForCausalLM
 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling import base as base_module
@@ -56,3 +60,22 @@ def test_a_gguf_file_is_not_quantised_again(tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf")
     with pytest.raises(UsageError, match="quantization"):
         load_base(str(tmp_path / "x.gguf"), quantization="4bit")
+
+
+def test_an_adapter_is_merged_into_its_base(tmp_path: Path, capsys) -> None:
+    save_base(tmp_path / "base", "llama", word_tokenizer(), torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    peft = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    peft.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        expected = peft.merge_and_unload()(ids).logits
+        merged = load_base(str(tmp_path / "adapter"))
+        assert merged(ids).logits.equal(expected)
+        assert not load_base(str(tmp_path / "base"))(ids).logits.equal(expected)
+    assert merged.name_or_path == str(tmp_path / "adapter") and capsys.readouterr().err.count("\n") == 1
+    assert load_config(str(tmp_path / "adapter")).hidden_size == merged.config.hidden_size
+    assert load_tokenizer(str(tmp_path / "adapter"))("one").input_ids == word_tokenizer()("one").input_ids
+    (tmp_path / "adapter/mtp_config.json").write_text("{}")  # a saved folder of this package
+    with pytest.raises(RunError, match="adapter"):
+        load_base(str(tmp_path / "adapter"))

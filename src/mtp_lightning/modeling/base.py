@@ -89,7 +89,8 @@ def load_base(
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     """The base model's tokenizer, which need not have a pad token; RunError if it does not exist or can't be read."""
-    if (adapter := adapter_settings(base_model)) is not None and not (Path(base_model) / "tokenizer_config.json").is_file():
+    has_own = (Path(resolve(base_model)) / "tokenizer_config.json").is_file()
+    if not has_own and (adapter := adapter_settings(base_model)) is not None:
         return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"))
     source, options = _source(base_model)
     try:
