@@ -68,12 +68,13 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     monkeypatch.setattr("mtp_lightning.commands.lightning_cli.MTPCLI.instantiate_classes", stop)
     monkeypatch.setattr("mtp_lightning.commands.settings_cli.SettingsCLI.instantiate_classes", stop)
     monkeypatch.setattr("mtp_lightning.commands.base._is_complete", stop)
+    monkeypatch.setattr("mtp_lightning.commands.init.facts_of", stop)
     monkeypatch.setattr("mtp_lightning.commands.export.export_checkpoint", stop)
     monkeypatch.setattr("mtp_lightning.commands.distill.chosen_shard", stop)
     monkeypatch.setattr("mtp_lightning.commands.serve.find_folder", stop)
     monkeypatch.setattr("mtp_lightning.model.MTPModel.from_pretrained", stop)
     monkeypatch.setenv("MTP_DEBUG", "1")
-    assert mtp(*words) == 1
+    assert mtp(*("configs/qwen.yaml" if word == "mtp.yaml" else word for word in words)) == 1
     assert capsys.readouterr().err.splitlines()[-1].endswith("Reached")
 
 
