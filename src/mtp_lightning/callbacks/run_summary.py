@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ class RunSummary(Callback):
         if not trainer.is_global_zero:
             return
         steps, epochs = planned(trainer)
-        say(f"{'run':9} {steps:,} steps, {epochs:.1f} epochs{validations(trainer)}")
+        interval = validation_interval(trainer)
+        often = "" if interval is None else f", validated every {interval:,}"
+        say(f"{'run':9} {steps:,} steps, {epochs:.1f} epochs{often}")
         say(f"{'results':9} {folder}")
         for text in warnings_of(trainer, pl_module, epochs):
             say(f"warning: {text}")
@@ -79,47 +82,35 @@ def described(module: Any) -> dict[str, str]:
 
 
 def planned(trainer: Trainer) -> tuple[int, float]:
-    """Optimizer steps of the run, and how many epochs these are."""
-    an_epoch = max(1, -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches))
-    steps = float(trainer.estimated_stepping_batches)
-    if steps == float("inf"):
+    """Optimizer steps of the run, and how many epochs these are; 0 where there is no limit."""
+    steps, batches = float(trainer.estimated_stepping_batches), float(trainer.num_training_batches)
+    if not (math.isfinite(steps) and math.isfinite(batches)):
         return 0, 0.0
-    return int(steps), steps / an_epoch
+    return int(steps), steps / max(1, -(-int(batches) // trainer.accumulate_grad_batches))
 
 
-def validations(trainer: Trainer) -> str:
-    """How often a run is validated, as the end of a sentence."""
-    if not sum(map(int, trainer.num_val_batches)):
-        return ", without validation"
-    if trainer.check_val_every_n_epoch is not None:
-        return ""
-    return f", validated every {int(trainer.val_check_batch) // trainer.accumulate_grad_batches:,} steps"
+def validation_interval(trainer: Trainer) -> int | None:
+    """Optimizer steps between two validations; None if they are counted in epochs or by the clock, or there are none."""
+    batches = trainer.val_check_batch
+    if trainer.check_val_every_n_epoch is not None or not isinstance(batches, int) or not sum(trainer.num_val_batches):
+        return None
+    return batches // trainer.accumulate_grad_batches
 
 
 def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
     """What is unusual about a run, and what to do about it."""
-    found, data = [], getattr(trainer, "datamodule", None)
-    rows = getattr(data, "rows", {})
-    if "validation" in rows and len(rows["validation"]) < FEW_VALIDATION_ROWS:
-        count = len(rows["validation"])
-        found.append(f"{count} validation rows choose the best checkpoint: better 50 or more (data.validation_fraction)")
+    found, rows = [], getattr(getattr(trainer, "datamodule", None), "rows", {})
+    if "validation" in rows and (few := len(rows["validation"])) < FEW_VALIDATION_ROWS:
+        found.append(f"{few} validation rows choose the best checkpoint: better 50 or more (data.validation_fraction)")
     if epochs > MANY_EPOCHS:
-        found.append(
-            f"{epochs:.0f} epochs of the same {len(rows.get('train', ())):,} rows: lower trainer.max_epochs, or add data"
-        )
+        again = f"{epochs:.0f} epochs of the same {len(rows.get('train', ())):,} rows"
+        found.append(f"{again}: lower trainer.max_epochs, or add data")
     size = model_size(module.model)
-    if size.trained_parameters > LARGE_SHARE * size.base_parameters:
-        share = size.trained_parameters / size.base_parameters
-        found.append(
-            f"{share:.0%} as many weights are trained as the base has: lower model.lora.rank or the head's hidden_size"
-        )
-    steps, _ = planned(trainer)
-    if trainer.check_val_every_n_epoch is None and rows.get("validation") is not None:
-        interval = int(trainer.val_check_batch) // trainer.accumulate_grad_batches
-        if steps and 2 * interval > steps:
-            found.append(
-                f"validated every {interval:,} of {steps:,} steps: lower trainer.val_check_interval to choose among more"
-            )
+    if (share := size.trained_parameters / size.base_parameters) > LARGE_SHARE:
+        found.append(f"trained weights are {share:.0%} of the base's: lower model.lora.rank or the head's hidden_size")
+    steps, interval = planned(trainer)[0], validation_interval(trainer)
+    if interval is not None and 2 * interval > steps > 0:
+        found.append(f"one validation in {steps:,} steps: lower trainer.val_check_interval, to choose among more")
     return found
 
 
