@@ -39,7 +39,7 @@ def test_help_and_typos_import_nothing_heavy() -> None:
     code = """
 import sys
 from mtp_lightning.commands.cli import main
-for line in ("fit --help", "data --help", "chat --help", "distill --help", "fit --data.trian x"):
+for line in ("fit --help", "data --help", "chat --help", "distill --help", "fit --data.train_file x"):
     words = line.split()
     try:
         main(words)

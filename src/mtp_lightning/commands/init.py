@@ -100,15 +100,6 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
     length = min(longest, 64 * max(1, -(-facts.usual_length // 64)))
     rows = max(1, min(8, (8192 if facts.cuda and small else 1024) // length))
     losses = {name: {"class_path": "AnchorDistillation", "init_args": {"head": name}} for name in ("base", "sampler")}
-    folder = f"runs/{Path(base_model).name.removesuffix('.gguf')}"
-    evaluation = {
-        "prompts": "package://demo/chat_prompts.jsonl",
-        "num_prompts": 12,
-        "max_new_tokens": 96,
-        "num_speed_pairs": 4,
-    }
-    # Steps that a CPU can afford; a GPU is measured by the paper's protocol.
-    evaluation |= {} if facts.cuda else {"num_masks": 4, "num_lossless": 1}
     return {
         "seed_everything": 0,
         "model": {
@@ -148,22 +139,28 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
             "gradient_clip_val": 1.0,
             "check_val_every_n_epoch": None,
             "log_every_n_steps": 10,
-            "default_root_dir": folder,
-            "callbacks+": [
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {
-                        "monitor": "val/forced_acceptance_length",
-                        "mode": "max",
-                        "filename": "best",
-                        "enable_version_counter": False,
-                    },
-                },
-                {"class_path": "mtp_lightning.callbacks.LastCheckpoint", "init_args": {"every_n_steps": 50}},
-                {"class_path": "mtp_lightning.callbacks.AcceptanceEvaluation", "init_args": evaluation},
-            ],
+            "default_root_dir": f"runs/{Path(base_model).name.removesuffix('.gguf')}",
+            "callbacks+": _callbacks(facts),
         },
     }
+
+
+def _callbacks(facts: Facts) -> list[dict[str, Any]]:
+    """The best checkpoint, the last one, and the evaluation by decoding."""
+    best = {"monitor": "val/forced_acceptance_length", "mode": "max", "filename": "best", "enable_version_counter": False}
+    evaluation = {
+        "prompts": "package://demo/chat_prompts.jsonl",
+        "num_prompts": 12,
+        "max_new_tokens": 96,
+        "num_speed_pairs": 4,
+    }
+    # Steps that a CPU can afford; a GPU is measured by the paper's protocol.
+    evaluation |= {} if facts.cuda else {"num_masks": 4, "num_lossless": 1}
+    return [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best},
+        {"class_path": "mtp_lightning.callbacks.LastCheckpoint", "init_args": {"every_n_steps": 50}},
+        {"class_path": "mtp_lightning.callbacks.AcceptanceEvaluation", "init_args": evaluation},
+    ]
 
 
 class StepTimes(Callback):
