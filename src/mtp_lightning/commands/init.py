@@ -211,6 +211,7 @@ def _measure(config: dict[str, Any]) -> float:
             callbacks=[times],
             logger=False,
             enable_checkpointing=False,
+            limit_val_batches=0,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=folder,
