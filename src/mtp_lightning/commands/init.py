@@ -73,11 +73,12 @@ def run_init(options: Any) -> None:
     note(f"data      {train}: {facts.rows:,} rows, 95 % of them of {facts.usual_length:,} tokens or fewer")
     note(f"machine   {machine}; measuring {MEASURED_STEPS} steps ...")
     seconds = measured(config)
-    limit_steps(config, facts, seconds, options.hours if options.hours is not None else (12.0 if facts.cuda else 1.0))
+    hours = options.hours if options.hours is not None else (12.0 if facts.cuda else 1.0)
+    limit_steps(config, facts, seconds, hours)
     text = HEADER.format(base_model=options.base_model, train=train, machine=machine, output=options.output)
     with atomic_file(output) as file:
         file.write((text + yaml.safe_dump(config, sort_keys=False, width=120)).encode())
-    note("\n".join(summary(config, facts, seconds, options.output)))
+    note("\n".join(summary(config, facts, seconds, hours, options.output)))
 
 
 def facts_of(base_model: str, revision: str | None, train: str) -> Facts:
@@ -235,16 +236,17 @@ def limit_steps(config: dict[str, Any], facts: Facts, seconds: float, hours: flo
     config["model"]["lr_scheduler"]["init_args"]["warmup_steps"] = max(1, min(500, steps // 20))
 
 
-def summary(config: dict[str, Any], facts: Facts, seconds: float, output: str) -> list[str]:
+def summary(config: dict[str, Any], facts: Facts, seconds: float, hours: float, output: str) -> list[str]:
     """What was chosen, how long it takes, and what to expect."""
     trainer, data, model = config["trainer"], config["data"], config["model"]
     steps, an_epoch = trainer["max_steps"], steps_of_epoch(config, facts)
+    limited = f" (limited by --hours {hours:g})" if steps < an_epoch * trainer["max_epochs"] else ""
     masks = data["batch_size"] * data["max_blocks_per_row"] * model["num_masks"]
     return [
         f"chosen    LoRA rank {model['lora']['rank']}, {data['batch_size']} rows of up to {data['max_length']} tokens and"
         f" {masks:,} masks a step, {round(facts.rows * data['validation_fraction']):,} rows held out",
         f"time      {seconds:.1f} s a step: {steps:,} steps ({steps / an_epoch:.1f} epochs) take about"
-        f" {timedelta(seconds=round(seconds * steps))} here, and {VALIDATIONS} validations in addition",
+        f" {timedelta(seconds=round(seconds * steps))} here{limited}, and {VALIDATIONS} validations in addition",
         "expect    the forced acceptance length to leave 1 within 100 steps and to rise with every validation. For"
         " orientation:\n          SmolLM2-135M had 1.36 of 4.02 after 116 steps of 1,024 masks",
         f"wrote {output}. Next: mtp fit {output}",
