@@ -29,8 +29,7 @@ def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert [int(step) for step in dict.fromkeys(re.findall(r"^step (\d+) of \d+,.* loss", err, re.MULTILINE))] == steps
         lines = err.splitlines()
         assert all(any(line.startswith(name) for line in lines) for name in ("base ", "LoRA ", "masks ", "head ", "losses "))
-        unusual = [line for line in lines if line.startswith("warning: ")]
-        assert [key for key in ("data.validation", "model.lora.rank") if not any(key in line for line in unusual)] == []
+        assert any(line.startswith("warning: ") and "data.validation" in line for line in lines)  # three rows
         assert "Tip:" not in out + err + caplog.text
     assert "max_steps=5` reached" in caplog.text  # other messages of Lightning are shown
 
