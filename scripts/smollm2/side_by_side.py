@@ -81,7 +81,7 @@ def main() -> None:
     plain, ours = runners
     equal = plain.stream.token_ids == ours.stream.token_ids
     verdict = "the same text" if equal else "texts differ (a near tie in bfloat16)"
-    print(f"{ours.rate / plain.rate:.2f} times as fast; {verdict}")
+    console.print(f"\n{ours.rate / plain.rate:.2f} times as fast; {verdict}")
 
 
 if __name__ == "__main__":
