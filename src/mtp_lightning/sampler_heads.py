@@ -153,3 +153,34 @@ class GRUSamplerHead(SamplerHead):
         # Faster for one position than the module is.
         state = torch.gru_cell(inputs, state, gru.weight_ih_l0, gru.weight_hh_l0, gru.bias_ih_l0, gru.bias_hh_l0)
         return self._correct(hidden, state), state
+
+
+class MarkovSamplerHead(SamplerHead):
+    """The base head's logits plus a low-rank term of the previous token alone: z + A B E(y_prev), so W z + U V[y_prev].
+
+    U = W A and V[y] = B E(y) with the base's own embedding and unembedding: nothing of the vocabulary's size is trained. A
+    starts at zero, so that it starts as the base head. The smallest and fastest of the heads.
+
+    Args:
+        rank: r of A [D, r] and B [r, D].
+    """
+
+    def __init__(self, rank: int = 64) -> None:
+        super().__init__()
+        if rank < 1:
+            raise UsageError(f"rank must be 1 or more, got {rank}.")
+        self.rank = rank
+
+    def build(self, width: int) -> None:
+        """Create the layers."""
+        self.down = nn.Linear(width, self.rank, bias=False)
+        self.up = nn.Linear(self.rank, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """The sum at each position by itself; any leading shape."""
+        return hidden + self.up(self.down(previous))
+
+    def step(self, hidden: Tensor, previous: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The same for one position."""
+        return self(hidden, previous), None

@@ -18,7 +18,7 @@ from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel
-from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
+from mtp_lightning.sampler_heads import GRUSamplerHead, MarkovSamplerHead, MLPSamplerHead
 
 M = 5
 CPU = torch.device("cpu")
@@ -58,6 +58,7 @@ def long_way(model: MTPModel, hidden: Tensor, verified: Tensor, positions: Tenso
         ("llama", "greedy", GRUSamplerHead),
         ("llama", "rejection", MLPSamplerHead),
         ("llama", "coupled", CustomHead),
+        ("llama", "greedy", MarkovSamplerHead),
         ("gemma3", "top", GRUSamplerHead),  # gemma3 caps its logits
     ],
 )

@@ -15,15 +15,15 @@ from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.model import MTPModel
-from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
+from mtp_lightning.sampler_heads import GRUSamplerHead, MarkovSamplerHead, MLPSamplerHead
 
 GREEDY = TokenChoice(DecodingOptions(), [0], torch.device("cpu"))
 
 
-@pytest.fixture(scope="module", params=["mlp", "gru"])
+@pytest.fixture(scope="module", params=["mlp", "gru", "markov"])
 def fitted(request: pytest.FixtureRequest) -> tuple[MTPModel, list[Tensor]]:
     """A model trained for seconds on four texts of its base, and the texts: its drafts are often right and often not."""
-    head = {"mlp": MLPSamplerHead, "gru": GRUSamplerHead}[request.param]()
+    head = {"mlp": MLPSamplerHead, "gru": GRUSamplerHead, "markov": MarkovSamplerHead}[request.param]()
     model = tiny_model("qwen3-window", 4, sampler_head=head)
     texts = [torch.tensor([*p.tolist(), *t[:G]]) for p, t in (prompt_and_text("qwen3-window", seed) for seed in range(4))]
     return learn(model, texts, 40), texts

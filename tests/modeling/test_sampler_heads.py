@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.errors import UsageError
-from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
+from mtp_lightning.sampler_heads import GRUSamplerHead, MarkovSamplerHead, MLPSamplerHead, SamplerHead
 
 HEADS: dict[str, Callable[[], SamplerHead]] = {
     "mlp": MLPSamplerHead,
     "gru": GRUSamplerHead,
     "gru-hidden": lambda: GRUSamplerHead(hidden_size=20, read_hidden=True),
     "gru-normalized": lambda: GRUSamplerHead(hidden_size=20, read_hidden=True, normalize=True),
+    "markov": lambda: MarkovSamplerHead(rank=4),
 }
 
 
@@ -42,7 +43,7 @@ def test_step_by_step_equals_forward(name: str) -> None:
     assert torch.equal(changed[:, :4], together[:, :4]) and not torch.allclose(changed[:, 4:], together[:, 4:])
     # Only a GRU remembers the token before the previous one.
     earlier = head(hidden, torch.cat([-previous[:, :1], previous[:, 1:]], 1))
-    assert torch.allclose(earlier[:, 2], together[:, 2]) == (name == "mlp")
+    assert torch.allclose(earlier[:, 2], together[:, 2]) == (name in ("mlp", "markov"))
 
 
 @torch.no_grad()
@@ -94,6 +95,23 @@ def test_a_normalized_gru_head_is_the_plain_one_on_normalized_inputs() -> None:
     torch.testing.assert_close(normalized(z, e), z + correction / 20**0.5, rtol=1e-5, atol=1e-5)  # float32 rounding
 
 
+@torch.no_grad()
+def test_markov_head_adds_a_low_rank_table_of_token_pairs() -> None:
+    head = MarkovSamplerHead(rank=3)
+    head.build(16)
+    head.double()
+    E, W = torch.randn(2, 11, 16, dtype=torch.float64)
+    z = torch.randn(11, 16, dtype=torch.float64)
+    assert torch.equal(head(z, E), z)  # it starts as the base head
+    torch.nn.init.normal_(head.up.weight)
+    pairs = head(z, E) @ W.T - z @ W.T  # one previous token a row
+    assert torch.linalg.matrix_rank(pairs) == 3
+    U, V = W @ head.up.weight, E @ head.down.weight.T
+    torch.testing.assert_close(pairs, V @ U.T, rtol=0, atol=1e-9)  # float64 rounding
+
+
 def test_a_wrong_size_is_refused() -> None:
+    with pytest.raises(UsageError, match="rank"):
+        MarkovSamplerHead(rank=0)
     with pytest.raises(UsageError, match="hidden_size"):
         GRUSamplerHead(hidden_size=0)

@@ -18,7 +18,7 @@ from mtp_lightning import MTPModel
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.peft_private import lora_layers
-from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead, SamplerHead
+from mtp_lightning.sampler_heads import GRUSamplerHead, MarkovSamplerHead, MLPSamplerHead, SamplerHead
 from mtp_lightning.saving import export as exporting
 
 
@@ -28,6 +28,7 @@ from mtp_lightning.saving import export as exporting
         ("llama", GRUSamplerHead(8, read_hidden=True), LoRA(rank=4, alpha=3.0, dropout=0.1)),
         ("gemma3", MLPSamplerHead(), LoRA(rank=2, target_modules="all-linear")),
         ("qwen3_moe", None, LoRA(rank=2, gated=False)),
+        ("llama", MarkovSamplerHead(rank=3), LoRA(rank=2)),
     ],
 )
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path, architecture: str, head: SamplerHead, lora: LoRA) -> None:

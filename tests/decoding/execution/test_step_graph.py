@@ -29,7 +29,7 @@ from mtp_lightning.decoding.loop import decode, decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.model import MTPModel
-from mtp_lightning.sampler_heads import GRUSamplerHead, MLPSamplerHead
+from mtp_lightning.sampler_heads import GRUSamplerHead, MarkovSamplerHead, MLPSamplerHead
 
 LENGTHS, G = [9, 1, 14], 20
 COPIES = {"lift_fresh", "lift_fresh_copy"}
@@ -55,7 +55,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @functools.cache
 def shared_model(architecture: str, head: str = "gru") -> MTPModel:
     """One model for many tests that only read it."""
-    heads = {"gru": GRUSamplerHead, "mlp": MLPSamplerHead}
+    heads = {"gru": GRUSamplerHead, "mlp": MLPSamplerHead, "markov": MarkovSamplerHead}
     return tiny_model(architecture, 4, heads[head]())
 
 
@@ -112,7 +112,7 @@ def test_experts_that_the_host_picks(recordings: list[Any]) -> None:
     ("kind", "masks", "head", "options"),
     [
         ("quadratic", 4, "gru", {}),
-        ("linear", 3, "gru", {"temperature": 1.0, "top_p": 0.9, "seed": 6}),
+        ("linear", 3, "markov", {"temperature": 1.0, "top_p": 0.9, "seed": 6}),
         pytest.param("quadratic", "auto", "mlp", {"draft_candidates": 40}, marks=pytest.mark.slow),
         pytest.param("linear", 4, "gru", {"draft_candidates": 9, "sampler_head": False}, marks=pytest.mark.slow),
         pytest.param("quadratic", "auto", "gru", {"temperature": 0.7, "top_p": 0.9, "seed": 5}, marks=pytest.mark.slow),
