@@ -16,7 +16,7 @@ from mtp_lightning.evaluation.losslessness import Difference
 
 def printed(summary: dict[str, Any]) -> str:
     console = Console(width=80, record=True, file=open("/dev/null", "w"))
-    print_table(summary, console, "a title")
+    print_table(summary, console, "a title", "8 masks in every step")
     return console.export_text()
 
 
@@ -30,6 +30,7 @@ def test_table() -> None:
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert rows["code"][1:] == ["1", "2.00", "2.00", "(1)", "0%", "1/1", "1.50x"]
     assert rows["overall"][1:] == ["2", "1.60", "1.60", "(2)", "0%", "1/2", "1.50x"]
+    assert "8 masks in every step" in text and "--num_masks auto" in text
     assert "acceptance length 1.91, reference 2.81, share of reference 0.50" in text
     assert "prompt 1, token 4" in text and "0.00012" in text
     assert "Forced" not in printed(summarise(results))

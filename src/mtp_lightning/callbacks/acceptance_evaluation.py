@@ -13,12 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console, show_progress
 from mtp_lightning.callbacks.throughput import pause_clocks
 from mtp_lightning.decoding.lockstep import in_step
-from mtp_lightning.decoding.options import Decoding, DecodingOptions
+from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.errors import UsageError
-from mtp_lightning.evaluation.acceptance import PromptResult, evaluate_prompts, paired_speed_ups, summarise
-from mtp_lightning.evaluation.acceptance_report import print_notes, print_table, save_plot
+from mtp_lightning.evaluation.acceptance import PromptResult, evaluate_prompts, summarise
+from mtp_lightning.evaluation.acceptance_report import print_notes, print_table, protocol_text, save_plot
 from mtp_lightning.evaluation.reporting import save_json
-from mtp_lightning.text.prompts import Prompt, round_robin
 from mtp_lightning.training.distributed import gather, run_folder
 from mtp_lightning.training.lightning_private import is_accumulating
 
@@ -42,7 +41,9 @@ class AcceptanceEvaluation(DecodingCallback):
         every_n_steps: also evaluate every N optimizer steps of training; None: only at validation.
         at_validation: evaluate at every validation (not in Lightning's sanity check).
         num_lossless: number of prompts of each domain whose text is compared with autoregressive decoding.
-        num_speed_pairs: number of prompts timed against autoregressive decoding, in interleaved pairs.
+        num_speed_pairs: number of prompts timed against autoregressive decoding, in interleaved pairs, with the default of
+            ``mtp generate``: as many masks as pay on this machine, whatever ``num_masks`` is here. Not where parameters are
+            sharded.
     """
 
     def __init__(
@@ -133,7 +134,6 @@ class AcceptanceEvaluation(DecodingCallback):
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model: Any = pl_module.model
-        sharded = model.is_sharded
         with in_step(model):
             results = evaluate_prompts(
                 model,
@@ -141,14 +141,11 @@ class AcceptanceEvaluation(DecodingCallback):
                 self.options,
                 lambda done, count: show_progress(trainer, f"acceptance {done}/{count}"),
                 num_lossless=self.num_lossless,
-                num_speed_pairs=0 if sharded else self.num_speed_pairs,
+                num_speed_pairs=0 if model.is_sharded else self.num_speed_pairs,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
             )
         self.results = [result for share in gather(results) for result in share]
-        if sharded and self.num_speed_pairs:  # one text at a time: the steps of other processes would be in the timing
-            with in_step(model):
-                self.results = with_speed_pairs(model, self.loaded, self.options, self.num_speed_pairs, self.results)
         model.clear_decode_cache()  # training needs the memory, and changes the weights
         self._evaluated_at = trainer.global_step
 
@@ -176,26 +173,21 @@ class AcceptanceEvaluation(DecodingCallback):
         if self.results is self._printed:
             print_notes(summary, progress_console(trainer))
         else:
-            print_table(summary, progress_console(trainer), f"Acceptance by real decoding, greedy{after}")
+            print_table(summary, progress_console(trainer), f"Acceptance by real decoding, greedy{after}", self.protocol)
         self._printed = self.results
         if getattr(trainer, "fast_dev_run", False):
             return
-        latest = {"stage": prefix, "step": step, "options": vars(self.options), "prompts": self.prompts, **summary}
+        options = {"options": vars(self.options), "speed_num_masks": "auto"}  # those of the acceptance length, of the speed
+        latest = {"stage": prefix, "step": step, **options, "prompts": self.prompts, **summary}
         save_json({"latest": latest, "history": self.history}, folder / "acceptance.json")
         count = summary["overall"]["num_prompts"]
         title = f"Tokens gained per step: {count} held-out prompts, greedy{after}"
-        save_plot(summary, folder / "acceptance.png", title)
+        save_plot(summary, folder / "acceptance.png", title, self.protocol)
 
-
-def with_speed_pairs(
-    model: Any, prompts: list[Prompt], options: DecodingOptions, count: int, results: list[PromptResult]
-) -> list[PromptResult]:
-    """The results of all prompts, ``count`` of them, evenly from the domains, timed by all processes at once."""
-    by_index = {result.prompt_index: result for result in results}
-    timed = round_robin([prompt.domain for prompt in prompts])[:count]
-    for index, ratio in zip(timed, paired_speed_ups(model, [prompts[i] for i in timed], options), strict=True):
-        by_index[index] = by_index[index]._replace(speed_up=ratio)
-    return [by_index[index] for index in sorted(by_index)]
+    @property
+    def protocol(self) -> str:
+        """How the acceptance length is measured, in words."""
+        return protocol_text(vars(self.options))
 
 
 def forced_figures(trainer: Trainer, prefix: str) -> dict[str, float] | None:

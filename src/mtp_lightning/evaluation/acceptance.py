@@ -69,8 +69,9 @@ def evaluate_prompts(
 ) -> list[PromptResult]:
     """Decode this process's share of the prompts (the same in every process), one at a time; one result for each.
 
-    ``num_lossless`` prompts of each domain are compared with autoregressive decoding, and ``num_speed_pairs``, evenly from
-    the domains, are timed against it. ``progress`` is called after each prompt.
+    ``num_lossless`` prompts of each domain are compared with autoregressive decoding. ``num_speed_pairs``, evenly from the
+    domains, are timed against it with what users get by default: as many masks as pay. ``progress`` is called after each
+    prompt.
     """
     domains = [prompt.domain for prompt in prompts]
     mine = range(rank, len(prompts), world_size)
@@ -84,7 +85,8 @@ def evaluate_prompts(
         if progress is not None:
             progress(done, len(mine))
     timed = [index for index in round_robin(domains)[:num_speed_pairs] if index in mine]
-    for index, ratio in zip(timed, paired_speed_ups(model, [prompts[i] for i in timed], options), strict=True):
+    ratios = paired_speed_ups(model, [prompts[i] for i in timed], replace(options, num_masks="auto"))
+    for index, ratio in zip(timed, ratios, strict=True):
         results[index] = results[index]._replace(speed_up=ratio)
     return list(results.values())
 
