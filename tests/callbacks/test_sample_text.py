@@ -11,33 +11,22 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toy_tokenizers import byte_tokenizer
 
 from mtp_lightning.callbacks import SampleText
-from mtp_lightning.callbacks.sample_text import colour, mark_drafts, plain
+from mtp_lightning.callbacks.sample_text import marked
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
+from mtp_lightning.text.detokenizer import Detokenizer
 from mtp_lightning.training.module import MTPModule
 
 
-def test_drafted_and_free_tokens_are_told_apart() -> None:
-    tokenizer = byte_tokenizer(["<eos>"], "<eos>")
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text)["input_ids"]
-
-    steps = [ids("x"), ids("yz1"), ids("2")]
-    spans = mark_drafts(steps, tokenizer)
-    assert spans == [("x", False), ("yz", True), ("1", False), ("2", False)]
-    assert plain(spans) == "x\u27e6yz\u27e712"
-    assert colour("p[b]", spans).plain == "p[b]xyz12"
-    # A character of three bytes: its last byte comes for free, so it is free.
-    euro = ids("\u20ac")
-    assert len(euro) == 3
-    assert mark_drafts([ids("x") + euro, ids("y")], tokenizer) == [("x", True), ("\u20ac", False), ("y", False)]
-    # One that is never completed is left out.
-    assert mark_drafts([ids("x"), euro[:2]], tokenizer) == [("x", False)]
+def test_tokens_of_a_step_are_marked_together() -> None:
+    pieces = [("x", 1), ("yz1", 3), ("", 2), ("[b]", 1)]
+    assert marked(pieces, colour=False).plain == "x\u27e6yz1\u27e7[b]"
+    coloured = marked(pieces, colour=True)
+    assert coloured.plain == "xyz1[b]"
+    assert len({span.style for span in coloured.spans}) == 3
 
 
 def test_samples_are_printed_and_logged(
@@ -60,8 +49,10 @@ def test_samples_are_printed_and_logged(
     text = last.tensor_proto.string_val[0].decode()
     options = DecodingOptions(num_masks=module.model.num_masks, max_new_tokens=12)
     steps = [step.tokens for step in decode(module.model, torch.tensor(module.tokenizer("a")["input_ids"]), options)]
-    marked = "a" + plain(mark_drafts(steps, module.tokenizer))
-    assert "\u27e6" in marked and text.endswith(f"\n\n````\n{marked}\n````")
+    detokenizer = Detokenizer(module.tokenizer, skip_special_tokens=False)
+    pieces = [("".join(map(detokenizer.add, step)), len(step)) for step in steps]
+    shown = f"a{marked(pieces, colour=False)}"
+    assert "\u27e6" in shown and text.endswith(f"\n\n````\n{shown}\n````")
     assert text.startswith(f"sample 0 (code), {12 / len(steps):.2f} tokens per step")
 
 

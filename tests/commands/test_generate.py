@@ -19,6 +19,7 @@ from mtp_lightning.commands.distill import base_of
 from mtp_lightning.errors import UsageError
 from mtp_lightning.saving.checkpoint import named_base
 from mtp_lightning.text.detokenizer import decode_behind
+from mtp_lightning.text.step_display import CLOSE, OPEN
 
 FIELDS = "prompt text token_ids num_steps acceptance_length accepted_per_step seconds tokens_per_second decoding num_masks"
 FIELDS = [*FIELDS.split(), "exact", "finish_reason"]
@@ -191,3 +192,19 @@ def test_a_switch_needs_no_value(words: list[str]) -> None:
     parser.add_argument("--json", action="store_true")
     found = parser.parse_args(words)
     assert found.exact is True and found.json is ("--json" in words)
+
+
+def test_steps_are_shown_and_written_as_a_page(run: Path, capsys) -> None:
+    words = ["generate", LAST, "--prompts", "prompts.jsonl", "--max_new_tokens", 9, "--dtype", "float64", "--num_masks", 3]
+    assert mtp(*words) == 0
+    expected = capsys.readouterr().out
+    assert mtp(*words, "--show_steps", "--html", "out/page.html") == 0
+    out = capsys.readouterr().out
+    assert out.replace(OPEN, "").replace(CLOSE, "") == expected and out.count(OPEN) == out.count(CLOSE)
+    assert mtp(*words, "--batch_size", 2, "--show_steps") == 0
+    assert OPEN in capsys.readouterr().out or OPEN not in out
+    page = Path("out/page.html").read_text()
+    assert "2 of 2" in page and page.count("<pre>") == 2
+    assert "--batch_size" in error_of(capsys, 2, *words, "--html", "p.html", "--batch_size", 2)
+    assert "--show_steps" in error_of(capsys, 2, *words, "--json", "--show_steps")
+    assert "out" in error_of(capsys, 1, *words, "--html", "out")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SampleText: shows what the model writes at validation, with the accepted draft tokens marked."""
+"""SampleText: shows what the model writes at validation, with the tokens of each step marked."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -17,20 +17,13 @@ from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.errors import UsageError
 from mtp_lightning.text.detokenizer import Detokenizer
-
-OPEN, CLOSE = "\u27e6", "\u27e7"
-"""Around accepted drafts where there is no colour."""
-
-
-Span = tuple[str, bool]
-"""A piece of generated text, and True if it is from accepted draft tokens."""
+from mtp_lightning.text.step_display import has_colour, step_text
 
 
 class SampleText(DecodingCallback):
-    """Prints a few texts at every validation, with the accepted drafts marked, and writes them to loggers that take text.
+    """Prints a few texts at every validation with the tokens of each step marked, and writes them to loggers that take text.
 
-    Accepted drafts are green, or between double brackets where there is no colour. Everything else is the token that each
-    step gives for free.
+    The tokens of a step share a colour; where there is none, steps of several tokens are between double brackets.
 
     Args:
         prompts: ``.txt`` (one prompt a line) or ``.jsonl`` file (``prompt`` or ``messages``, optional ``domain``), or
@@ -67,17 +60,14 @@ class SampleText(DecodingCallback):
                 steps = [step.tokens for step in decode(module.model, torch.tensor(prompt.input_ids), options)]
             if not trainer.is_global_zero:
                 continue
-            spans = mark_drafts(steps, module.tokenizer, prompt.input_ids)
+            detokenizer = Detokenizer(module.tokenizer, prompt.input_ids, skip_special_tokens=False)
+            pieces = [("".join(map(detokenizer.add, step)), len(step)) for step in steps]
             length = sum(map(len, steps)) / len(steps)
             heading = f"sample {number}{prompt.domain and f' ({prompt.domain})'}, {length:.2f} tokens per step"
             console = progress_console(trainer)
             console.print(heading, style="bold", highlight=False)
-            console.print(
-                colour(prompt.shown, spans) if console.is_terminal else prompt.shown + plain(spans),
-                highlight=False,
-                markup=False,
-            )
-            text = f"{heading}\n\n````\n{prompt.text}{plain(spans)}\n````"
+            console.print(Text.assemble((prompt.shown, "dim"), marked(pieces, has_colour(console))), highlight=False)
+            text = f"{heading}\n\n````\n{prompt.text}{marked(pieces, colour=False)}\n````"
             for logger in trainer.loggers:
                 add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
                 if add_text is not None:
@@ -86,25 +76,6 @@ class SampleText(DecodingCallback):
         module.model.clear_decode_cache()  # training needs the memory
 
 
-def mark_drafts(steps: Iterable[Sequence[int]], tokenizer: Any, prompt_ids: Sequence[int] = ()) -> list[Span]:
-    """The text of steps, each of accepted drafts and then one token of the base, as drafted and free spans.
-
-    A character whose bytes are spread over several tokens goes to the last of them.
-    """
-    spans: list[Span] = []
-    detokenizer = Detokenizer(tokenizer, prompt_ids, skip_special_tokens=False)
-    for step in steps:
-        for tokens, drafted in ((step[:-1], True), (step[-1:], False)):
-            if text := "".join(map(detokenizer.add, tokens)):
-                spans.append((text, drafted))
-    return spans
-
-
-def plain(spans: Iterable[Span]) -> str:
-    """The text with accepted drafts in double brackets."""
-    return "".join(f"{OPEN}{text}{CLOSE}" if drafted else text for text, drafted in spans)
-
-
-def colour(prompt: str, spans: Iterable[Span]) -> Text:
-    """The prompt dimmed, and the text with accepted drafts in green."""
-    return Text.assemble((prompt, "dim"), *((text, "green" if drafted else "") for text, drafted in spans))
+def marked(pieces: Iterable[tuple[str, int]], colour: bool) -> Text:
+    """The texts of steps, each with its number of tokens, as one."""
+    return Text.assemble(*(step_text(number, *piece, colour) for number, piece in enumerate(pieces)))

@@ -37,9 +37,11 @@ class HeadProposer:
         """See ``Proposer``."""
         state.drafts = result.output.drafts
         num_drawn = state.drafts.tokens.shape[1]
-        for row in state.active:
-            masks = dict(plan.blocks(row.num_verified)).get(row.num_accepted, 0)
-            row.num_drafts = min(masks, num_drawn, row.max_drafts)
+        for row, row_output in zip(state.rows, result.rows, strict=True):
+            if row.active:
+                masks = dict(plan.blocks(row.num_verified)).get(row.num_accepted, 0)
+                row.num_drafts = min(masks, num_drawn, row.max_drafts)
+                row.block_drafts = row_output.drafts[: row.num_drafts]
 
 
 class NgramProposer:

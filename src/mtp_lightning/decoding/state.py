@@ -22,7 +22,18 @@ class StepTokens(NamedTuple):
     """What a row gained in a step."""
 
     tokens: list[int]  # the accepted drafts and the base model's own token, so at least one; cut after an end token
-    num_drafts: int  # draft tokens that were verified
+    drafts: list[int]  # the draft tokens that were verified
+
+    @property
+    def num_drafts(self) -> int:
+        """Draft tokens that were verified."""
+        return len(self.drafts)
+
+    @property
+    def rejected(self) -> list[int]:
+        """The drafts from the first rejected one on; those after a text's end were not rejected."""
+        same = next((i for i, (a, b) in enumerate(zip(self.tokens, self.drafts, strict=False)) if a != b), None)
+        return [] if same is None else self.drafts[same:]
 
 
 class RowStep(NamedTuple):
@@ -49,6 +60,7 @@ class Row:
     limit: int  # verified tokens that it may have
     num_fed: int  # tokens that the next step feeds before its drafts: the prompt's, later the last verified one
     num_drafts: int = 0  # draft tokens from its block of masks
+    block_drafts: list[int] = field(default_factory=list)  # the same on the host
     # a draft proposed from the text itself, verified in place of the block's; None: there is none
     text_draft: LookupDraft | None = None
     num_verified: int = 0  # draft tokens that the last step verified
@@ -71,6 +83,11 @@ class Row:
     def num_waiting(self) -> int:
         """Draft tokens that wait to be verified."""
         return self.num_drafts if self.text_draft is None else len(self.text_draft.tokens)
+
+    @property
+    def waiting(self) -> list[int]:
+        """The draft tokens that wait to be verified."""
+        return self.block_drafts if self.text_draft is None else self.text_draft.tokens
 
     @property
     def max_drafts(self) -> int:
@@ -155,6 +172,7 @@ class DecodeState:
             if not row.active:
                 continue
             row.num_verified, row.gained = min(row.num_waiting, plan.num_drafts), row_output.tokens
+            drafts = row.waiting[: row.num_verified]
             row.text_draft = None
             self.cache.lengths[r] += row.num_fed + row.num_accepted
             row.num_fed = 1
@@ -162,7 +180,7 @@ class DecodeState:
             end = next((i for i, token in enumerate(row.gained, 1) if token in self.end_tokens), None)
             at_limit = row.length >= row.limit or self.num_steps == self.max_steps
             row.finish_reason = "stop" if end else "length" if at_limit else None
-            gained.append(RowStep(row.number, StepTokens(row.gained[:end], row.num_verified), row.finish_reason))
+            gained.append(RowStep(row.number, StepTokens(row.gained[:end], drafts), row.finish_reason))
         return gained
 
     def compact(self, stopped: Set[int]) -> bool:

@@ -16,6 +16,7 @@ from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.decoding.row_cache import RowCache
+from mtp_lightning.decoding.state import StepTokens
 from mtp_lightning.errors import UsageError
 from mtp_lightning.text.detokenizer import StoppableText, decode_behind
 from mtp_lightning.text.prompts import Prompt, encode_prompt, render_messages
@@ -27,14 +28,16 @@ if TYPE_CHECKING:
 class GeneratedText:
     """The text generated for one prompt so far; stop strings are cut off.
 
-    ``token_ids`` go up to the one that completes a stop string, ``text`` is what was emitted so far, ``seconds`` is the time
-    of decoding.
+    ``token_ids`` go up to the one that completes a stop string, ``text`` is what was emitted so far, ``pieces`` the same by
+    step, ``steps`` what each step gained and verified, ``seconds`` is the time of decoding.
     """
 
     def __init__(self, model: MTPNetwork, prompt: Prompt, options: DecodingOptions, stops: Sequence[str] = ()) -> None:
         self.model, self.prompt, self.options = model, prompt, options
         self.token_ids: list[int] = []
         self.accepted_per_step: list[int] = []
+        self.steps: list[StepTokens] = []
+        self.pieces: list[str] = []
         self.text = ""
         self.seconds = 0.0
         self._decoded = StoppableText(model.tokenizer, prompt.input_ids, stops)
@@ -44,14 +47,16 @@ class GeneratedText:
         """True once a stop string was found."""
         return self._decoded.stopped
 
-    def add(self, token_ids: list[int]) -> str:
+    def add(self, step: StepTokens) -> str:
         """Add a step's tokens, up to the one that completes a stop string; returns the text that can be emitted now."""
         num_before = len(self.token_ids)
-        for token in token_ids:
+        for token in step.tokens:
             self.token_ids.append(token)
             if self._decoded.add(token):
                 break
         self.accepted_per_step.append(len(self.token_ids) - num_before - 1)
+        self.steps.append(step._replace(tokens=self.token_ids[num_before:]))
+        self.pieces.append("")
         return self._emit()
 
     def flush(self) -> str:
@@ -62,6 +67,7 @@ class GeneratedText:
     def _emit(self) -> str:
         new = self._decoded.text[len(self.text) :]
         self.text += new
+        self.pieces[-1] += new
         return new
 
     @property
@@ -145,7 +151,7 @@ class TextStream:
             generated.seconds += time.perf_counter() - begin
             if step is None:
                 break
-            if piece := generated.add(step.tokens):
+            if piece := generated.add(step):
                 yield piece
         if piece := generated.flush():
             yield piece
