@@ -65,6 +65,7 @@ class MTPNetwork(nn.Module):
         base_model: name of the base: a folder, a hub id, or ``package://...``; empty if it was not loaded by name.
         revision: hub commit of the base, or None.
         acceptance: acceptance statistics for the model card, or None.
+        lineage: training and licence for the model card, or None.
         decode_cache: prepared weights and buffers that decoding keeps between texts, or None. Only
             ``mtp_lightning.decoding`` uses it.
     """
@@ -87,6 +88,7 @@ class MTPNetwork(nn.Module):
         self.base_model: str = base.name_or_path
         self.revision: str | None = None
         self.acceptance: dict[str, Any] | None = None
+        self.lineage: dict[str, Any] | None = None
         self.decode_cache: Any = None
         self._unembedding: FrozenUnembedding | None = None
 

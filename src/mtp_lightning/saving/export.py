@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from safetensors.torch import save
 from torch import Tensor
@@ -24,8 +25,9 @@ from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.paths import PACKAGE, absolute_name, why_unwritable
 from mtp_lightning.saving.base_identity import layer_shape
 from mtp_lightning.saving.checkpoint import checkpoint_parts, read_checkpoint
+from mtp_lightning.saving.lineage import base_license, run_lineage
 from mtp_lightning.saving.load import build_network
-from mtp_lightning.saving.model_card import card, read_figures
+from mtp_lightning.saving.model_card import benchmark_figures, card, read_figures
 from mtp_lightning.saving.saved_folder import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -59,15 +61,18 @@ def save_model(
     base_model: str | None = None,
     revision: str | None = None,
     acceptance: dict[str, Any] | None = None,
+    lineage: dict[str, Any] | None = None,
     weights: dict[str, Tensor] | None = None,
     hub_name: str = "",
+    base_name: str | None = None,
 ) -> None:
     """Write a saved folder; see ``MTPModel.save_pretrained``.
 
     A saved folder is replaced, and files of others in it are kept. ``weights`` are saved instead of the model's trained
-    ones; ``hub_name`` is the hub repository that the folder goes to.
+    ones; ``hub_name`` is the hub repository that the folder goes to; ``base_name`` is the hub id of a base that was loaded
+    from somewhere else.
     """
-    name = absolute_name(base_model or model.base_model)
+    name = base_name or absolute_name(base_model or model.base_model)
     if not name:
         raise UsageError("the base model was not loaded from a folder or the hub: name it with base_model.")
     if model.is_sharded:
@@ -78,12 +83,13 @@ def save_model(
         "format": FORMAT,
         "version": VERSION,
         "base_model": name,
-        "revision": revision or (None if base_model else model.revision),
+        "revision": revision or (None if base_model or base_name else model.revision),
         "base": {"shape": layer_shape(text_config(model.base))},
         "num_masks": model.num_masks,
         "lora": asdict(model.lora),
         "sampler_head": head_settings(model.sampler_head),
         "acceptance": acceptance or model.acceptance,
+        "lineage": lineage or model.lineage,
         "files": {},
     }
     trained = trained_weights(model) if weights is None else weights
@@ -165,32 +171,88 @@ def _write_json(data: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def export_checkpoint(
-    checkpoint: str | Path,
-    folder: str | Path,
-    base_model: str | None = None,
-    revision: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    acceptance: str | Path | None = None,
-) -> None:
-    """Save a checkpoint as a folder; RunError if a file can't be used, or the folder is something else.
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a checkpoint is exported.
 
-    ``base_model`` is where the base lies now, if it moved: the folder names this. Weights are saved in ``dtype``; None: the
-    one they were trained in. ``acceptance`` is an ``acceptance.json``; None: the run's own, if there is one.
+    Args:
+        base_model: where the base model is now, if it moved; the folder names this.
+        base_name: hub id that the folder names as its base, wherever that was loaded from.
+        revision: hub revision of the base model.
+        acceptance: acceptance.json with the card's figures. Default: the run's own.
+        benchmark: benchmark.json with the card's figures, instead of acceptance.json.
+        license: licence on the card, as apache-2.0. Default: the one that the base's card names.
+        push: hub repository to upload the folder to.
+        private: create that repository as a private one.
+    """
+
+    base_model: str | None = None
+    base_name: str | None = None
+    revision: str | None = None
+    acceptance: str | None = None
+    benchmark: str | None = None
+    license: str | None = None
+    push: str | None = None
+    private: bool = False
+
+    def __post_init__(self) -> None:
+        if self.base_name is not None:
+            try:
+                validate_repo_id(self.base_name)
+            except HFValidationError as error:
+                raise UsageError(f"base_name must be a hub id, owner/name, got {self.base_name!r}.") from error
+        if self.acceptance is not None and self.benchmark is not None:
+            raise UsageError("give acceptance or benchmark, not both.")
+        for file in (self.acceptance, self.benchmark):
+            if file is not None and not Path(file).is_file():
+                raise RunError(f"{file}: no such file. Give an acceptance.json or a benchmark.json.")
+
+
+def export_checkpoint(
+    checkpoint: str | Path, folder: str | Path, options: ExportOptions, dtype: str | torch.dtype | None = None
+) -> str:
+    """Save a checkpoint as a folder, and upload it if asked for; RunError if a file can't be used or the folder is taken.
+
+    Weights are saved in ``dtype``; None: the one they were trained in. Returns the name of the base in the folder.
     """
     path = Path(checkpoint)
-    if acceptance is not None and not Path(acceptance).is_file():
-        raise RunError(f"{acceptance}: no such file. Give an acceptance.json.")
     check_target(Path(folder))
     content = read_checkpoint(path)
-    figures_file = Path(acceptance) if acceptance is not None else path.absolute().parents[1] / "acceptance.json"
-    figures = read_figures(figures_file, content.get("global_step"))
+    run = path.absolute().parents[1]
+    if options.benchmark is not None:
+        figures = benchmark_figures(Path(options.benchmark))
+    else:
+        figures = read_figures(Path(options.acceptance or run / "acceptance.json"), content.get("global_step"))
     parts = checkpoint_parts(content, path)
     weights = parts.weights
     if dtype is not None:
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
-    model = build_network(MTPNetwork, parts, base_model=base_model, revision=revision)
-    save_model(model, folder, model.base_model, model.revision, figures, weights)
+    named = options.base_name or absolute_name(options.base_model or parts.base_model)
+    if options.push is not None:
+        check_public(named)
+    model = build_network(MTPNetwork, parts, base_model=options.base_model, revision=options.revision)
+    lineage = run_lineage(content, run / "config.yaml")
+    lineage["license"] = options.license or base_license(model.base_model, model.revision)
+    base = {"base_model": model.base_model, "revision": options.revision if options.base_name else model.revision}
+    save_model(
+        model,
+        folder,
+        **base,
+        base_name=options.base_name,
+        acceptance=figures,
+        lineage=lineage,
+        weights=weights,
+        hub_name=options.push or "",
+    )
+    if options.push is not None:
+        upload(Path(folder), options.push, options.private or None)
+    return named
+
+
+def check_public(base: str) -> None:
+    """Refuse to publish a folder whose base only this machine has."""
+    if Path(base).is_absolute() or base.startswith(PACKAGE):
+        raise UsageError(f"the base model is {base}, only on this machine: give its hub id (--base_name, base_model).")
 
 
 def push_model(
@@ -202,15 +264,20 @@ def push_model(
     **options: Any,
 ) -> str:
     """Upload a saved folder to the hub; see ``MTPModel.push_to_hub``."""
-    base = absolute_name(options.get("base_model") or model.base_model)
-    if Path(base).is_absolute() or base.startswith(PACKAGE):
-        raise UsageError(f"the base model is {base}, only on this machine: give its hub id as base_model, and its revision.")
+    check_public(absolute_name(options.get("base_model") or model.base_model))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "saved"
         save_model(model, folder, hub_name=name, **options)
-        api = HfApi(token=token)
-        try:
-            api.create_repo(name, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=commit_message))
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise RunError(f"{name} can't be uploaded: {one_line(error)}. Check the name and the token.") from error
+        return upload(folder, name, private, token, commit_message)
+
+
+def upload(
+    folder: Path, name: str, private: bool | None, token: str | None = None, message: str = "Upload with mtp-lightning"
+) -> str:
+    """Upload a saved folder; returns the address of the commit. RunError if the hub refuses or can't be reached."""
+    api = HfApi(token=token)
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise RunError(f"{name} can't be uploaded: {one_line(error)}. Check the name and the token.") from error

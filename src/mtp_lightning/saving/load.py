@@ -97,7 +97,8 @@ def build_network(
         base = load_base(name, revision, dtype, attention, quantization, device if device_map is None else device_map)
     model = network_class(base, parts.num_masks, lora, head, tokenizer)
     _load_weights(model, parts)
-    model.base_model, model.revision, model.acceptance = name, revision, parts.acceptance
+    model.base_model, model.revision = name, revision
+    model.acceptance, model.lineage = parts.acceptance, parts.lineage
     return _prepare_for_decoding(model)
 
 

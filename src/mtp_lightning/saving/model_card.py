@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import RunError, one_line
+from mtp_lightning.evaluation.acceptance_report import protocol_text
 from mtp_lightning.evaluation.reporting import decimals
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
+from mtp_lightning.saving.lineage import public_name
 
 _TEXT = """---
 library_name: mtp-lightning
-{base_line}pipeline_tag: text-generation
+{base_line}{license_line}pipeline_tag: text-generation
 tags:
 - multi-token-prediction
 - speculative-decoding
@@ -39,9 +41,13 @@ On the command line: `mtp generate FOLDER --prompt "Once upon a time"`.
 
 {plain}
 
-## Tokens a step
+## Tokens per step and speed
 
 {acceptance}
+
+## Lineage
+
+{lineage}
 """
 
 _GATED = (
@@ -57,10 +63,11 @@ def card(config: dict[str, Any]) -> str:
     """The model card, Markdown with the hub's header, of a folder with this ``mtp_config.json``."""
     base, head = config["base_model"], config["sampler_head"]
     on_hub = "://" not in base and not Path(base).is_absolute()
-    gated = config["lora"]["gated"]
+    gated, lineage = config["lora"]["gated"], config["lineage"] or {}
     return _TEXT.format(
         base_line=f"base_model: {base}\nbase_model_relation: adapter\n" if on_hub else "",
-        base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
+        license_line=f"license: {lineage['license']}\n" if lineage.get("license") else "",
+        base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{public_name(base)}`",
         revision=f" at revision `{config['revision']}`" if config["revision"] else "",
         num_masks=config["num_masks"],
         lora="gated LoRA" if gated else "standard LoRA",
@@ -68,7 +75,23 @@ def card(config: dict[str, Any]) -> str:
         head="no sampler head" if head is None else f"the sampler head `{head['class_path'].rpartition('.')[2]}`",
         plain=_GATED if gated else _STANDARD,
         acceptance=acceptance_text(config["acceptance"]),
+        lineage=lineage_text(lineage, public_name(base)),
     )
+
+
+def lineage_text(lineage: dict[str, Any], base: str) -> str:
+    """Base, training and licence as a Markdown list."""
+    lines = [f"- Base: {base}, whose weights are unchanged and not included."]
+    steps = f"{lineage['steps']} optimizer steps" if lineage.get("steps") else "training"
+    if lineage.get("data"):
+        lines.append(f"- Trained for {steps} on {', '.join(f'`{name}`' for name in lineage['data'])}.")
+    elif lineage.get("steps"):
+        lines.append(f"- Trained for {steps}.")
+    if lineage.get("losses"):
+        lines.append(f"- Losses: {', '.join(f'{name} ({loss})' for name, loss in lineage['losses'].items())}.")
+    licence = lineage.get("license")
+    lines.append(f"- Licence: {licence}." if licence else "- Licence: not stated; the base model's terms apply to its use.")
+    return "\n".join(lines)
 
 
 def acceptance_text(figures: dict[str, Any] | None) -> str:
@@ -76,18 +99,17 @@ def acceptance_text(figures: dict[str, Any] | None) -> str:
     if figures is None:
         return "Not measured. `mtp benchmark FOLDER --prompts FILE` does."
     options = figures["options"]
-    masks = "all masks" if options["num_masks"] == "auto" else f"{options['num_masks']} masks"
-    head = "sampler head" if options["sampler_head"] else "base head"
     # Folders of earlier versions do not hold max_steps and temperature.
     steps = f" and {options['max_steps']} steps" if options.get("max_steps") else ""
     sampling = f"temperature {options['temperature']}" if options.get("temperature") else "greedy"
     lines = [
         f"Measured on {figures['overall']['num_prompts']} prompts of `{figures['prompts']}`, at most"
-        f" {options['max_new_tokens']} tokens{steps} each: {options['decoding']} decoding, {masks}, {head}, {sampling}."
-        f"{_other_step(figures)}",
+        f" {options['max_new_tokens']} tokens{steps} each, {sampling}. Acceptance length: {protocol_text(options)}, which shows"
+        " what was trained. Speed: the default of `mtp generate` (`--num_masks auto`, as many drafts as pay on the machine)"
+        f" over plain decoding{f' ({device})' if (device := figures.get('device')) else ''}.{_other_step(figures)}",
         "",
         f"| domain | prompts | acceptance length | under {REPETITION_THRESHOLD:.0%} repeated 8-grams (texts)"
-        " | repeated 8-grams | lossless | speed-up |",
+        " | repeated 8-grams | lossless | speed by default |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, group in [*figures["domains"].items(), ("overall", figures["overall"])]:
@@ -96,7 +118,7 @@ def acceptance_text(figures: dict[str, Any] | None) -> str:
             f"| {name} | {group['num_prompts']} | {decimals(group['acceptance_length'])}"
             f" | {decimals(group['non_repeating'])} ({group['num_non_repeating']})"
             f" | {'-' if group['repeated_8grams'] is None else format(group['repeated_8grams'], '.0%')}"
-            f" | {f'{equal}/{checked}' if checked else '-'} | {decimals(group['speed_up'])} |"
+            f" | {f'{equal}/{checked}' if checked else '-'} | {_times(group['speed_up'])} |"
         )
     lines += ["", "Acceptance length: tokens generated over forward passes of the base, the free token included."]
     return "\n".join(lines)
@@ -115,18 +137,21 @@ def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> 
     options = latest["options"]
     kept = {name: options[name] for name in ("decoding", "num_masks", "sampler_head", "max_new_tokens")}
     kept |= {name: options.get(name) for name in ("max_steps", "temperature")}
+    # Earlier versions timed the protocol's masks, which nobody uses for speed.
+    is_default = latest.get("speed_num_masks") == "auto"
     return {
-        "prompts": latest["prompts"],
+        "prompts": public_name(latest["prompts"]),
         "options": kept,
+        "device": latest.get("device"),
         "measured_step": latest.get("step"),
         "checkpoint_step": checkpoint_step,
-        "overall": _card_row(latest["overall"]),
-        "domains": {name: _card_row(figures) for name, figures in latest["domains"].items()},
+        "overall": _card_row(latest["overall"], is_default),
+        "domains": {name: _card_row(figures, is_default) for name, figures in latest["domains"].items()},
     }
 
 
-def _card_row(figures: dict[str, Any]) -> dict[str, Any]:
-    """A domain's figures that the table shows."""
+def _card_row(figures: dict[str, Any], is_default: bool) -> dict[str, Any]:
+    """A domain's figures that the table shows; ``is_default``: its speed-up is that of the default plan."""
     return {
         "num_prompts": figures["num_prompts"],
         "acceptance_length": figures["acceptance_length"],
@@ -134,7 +159,7 @@ def _card_row(figures: dict[str, Any]) -> dict[str, Any]:
         "non_repeating": figures["non_repeating"]["acceptance_length"],
         "repeated_8grams": figures["repeated_8grams"],
         "lossless": [figures["lossless"]["equal"], figures["lossless"]["checked"]],
-        "speed_up": figures["speed_up"] and figures["speed_up"]["median"],
+        "speed_up": figures["speed_up"]["median"] if is_default and figures["speed_up"] else None,
     }
 
 
@@ -146,3 +171,29 @@ def read_figures(file: Path, checkpoint_step: int | None) -> dict[str, Any] | No
         return card_figures(json.loads(file.read_text(encoding="utf-8"))["latest"], checkpoint_step)
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} was not written by the acceptance evaluation: {one_line(error, 100)}.") from error
+
+
+def benchmark_figures(file: Path) -> dict[str, Any]:
+    """``card_figures`` of a ``benchmark.json``: acceptance with the most masks, and the speed of ``auto``."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        fixed = [figures for figures in report["settings"] if isinstance(figures["num_masks"], int)]
+        protocol = max(fixed, key=lambda f: (f["decoding"] == "quadratic", f["sampler_head"], f["num_masks"]))
+        chosen = {name: protocol[name] for name in ("decoding", "sampler_head")}
+        default = next(f for f in report["settings"] if f | chosen == f and f["num_masks"] == "auto")
+        latest = {name: report[name] for name in ("prompts", "device")} | {"speed_num_masks": "auto"}
+        latest["options"] = {**report["options"], **chosen, "num_masks": protocol["num_masks"]}
+        latest["overall"] = {**protocol["overall"], "speed_up": default["overall"]["speed_up"]}
+        latest["domains"] = {
+            name: {**figures, "speed_up": default["domains"][name]["speed_up"]}
+            for name, figures in protocol["domains"].items()
+        }
+        return card_figures(latest)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        reason = one_line(error, 100)
+        raise RunError(f"{file} is not a benchmark.json with fixed numbers of masks and auto: {reason}.") from error
+
+
+def _times(ratio: float | None) -> str:
+    """A speed-up in words."""
+    return "-" if ratio is None else f"{ratio:.2f}x"

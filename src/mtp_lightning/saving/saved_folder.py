@@ -91,6 +91,7 @@ def read_folder(path: Path) -> TrainedParts:
         sampler_head=config["sampler_head"],
         weights=weights,
         acceptance=config["acceptance"],
+        lineage=config.get("lineage"),  # not in folders of version 0.1
         folder=path,
     )
 

@@ -26,6 +26,7 @@ class TrainedParts(NamedTuple):
     sampler_head: dict[str, Any] | None  # ``class_path`` and ``init_args``, or None
     weights: dict[str, Tensor]  # trained weights by their names in ``MTPNetwork``
     acceptance: dict[str, Any] | None = None  # figures for the model card
+    lineage: dict[str, Any] | None = None  # the training and the licence, for the model card
     folder: Path | None = None  # the saved folder; None: a checkpoint
 
 
