@@ -47,8 +47,8 @@ class MTPModel(MTPNetwork):
 
         Args:
             folder: the folder; a saved one is replaced.
-            **options: ``base_model`` and ``revision``, to name the base differently than it was loaded, and
-                ``acceptance``, figures for the model card.
+            **options: ``base_model`` and ``revision``, to name the base differently than it was loaded;
+                ``acceptance`` and ``lineage``, figures and origin for the model card.
 
         Raises:
             RunError: the folder holds something else, or can't be written.

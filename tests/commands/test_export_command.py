@@ -21,7 +21,8 @@ from mtp_lightning import MTPModel
 
 def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:
     assert mtp("export", "--ckpt_path", LAST, "--output", "saved") == 0
-    assert capsys.readouterr().out == "saved to saved\n"
+    out, err = capsys.readouterr()
+    assert out == "saved to saved\n" and "--base_name" in err
     config = json.loads(Path("saved/mtp_config.json").read_text())
     assert (config["base_model"], config["revision"], config["acceptance"]) == (str(here / "base"), None, None)
     assert "Not measured. `mtp benchmark FOLDER --prompts FILE` does." in Path("saved/README.md").read_text()
@@ -47,15 +48,15 @@ def test_the_card_has_the_runs_acceptance(whole: Path, tmp_path: Path, monkeypat
     torch.save({**checkpoint, "global_step": latest["step"]}, LAST)
     assert mtp("export", "--ckpt_path", LAST, "--output", "saved") == 0
     card = Path("saved/README.md").read_text()
-    measured = (
-        "Measured on 2 prompts of `prompts.jsonl`, at most 6 tokens each: quadratic decoding, 2 masks, sampler head, greedy."
-    )
-    assert measured in card
+    assert "Measured on 2 prompts of `prompts.jsonl`, at most 6 tokens each, greedy." in card
+    assert "quadratic decoding, 2 masks in every step, sampler head" in card and "(`--num_masks auto`" in card
+    assert f"Trained for {latest['step']} optimizer steps on `train.jsonl`." in card
+    assert str(tmp_path) not in card
     for name, figures in (*latest["domains"].items(), ("overall", latest["overall"])):
         assert f"\n| {name} | {figures['num_prompts']} | {figures['acceptance_length']:.2f} |" in card
     torch.save({**checkpoint, "global_step": 2}, LAST)
     assert mtp("export", "--ckpt_path", LAST, "--output", "earlier") == 0
-    sentence = f"greedy. That was after {latest['step']} training steps; these weights are those of step 2."
+    sentence = f"plain decoding. That was after {latest['step']} training steps; these weights are those of step 2."
     assert sentence in Path("earlier/README.md").read_text()
     shutil.copy("run/acceptance.json", "figures.json")
     torch.save({**checkpoint, "global_step": latest["step"]}, "elsewhere.ckpt")
@@ -83,6 +84,8 @@ def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) ->
         ("--ckpt_path {last} --output base", 1, "base exists and was not written by mtp export"),
         ("--ckpt_path {last} --output saved --base_model wider", 1, "hidden_size"),
         ("--ckpt_path {last} --output saved --acceptance broken.json", 1, "broken.json"),
+        ("--ckpt_path {last} --output saved --benchmark broken.json", 1, "broken.json"),
+        ("--ckpt_path {last} --output saved --base_name /a/b/c", 2, "base_name"),
     ],
 )
 def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, name: str) -> None:
@@ -91,3 +94,40 @@ def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: in
     before = files_of(here)
     assert name in error_of(capsys, code, "export", *words.format(last=LAST).split())
     assert files_of(here) == before
+
+
+def test_a_public_name_a_benchmark_and_an_upload(run: Path, here: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    words = ["--prompts", "prompts.jsonl", "--max_new_tokens", 6, "--dtype", "float64"]
+    assert mtp("benchmark", LAST, *words) == 0
+    report = json.loads(Path("benchmark/benchmark.json").read_text())
+    uploads: list[tuple[object, ...]] = []
+    monkeypatch.setattr("mtp_lightning.saving.export.upload", lambda *arguments: uploads.append(arguments))
+    options = ["--benchmark", "benchmark/benchmark.json", "--push", "me/mtp", "--private"]
+    capsys.readouterr()
+    export = ["export", "--ckpt_path", LAST, "--output", "saved", *options]
+    assert "--base_name" in error_of(capsys, 2, *export)  # a path would be published
+    assert not Path("saved").exists() and not uploads
+    assert mtp(*export, "--base_name", "owner/base") == 0
+    assert uploads == [(Path("saved"), "me/mtp", True)]
+    files = files_of(Path("saved"))
+    assert not [name for name, content in files.items() if str(here).encode() in content]
+    card, config = files["README.md"].decode(), json.loads(files["mtp_config.json"])
+    assert "\nbase_model: owner/base\n" in card and "\nlicense: apache-2.0\n" in card
+    assert config["lineage"]["license"] == "apache-2.0" and config["base_model"] == "owner/base"
+    *_, protocol, default = report["settings"]
+    ratio, length = default["overall"]["speed_up"]["median"], protocol["overall"]["acceptance_length"]
+    assert f"| overall | 2 | {length:.2f} |" in card and f"| {ratio:.2f}x |" in card
+    assert MTPModel.from_pretrained("saved", base_model="base").lineage == config["lineage"]
+
+
+def test_the_speed_of_earlier_versions_is_left_out(run: Path, here: Path) -> None:
+    group = {"num_prompts": 1, "acceptance_length": 1.5, "repeated_8grams": 0.0, "speed_up": {"median": 0.33}}
+    group |= {"non_repeating": {"num_prompts": 1, "acceptance_length": 1.5}, "lossless": {"equal": 1, "checked": 1}}
+    options = {"decoding": "quadratic", "num_masks": 3, "sampler_head": True, "max_new_tokens": 6}
+    latest = {"options": options, "prompts": "/home/ada/p.jsonl", "overall": group, "domains": {}}
+    for speed, shown in ((None, "| - |"), ("auto", "| 0.33x |")):
+        Path("figures.json").write_text(json.dumps({"latest": latest | {"speed_num_masks": speed}}))
+        assert mtp("export", "--ckpt_path", LAST, "--output", "saved", "--acceptance", "figures.json") == 0
+        card = Path("saved/README.md").read_text()
+        assert card.count(shown) == 1 and "`p.jsonl`" in card and "ada" not in card

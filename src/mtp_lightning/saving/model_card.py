@@ -101,12 +101,13 @@ def acceptance_text(figures: dict[str, Any] | None) -> str:
     options = figures["options"]
     # Folders of earlier versions do not hold max_steps and temperature.
     steps = f" and {options['max_steps']} steps" if options.get("max_steps") else ""
+    device = f" ({figures['device']})" if figures.get("device") else ""
     sampling = f"temperature {options['temperature']}" if options.get("temperature") else "greedy"
     lines = [
         f"Measured on {figures['overall']['num_prompts']} prompts of `{figures['prompts']}`, at most"
-        f" {options['max_new_tokens']} tokens{steps} each, {sampling}. Acceptance length: {protocol_text(options)}, which shows"
-        " what was trained. Speed: the default of `mtp generate` (`--num_masks auto`, as many drafts as pay on the machine)"
-        f" over plain decoding{f' ({device})' if (device := figures.get('device')) else ''}.{_other_step(figures)}",
+        f" {options['max_new_tokens']} tokens{steps} each, {sampling}. Acceptance length: {protocol_text(options)}, which"
+        " shows what was trained. Speed: the default of `mtp generate` (`--num_masks auto`, as many drafts as pay on the"
+        f" machine) over plain decoding{device}.{_other_step(figures)}",
         "",
         f"| domain | prompts | acceptance length | under {REPETITION_THRESHOLD:.0%} repeated 8-grams (texts)"
         " | repeated 8-grams | lossless | speed by default |",
@@ -180,7 +181,8 @@ def benchmark_figures(file: Path) -> dict[str, Any]:
         fixed = [figures for figures in report["settings"] if isinstance(figures["num_masks"], int)]
         protocol = max(fixed, key=lambda f: (f["decoding"] == "quadratic", f["sampler_head"], f["num_masks"]))
         chosen = {name: protocol[name] for name in ("decoding", "sampler_head")}
-        default = next(f for f in report["settings"] if f | chosen == f and f["num_masks"] == "auto")
+        automatic = [figures for figures in report["settings"] if figures["num_masks"] == "auto"]
+        default = next(f for f in automatic if {name: f[name] for name in chosen} == chosen)
         latest = {name: report[name] for name in ("prompts", "device")} | {"speed_num_masks": "auto"}
         latest["options"] = {**report["options"], **chosen, "num_masks": protocol["num_masks"]}
         latest["overall"] = {**protocol["overall"], "speed_up": default["overall"]["speed_up"]}
