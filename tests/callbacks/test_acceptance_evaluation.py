@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,16 @@ from command_line import read_metrics
 from interrupted_runs import history
 from lightning import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from prompt_results import result
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import LAST
 from zygote import Zygote
 
 from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.evaluation.acceptance import PromptResult
+from mtp_lightning.evaluation.acceptance import PromptResult, summarise
+from mtp_lightning.evaluation.acceptance_report import save_plot
 from mtp_lightning.training.module import MTPModule
 
 Fit = Callable[..., Trainer]
@@ -166,3 +171,16 @@ def test_what_is_wrong_shows_before_training(fit: Fit, module: MTPModule, prompt
     long.write_text("x" * 64)
     with pytest.raises(RunError, match="has 64 tokens, and the base's context is 64: 'xxx"):
         fit(module, AcceptanceEvaluation(str(long)))
+
+
+def test_the_picture_goes_to_loggers_that_take_pictures(tmp_path: Path) -> None:
+    pictures: list[tuple[str, list[str]]] = []
+    tensorboard = TensorBoardLogger(tmp_path, name="", version="")
+    other = SimpleNamespace(log_image=lambda name, files: pictures.append((name, files)))
+    save_plot(summarise([result(0)]), tmp_path / "acceptance.png")
+    trainer: Any = SimpleNamespace(global_step=4, loggers=[tensorboard, CSVLogger(tmp_path, name="", version=""), other])
+    acceptance_evaluation.log_image(trainer, "val/acceptance", tmp_path / "acceptance.png")
+    tensorboard.experiment.flush()
+    (image,) = EventAccumulator(str(tmp_path)).Reload().Images("val/acceptance")
+    assert image.step == 3 and image.width > 100
+    assert pictures == [("val/acceptance", [str(tmp_path / "acceptance.png")])]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console, show_progress
@@ -183,11 +184,24 @@ class AcceptanceEvaluation(DecodingCallback):
         count = summary["overall"]["num_prompts"]
         title = f"Tokens gained per step: {count} held-out prompts, greedy{after}"
         save_plot(summary, folder / "acceptance.png", title, self.protocol)
+        log_image(trainer, f"{prefix}/acceptance", folder / "acceptance.png")
 
     @property
     def protocol(self) -> str:
         """How the acceptance length is measured, in words."""
         return protocol_text(vars(self.options))
+
+
+def log_image(trainer: Trainer, name: str, path: Path) -> None:
+    """Give a PNG file to the loggers that take pictures: TensorBoard and Weights & Biases."""
+    step = max(0, trainer.global_step - 1)  # Lightning counts logged steps from 0
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            from matplotlib.image import imread
+
+            logger.experiment.add_image(name, imread(path), step, dataformats="HWC")
+        elif hasattr(logger, "log_image"):
+            logger.log_image(name, [str(path)])
 
 
 def forced_figures(trainer: Trainer, prefix: str) -> dict[str, float] | None:

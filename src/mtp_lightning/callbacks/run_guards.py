@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -30,7 +30,7 @@ class RunGuards(Callback):
 
     Before training: all processes must have the same configuration and data, and the run's folder must be writable; an
     estimate of the memory is printed. While training: a loss or a gradient that is not finite stops the run before it
-    reaches a weight.
+    reaches a weight; ``train/gradient_norm``, before clipping, is logged (not with a loss scaler).
 
     Losses are checked once an optimizer step, after the backward pass, so that the host waits for the GPU once.
 
@@ -102,6 +102,8 @@ class RunGuards(Callback):
         norm = torch.zeros(()) if scaled else gradient_norm(pl_module.parameters())
         bad = torch.stack([(~values.isfinite()).any().float(), (~norm.isfinite()).float().to(values.device)])
         if not all_reduce(bad, "max").any():
+            if not scaled:
+                pl_module.log("train/gradient_norm", whole_norm(norm, sharded=cast(Any, pl_module).model.is_sharded))
             return
         bad_batches = (~values.isfinite()).nonzero().flatten().tolist()
         report = {
@@ -132,14 +134,19 @@ def disagreement(processes: list[dict[str, str]]) -> str | None:
 
 
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """The norm of this process's gradients, of its shards where sharded: a float32 scalar, not finite if any gradient is."""
+    """The norm of this process's gradients, of its shards where sharded: a float64 scalar, not finite if any gradient is."""
     norms = []
     for parameter in parameters:
         gradient: Any = parameter.grad
         if gradient is not None:
             local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
             norms.append(torch.linalg.vector_norm(local, dtype=torch.float32 if local.dtype.itemsize < 8 else None))
-    return torch.stack([norm.float() for norm in norms]).norm() if norms else torch.zeros(())
+    return torch.stack([norm.double() for norm in norms]).norm() if norms else torch.zeros((), dtype=torch.float64)
+
+
+def whole_norm(norm: Tensor, sharded: bool) -> Tensor:
+    """The norm of all gradients, before clipping; with shards all processes must call it."""
+    return all_reduce(norm.square(), "sum").sqrt() if sharded else norm
 
 
 def not_finite(processes: list[dict[str, list[Any]]], step: int, epoch: int, newest: Path | None) -> str:

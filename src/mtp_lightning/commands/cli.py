@@ -41,9 +41,8 @@ COMMANDS = {
     ),
     "serve": Command("serve a saved folder with vLLM (OpenAI-compatible)", "serve", "run_serve"),
     "export": Command("checkpoint to saved folder (safetensors and JSON)", "export", "run_export"),
-    "benchmark": Command(
-        "tokens per step by domain and number of masks, speed-up, losslessness", "benchmark", "run_benchmark"
-    ),
+    "benchmark": Command("find the fastest way to decode on this machine", "benchmark", "run_benchmark"),
+    "compare": Command("compare runs: settings that differ, figures, curves", "compare", "run_compare"),
 }
 
 

@@ -118,7 +118,7 @@ def write_page(path: Path, name: str, texts: Sequence[GeneratedText]) -> None:
         (expected,), seconds = decode_batch(model, [prompt], plain)
         rejected = [[model.tokenizer.decode([token]) for token in step.rejected] for step in text.steps]
         is_same = expected.tokens == text.token_ids
-        shown.append(ShownText(prompt.text, text.steps, text.pieces, rejected, text.seconds, seconds, is_same))
+        shown.append(ShownText(prompt.shown, text.steps, text.pieces, rejected, text.seconds, seconds, is_same))
     options = texts[0].options
     masks = "auto" if options.num_masks == "auto" else str(options.num_masks)
     description = (

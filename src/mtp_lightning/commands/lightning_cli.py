@@ -29,6 +29,7 @@ from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings,
 from mtp_lightning.saving.checkpoint_files import run_of
 from mtp_lightning.trainer import AtomicCheckpointIO, MetricsWriter
 from mtp_lightning.trainer.earlier_run import appends_metrics, check_folder_is_free, last_checkpoint, results_of_run
+from mtp_lightning.trainer.logged_settings import logged_settings
 from mtp_lightning.trainer.run_errors import run_error, unwritable_message
 from mtp_lightning.trainer.wrong_settings import (
     check_nulls,
@@ -65,6 +66,8 @@ class SaveConfig(SaveConfigCallback):
             for path in paths if trainer.is_global_zero else ():
                 path.unlink(missing_ok=True)
         super().setup(trainer, pl_module, "fit")
+        for logger in trainer.loggers:
+            logger.log_hyperparams(logged_settings(self.config))
 
 
 class MTPCLI(LightningCLI):

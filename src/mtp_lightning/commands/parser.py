@@ -35,7 +35,7 @@ _SHORTER = {
 }
 
 
-SWITCHES = ("--exact", "--compile", "--raw")
+SWITCHES = ("--exact", "--compile", "--raw", "--private")
 """Options that need no value: off by default, and on where they are named."""
 
 

@@ -240,6 +240,7 @@ class MTPModule(LightningModule):
         # In every step, logged or not: a callback may still end the run with this step, which logs it.
         mean, self._step_values = all_reduce(self._step_values, "mean"), 0.0
         self.log("train/loss", mean[0], prog_bar=True)
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log_dict({f"train/loss/{name}": value for name, value in zip(self.losses, mean[1:], strict=True)})
 
     def weighted(self, values: dict[str, Tensor], factors: dict[str, float] = {}) -> Tensor:  # noqa: B006 - not changed

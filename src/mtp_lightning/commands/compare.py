@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mtp compare``: runs side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from mtp_lightning.commands.parser import CommandParser
+from mtp_lightning.commands.progress import note
+from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.evaluation.run_comparison import differing_settings, final_figures, read_runs, save_curves
+from mtp_lightning.paths import why_unwritable
+
+
+def run_compare(args: list[str]) -> None:
+    """``mtp compare RUN RUN ...``."""
+    parser = CommandParser(
+        prog="mtp compare",
+        description="Shows the settings in which runs differ, the figures they ended with, and their curves in one plot."
+        " Example: mtp compare runs/a runs/b",
+    )
+    parser.add_argument("runs", type=str, nargs="+", help="folders of runs, two or more")
+    parser.add_argument("--output", type=str, default="compare.png", help="the plot")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    config = parser.parse_args(args)
+    if len(config.runs) < 2:
+        raise UsageError("give two runs or more.")
+    plot = Path(config.output)
+    if plot.suffix != ".png":
+        raise UsageError(f"--output must be a .png file, got {config.output}.")
+    if (reason := why_unwritable(plot.parent)) is not None:
+        raise RunError(f"{plot} can't be written: {reason}.")
+    runs = read_runs([Path(folder) for folder in config.runs])
+    settings, figures = differing_settings(runs), [final_figures(run) for run in runs]
+    names = [run.name for run in runs]
+    if config.json:
+        by_run = {
+            name: {key.strip(): value for key, value in each.items()} for name, each in zip(names, figures, strict=True)
+        }
+        print(json.dumps({"settings": {"runs": names, **settings}, "figures": by_run}, ensure_ascii=False, default=str))
+    else:
+        console = Console()
+        print_table(console, "Settings that differ", names, settings or {"(none)": ["" for _ in runs]})
+        rows = {key: [_number(each[key]) for each in figures] for key in figures[0]}
+        print_table(console, "Figures", names, {key: row for key, row in rows.items() if set(row) != {"-"}})
+    save_curves(runs, plot)
+    note(f"written to {plot}")
+
+
+def print_table(console: Console, title: str, names: Sequence[str], rows: dict[str, list[Any]]) -> None:
+    """Print a column for each run."""
+    console.print(f"\n{title}", style="bold", highlight=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in names:
+        table.add_column(name, overflow="fold", justify="right")
+    for key, values in rows.items():
+        table.add_row(key, *("-" if value is None else str(value) for value in values))
+    console.print(table, markup=False)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(int(value)) if float(value).is_integer() and value > 10 else f"{value:.3f}"

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs side by side: the settings that differ, the figures they ended with, their curves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from mtp_lightning.errors import RunError, one_line
+from mtp_lightning.evaluation.reporting import new_figure, save_figure
+
+PLACES = ("ckpt_path", "overwrite", "trainer.default_root_dir", "trainer.logger")
+"""Settings that differ between any two runs and say nothing."""
+CURVES = {
+    "train/loss": "training loss",
+    "val/loss": "validation loss",
+    "val/forced_acceptance_length": "forced acceptance length",
+    "val/acceptance_length": "acceptance length (protocol)",
+}
+BEST = "val/forced_acceptance_length"
+"""What the best checkpoint is chosen by."""
+
+
+class Run(NamedTuple):
+    """What a run left in its folder."""
+
+    name: str  # short name, different for each of the runs
+    settings: dict[str, Any]  # settings by their keys
+    metrics: list[dict[str, float]]  # the lines of metrics.csv
+    acceptance: dict[str, Any] | None  # the latest entry of acceptance.json
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the folders of runs; RunError if one has no ``config.yaml`` or ``metrics.csv``, or a file is damaged."""
+    return [_read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell all of them apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    longest = max(map(len, parts))
+    for count in range(1, longest + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise RunError(f"{folders[0]}: the same run is given twice.")
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    for file in ("config.yaml", "metrics.csv"):
+        if not (folder / file).is_file():
+            raise RunError(f"{folder} is not the folder of a run: it has no {file}.")
+    try:
+        settings = flat_settings(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), PLACES)
+        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            lines = [{key: float(value) for key, value in line.items() if value} for line in csv.DictReader(file)]
+        acceptance = folder / "acceptance.json"
+        latest = json.loads(acceptance.read_text(encoding="utf-8"))["latest"] if acceptance.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise RunError(f"{folder} can't be read as a run: {one_line(error, 100)}.") from error
+    return Run(name, settings, lines, latest)
+
+
+def flat_settings(value: Any, without: Collection[str] = (), key: str = "") -> dict[str, Any]:
+    """Nested settings with one key each: ``model.lora.rank``, ``trainer.callbacks.SampleText.prompts``.
+
+    An object's ``init_args`` are its own keys, and objects in a list are named by their class. Keys in ``without`` and all
+    below them are left out.
+    """
+    if key in without:
+        return {}
+    prefix = f"{key}." if key else ""
+    if isinstance(value, dict) and value:
+        inner = {name: item for name, item in value.items() if name != "init_args"} | (value.get("init_args") or {})
+        return {k: v for name, item in inner.items() for k, v in flat_settings(item, without, f"{prefix}{name}").items()}
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        names = [str(item.get("class_path", "")).rpartition(".")[2] if isinstance(item, dict) else "" for item in value]
+        items = [(names[i] or str(i), value[i]) for i in range(len(value))]
+        return {k: v for name, item in items for k, v in flat_settings(item, without, f"{prefix}{name}").items()}
+    return {key: value}
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all runs, with their values; one that a run does not have is None."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    values = {key: [run.settings.get(key) for run in runs] for key in keys}
+    return {key: group for key, group in values.items() if any(value != group[0] for value in group)}
+
+
+def final_figures(run: Run) -> dict[str, float | None]:
+    """The figures of the best validation, and of the latest evaluation; None: the run has none."""
+    steps = [line["step"] + 1 for line in run.metrics if "step" in line]
+    best = max((line for line in run.metrics if BEST in line), key=lambda line: line[BEST], default={})
+    train = [line["train/loss"] for line in run.metrics if "train/loss" in line]
+    overall = run.acceptance["overall"] if run.acceptance else {}
+    is_default = run.acceptance is not None and run.acceptance.get("speed_num_masks") == "auto"
+    speed_up = overall.get("speed_up") if is_default else None
+    return {
+        "steps": max(steps, default=None),
+        "last training loss": train[-1] if train else None,
+        "best forced acceptance length": best.get(BEST),
+        "  at step": best["step"] + 1 if "step" in best else None,
+        "  share of reference": best.get("val/share_of_reference"),
+        "  validation loss": best.get("val/loss"),
+        "  NTP loss": best.get("val/ntp_loss"),
+        "acceptance length (protocol)": overall.get("acceptance_length"),
+        "speed-up by default": speed_up["median"] if speed_up else None,
+    }
+
+
+def save_curves(runs: Sequence[Run], path: Path) -> None:
+    """Draw the curves of all runs, a panel for each figure that one of them has; replaces the PNG file atomically."""
+    shown = [name for name in CURVES if any(name in line for run in runs for line in run.metrics)]
+    if not shown:
+        raise RunError("these runs have logged nothing yet.")
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = new_figure(5.5 * columns, 3.4 * rows + 0.4)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid.flat, shown, strict=False):
+        for index, run in enumerate(runs):
+            points = [(line["step"] + 1, line[name]) for line in run.metrics if name in line and "step" in line]
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            axes.plot(steps, values, label=run.name, color=f"C{index}", marker="o" if len(points) < 30 else "", markersize=4)
+        axes.set_title(CURVES[name], fontsize=11)
+        axes.set_xlabel("optimizer steps")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    save_figure(figure, path, dpi=130)
