@@ -18,6 +18,7 @@ def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     config["model"]["lora"]["rank"] = 7
     config["trainer"]["callbacks"][0]["init_args"]["filename"] = "another"
+    config["trainer"]["callbacks"].append({"class_path": "my.Other", "init_args": {"a": 1}})
     config["trainer"]["logger"][0]["init_args"]["save_dir"] = "others"
     Path("others/run/config.yaml").write_text(yaml.safe_dump(config))
     overall = {"acceptance_length": 1.75, "speed_up": {"median": 1.25}}
@@ -28,6 +29,7 @@ def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert first != second and second == "others/run"
     assert found["settings"] == {
         "model.lora.rank": [2, 7],
+        "trainer.callbacks": ["ModelCheckpoint, ModelCheckpoint", "ModelCheckpoint, ModelCheckpoint, Other"],
         "trainer.callbacks.ModelCheckpoint.filename": ["best", "another"],
     }
     figures = found["figures"][first]

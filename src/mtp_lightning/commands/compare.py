@@ -58,9 +58,10 @@ def print_table(console: Console, title: str, names: Sequence[str], rows: dict[s
     """Print a column for each run."""
     console.print(f"\n{title}", style="bold", highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", overflow="fold")
+    first = min(36, max(map(len, rows)))  # names of settings are folded later than values
+    table.add_column("", overflow="fold", max_width=first)
     for name in names:
-        table.add_column(name, overflow="fold", justify="right")
+        table.add_column(name, overflow="fold", justify="right", max_width=max(6, (console.width - first) // len(names) - 3))
     for key, values in rows.items():
         table.add_row(key, *("-" if value is None else str(value) for value in values))
     console.print(table, markup=False)

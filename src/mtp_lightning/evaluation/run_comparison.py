@@ -69,27 +69,49 @@ def _read_run(folder: Path, name: str) -> Run:
 def flat_settings(value: Any, without: Collection[str] = (), key: str = "") -> dict[str, Any]:
     """Nested settings with one key each: ``model.lora.rank``, ``trainer.callbacks.SampleText.prompts``.
 
-    An object's ``init_args`` are its own keys, and objects in a list are named by their class. Keys in ``without`` and all
-    below them are left out.
+    An object's key has its class's name, and its arguments are below it; a list of objects has the names of all. Keys in
+    ``without`` and all below them are left out.
     """
     if key in without:
         return {}
-    prefix = f"{key}." if key else ""
-    if isinstance(value, dict) and value:
-        inner = {name: item for name, item in value.items() if name != "init_args"} | (value.get("init_args") or {})
-        return {k: v for name, item in inner.items() for k, v in flat_settings(item, without, f"{prefix}{name}").items()}
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        names = [str(item.get("class_path", "")).rpartition(".")[2] if isinstance(item, dict) else "" for item in value]
-        items = [(names[i] or str(i), value[i]) for i in range(len(value))]
-        return {k: v for name, item in items for k, v in flat_settings(item, without, f"{prefix}{name}").items()}
-    return {key: value}
+        names = [_class_name(item) or str(number) for number, item in enumerate(value)]
+        names = [name if name not in names[:at] else f"{name}_{at}" for at, name in enumerate(names)]
+        settings = {key: ", ".join(names)}
+        for name, item in zip(names, value, strict=True):
+            settings |= flat_settings(item, without, f"{key}.{name}")
+            settings.pop(f"{key}.{name}", None)  # the name itself
+        return settings
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    name = _class_name(value)
+    settings, inner = ({}, value) if name is None else ({key: name}, value.get("init_args") or {})
+    for part, item in inner.items():
+        settings |= flat_settings(item, without, f"{key}.{part}" if key else part)
+    return settings
+
+
+def _class_name(value: Any) -> str | None:
+    """The name of the class that a setting stands for: ``torch.optim.AdamW -> AdamW``; None: it is no object."""
+    path = value.get("class_path") if isinstance(value, dict) else None
+    return path.rpartition(".")[2] if isinstance(path, str) else None
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, with their values; one that a run does not have is None."""
+    """The settings that are not the same in all runs, with their values; one that a run does not have is None.
+
+    Arguments of an object that a run does not have are left out.
+    """
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     values = {key: [run.settings.get(key) for run in runs] for key in keys}
-    return {key: group for key, group in values.items() if any(value != group[0] for value in group)}
+    different = {key: group for key, group in values.items() if any(value != group[0] for value in group)}
+
+    def is_explained(key: str) -> bool:
+        parts = key.split(".")
+        above = {".".join(parts[:count]) for count in range(1, len(parts))}
+        return any(key not in run.settings for run in runs) and bool(above & different.keys())
+
+    return {key: group for key, group in different.items() if not is_explained(key)}
 
 
 def final_figures(run: Run) -> dict[str, float | None]:
