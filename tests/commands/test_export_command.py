@@ -61,7 +61,7 @@ def test_the_card_has_the_runs_acceptance(whole: Path, tmp_path: Path, monkeypat
     shutil.copy("run/acceptance.json", "figures.json")
     torch.save({**checkpoint, "global_step": latest["step"]}, "elsewhere.ckpt")
     assert mtp("export", "--ckpt_path", "elsewhere.ckpt", "--output", "given", "--acceptance", "figures.json") == 0
-    assert Path("given/README.md").read_text() == card
+    assert Path("given/README.md").read_text().split("## Lineage")[0] == card.split("## Lineage")[0]
 
 
 def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) -> None:
@@ -130,4 +130,4 @@ def test_the_speed_of_earlier_versions_is_left_out(run: Path, here: Path) -> Non
         Path("figures.json").write_text(json.dumps({"latest": latest | {"speed_num_masks": speed}}))
         assert mtp("export", "--ckpt_path", LAST, "--output", "saved", "--acceptance", "figures.json") == 0
         card = Path("saved/README.md").read_text()
-        assert card.count(shown) == 1 and "`p.jsonl`" in card and "ada" not in card
+        assert card.count(shown) == 1 and "`p.jsonl`" in card and "/home" not in card
