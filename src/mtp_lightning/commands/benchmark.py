@@ -158,7 +158,7 @@ def chosen_settings(model: MTPModel, config: Any) -> list[Setting]:
 def measure_servers(config: Any, arguments: DecodingArguments) -> dict[str, Any]:
     """Measure one server, or two against each other."""
     tokenizer = load_tokenizer(*base_of(config.model, config.base_model, config.revision))
-    prompts: list[Prompt] = read_prompts(config.prompts, tokenizer, config.num_prompts)
+    prompts: list[Prompt] = read_prompts(config.prompts, tokenizer, config.num_prompts, raw=arguments.raw)
     options = arguments.options()
     endpoints = {PLAIN: config.baseline_endpoint, "server": config.endpoint}
     named = {name: (url, served_model(url)) for name, url in endpoints.items() if url is not None}
