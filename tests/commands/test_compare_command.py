@@ -29,7 +29,7 @@ def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert first != second and second == "others/run"
     assert found["settings"] == {
         "model.lora.rank": [2, 7],
-        "trainer.callbacks": ["ModelCheckpoint, ModelCheckpoint", "ModelCheckpoint, ModelCheckpoint, Other"],
+        "trainer.callbacks": ["ModelCheckpoint, ModelCheckpoint_1", "ModelCheckpoint, ModelCheckpoint_1, Other"],
         "trainer.callbacks.ModelCheckpoint.filename": ["best", "another"],
     }
     figures = found["figures"][first]
