@@ -61,4 +61,11 @@ for folder in "${folders[@]}"; do
   check benchmarks/vllm/stress.py "$folder"
   check benchmarks/vllm/server.py "$folder"
 done
+if [ -z "$quick" ]; then
+  for architecture in mistral qwen2 qwen3; do
+    folder=runs/vllm_check/$architecture
+    check benchmarks/vllm/random_folder.py "$architecture" "$folder"
+    check benchmarks/vllm/check.py "$folder/saved" --parts texts --num_masks 4
+  done
+fi
 exit $failed

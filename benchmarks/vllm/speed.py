@@ -17,6 +17,8 @@ from check import demo_prompts
 from engines import set_blocks, start, take_steps
 from vllm import LLM, SamplingParams
 
+from mtp_lightning.integrations.vllm.load_table import blocks_of
+
 
 def measure(engine: LLM, prompts: list[str], tokens: int) -> tuple[float, float, float]:
     """CPU seconds and tokens of decoding steps, the first left out, and their number."""
@@ -53,11 +55,13 @@ def main() -> None:
     engine = start(args.folder, True, args.dtype, args.num_masks, **options)
     for batch in args.batches:
         prompts = demo_prompts(batch)
-        results: dict[str, list[tuple[float, float]]] = {kind: [] for kind in args.kinds}
+        # More masks than this never pay on a CPU, and take minutes to measure.
+        kinds = [kind for kind in args.kinds if batch * blocks_of(kind, args.num_masks).rows <= 128]
+        results: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         for pair in range(args.pairs + 1):  # the first warms up
             set_blocks(engine, "plain", args.num_masks)
             plain_seconds, plain_steps, _ = measure(engine, prompts, args.tokens)
-            for kind in args.kinds:
+            for kind in kinds:
                 set_blocks(engine, kind, args.num_masks)
                 seconds, steps, _ = measure(engine, prompts, args.tokens)
                 if pair:

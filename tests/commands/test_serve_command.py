@@ -52,6 +52,7 @@ def test_flags(folder: Path) -> None:
         (["--decoding", "cubic"], "decoding"),
         (["--draft_candidates", "few"], "draft_candidates"),
         (["--load_table", "{"], "load_table"),
+        (["--load_table", '[[1, "linear", 9]]'], "load_table"),
         (["--speculative-config", "{}"], "--speculative-config"),
         (["--hf_overrides.x=1"], "--hf_overrides"),
     ],
@@ -59,6 +60,11 @@ def test_flags(folder: Path) -> None:
 def test_wrong_options(folder: Path, options: list[str], word: str) -> None:
     with pytest.raises(UsageError, match=word):
         server_command([str(folder / "saved"), *options])
+
+
+def test_checkpoint_is_not_served() -> None:
+    with pytest.raises(UsageError, match="mtp export"):
+        server_command(["runs/last.ckpt"])
 
 
 def test_base_that_cannot_be_served(tmp_path: Path) -> None:

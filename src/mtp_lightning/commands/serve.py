@@ -21,6 +21,7 @@ import torch
 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.integrations.vllm import ARCHITECTURES, TRIED_VERSION
+from mtp_lightning.integrations.vllm.load_table import parse_loads
 from mtp_lightning.integrations.vllm.settings import CUDA_GRAPHS, KEY, PROPOSER, check_version
 from mtp_lightning.paths import resolve
 from mtp_lightning.saving.saved_folder import find_folder, read_config
@@ -91,6 +92,8 @@ def server_command(args: Sequence[str]) -> tuple[list[str], str]:
     for flag in others:
         if flag.partition("=")[0].partition(".")[0].replace("_", "-") in OURS:
             raise UsageError(f"{flag.partition('=')[0]} is set by mtp serve: leave it out.")
+    if options.folder.endswith(".ckpt"):
+        raise UsageError(f"{options.folder} is a checkpoint: make a folder of it with mtp export, and serve that.")
     config = read_config(find_folder(resolve(options.folder)))
     num_masks = config["num_masks"] if options.num_masks is None else options.num_masks
     if not 1 <= num_masks <= config["num_masks"]:
@@ -100,6 +103,7 @@ def server_command(args: Sequence[str]) -> tuple[list[str], str]:
     settings["draft_candidates"] = _number_or_all(options.draft_candidates)
     if options.load_table is not None:
         settings["load_table"] = _json(options.load_table)
+        parse_loads(settings["load_table"], num_masks)
     revision = None if options.base_model else config["revision"]
     if revision is not None and "--revision" not in others:
         others += ["--revision", revision]
