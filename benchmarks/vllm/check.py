@@ -127,9 +127,11 @@ def features(args: argparse.Namespace, prompts: list[str]) -> None:
 def memory(args: argparse.Namespace, prompts: list[str]) -> None:
     """Prompts in chunks, and so few pages that requests are preempted."""
     prompts = [(prompt + "\n") * 30 for prompt in prompts]
+    # A prompt takes 10 pages: half of the requests get in, and then there is no page for their answers. Page 0 is vLLM's.
+    pages = 10 * (len(prompts) // 2) + 1
     found = {}
     for ours in (False, True):
-        options = {"num_gpu_blocks_override": args.pages, "max_num_batched_tokens": 288, "block_size": 32}
+        options = {"num_gpu_blocks_override": pages, "max_num_batched_tokens": 288, "block_size": 32}
         engine = start(args.folder, ours, args.dtype, args.num_masks, disable_log_stats=False, **options)
         if ours:
             set_blocks(engine, args.decoding, args.num_masks)
@@ -158,7 +160,6 @@ def main() -> None:
     parser.add_argument("--num_masks", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--pages", type=int, default=40)
     args = parser.parse_args()
     print(f"# {args.folder}, base {base_of(args.folder)}, {args.dtype}, {args.num_masks} masks", flush=True)
     for part in args.parts:
