@@ -148,7 +148,32 @@ def memory(args: argparse.Namespace, prompts: list[str]) -> None:
     )
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {"texts": texts, "features": features, "memory": memory}
+REFUSED: dict[str, dict[str, Any]] = {
+    "enable_lora": {"enable_lora": True},
+    "kv_cache_dtype": {"kv_cache_dtype": "fp8"},
+    "num_speculative_tokens": {"num_masks": 1000},
+    "hf_overrides of the base alone": {"speculative_config": None},
+}
+
+
+def refusals(args: argparse.Namespace, prompts: list[str]) -> None:
+    """What the plugin refuses at start, in the engine itself (tests/integrations/vllm has all of it)."""
+    for name, options in REFUSED.items():
+        settings = {"num_masks": args.num_masks} | options
+        try:
+            stop(start(args.folder, True, args.dtype, **settings))
+        except Exception as error:  # vLLM wraps ours
+            report(f"refused: {name}", "speculative_config" in str(error) or name in str(error), str(error)[:200])
+        else:
+            report(f"refused: {name}", False, "the engine started")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {
+    "texts": texts,
+    "features": features,
+    "memory": memory,
+    "refusals": refusals,
+}
 
 
 def main() -> None:

@@ -34,11 +34,11 @@ def start(folder: str, ours: bool, dtype: str, num_masks: int = 8, **options: An
     base = base_of(folder)
     if ours:
         architecture = json.loads((Path(base) / "config.json").read_text())["architectures"][0]
-        options |= {
+        options = {
             "hf_overrides": {"architectures": ["MTP" + architecture]},
             "additional_config": {KEY: {"folder": folder}},
             "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_masks},
-        }
+        } | options
     settings = {"max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True, "gpu_memory_utilization": 0.3, "seed": 0}
     return LLM(model=base, dtype=dtype, **(settings | options))
 
