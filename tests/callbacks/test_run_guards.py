@@ -54,6 +54,7 @@ def spoil(config: dict[str, Any], how: str, at: int = 6, **trainer: Any) -> None
         "sampler": {"class_path": "SamplerCrossEntropy"},
         "spoiled": {"class_path": "my_losses.Spoiled", "init_args": {"how": how, "at": at}},
     }
+    config["model"].pop("loss_schedules", None)  # of terms that are not there now
     config["trainer"] |= trainer
     write_config(Path(), config)
 
