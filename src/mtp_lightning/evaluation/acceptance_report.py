@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-SPEED_NOTE = "Speed-up over autoregressive decoding by default, where mtp generate drafts what pays (--num_masks auto)"
-
-
 def print_table(summary: dict[str, Any], console: Console, title: str, protocol: str) -> None:
     """Print what ``acceptance.summarise`` returns: a row for each domain and one for all prompts, then the notes.
 
@@ -38,7 +35,7 @@ def print_table(summary: dict[str, Any], console: Console, title: str, protocol:
         table.add_section()
     table.add_row("overall", *_cells(summary["overall"]), style="bold")
     console.print(table)
-    console.print(f"Acceptance length, repeated 8-grams, lossless: {protocol}.", highlight=False, soft_wrap=True)
+    console.print(f"Acceptance: {protocol}.", highlight=False, soft_wrap=True)
     print_notes(summary, console)
 
 
@@ -58,7 +55,9 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
     if speed_up is not None:
         low, high = speed_up["quartiles"]
         pairs = "1 pair" if speed_up["num_pairs"] == 1 else f"{speed_up['num_pairs']} pairs"
-        yield (f"{SPEED_NOTE}: median {speed_up['median']:.2f}x of {pairs}, quartiles {low:.2f}x and {high:.2f}x.")
+        yield (
+            f"Speed-up of mtp generate by default (--num_masks auto): median {speed_up['median']:.2f}x of {pairs}, quartiles {low:.2f}x and {high:.2f}x."
+        )
     for difference in summary["overall"]["lossless"]["differences"]:
         gap = difference["gap"]
         near = "" if gap is None else f" (the base's two largest logits there are {gap:.2g} apart)"
