@@ -56,7 +56,8 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
         low, high = speed_up["quartiles"]
         pairs = "1 pair" if speed_up["num_pairs"] == 1 else f"{speed_up['num_pairs']} pairs"
         yield (
-            f"Speed-up of mtp generate by default (--num_masks auto): median {speed_up['median']:.2f}x of {pairs}, quartiles {low:.2f}x and {high:.2f}x."
+            f"Speed-up of mtp generate by default (--num_masks auto): median {speed_up['median']:.2f}x of {pairs},"
+            f" quartiles {low:.2f}x and {high:.2f}x."
         )
     for difference in summary["overall"]["lossless"]["differences"]:
         gap = difference["gap"]
