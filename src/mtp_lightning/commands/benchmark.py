@@ -9,15 +9,14 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.distill import base_of
-from mtp_lightning.commands.parser import CommandParser
+from mtp_lightning.commands.options import VARIED
 from mtp_lightning.commands.progress import counted, note
 from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
@@ -46,36 +45,11 @@ from mtp_lightning.modeling.base import load_tokenizer
 from mtp_lightning.paths import why_unwritable
 from mtp_lightning.text.prompts import Prompt, read_prompts
 
-VARIED = {"decoding", "num_masks", "sampler_head"}
-"""Options of decoding that are varied by default."""
 FILE = "benchmark.json"
 
 
-def run_benchmark(args: list[str]) -> None:
+def run_benchmark(config: Any) -> None:
     """``mtp benchmark MODEL --prompts F``."""
-    parser = CommandParser(
-        prog="mtp benchmark",
-        description="Finds the fastest way to decode on this machine: plain decoding, a few fixed numbers of masks and auto,"
-        " on the same prompts. Example: mtp benchmark saved --prompts prompts.jsonl",
-    )
-    parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
-    parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
-    parser.add_argument(
-        "--num_prompts", type=PositiveInt | None, default=16, help="maximum number, evenly from the domains; null: all"
-    )
-    parser.add_argument("--grid", action="store_true", help="1 to k masks, both decodings, both heads, transformers' loops")
-    parser.add_argument("--decoding", type=Decoding | None, default=None, help="quadratic or linear. Default: quadratic")
-    parser.add_argument(
-        "--num_masks", type=int | Literal["auto"] | None, default=None, help="a single number. Default: 2, 4, .., k and auto"
-    )
-    parser.add_argument("--sampler_head", type=bool | None, default=None, help="Default: true, if there is one")
-    parser.add_argument("--endpoint", type=str | None, default=None, help="address of a server to measure")
-    parser.add_argument("--baseline_endpoint", type=str | None, default=None, help="a server of the plain base")
-    parser.add_argument("--output", type=str, default="benchmark", help="folder for benchmark.json, .md and .png")
-    parser.add_argument("--overwrite", action="store_true", help="replace the benchmark that is in the folder")
-    parser.add_argument("--json", action="store_true", help="print the JSON report instead of the tables")
-    DecodingArguments.add_to(parser, skip=VARIED)
-    config = parser.parse_args(args)
     if config.decoding == "autoregressive":
         raise UsageError("--decoding must be quadratic or linear: autoregressive decoding is what both are compared with.")
     if config.baseline_endpoint is not None and config.endpoint is None:

@@ -13,7 +13,6 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import mtp_lightning
-from mtp_lightning.commands import settings
 from mtp_lightning.errors import MTPError, UsageError, one_line
 
 
@@ -41,11 +40,13 @@ COMMANDS = {
     ),
     "serve": Command("serve a saved folder with vLLM (OpenAI-compatible)", "serve", "run_serve"),
     "export": Command("checkpoint to saved folder (safetensors and JSON)", "export", "run_export"),
-    "benchmark": Command("find the fastest way to decode on this machine", "benchmark", "run_benchmark"),
+    "benchmark": Command("find the fastest way to decode on this machine", "benchmark", "run_benchmark", "benchmark_parser"),
     "compare": Command("compare runs: settings that differ, figures, curves", "compare", "run_compare"),
 }
 
 
+CONFIGURED = ("fit", "validate", "test", "predict", "data")
+"""Commands that read a configuration."""
 _SAID_AT_EVERY_START = re.compile(r"Tip: For seamless|^[GTH]PU available: False|^Seed set to|Automatic Mixed Precision")
 """What Lightning logs at every start: a tip to install a package of its makers, and settings that the user made."""
 _PYTHONS_SHOW_WARNING = warnings.showwarning
@@ -108,7 +109,9 @@ def _run(words: list[str]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _silence_libraries()
     command, options = COMMANDS[words[0]], words[1:]
-    if words[0] in settings.OPTIONS:  # it reads a configuration
+    if words[0] in CONFIGURED:
+        from mtp_lightning.commands import settings  # a server's environment may lack what it needs
+
         options = settings.with_configurations(options)
         if topic := next((word for word in options if word in settings.HELP_WORDS), None):
             print(settings.help_text(words[0], topic), end="")

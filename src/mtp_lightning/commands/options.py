@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
+from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
 
 MODEL = "run folder (its best checkpoint), saved folder, checkpoint file or hub id"
@@ -16,6 +17,8 @@ BASE_FOLDER = "bases/smollm2-135m"
 MAX_CHAT_TOKENS = 1024
 NOT_OF_CHAT = {"batch_size", "raw"}
 """Options of decoding that a conversation has no use for."""
+VARIED = {"decoding", "num_masks", "sampler_head"}
+"""Options of decoding that a benchmark varies by default."""
 
 
 def base_parser() -> CommandParser:
@@ -27,6 +30,33 @@ def base_parser() -> CommandParser:
     )
     parser.add_argument("name", type=Literal["smollm2"], help="the model: smollm2")
     parser.add_argument("--output", type=str, default=BASE_FOLDER, help="folder to write")
+    return parser
+
+
+def benchmark_parser() -> CommandParser:
+    """``mtp benchmark``."""
+    parser = CommandParser(
+        prog="mtp benchmark",
+        description="Finds the fastest way to decode on this machine: plain decoding, a few fixed numbers of masks and auto,"
+        " on the same prompts. Example: mtp benchmark saved --prompts prompts.jsonl",
+    )
+    parser.add_argument("model", type=str, help=MODEL)
+    parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
+    parser.add_argument(
+        "--num_prompts", type=PositiveInt | None, default=16, help="maximum number, evenly from the domains; null: all"
+    )
+    parser.add_argument("--grid", action="store_true", help="1 to k masks, both decodings, both heads, transformers' loops")
+    parser.add_argument("--decoding", type=Decoding | None, default=None, help="quadratic or linear. Default: quadratic")
+    parser.add_argument(
+        "--num_masks", type=int | Literal["auto"] | None, default=None, help="a single number. Default: 2, 4, .., k and auto"
+    )
+    parser.add_argument("--sampler_head", type=bool | None, default=None, help="Default: true, if there is one")
+    parser.add_argument("--endpoint", type=str | None, default=None, help="address of a server to measure")
+    parser.add_argument("--baseline_endpoint", type=str | None, default=None, help="a server of the plain base")
+    parser.add_argument("--output", type=str, default="benchmark", help="folder for benchmark.json, .md and .png")
+    parser.add_argument("--overwrite", action="store_true", help="replace the benchmark that is in the folder")
+    parser.add_argument("--json", action="store_true", help="print the JSON report instead of the tables")
+    DecodingArguments.add_to(parser, skip=VARIED)
     return parser
 
 
