@@ -46,8 +46,11 @@ def test_report_by_hand(write, tokenizer) -> None:
         "padding_share": 0.0,
         "empty_files": 0,
         "examples": [],
+        "plain_source": path,
     }
-    assert str(rows.report) == (
+    line, unusual = str(rows.report).splitlines()
+    assert path in unusual  # the tokenizer has a chat template
+    assert line == (
         "7 rows read, 1 left out (shorter than two tokens), 1 left out (no token with loss after the first),"
         " 2 cut into pieces, 1 truncated, 5 tokens lost; 6 documents in 6 rows an epoch, 24 tokens, 16 eligible starts,"
         " 0.0% padding"
@@ -61,6 +64,21 @@ def test_report_by_hand(write, tokenizer) -> None:
         [9, 10, 11],
     ]
     assert rows.rows.row(4).labels.tolist() == [-100, -100, 10, 11, 12]
+
+
+def test_rows_of_plain_text_are_named_where_a_chat_template_is(write, tokenizer) -> None:
+    plain = word_tokenizer()
+    plain.chat_template = None
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    text, completion = {"text": "one two"}, {"prompt": "one ", "completion": "two"}
+    ids = {**completion, "prompt_ids": [1, 9], "completion_ids": [10]}
+    for number, (row, used, is_plain) in enumerate(
+        ((text, tokenizer, True), (completion, tokenizer, True), (text, plain, False), (ids, tokenizer, False))
+        + (({"messages": chat}, tokenizer, False), ({"input_ids": [9, 10]}, tokenizer, False))
+    ):
+        path = write(f"{number}.jsonl", [row])
+        assert prepare(path, used, max_length=9)[0].report.plain_source == (path if is_plain else None)
+    assert prepare(path, tokenizer, max_length=9, name="data.validation")[0].report.plain_source is None
 
 
 def test_token_columns_give_the_same_rows(write, tmp_path: Path, tokenizer) -> None:
