@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from recipe_runs import commit, read_rows
 
 from mtp_lightning import MTPModel
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.evaluation.benchmark import acceptance_grid, grid_settings
+from mtp_lightning.evaluation.acceptance import summarise
+from mtp_lightning.evaluation.benchmark import PLAIN, decoding_system, difference_finder, settings_grid
+from mtp_lightning.evaluation.benchmark import measure as measure_systems
+from mtp_lightning.evaluation.losslessness import autoregressive
 from mtp_lightning.text.prompts import read_prompts
 
 PAPER = {
@@ -41,20 +45,24 @@ def measure(model: MTPModel, name: str, args: argparse.Namespace) -> dict[str, A
         file.flush()
         prompts = read_prompts(file.name, model.tokenizer, context=model.context)
     options = DecodingOptions(max_steps=100, max_new_tokens=args.max_new_tokens)
-    settings = grid_settings(model, ["quadratic"], [model.sampler_head is not None], range(1, model.num_masks + 1))
+    settings = settings_grid(model, ["quadratic"], [model.sampler_head is not None], range(1, model.num_masks + 1))
+    ways = {PLAIN: autoregressive(options), **{each.masks: replace(options, **each._asdict()) for each in settings}}
+    systems = {way: decoding_system(model, prompts, chosen) for way, chosen in ways.items()}
+    domains, find = [prompt.domain for prompt in prompts], difference_finder(model, prompts, options)
     began = time.process_time()
-    grid = acceptance_grid(model, prompts, settings, options)
+    results = measure_systems(systems, domains, 1, options.max_new_tokens, find)
+    plain, *summaries = [summarise(group) for group in results.values()]
     lengths: dict[str, list[float]] = {}
-    for setting in grid["settings"]:
-        for domain, figures in {name.partition("=")[0]: setting["overall"], **setting["domains"]}.items():
+    for summary in summaries:
+        for domain, figures in {name.partition("=")[0]: summary["overall"], **summary["domains"]}.items():
             lengths.setdefault(domain, []).append(round(figures["acceptance_length"], 4))
-    equal = [setting["overall"]["lossless"] for setting in grid["settings"]]
+    equal = [summary["overall"]["lossless"] for summary in summaries]
     return {
         **identity(name, args),
         "lengths": lengths,
         "texts_equal": sum(each["equal"] for each in equal),
         "texts": sum(each["checked"] for each in equal),
-        "repeated_8grams": round(grid["texts"]["overall"]["repeated_8grams"], 4),
+        "repeated_8grams": round(plain["overall"]["repeated_8grams"], 4),
         "cpu_seconds": round(time.process_time() - began, 1),
         "commit": commit(),
     }

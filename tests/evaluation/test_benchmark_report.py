@@ -43,7 +43,10 @@ def report(*settings: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ([setting(2, 1.5), setting(4, 1.6), setting("auto", 1.2)], "--num_masks 4 here: 1.60x"),
+        (
+            [setting(2, 1.5), setting(4, 1.6), setting("auto", 1.2)],
+            "--num_masks 4 here: 1.60x (3 pairs, quartiles 1.60 and 1.60) as fast as plain decoding, the same text",
+        ),
         ([setting(2, 1.5), setting("auto", 1.49)], "--num_masks auto): 1.49x"),  # no clear difference
         ([setting(2, 0.5), setting("auto", 0.9)], "--decoding autoregressive"),
         ([setting(2, 1.5, decoding="linear", sampler_head=False)], "--decoding linear --num_masks 2 --sampler_head false"),
@@ -86,7 +89,9 @@ def test_terminal_of_80_columns() -> None:
 def test_plot_and_report_without_domains_or_a_comparison(tmp_path: Path) -> None:
     alone = {"name": "server", "decoding": None, "sampler_head": None, "num_masks": None, "has_head": True}
     whole = report({**alone, **figures(1, None, ("", ""))}) | {"plain": None, "order": {}, "endpoints": {"server": {}}}
-    assert len(list(tables(whole))) == 1 and "compared" in advice(whole)
+    assert len(list(tables(whole))) == 1 and "tokens/s" in advice(whole)
+    compared = whole | {"settings": [{**alone, **figures(1, 1.5, ("", ""))}], "plain": figures(0, None, ("", ""))}
+    assert "1.50x" in advice(compared)
     save_benchmark_plot(whole, tmp_path / "new" / "benchmark.png")
     save_benchmark_plot(report(setting(2, 1.0), setting("auto", 1.5)), tmp_path / "new" / "other.png")
     assert (tmp_path / "new" / "benchmark.png").read_bytes().startswith(b"\x89PNG")

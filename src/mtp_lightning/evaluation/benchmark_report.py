@@ -39,16 +39,18 @@ class ReportTable(NamedTuple):
 
 def advice(report: dict[str, Any]) -> str:
     """One sentence: which way to decode is the fastest on this machine, by how much, and whether the text is the same."""
+    if report["endpoints"]:
+        overall = report["settings"][0]["overall"]
+        if overall["speed_up"] is None:
+            return f"The server generates {overall['tokens_per_second']:.1f} tokens/s; --baseline_endpoint compares it."
+        return f"The server is {_spread(overall['speed_up'])} that of the plain base."
     timed = [figures for figures in report["settings"] if figures["num_masks"] and figures["overall"]["speed_up"]]
-    if not timed:
-        return "Nothing was compared with plain decoding."
     best = max(timed, key=_median)
     # The default adapts to the text, so it is preferred among equals.
     automatic = [each for each in timed if each["num_masks"] == "auto" and _median(best) < CLEARLY_FASTER * _median(each)]
     best = max(automatic, key=_median, default=best)
     spread = best["overall"]["speed_up"]
-    low, high = spread["quartiles"]
-    figures = f"{spread['median']:.2f}x plain decoding (quartiles {low:.2f} and {high:.2f}, {_pairs(spread['num_pairs'])})"
+    figures = f"{_spread(spread)} plain decoding"
     if spread["median"] <= 1:
         return f"Nothing beats plain decoding here: use --decoding autoregressive. {_options(best)} is {figures}."
     use = f"Use the default here ({_options(best)})" if best["num_masks"] == "auto" else f"Use {_options(best)} here"
@@ -68,8 +70,11 @@ def _options(figures: Figures) -> str:
     return " ".join(words + others)
 
 
-def _pairs(count: int) -> str:
-    return "1 pair" if count == 1 else f"{count} pairs"
+def _spread(spread: dict[str, Any]) -> str:
+    """A speed-up with its spread, in words."""
+    (low, high), count = spread["quartiles"], spread["num_pairs"]
+    pairs = "1 pair" if count == 1 else f"{count} pairs, quartiles {low:.2f} and {high:.2f}"
+    return f"{spread['median']:.2f}x ({pairs}) as fast as"
 
 
 def _prompts(count: int) -> str:
