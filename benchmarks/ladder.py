@@ -182,9 +182,11 @@ def print_table(lines: list[tuple[str, int, dict[str, tuple[float, float]]]]) ->
     for name, seeds, means in lines:
         cells = [f"{means[key][0]:,.0f}" for key in ("steps", "mtp_positions", "cpu_seconds")]
         for key, digits in (("share", 3), ("forced", 2), ("greedy", 2), ("sampled", 2)):
-            mean, spread = means.get(key, (None, None))
-            spread = f" ± {spread:.{digits}f}" if seeds > 1 else ""
-            cells.append("-" if mean is None else f"{mean:.{digits}f}{spread}")
+            if key not in means:
+                cells.append("-")
+                continue
+            mean, spread = means[key]
+            cells.append(f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if seeds > 1 else ""))
         print(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
 
 

@@ -25,7 +25,7 @@ from mtp_lightning.text.prompts import read_prompts
 
 QUIET = """{
   logger: false, enable_checkpointing: false, enable_progress_bar: false, enable_model_summary: false,
-  num_sanity_val_steps: 0,
+  num_sanity_val_steps: 0, default_root_dir: runs/recipe_runs,
   callbacks: [{class_path: recipe_runs.Recorder}]
 }"""
 
