@@ -106,6 +106,7 @@ SCREEN: dict[str, tuple[str, ...]] = {
     "head of 256": (*FAST, gru(256)),
     "normalized head": (*FAST, gru(512, normalize=True)),
     "normalized head, lr 6e-3": (*FAST, gru(512, normalize=True), adamw(0.006)),
+    "Markov head": (*FAST, "--model.sampler_head=mtp_lightning.sampler_heads.MarkovSamplerHead"),
     "2 rows of 32 blocks": (*FAST, *batches(2, 32)),
     "2 rows of 16 blocks": (*FAST, *batches(2, 16)),
     "4 rows of 8 blocks": (*FAST, *batches(4, 8)),
@@ -199,7 +200,7 @@ def draw(lines: list[tuple[str, int, dict[str, tuple[float, float]]]], path: Pat
     places = range(len(lines), 0, -1)
     shares = [means["share"] for _, _, means in lines]
     left.errorbar([m for m, _ in shares], places, xerr=[s for _, s in shares], fmt="o", capsize=3)
-    left.set(xlabel="share of reference (mean and standard deviation over seeds)")
+    left.set(xlabel="share of reference")
     left.set_yticks(list(places), [f"{name}, {means['steps'][0]:.0f} steps ({seeds})" for name, seeds, means in lines])
     left.grid(axis="x", alpha=0.3)
     right.barh(list(places), [means["cpu_seconds"][0] for _, _, means in lines], color="0.7")
