@@ -57,6 +57,8 @@ class MaskedInput(NamedTuple):
         counts: denominators of the loss terms under full coverage: NTP labels, MTP labels, anchors; [3] int64. They
             add up over rows, and over the batches and ranks of one optimizer step.
         row_ids: number of each row in its data set, [B] int64.
+        noise: a random number from 0 to 2^62 for each MTP position, [B, P, K] int64; it picks the random token that takes
+            the place of the mask embedding with ``mask_tokens: noise``.
     """
 
     input_ids: Tensor
@@ -69,6 +71,7 @@ class MaskedInput(NamedTuple):
     block_weights: Tensor
     counts: Tensor
     row_ids: Tensor
+    noise: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskedInput:
         """The same batch on ``device``."""
@@ -83,6 +86,7 @@ class MaskedInput(NamedTuple):
             mtp_labels=self.mtp_labels[:, :, :num_masks],
             anchor_weights=self.anchor_weights[:, :, :num_masks],
             block_weights=self.block_weights * (K / num_masks),
+            noise=self.noise[:, :, :num_masks],
         )
 
     def at_anchors(self, values: Tensor) -> Tensor:

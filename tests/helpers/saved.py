@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import load_base, load_tokenizer
 from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.network import MaskTokens
 from mtp_lightning.sampler_heads import GRUSamplerHead, SamplerHead
 
 PROMPT = torch.tensor([[9, 10, 11]])
@@ -40,6 +41,7 @@ def model_on_disk(
     lora: LoRA | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     dtype: torch.dtype = torch.float64,
+    mask_tokens: MaskTokens = "learned",
     **options: Any,
 ) -> MTPModel:
     """A model with random trained parts, whose base lies in ``folder/base``."""
@@ -48,7 +50,7 @@ def model_on_disk(
     base = load_base(str(folder / "base"))
     if architecture.endswith("moe"):
         base.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
-    model = tiny_model(sampler_head=head, lora=lora, base=base)
+    model = tiny_model(sampler_head=head, lora=lora, base=base, mask_tokens=mask_tokens)
     model.tokenizer = load_tokenizer(str(folder / "base"))
     return model
 

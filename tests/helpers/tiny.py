@@ -14,6 +14,7 @@ from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy, term_val
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
+from mtp_lightning.modeling.network import MaskTokens
 from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.types import IGNORE_INDEX, MaskedInput, TokenRow
@@ -92,12 +93,13 @@ def tiny_model(
     sampler_head: SamplerHead | None = None,
     lora: LoRA | None = None,
     base: PreTrainedModel | None = None,
+    mask_tokens: MaskTokens = "learned",
     **base_options: Any,
 ) -> MTPModel:
     """An MTP model in evaluation mode whose adapters, mask embeddings and sampler head are all far from their start."""
     base = tiny_base(architecture, **base_options) if base is None else base
     torch.manual_seed(1)
-    model = MTPModel(base, num_masks, lora or LoRA(rank=4), sampler_head)
+    model = MTPModel(base, num_masks, lora or LoRA(rank=4), sampler_head, mask_tokens=mask_tokens)
     with torch.no_grad():
         for layer in lora_layers(base):
             layer.lora_B["default"].weight.normal_(std=0.1)

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM
 from mtp_lightning import MTPModel
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.gated_lora import LoRA
+from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.sampler_heads import GRUSamplerHead, MarkovSamplerHead, MLPSamplerHead, SamplerHead
 from mtp_lightning.saving import export as exporting
+from mtp_lightning.types import TokenRow
 
 
 @pytest.mark.parametrize(
@@ -125,3 +127,35 @@ def test_a_base_without_a_name(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved", base_model="owner/base", revision="main")
     config = json.loads((tmp_path / "saved" / "mtp_config.json").read_text())
     assert (config["base_model"], config["revision"]) == ("owner/base", "main")
+
+
+def test_with_noise_tokens_the_folder_is_a_plain_lora_for_peft(tmp_path: Path) -> None:
+    """Stock PEFT, with its LoRA on at the noise positions only, gives our logits."""
+    model = model_on_disk(tmp_path, mask_tokens="noise")
+    model.save_pretrained(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "mtp_config.json").read_text())
+    assert settings["mask_tokens"] == "noise" and settings["peft_alone"] == "lora_everywhere"
+    assert "plain LoRA" in (tmp_path / "saved" / "README.md").read_text()
+    ids = torch.tensor([9, 10, 11, 12, 13, 9, 14])
+    batch = build_masked_input([TokenRow(ids, ids, torch.zeros_like(ids), 0)], model.num_masks)
+    loaded = MTPModel.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        states = loaded.hidden_states(batch)
+        expected, at_tokens = model.unembed(states.mtp)[0, 2], model.unembed(states.ntp)[0]
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    stock = PeftModel.from_pretrained(base, tmp_path / "saved")
+    start, noise = int(batch.starts[0, 2]), batch.noise[0, 2] % model.unembed.vocab_size
+    with torch.no_grad():
+        with stock.disable_adapter():
+            prefix = stock(ids[None, : start + 1], use_cache=True)
+        logits = stock(noise[None], past_key_values=prefix.past_key_values).logits[0]
+        everywhere = stock(ids[None]).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)  # float64, other shapes
+    assert not torch.allclose(everywhere, at_tokens)  # as the card warns
+
+    before, after = (each.generate(PROMPT, max_new_tokens=12, num_masks=2) for each in (model, loaded))
+    assert after.sequences.equal(before.sequences) and after.accepted_per_step == before.accepted_per_step
+    set_config(tmp_path / "saved", mask_tokens="other")
+    with pytest.raises(RunError, match="mask_tokens"):
+        MTPModel.from_pretrained(tmp_path / "saved")

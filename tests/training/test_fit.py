@@ -96,6 +96,19 @@ def test_a_standard_lora_without_sampler_head(here: Path) -> None:
     assert not [name for name in weights(LAST) if "sampler" in name]
 
 
+def test_noise_in_place_of_mask_embeddings(here: Path, capsys) -> None:
+    options = ["--model.mask_tokens", "noise", "--model.sampler_head", "null"]
+    assert fit(*options, "--trainer.logger.save_dir", "whole") == 0
+    assert fit(*options, "--trainer.max_steps", 2) == 0
+    assert fit(*options, "--ckpt_path", LAST) == 0
+    found, expected = weights(LAST), weights("whole/checkpoints/last.ckpt")
+    assert all(".lora_" in name and torch.equal(value, expected[name]) for name, value in found.items())
+    capsys.readouterr()
+    assert fit("--model.sampler_head", "false", "--ckpt_path", LAST) == 1
+    assert "model.mask_tokens" in capsys.readouterr().err
+    assert mtp("generate", LAST, "--prompt", "one two", "--max_new_tokens", 4) == 0
+
+
 def test_accumulated_batches_are_one_large_batch(here: Path) -> None:
     # Packed rows are not sorted by length, so that two batches of 2 are one of 4. Adam would hide a factor.
     options = ["--model.dtype", "float64", "--model.optimizer.class_path", "torch.optim.SGD", "--trainer.max_steps", 2]

@@ -76,6 +76,7 @@ class _RowBlocks(NamedTuple):
     anchor_weights: Tensor
     block_weights: Tensor
     counts: Tensor
+    noise: Tensor
 
 
 def _row_blocks(
@@ -103,7 +104,8 @@ def _row_blocks(
     shared_by = positions_per_anchor[starts[:, None] + offsets].clamp_min(1)
     anchor_weights = torch.where(labels != IGNORE_INDEX, 1 / shared_by, 0.0)
     block_weights = torch.full((len(starts),), len(useful) / max(1, len(starts)))
-    return _RowBlocks(ntp_labels, starts, labels, anchor_weights, block_weights, counts)
+    noise = torch.randint(1 << 62, labels.shape, generator=generator)
+    return _RowBlocks(ntp_labels, starts, labels, anchor_weights, block_weights, counts, noise)
 
 
 def _pad_and_stack(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:
@@ -127,15 +129,15 @@ def build_masked_input(
 ) -> MaskedInput:
     """Place blocks in every row and pad the rows to one batch.
 
-    The starts of a row depend on (seed, epoch, row id) alone: they are the same in any batch, on any number of ranks.
+    Starts and noise of a row depend on (seed, epoch, row id) alone: they are the same in any batch, on any number of ranks.
 
     Args:
         rows: token rows, at least one.
         num_masks: K, 1 or more.
         block_fraction: share of the eligible starts that get a block, above 0 and at most 1.
         max_blocks_per_row: upper bound of blocks in a row, or None.
-        seed: seed of the starts.
-        epoch: changes the starts from epoch to epoch; give a constant for validation.
+        seed: seed of the starts and the noise.
+        epoch: changes them from epoch to epoch; give a constant for validation.
         context: the model's context length; MTP positions at or past it are dropped. None: no limit.
         pad_to_multiple_of: L is padded to a multiple of this, so that shapes repeat.
 
@@ -168,6 +170,7 @@ def build_masked_input(
         block_weights=_pad_and_stack([b.block_weights for b in blocks], P, 0),
         counts=torch.stack([b.counts for b in blocks]).sum(0),
         row_ids=torch.tensor([row.row_id for row in rows]),
+        noise=_pad_and_stack([b.noise for b in blocks], P, 0),
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MTPNetwork: a frozen base with gated LoRA, mask embeddings and a sampler head. Plain PyTorch, no Lightning.
+"""MTPNetwork: a frozen base with gated LoRA, mask tokens and a sampler head. Plain PyTorch, no Lightning.
 
 Everything that touches base parameters (embedding, decoder, unembedding in losses, drafting) runs inside ``forward``:
 sharded strategies gather parameters there.
@@ -8,7 +8,7 @@ sharded strategies gather parameters there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from mtp_lightning.modeling.transformers_private import (
 from mtp_lightning.modeling.unembedding import FrozenUnembedding
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.types import HiddenStates, LossSum, MaskedInput, compute_dtype
+
+MaskTokens = Literal["learned", "noise"]
+"""What MTP positions hold."""
 
 
 class NetworkStep(Protocol):
@@ -59,8 +62,12 @@ class MTPNetwork(nn.Module):
         lora: settings of the gated LoRA.
         sampler_head: a head that is not built yet, or None to draft from the base head.
         tokenizer: the base's tokenizer, kept for saving and for text input and output.
+        mask_tokens: what MTP positions hold. ``learned``: a trained embedding for each m_j. ``noise``: the embedding of a
+            random token, another one in each row and epoch of training; the LoRA is then all that is trained but the head.
 
     Attributes:
+        mask_embeddings: the trained embeddings, [k, D], or None with ``noise``.
+        noise_tokens: with ``noise`` the tokens at the masks of a block in decoding, [k] int64, else empty.
         context: maximum number of positions of the base.
         base_model: name of the base: a folder, a hub id, or ``package://...``; empty if it was not loaded by name.
         revision: hub commit of the base, or None.
@@ -77,8 +84,11 @@ class MTPNetwork(nn.Module):
         lora: LoRA | None = None,
         sampler_head: SamplerHead | None = None,
         tokenizer: Any = None,
+        mask_tokens: MaskTokens = "learned",
     ) -> None:
         super().__init__()
+        if mask_tokens not in get_args(MaskTokens):
+            raise UsageError(f"mask_tokens must be learned or noise, got {mask_tokens!r}.")
         if num_masks < 1:
             raise UsageError(f"num_masks must be 1 or more, got {num_masks}.")
         check_layer_types(text_config(base), is_stateful(base))
@@ -96,11 +106,15 @@ class MTPNetwork(nn.Module):
         self.gate = Gate()
         self.base = base
         self.adapter_config = add_gated_lora(base, self.lora, self.gate)
-        self.mask_embeddings = nn.Parameter(_initial_mask_embeddings(base, num_masks))
+        self.mask_tokens = mask_tokens
+        learned = mask_tokens == "learned"
+        self.mask_embeddings = nn.Parameter(_initial_mask_embeddings(base, num_masks)) if learned else None
+        tokens = torch.tensor([] if learned else noise_tokens(num_masks, int(text_config(base).vocab_size)))
+        self.register_buffer("noise_tokens", tokens.long().to(base.device), persistent=False)
         self.sampler_head = sampler_head
         if sampler_head is not None:
-            sampler_head.build(self.mask_embeddings.shape[1])
-            sampler_head.to(device=base.device, dtype=self.mask_embeddings.dtype)
+            sampler_head.build(int(text_config(base).hidden_size))
+            sampler_head.to(device=base.device, dtype=compute_dtype(base.dtype))
 
     @property
     def is_sharded(self) -> bool:
@@ -118,6 +132,17 @@ class MTPNetwork(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings of token ids as the decoder sees them, [..., D]."""
         return self.base.get_input_embeddings()(tokens)
+
+    def mask_inputs(self) -> Tensor:
+        """What the decoder sees at m_1..m_k in decoding, [k, D]."""
+        return self.embed(self.noise_tokens) if self.mask_embeddings is None else self.mask_embeddings
+
+    def _training_masks(self, batch: MaskedInput, dtype: torch.dtype) -> Tensor:
+        """What the decoder sees at the masks of a masked input, [B, P, K, D]."""
+        if self.mask_embeddings is None:
+            return self.embed(batch.noise % self.unembed.vocab_size)
+        B, P, K = batch.mtp_labels.shape
+        return self.mask_embeddings[:K].to(dtype).expand(B, P, K, -1)
 
     def trained_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
         """Names and tensors of the trained parameters: LoRA, mask embeddings, sampler head."""
@@ -157,7 +182,7 @@ class MTPNetwork(nn.Module):
         if K > self.num_masks:
             raise UsageError(f"the batch has {K} masks in a block, and the model has {self.num_masks}.")
         tokens = self.embed(batch.input_ids)
-        masks = self.mask_embeddings[:K].to(tokens.dtype).expand(len(tokens), P, K, -1)
+        masks = self._training_masks(batch, tokens.dtype)
         pattern = attention_pattern(batch, K)
         # transformers drops the cache under gradient checkpointing, and a gate that is always open leaves none to use.
         is_checkpointing = self._is_checkpointing()
@@ -209,13 +234,19 @@ class MTPNetwork(nn.Module):
         self, batch: MaskedInput, tokens: Tensor, ntp: Tensor, mtp: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """The sampler head's output at MTP positions, given the true previous tokens, and at NTP positions."""
-        head, dtype = self.sampler_head, self.mask_embeddings.dtype
+        head = self.sampler_head
         if head is None:
             return None, None
+        dtype = next(head.parameters()).dtype
         previous = batch.at_anchors(tokens).to(dtype)
         sampler = head(mtp.to(dtype).flatten(0, 1), previous.flatten(0, 1)).view(mtp.shape).to(mtp.dtype)
         sampler_ntp = head(ntp.to(dtype), tokens.to(dtype)).to(mtp.dtype) if head.at_ntp else None
         return sampler, sampler_ntp
+
+
+def noise_tokens(num_masks: int, vocab_size: int) -> list[int]:
+    """The random tokens at m_1..m_k in decoding, the same in every text: multiples of the golden ratio, modulo 1."""
+    return [(j * 0x9E3779B97F4A7C15 % 2**64) * vocab_size >> 64 for j in range(1, num_masks + 1)]
 
 
 def _initial_mask_embeddings(base: PreTrainedModel, num_masks: int) -> Tensor:

@@ -37,6 +37,11 @@ class TrainingSettings(Protocol):
     lora: LoRA
 
     @property
+    def mask_tokens(self) -> str:
+        """``learned`` or ``noise``."""
+        ...
+
+    @property
     def base_config(self) -> Any:
         """Configuration of the base's text decoder."""
         ...
@@ -66,7 +71,12 @@ def checkpoint_settings(module: TrainingSettings) -> dict[str, Any]:
 
 def part_settings(module: TrainingSettings) -> dict[str, Any]:
     """The settings of the trained parts: masks, LoRA and sampler head; plain types."""
-    return {"num_masks": module.num_masks, "lora": asdict(module.lora), "sampler_head": head_settings(module.sampler_head)}
+    return {
+        "num_masks": module.num_masks,
+        "mask_tokens": module.mask_tokens,
+        "lora": asdict(module.lora),
+        "sampler_head": head_settings(module.sampler_head),
+    }
 
 
 def named_base(settings: dict[str, Any]) -> str:
@@ -91,6 +101,7 @@ def check_settings(
     pairs = [
         *((f"base {k}", base[k], expected_base[k], "model.base_model") for k in base if k in expected_base),
         ("num_masks", settings["num_masks"], expected["num_masks"], "model.num_masks"),
+        ("mask_tokens", *(s.get("mask_tokens", "learned") for s in (settings, expected)), "model.mask_tokens"),
         *(
             (f"LoRA {k}", lora[k], expected_lora[k], f"model.lora.{k}")
             for k in LORA_WEIGHT_SETTINGS
@@ -160,6 +171,7 @@ def checkpoint_parts(checkpoint: dict[str, Any], path: str | Path) -> TrainedPar
         revision=settings["revision"],
         base_shape=settings["base"],
         num_masks=settings["num_masks"],
+        mask_tokens=settings.get("mask_tokens", "learned"),
         lora=settings["lora"],
         sampler_head=settings["sampler_head"],
         weights=weights,

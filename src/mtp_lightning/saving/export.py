@@ -86,6 +86,10 @@ def save_model(
         "revision": revision or (None if base_model or base_name else model.revision),
         "base": {"shape": layer_shape(text_config(model.base))},
         "num_masks": model.num_masks,
+        "mask_tokens": model.mask_tokens,
+        # For other engines: the random tokens at m_1..m_k, and where the LoRA acts if PEFT alone loads it.
+        "noise_tokens": model.noise_tokens.tolist(),
+        "peft_alone": "lora_off" if is_switched_off(model) else "lora_everywhere",
         "lora": asdict(model.lora),
         "sampler_head": head_settings(model.sampler_head),
         "acceptance": acceptance or model.acceptance,
@@ -118,7 +122,8 @@ def save_model(
 def trained_weights(model: MTPNetwork) -> dict[str, Tensor]:
     """Trained weights by their names in ``MTPNetwork``, and the sampler head's buffers."""
     weights = {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
-    weights["mask_embeddings"] = model.mask_embeddings.detach()
+    if model.mask_embeddings is not None:
+        weights["mask_embeddings"] = model.mask_embeddings.detach()
     if model.sampler_head is not None:
         weights |= {f"sampler_head.{name}": value for name, value in model.sampler_head.state_dict().items()}
     return weights
@@ -146,11 +151,16 @@ def _keep_foreign_files(path: Path, target: Path) -> None:
             shutil.copy2(file, target / name)
 
 
+def is_switched_off(model: MTPNetwork) -> bool:
+    """True if PEFT alone must not apply the adapter: it is gated, and not the plain LoRA of noise tokens."""
+    return model.lora.gated and model.mask_tokens == "learned"
+
+
 def _adapter_config(model: MTPNetwork, base_model: str, revision: str | None) -> dict[str, Any]:
     """Content of PEFT's ``adapter_config.json``."""
     settings = model.adapter_config.to_dict()
     settings |= {"base_model_name_or_path": base_model, "revision": revision, "inference_mode": True}
-    if model.lora.gated:
+    if is_switched_off(model):
         # Two safeguards, because nothing but this package knows the gate: everything else must give the base model.
         # PEFT's "activated LoRA" acts behind a sequence that calls it, which no text contains. A reader without it (PEFT
         # before 0.18, vLLM) scales the update by alpha / r = 0. Our own alpha is in mtp_config.json.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer
 from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.gated_lora import LoRA
-from mtp_lightning.modeling.network import MTPNetwork
+from mtp_lightning.modeling.network import MaskTokens, MTPNetwork
 from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.paths import is_gguf, resolve
 from mtp_lightning.saving.base_identity import check_layer_shape, hub_commit, warn_if_other_base
@@ -85,6 +85,8 @@ def build_network(
         lora = LoRA(**parts.lora)
     except (TypeError, UsageError) as error:
         raise RunError(f"{parts.source} is damaged: its LoRA can't be built: {one_line(error)}.") from error
+    if parts.mask_tokens not in get_args(MaskTokens):
+        raise RunError(f"{parts.source} is damaged: its mask_tokens is {parts.mask_tokens!r}.")
     name = base_model or (base.name_or_path if base is not None else "") or parts.base_model
     if revision is None and name == parts.base_model:
         revision = parts.revision
@@ -95,7 +97,7 @@ def build_network(
     head, tokenizer = build_head(parts.sampler_head), _tokenizer(parts, name, revision)
     if base is None:
         base = load_base(name, revision, dtype, attention, quantization, device if device_map is None else device_map)
-    model = network_class(base, parts.num_masks, lora, head, tokenizer)
+    model = network_class(base, parts.num_masks, lora, head, tokenizer, cast(MaskTokens, parts.mask_tokens))
     _load_weights(model, parts)
     model.base_model, model.revision = name, revision
     model.acceptance, model.lineage = parts.acceptance, parts.lineage

@@ -24,7 +24,7 @@ tags:
 
 # Multi-token prediction for {base_model}
 
-{num_masks} mask tokens, a {lora} of rank {rank} and {head}, trained with mtp-lightning after
+{num_masks} {masks}, a {lora} of rank {rank} and {head}, trained with mtp-lightning after
 *Your LLM Knows the Future* (Samragh et al. 2025, arXiv 2507.11851). The base model writes the text, token for token; this
 folder makes it take fewer steps. It does not hold the base model, which is {base_model}{revision}.
 
@@ -59,6 +59,13 @@ _STANDARD = (
 )
 
 
+_NOISE = (
+    "The adapter is a plain LoRA, which PEFT and servers with LoRA support load. They apply it everywhere, which changes\n"
+    "what the base model writes; to keep that, it must act at the random tokens alone, as it does here. `noise_tokens` in\n"
+    "`mtp_config.json` are those that decoding uses here; any others will do."
+)
+
+
 def card(config: dict[str, Any]) -> str:
     """The model card, Markdown with the hub's header, of a folder with this ``mtp_config.json``."""
     base, head = config["base_model"], config["sampler_head"]
@@ -70,10 +77,11 @@ def card(config: dict[str, Any]) -> str:
         base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{public_name(base)}`",
         revision=f" at revision `{config['revision']}`" if config["revision"] else "",
         num_masks=config["num_masks"],
+        masks="mask tokens" if config["mask_tokens"] == "learned" else "random tokens in place of mask tokens",
         lora="gated LoRA" if gated else "standard LoRA",
         rank=config["lora"]["rank"],
         head="no sampler head" if head is None else f"the sampler head `{head['class_path'].rpartition('.')[2]}`",
-        plain=_GATED if gated else _STANDARD,
+        plain=_STANDARD if not gated else _GATED if config["mask_tokens"] == "learned" else _NOISE,
         acceptance=acceptance_text(config["acceptance"]),
         lineage=lineage_text(lineage, public_name(base)),
     )

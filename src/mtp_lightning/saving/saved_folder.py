@@ -87,6 +87,7 @@ def read_folder(path: Path) -> TrainedParts:
         revision=config["revision"],
         base_shape=config["base"].get("shape", {}),
         num_masks=config["num_masks"],
+        mask_tokens=config.get("mask_tokens", "learned"),
         lora=config["lora"],
         sampler_head=config["sampler_head"],
         weights=weights,

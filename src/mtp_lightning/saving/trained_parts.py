@@ -27,6 +27,7 @@ class TrainedParts(NamedTuple):
     weights: dict[str, Tensor]  # trained weights by their names in ``MTPNetwork``
     acceptance: dict[str, Any] | None = None  # figures for the model card
     lineage: dict[str, Any] | None = None  # the training and the licence, for the model card
+    mask_tokens: str = "learned"  # or noise; files of earlier versions do not say
     folder: Path | None = None  # the saved folder; None: a checkpoint
 
 

@@ -21,7 +21,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.modeling.decoder import context_length, text_config
 from mtp_lightning.modeling.gated_lora import LoRA
-from mtp_lightning.modeling.network import ForwardOutput
+from mtp_lightning.modeling.network import ForwardOutput, MaskTokens
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
 from mtp_lightning.saving.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
 from mtp_lightning.schedules import Ramp, WarmupConstant, WarmupCosine
@@ -49,9 +49,11 @@ class MTPModule(LightningModule):
         quantization: 4bit or 8bit base weights through bitsandbytes, or None.
         gradient_checkpointing: recompute decoder layers in the backward pass to save memory.
         num_masks: number of mask tokens k, the most tokens that a step can draft. The paper: 8.
+        mask_tokens: ``learned``: each mask token is a trained embedding. ``noise``: a random token of the vocabulary stands
+            in its place, another one each time a row is seen; what is saved is then a plain LoRA, which PEFT loads.
         lora: settings of the gated LoRA.
         sampler_head: a class of ``mtp_lightning.sampler_heads`` or your own; false: draft from the base head. Not given: the
-            paper's ``MLPSamplerHead``.
+            paper's ``MLPSamplerHead``, and none with ``mask_tokens: noise``.
         losses: name -> loss term. Empty: the paper's three.
         loss_schedules: name of a loss term -> factor of its weight in training, from ``start`` to ``end``. In evaluation the
             weight alone counts.
@@ -72,6 +74,7 @@ class MTPModule(LightningModule):
         quantization: str | None = None,
         gradient_checkpointing: bool = False,
         num_masks: int = 8,
+        mask_tokens: MaskTokens = "learned",
         lora: LoRA = LoRA(),  # noqa: B008 - never changed in place
         sampler_head: SamplerHead | Literal[False] | None = None,
         losses: dict[str, LossTerm] = {},  # noqa: B006 - never changed in place
@@ -94,9 +97,11 @@ class MTPModule(LightningModule):
         self.quantization = quantization
         self.gradient_checkpointing = gradient_checkpointing
         self.num_masks = num_masks
+        self.mask_tokens: MaskTokens = mask_tokens
         self.lora = lora
         # In a tuple, so that the head is registered once: as a part of the model.
-        self._head = (MLPSamplerHead() if sampler_head is None else (sampler_head or None),)
+        default_head = MLPSamplerHead() if mask_tokens == "learned" else None
+        self._head = (default_head if sampler_head is None else (sampler_head or None),)
         terms = losses or paper_losses(with_sampler=self.sampler_head is not None)
         _check_heads(terms, self.sampler_head)
         self.schedules = RunSchedules(loss_schedules, num_masks_schedule, terms, num_masks)
@@ -194,7 +199,8 @@ class MTPModule(LightningModule):
     def _build(self, device: Any, strategy: Any) -> None:
         """Load the base and add the trained parts."""
         base = load_base(self.base_model, self.revision, self.dtype_name, self.attention, self.quantization, device)
-        self.model = MTPModel(base, self.num_masks, self.lora, self.sampler_head, self.tokenizer)
+        parts = self.lora, self.sampler_head, self.tokenizer, self.mask_tokens
+        self.model = MTPModel(base, self.num_masks, *parts)
         if self.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.train()  # from_pretrained gives evaluation mode, where dropout and checkpointing are silently off

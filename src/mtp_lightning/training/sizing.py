@@ -133,7 +133,7 @@ def model_size(model: MTPNetwork) -> ModelSize:
         trained_parameters=sum(p.numel() for p in trained.values()),
         lora_parameters=sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name),
         element_bytes=model.base.dtype.itemsize,
-        trained_element_bytes=model.mask_embeddings.dtype.itemsize,
+        trained_element_bytes=next(iter(trained.values())).dtype.itemsize,
         gated=model.lora.gated,
         head_at_ntp=None if head is None else head.at_ntp,
     )

@@ -55,6 +55,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @functools.cache
 def shared_model(architecture: str, head: str = "gru") -> MTPModel:
     """One model for many tests that only read it."""
+    if head == "noise":
+        return tiny_model(architecture, 4, mask_tokens="noise")
     heads = {"gru": GRUSamplerHead, "mlp": MLPSamplerHead, "markov": MarkovSamplerHead}
     return tiny_model(architecture, 4, heads[head]())
 
@@ -112,6 +114,7 @@ def test_experts_that_the_host_picks(recordings: list[Any]) -> None:
     ("kind", "masks", "head", "options"),
     [
         ("quadratic", 4, "gru", {}),
+        ("quadratic", 3, "noise", {}),
         ("linear", 3, "markov", {"temperature": 1.0, "top_p": 0.9, "seed": 6}),
         pytest.param("quadratic", "auto", "mlp", {"draft_candidates": 40}, marks=pytest.mark.slow),
         pytest.param("linear", 4, "gru", {"draft_candidates": 9, "sampler_head": False}, marks=pytest.mark.slow),

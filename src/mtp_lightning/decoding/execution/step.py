@@ -177,7 +177,7 @@ def decode_step(model: MTPNetwork, step: StepInput) -> StepOutput:
     # 1. Tokens, then masks; all layouts have the same masks, block after block, at the same indices.
     inputs = model.embed(step.tokens)
     if num_mtp:
-        masks = model.mask_embeddings.to(inputs.dtype).index_select(0, mask_index(layouts[0], inputs.device))
+        masks = model.mask_inputs().to(inputs.dtype).index_select(0, mask_index(layouts[0], inputs.device))
         inputs = torch.cat([inputs, masks.expand(B, -1, -1)], dim=1)
     with model.gate.over_last(num_mtp if model.lora.gated else size):
         hidden = run_decoder(model.base, inputs, step.attention_mask, step.position_ids, step.cache)

@@ -28,13 +28,15 @@ class ServedParts(NamedTuple):
 def read_parts(folder: str, base_config: Any, base_name: str, trust_remote_code: bool = False) -> ServedParts:
     """Read a saved folder, or a hub id, for a base with this configuration.
 
-    Errors: the folder is missing or damaged, was trained on a base with other layers, holds a LoRA that is not gated, or
-    names a sampler head whose import would run its sender's code.
+    Errors: the folder is missing or damaged, was trained on a base with other layers, holds a LoRA that is not gated, has
+    no trained mask embeddings, or names a sampler head whose import would run its sender's code.
     """
     path = find_folder(folder)
     parts = read_folder(path)
     if not parts.lora.get("gated", True):
         raise UsageError(f"{folder} holds a standard LoRA, which changes the base's text: only a gated one can be served.")
+    if parts.mask_tokens != "learned":
+        raise UsageError(f"{folder} has mask_tokens: {parts.mask_tokens}, which can't be served yet: only learned can.")
     if not trust_remote_code:
         check_head(parts.sampler_head, path if Path(folder).is_dir() else None)
     check_layer_shape(parts.base_shape, base_config, base_name)
