@@ -43,19 +43,17 @@ def report(*settings: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (
-            [setting(2, 1.5), setting(4, 1.6), setting("auto", 1.2)],
-            "--num_masks 4 here: 1.60x (3 pairs, quartiles 1.60 and 1.60) as fast as plain decoding, the same text",
-        ),
-        ([setting(2, 1.5), setting("auto", 1.49)], "--num_masks auto): 1.49x"),  # no clear difference
+        ([setting(2, 1.5), setting(4, 1.6), setting("auto", 1.2)], "--num_masks 4"),
+        ([setting(2, 1.5), setting("auto", 1.49)], "--num_masks auto"),  # no clear difference
         ([setting(2, 0.5), setting("auto", 0.9)], "--decoding autoregressive"),
         ([setting(2, 1.5, decoding="linear", sampler_head=False)], "--decoding linear --num_masks 2 --sampler_head false"),
-        ([setting(2, 1.5, sampler_head=False, has_head=False)], "Use --num_masks 2 here"),
+        ([setting(2, 1.5, sampler_head=False, has_head=False)], "--num_masks 2"),
     ],
 )
 def test_advice(settings: list[dict[str, Any]], expected: str) -> None:
     said = advice(report(*settings))
-    assert expected in said and ("3 of 3 prompts" in said) == ("autoregressive" not in expected)
+    assert expected in said and ("3 of 3" in said) == ("autoregressive" not in expected)
+    assert "sampler_head" in expected or "sampler_head" not in said
 
 
 def test_tables() -> None:
