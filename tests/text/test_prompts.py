@@ -98,6 +98,12 @@ def test_a_limit_takes_evenly_from_the_domains(write) -> None:
     assert sorted(taken(99)) == list(range(7))
 
 
+def test_a_category_is_a_domain_where_there_is_none(write) -> None:
+    rows = [{"category": "a"}, {"category": "a", "domain": "b"}, {"category": ["c"]}]
+    source = write("p.jsonl", [{"prompt": "one", **row} for row in rows])
+    assert [prompt.domain for prompt in read_prompts(source, word_tokenizer(), raw=True)] == ["a", "b", ""]
+
+
 def user(content: object) -> str:
     return json.dumps({"messages": [{"role": "user", "content": content}]})
 
