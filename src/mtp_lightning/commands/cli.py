@@ -32,16 +32,16 @@ COMMANDS = {
     "validate": Command("losses, NTP figure and acceptance on the validation set", "lightning_cli", "run_trainer"),
     "test": Command("the same on the test set", "lightning_cli", "run_trainer"),
     "predict": Command("speculative generation over the test prompts, one JSON line per prompt", "predict", "run_predict"),
-    "generate": Command("generate text with a trained model", "generate", "run_generate"),
+    "generate": Command("generate text with a trained model", "generate", "run_generate", "generate_parser"),
     "chat": Command("talk with a trained model", "chat", "run_chat", "chat_parser"),
     "data": Command("show a few rows with the role of every token, and the shares", "data", "run_data"),
     "distill": Command(
         "write the base model's own answers to prompts, to train on", "distill", "run_distill", "distill_parser"
     ),
     "serve": Command("serve a saved folder with vLLM (OpenAI-compatible)", "serve", "run_serve"),
-    "export": Command("checkpoint to saved folder (safetensors and JSON)", "export", "run_export"),
+    "export": Command("checkpoint to saved folder (safetensors and JSON)", "export", "run_export", "export_parser"),
     "benchmark": Command("find the fastest way to decode on this machine", "benchmark", "run_benchmark", "benchmark_parser"),
-    "compare": Command("compare runs: settings that differ, figures, curves", "compare", "run_compare"),
+    "compare": Command("compare runs: settings that differ, figures, curves", "compare", "run_compare", "compare_parser"),
 }
 
 
@@ -126,6 +126,7 @@ def _run(words: list[str]) -> None:
 def _silence_libraries() -> None:
     """Hide what other libraries print on every start and no user can act on."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory already
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # of a run that is resumed
     warnings.filterwarnings("ignore", message=".*intended to run from within Python.*")  # main() passes the arguments on
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # as it should be
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch

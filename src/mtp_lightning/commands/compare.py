@@ -12,24 +12,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.progress import note
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.run_comparison import differing_settings, final_figures, read_runs, save_curves
 from mtp_lightning.paths import why_unwritable
 
 
-def run_compare(args: list[str]) -> None:
+def run_compare(config: Any) -> None:
     """``mtp compare RUN RUN ...``."""
-    parser = CommandParser(
-        prog="mtp compare",
-        description="Shows the settings in which runs differ, the figures they ended with, and their curves in one plot."
-        " Example: mtp compare runs/a runs/b",
-    )
-    parser.add_argument("runs", type=str, nargs="+", help="folders of runs, two or more")
-    parser.add_argument("--output", type=str, default="compare.png", help="the plot")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    config = parser.parse_args(args)
     if len(config.runs) < 2:
         raise UsageError("give two runs or more.")
     plot = Path(config.output)

@@ -4,22 +4,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.progress import note
 from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.base import parse_dtype
-from mtp_lightning.saving.export import ExportOptions, export_checkpoint
+from mtp_lightning.saving.export import export_checkpoint
+from mtp_lightning.saving.export_options import ExportOptions
 
 
-def run_export(args: list[str]) -> None:
+def run_export(config: Any) -> None:
     """``mtp export --ckpt_path C --output DIR``."""
-    parser = CommandParser(prog="mtp export", description="Saves a checkpoint as a folder of safetensors and JSON.")
-    parser.add_argument("--ckpt_path", type=str, required=True, help="checkpoint file that mtp fit wrote")
-    parser.add_argument("--output", type=str, required=True, help="folder to write")
-    parser.add_argument("--dtype", type=str | None, default=None, help="dtype of the weights. Default: the checkpoint's")
-    parser.add_class_arguments(ExportOptions, None)
-    config = parser.parse_args(args)
     dtype = None if config.dtype is None else parse_dtype(config.dtype)
     if dtype == "auto":
         raise UsageError("dtype of saved weights must be float64, float32, bfloat16 or float16, got auto.")

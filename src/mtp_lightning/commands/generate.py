@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from mtp_lightning.commands.arguments import DecodingArguments
-from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.progress import note
 from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks, with_text_ends
 from mtp_lightning.decoding.loop import decode_rows
@@ -130,22 +130,8 @@ def write_page(path: Path, name: str, texts: Sequence[GeneratedText]) -> None:
     note(f"written to {path}")
 
 
-def run_generate(args: list[str]) -> None:
+def run_generate(config: Any) -> None:
     """``mtp generate MODEL --prompt TEXT``."""
-    parser = CommandParser(prog="mtp generate", description="Generates text with a trained model.")
-    parser.add_argument("model", type=str, help="saved folder, checkpoint file or hub id")
-    parser.add_argument("--prompt", type=str, default=None, help="the prompt")
-    parser.add_argument("--prompts", type=str, default=None, help=".txt or .jsonl file of prompts; - standard input")
-    parser.add_argument("--json", action="store_true", help="print one JSON line per prompt")
-    parser.add_argument("--show_steps", action="store_true", help="the tokens of each step in one colour, or in brackets")
-    parser.add_argument(
-        "--html",
-        type=str | None,
-        default=None,
-        help="also write a page: steps, rejected drafts, time against plain",
-    )
-    DecodingArguments.add_to(parser)
-    config = parser.parse_args(args)
     if (config.prompt is None) == (config.prompts is None):
         raise UsageError("give either --prompt TEXT or --prompts FILE.")
     if config.json and config.show_steps:

@@ -11,6 +11,7 @@ from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
+from mtp_lightning.saving.export_options import ExportOptions
 
 MODEL = "run folder (its best checkpoint), saved folder, checkpoint file or hub id"
 BASE_FOLDER = "bases/smollm2-135m"
@@ -76,6 +77,19 @@ def chat_parser() -> CommandParser:
     return parser
 
 
+def compare_parser() -> CommandParser:
+    """``mtp compare``."""
+    parser = CommandParser(
+        prog="mtp compare",
+        description="Shows the settings in which runs differ, the figures they ended with, and their curves in one plot."
+        " Example: mtp compare runs/a runs/b",
+    )
+    parser.add_argument("runs", type=str, nargs="+", help="folders of runs, two or more")
+    parser.add_argument("--output", type=str, default="compare.png", help="the plot")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return parser
+
+
 def distill_parser() -> CommandParser:
     """``mtp distill``."""
     parser = CommandParser(
@@ -104,6 +118,34 @@ def distill_parser() -> CommandParser:
     parser.add_argument("--base_model", type=str | None, default=None, help="where the base is now, if it moved")
     parser.add_class_arguments(AnswerOptions, None)
     parser.add_class_arguments(EndpointOptions, None)
+    return parser
+
+
+def export_parser() -> CommandParser:
+    """``mtp export``."""
+    parser = CommandParser(prog="mtp export", description="Saves a checkpoint as a folder of safetensors and JSON.")
+    parser.add_argument("--ckpt_path", type=str, required=True, help="checkpoint file that mtp fit wrote")
+    parser.add_argument("--output", type=str, required=True, help="folder to write")
+    parser.add_argument("--dtype", type=str | None, default=None, help="dtype of the weights. Default: the checkpoint's")
+    parser.add_class_arguments(ExportOptions, None)
+    return parser
+
+
+def generate_parser() -> CommandParser:
+    """``mtp generate``."""
+    parser = CommandParser(prog="mtp generate", description="Generates text with a trained model.")
+    parser.add_argument("model", type=str, help=MODEL)
+    parser.add_argument("--prompt", type=str, default=None, help="the prompt")
+    parser.add_argument("--prompts", type=str, default=None, help=".txt or .jsonl file of prompts; - standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON line per prompt")
+    parser.add_argument("--show_steps", action="store_true", help="the tokens of each step in one colour, or in brackets")
+    parser.add_argument(
+        "--html",
+        type=str | None,
+        default=None,
+        help="also write a page: steps, rejected drafts, time against plain",
+    )
+    DecodingArguments.add_to(parser)
     return parser
 
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from safetensors.torch import save
 from torch import Tensor
@@ -25,6 +24,7 @@ from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.paths import PACKAGE, absolute_name, why_unwritable
 from mtp_lightning.saving.base_identity import layer_shape
 from mtp_lightning.saving.checkpoint import checkpoint_parts, read_checkpoint
+from mtp_lightning.saving.export_options import ExportOptions
 from mtp_lightning.saving.lineage import base_license, run_lineage
 from mtp_lightning.saving.load import build_network
 from mtp_lightning.saving.model_card import benchmark_figures, card, read_figures
@@ -179,43 +179,6 @@ def _write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 def _write_json(data: dict[str, Any], file: Path) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How a checkpoint is exported.
-
-    Args:
-        base_model: where the base model is now, if it moved; the folder names this.
-        base_name: hub id that the folder names as its base, wherever that was loaded from.
-        revision: hub revision of the base model.
-        acceptance: acceptance.json with the card's figures. Default: the run's own.
-        benchmark: benchmark.json with the card's figures, instead of acceptance.json.
-        license: licence on the card, as apache-2.0. Default: the one that the base's card names.
-        push: hub repository to upload the folder to.
-        private: create that repository as a private one.
-    """
-
-    base_model: str | None = None
-    base_name: str | None = None
-    revision: str | None = None
-    acceptance: str | None = None
-    benchmark: str | None = None
-    license: str | None = None
-    push: str | None = None
-    private: bool = False
-
-    def __post_init__(self) -> None:
-        if self.base_name is not None:
-            try:
-                validate_repo_id(self.base_name)
-            except HFValidationError as error:
-                raise UsageError(f"base_name must be a hub id, owner/name, got {self.base_name!r}.") from error
-        if self.acceptance is not None and self.benchmark is not None:
-            raise UsageError("give acceptance or benchmark, not both.")
-        for file in (self.acceptance, self.benchmark):
-            if file is not None and not Path(file).is_file():
-                raise RunError(f"{file}: no such file. Give an acceptance.json or a benchmark.json.")
 
 
 def export_checkpoint(
