@@ -94,7 +94,7 @@ class StepsProgressBar(ProgressBar):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the bar of Lightning's first look at the validation data."""
-        self._start("sanity check", sum(trainer.num_sanity_val_batches))
+        self._start("sanity check", trainer.num_sanity_val_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the bar of the run."""
