@@ -107,7 +107,7 @@ class StepsProgressBar(ProgressBar):
         """Show a step once its last batch is done."""
         if not is_accumulating(trainer):
             loss = self.get_metrics(trainer, pl_module).get("train/loss")
-            self._step(trainer.global_step, "" if loss is None else f"loss {float(loss):.3f}")
+            self._step(trainer.global_step, f"loss {loss:.3f}" if isinstance(loss, float) else "")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the bar."""
