@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +77,8 @@ def test_rows_of_plain_text_are_named_where_a_chat_template_is(write, tokenizer)
         + (({"messages": chat}, tokenizer, False), ({"input_ids": [9, 10]}, tokenizer, False))
     ):
         path = write(f"{number}.jsonl", [row])
-        assert prepare(path, used, max_length=9)[0].report.plain_source == (path if is_plain else None)
-    assert prepare(path, tokenizer, max_length=9, name="data.validation")[0].report.plain_source is None
+        assert prepare(path, used, max_length=32)[0].report.plain_source == (path if is_plain else None)
+    assert prepare(path, tokenizer, max_length=32, name="data.validation")[0].report.plain_source is None
 
 
 def test_token_columns_give_the_same_rows(write, tmp_path: Path, tokenizer) -> None:
@@ -144,7 +144,7 @@ def test_several_processes_give_the_same_documents(write, tokenizer, monkeypatch
     rows = [*texts(20), {"text": ""}]
     alone = prepare(write("a.jsonl", rows), tokenizer, max_length=6)[0]
     several = prepare(write("b.jsonl", rows), tokenizer, max_length=6, workers=2)[0]
-    assert several.report == alone.report
+    assert replace(several.report, plain_source=alone.report.plain_source) == alone.report
     for number in range(len(alone.rows)):
         assert torch.equal(several.rows.row(number).input_ids, alone.rows.row(number).input_ids)
     with pytest.raises(RunError, match="c.jsonl, line 21: text "):
