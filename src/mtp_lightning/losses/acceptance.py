@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses that raise the acceptance of drafts itself, instead of a divergence from the base model's distribution.
 
-Sources: total variation, Samarin et al. 2026 (arXiv 2602.23881, "LK losses"), whose are the negative log acceptance and the
-hybrid too. See ``anchor_loss`` for p, q and what their overlap has to do with acceptance.
+Source: Samarin et al. 2026, arXiv 2602.23881. See ``anchor_loss`` for p, q and what their overlap has to do with acceptance.
 """
 
 from __future__ import annotations
