@@ -16,7 +16,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.integrations.vllm.drafting import draft_greedily
-from mtp_lightning.integrations.vllm.folder import read_parts
+from mtp_lightning.integrations.vllm.folder import packed_lora, read_parts
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.peft_private import lora_layers
 
@@ -34,6 +34,14 @@ def test_parts_are_the_models(tmp_path: Path) -> None:
     for name, (A, B) in parts.lora.items():
         torch.testing.assert_close(B @ A, layers[name].get_delta_weight("default"))
     assert torch.equal(parts.mask_embeddings, model.mask_embeddings)
+
+
+def test_packed_layers_are_their_parts() -> None:
+    (A1, B1), (A3, B3) = ((torch.randn(r, 5), torch.randn(out, r)) for r, out in ((2, 4), (3, 6)))
+    A, B = packed_lora([(A1, B1), None, (A3, B3)], [4, 2, 6])
+    x = torch.randn(7, 5)
+    parts = [x @ A1.t() @ B1.t(), torch.zeros(7, 2), x @ A3.t() @ B3.t()]
+    torch.testing.assert_close(x @ A @ B, torch.cat(parts, 1))
 
 
 @pytest.mark.parametrize("num_candidates", [5, None])

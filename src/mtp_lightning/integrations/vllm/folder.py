@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mtp_lightning.errors import RunError, UsageError, one_line
@@ -54,6 +56,28 @@ def _lora(parts: TrainedParts) -> dict[str, tuple[Tensor, Tensor]]:
         for name, value in parts.weights.items()
         if name.endswith(end_a)
     }
+
+
+def packed_lora(parts: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """One pair of matrices for layers that vLLM packs into one: two products instead of two for each.
+
+    Args:
+        parts: A [r, in] and B [out, r] of each layer, or None if it has no LoRA; at least one has.
+        sizes: outputs of each layer.
+
+    Returns:
+        A [in, R] and B [R, all outputs], for the product x A B; R is the sum of the ranks.
+    """
+    present = [part for part in parts if part is not None]
+    A = torch.cat([A for A, _ in present]).t().contiguous()
+    B, row, column = A.new_zeros(A.shape[1], sum(sizes)), 0, 0
+    for part, size in zip(parts, sizes, strict=True):
+        if part is not None:
+            rank = part[1].shape[1]
+            B[row : row + rank, column : column + size] = part[1].t()
+            row += rank
+        column += size
+    return A, B
 
 
 def _sampler_head(parts: TrainedParts, width: int) -> SamplerHead | None:

@@ -12,22 +12,16 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from mtp_lightning.errors import RunError
+from mtp_lightning.integrations.vllm.folder import packed_lora
 from mtp_lightning.integrations.vllm.pass_state import PassState
 
 
-class Update(NamedTuple):
-    """The LoRA of one of the base's layers, of several that vLLM may have packed into one."""
-
-    A: Tensor  # transposed, [in, r]
-    B: Tensor  # transposed and scaled, [r, out]
-    begin: int  # first column of its output in the packed layer's
-
-
 class GatedLayer(NamedTuple):
-    """A linear layer of vLLM with updates."""
+    """A linear layer of vLLM with its LoRA."""
 
     state: PassState
-    updates: list[Update]
+    A: Tensor  # [in, r]
+    B: Tensor  # [r, out]
 
 
 _LAYERS: dict[str, GatedLayer] = {}
@@ -37,12 +31,9 @@ _LAYERS: dict[str, GatedLayer] = {}
 def _gated_lora(y: Tensor, x: Tensor, name: str) -> None:
     """Add the update to the rows of masks of a layer's output y [rows, out], in place, by its input x [rows, in]."""
     layer = _LAYERS[name]
-    if layer.state.layout is None:
-        return
-    rows = layer.state.layout.num_tokens
-    inputs, outputs = x[rows:], y[rows:]
-    for update in layer.updates:
-        outputs[:, update.begin : update.begin + update.B.shape[1]].addmm_(inputs @ update.A, update.B)
+    if layer.state.layout is not None:
+        rows = layer.state.layout.num_tokens
+        y[rows:] += (x[rows:].to(layer.A.dtype) @ layer.A) @ layer.B
 
 
 def _no_result(y: Tensor, x: Tensor, name: str) -> None:
@@ -55,25 +46,24 @@ direct_register_custom_op(op_name="mtp_gated_lora", op_func=_gated_lora, mutates
 def gate_layers(model: nn.Module, state: PassState, lora: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Add the LoRA matrices, by the base's layer name, to a model's linear layers; RunError if one does not fit."""
     packed = getattr(model, "packed_modules_mapping", {})
-    parameter = next(model.parameters())
-    left = dict(lora)
+    parameter, left = next(model.parameters()), dict(lora)
+    # On a CPU products of few rows are several times slower in bfloat16 than in float32.
+    dtype = torch.float32 if parameter.device.type == "cpu" else parameter.dtype
     for name, module in model.named_modules():
         if not isinstance(module, LinearBase):
             continue
         folder, _, leaf = name.rpartition(".")
         sizes = getattr(module, "output_sizes", None) or [module.output_size]
-        updates, begin = [], 0
-        for part, size in zip(packed.get(leaf, [leaf]), sizes, strict=True):
-            full_name = f"{folder}.{part}"
-            if (matrices := left.pop(full_name, None)) is not None:
-                A, B = (matrix.t().contiguous().to(parameter) for matrix in matrices)
-                if (A.shape[0], B.shape[1]) != (module.input_size, size):
-                    raise RunError(f"the LoRA of {full_name} does not fit the base: {A.shape[0]} to {B.shape[1]} features.")
-                updates.append(Update(A, B, begin))
-            begin += size
-        if updates:
-            _LAYERS[name] = GatedLayer(state, updates)
-            module.forward = _with_update(module.forward, name)  # type: ignore[method-assign]
+        names = [f"{folder}.{part}" for part in packed.get(leaf, [leaf])]
+        parts = [left.pop(full_name, None) for full_name in names]
+        if all(part is None for part in parts):
+            continue
+        for full_name, part, size in zip(names, parts, sizes, strict=True):
+            if part is not None and (part[0].shape[1], part[1].shape[0]) != (module.input_size, size):
+                raise RunError(f"the LoRA of {full_name} is for {part[0].shape[1]} inputs and {part[1].shape[0]} outputs.")
+        A, B = packed_lora(parts, sizes)
+        _LAYERS[name] = GatedLayer(state, A.to(parameter.device, dtype), B.to(parameter.device, dtype))
+        module.forward = _with_update(module.forward, name)  # type: ignore[method-assign]
     if left:
         raise RunError(f"the base has no linear layer {min(left)}, which the saved folder has a LoRA for.")
 
