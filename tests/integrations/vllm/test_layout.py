@@ -25,13 +25,13 @@ def test_layout(blocks: Blocks) -> None:
     layout = make_layout(
         10, torch.tensor([*begins, 9]), torch.tensor(SEQ_LENS, dtype=torch.int32), blocks
     )  # one row of padding
-    positions = mask_positions(layout, 10).view(3, blocks.count, blocks.masks)
+    positions = mask_positions(layout, 10).view(3, blocks.number, blocks.masks)
     text, recent = sees_text(layout, 12), sees_recent(layout)
     assert (layout.num_requests, layout.num_masks) == (3, 3 * blocks.rows)
     for r, (query_len, seq_len) in enumerate(zip(QUERY_LENS, SEQ_LENS, strict=True)):
-        first = seq_len - blocks.count  # position of the first block's token
+        first = seq_len - blocks.number  # position of the first block's token
         assert int(layout.before[r]) == max(first, 0)
-        for w in range(blocks.count):
+        for w in range(blocks.number):
             in_pass = first + w >= seq_len - query_len
             assert bool(layout.in_pass[r, w]) == in_pass
             if in_pass:
@@ -40,7 +40,7 @@ def test_layout(blocks: Blocks) -> None:
                 mask = w * blocks.masks + j
                 assert int(positions[r, w, j]) == min(max(first + w + j + 1, 0), 10)
                 assert text[r, mask].tolist() == [position <= first + w for position in range(12)]
-                seen = [u <= w and first + u >= seq_len - query_len for u in range(blocks.count)]
+                seen = [u <= w and first + u >= seq_len - query_len for u in range(blocks.number)]
                 assert recent[r, mask].tolist() == seen
 
 

@@ -43,7 +43,7 @@ def obvious(blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, key_pages: Tensor, 
         text_k, text_v = (pages[TABLE[r]].flatten(0, 1) for pages in (key_pages, value_pages))
         for m in range(blocks.rows):
             w, j = divmod(m, blocks.masks)
-            length = max(SEQ_LENS[r] - blocks.count + w + 1, 0)
+            length = max(SEQ_LENS[r] - blocks.number + w + 1, 0)
             own = slice(w * blocks.masks, w * blocks.masks + j + 1)
             keys, values = torch.cat([text_k[:length], k[r, own]]), torch.cat([text_v[:length], v[r, own]])
             for h in range(H):

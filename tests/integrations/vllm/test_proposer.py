@@ -31,7 +31,7 @@ def proposer_after(query_lens: list[int], seq_lens: list[int], blocks: Blocks) -
     starts = torch.tensor([0, *query_lens]).cumsum(0)
     layout = make_layout(sum(query_lens), starts, torch.tensor(seq_lens), blocks)
     state = PassState(200, 8, 2, torch.float32, torch.device("cpu"))
-    index = [[r, w] for r in range(R) for w in range(blocks.count) for _ in range(blocks.masks)]
+    index = [[r, w] for r in range(R) for w in range(blocks.number) for _ in range(blocks.masks)]
     state.keep(layout, torch.tensor(index, dtype=torch.float32))
     proposer = Proposer(None)
     proposer.load_model(FakeModel(state))

@@ -2,7 +2,7 @@
 """Where the masks of a forward pass are. Tensor operations on fixed shapes only, so that a graph can capture them. No vLLM.
 
 Rows 0..T-1 of a pass are the scheduler's tokens, padding included; the masks of request 0, block 0 come next, and so on.
-Every request has ``blocks.count`` blocks, after its last ``blocks.count`` tokens. A block whose token is not part of this
+Every request has ``blocks.number`` blocks, after its last ``blocks.number`` tokens. A block whose token is not part of this
 pass, because the request has fewer, is computed and never read.
 """
 
@@ -57,7 +57,7 @@ def make_layout(num_tokens: int, query_start_loc: Tensor, seq_lens: Tensor, bloc
     seq_lens = seq_lens.long()
     R = seq_lens.shape[0]
     begin, end = query_start_loc[:R].long(), query_start_loc[1 : R + 1].long()
-    back = torch.arange(blocks.count, 0, -1, device=seq_lens.device)
+    back = torch.arange(blocks.number, 0, -1, device=seq_lens.device)
     rows = end[:, None] - back
     return Layout(
         num_tokens=num_tokens,
@@ -92,5 +92,5 @@ def sees_text(layout: Layout, length: int) -> Tensor:
 def sees_recent(layout: Layout) -> Tensor:
     """Which mask sees which of its request's last W tokens, [R, W * k, W] bool, of those that are part of this pass."""
     block = torch.arange(layout.blocks.rows, device=layout.recent.device) // layout.blocks.masks
-    token = torch.arange(layout.blocks.count, device=layout.recent.device)
+    token = torch.arange(layout.blocks.number, device=layout.recent.device)
     return (token <= block[:, None]) & layout.in_pass[:, None, :]

@@ -12,13 +12,13 @@ from mtp_lightning.errors import UsageError
 class Blocks(NamedTuple):
     """The blocks of masks that a pass adds for each request."""
 
-    count: int  # after each of its last ``count`` tokens: 1 in linear decoding, k + 1 in quadratic, 0 in a plain pass
+    number: int  # after each of its last ``number`` tokens: 1 in linear decoding, k + 1 in quadratic, 0 in a plain pass
     masks: int  # masks in a block, k
 
     @property
     def rows(self) -> int:
         """Masks of a request."""
-        return self.count * self.masks
+        return self.number * self.masks
 
 
 PLAIN = Blocks(0, 0)

@@ -131,7 +131,7 @@ class MTPMixin:
             hidden: Tensor = super().forward(None, positions, intermediate_tensors, tokens)
             mtp.state.keep(None, None)
             return hidden
-        masks = mtp.mask_embeddings[: layout.blocks.masks].repeat(layout.num_requests * layout.blocks.count, 1)
+        masks = mtp.mask_embeddings[: layout.blocks.masks].repeat(layout.num_requests * layout.blocks.number, 1)
         mask_ids = mask_positions(layout, mtp.last_position).to(positions.dtype)
         with mtp.state.running(layout):
             hidden = super().forward(

@@ -55,7 +55,7 @@ class Proposer:
         seq_lens = last.seq_lens.tolist()
         # The block after the last accepted token, which is the last one but one: the base's own token was not fed yet.
         # The last of the W blocks is after position seq_len - 1.
-        blocks = [int(num_tokens_no_spec[row]) - 2 - (seq_lens[row] - last.blocks.count) for row in rows]
+        blocks = [int(num_tokens_no_spec[row]) - 2 - (seq_lens[row] - last.blocks.number) for row in rows]
         # In linear decoding the one block is of no use unless all drafts were accepted.
         chosen = [(row, block) for row, block in zip(rows, blocks, strict=True) if block >= 0]
         if not chosen:
