@@ -52,9 +52,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    for file in ("config.yaml", "metrics.csv"):
-        if not (folder / file).is_file():
-            raise RunError(f"{folder} is not the folder of a run: it has no {file}.")
+    for needed in ("config.yaml", "metrics.csv"):
+        if not (folder / needed).is_file():
+            raise RunError(f"{folder} is not the folder of a run: it has no {needed}.")
     try:
         settings = flat_settings(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), PLACES)
         with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
@@ -84,8 +84,8 @@ def flat_settings(value: Any, without: Collection[str] = (), key: str = "") -> d
         return settings
     if not isinstance(value, dict) or not value:
         return {key: value}
-    name = _class_name(value)
-    settings, inner = ({}, value) if name is None else ({key: name}, value.get("init_args") or {})
+    class_name = _class_name(value)
+    settings, inner = ({}, value) if class_name is None else ({key: class_name}, value.get("init_args") or {})
     for part, item in inner.items():
         settings |= flat_settings(item, without, f"{key}.{part}" if key else part)
     return settings

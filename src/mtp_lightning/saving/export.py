@@ -192,6 +192,7 @@ def export_checkpoint(
     check_target(Path(folder))
     content = read_checkpoint(path)
     run = path.absolute().parents[1]
+    figures: dict[str, Any] | None
     if options.benchmark is not None:
         figures = benchmark_figures(Path(options.benchmark))
     else:
