@@ -65,7 +65,7 @@ def test_the_grid(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("--prompts prompts.jsonl --decoding autoregressive", 2, ["autoregressive"]),
         ("--prompts prompts.jsonl --baseline_endpoint http://localhost:1/v1", 2, ["--endpoint"]),
         ("--prompts prompts.jsonl --endpoint http://localhost:1/v1", 1, ["http://localhost:1/v1"]),
-        ("--prompts long.txt", 1, ["long.txt, line 2", "100 tokens", "96"]),
+        ("--prompts long.txt --raw", 1, ["long.txt, line 2", "100 tokens", "96"]),
         ("--prompts prompts.jsonl --output config.yaml", 1, ["config.yaml", "not a folder"]),
     ],
 )
