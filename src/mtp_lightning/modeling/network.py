@@ -77,6 +77,8 @@ class MTPNetwork(nn.Module):
             ``mtp_lightning.decoding`` uses it.
     """
 
+    noise_tokens: Tensor
+
     def __init__(
         self,
         base: PreTrainedModel,
