@@ -108,16 +108,16 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
             **({"revision": revision} if revision else {}),
             "dtype": "bfloat16",
             **({} if small else {"gradient_checkpointing": True}),
-            "num_masks": 8,
+            "num_masks": 8 if facts.cuda else 4,
             "lora": {"rank": 32 if small else 64 if facts.parameters < 3_000_000_000 else 128},
             "sampler_head": {
                 "class_path": "GRUSamplerHead",
-                "init_args": {"hidden_size": 1.0, "read_hidden": True} if small else {"hidden_size": 0.5},
+                "init_args": {"hidden_size": 1.0 if small else 0.5, "read_hidden": small, "normalize": True},
             },
             "losses": {**losses, "lcm": {"class_path": "LatentConsistency"}},
             "optimizer": {
                 "class_path": "torch.optim.AdamW",
-                "init_args": {"lr": 1e-3 if small else 2e-4, "weight_decay": 0.01},
+                "init_args": {"lr": 2e-3 if small else 2e-4, "weight_decay": 0.01},
             },
             "lr_scheduler": {
                 "class_path": "mtp_lightning.schedules.WarmupCosine",
@@ -156,7 +156,7 @@ def _callbacks(facts: Facts) -> list[dict[str, Any]]:
         "num_speed_pairs": 4,
     }
     # Steps that a CPU can afford; a GPU is measured by the paper's protocol.
-    evaluation |= {} if facts.cuda else {"num_masks": 4, "num_lossless": 1}
+    evaluation |= {} if facts.cuda else {"num_lossless": 1}
     return [
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best},
         {"class_path": "mtp_lightning.callbacks.LastCheckpoint", "init_args": {"every_n_steps": 50}},
