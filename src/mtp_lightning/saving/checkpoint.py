@@ -16,7 +16,7 @@ from mtp_lightning.modeling.gated_lora import LoRA, adapted_layers
 from mtp_lightning.paths import absolute_name, is_on_disk
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.saving.base_identity import hub_commit, layer_shape, warn_if_other_base
-from mtp_lightning.saving.trained_parts import TrainedParts, head_settings, shape_mismatch
+from mtp_lightning.saving.trained_parts import TrainedParts, head_settings, shape_mismatch, with_defaults
 
 SETTINGS = "mtp_settings"
 """A checkpoint's entry with the settings of its trained weights."""
@@ -97,7 +97,7 @@ def check_settings(
     if settings is None:
         raise RunError(f"the checkpoint was not written by mtp fit: it has no entry {SETTINGS!r}.")
     base, expected_base = settings["base"], expected["base"]
-    lora, expected_lora = settings["lora"], expected["lora"]
+    lora, expected_lora, head = settings["lora"], expected["lora"], expected["sampler_head"]
     pairs = [
         *((f"base {k}", base[k], expected_base[k], "model.base_model") for k in base if k in expected_base),
         ("num_masks", settings["num_masks"], expected["num_masks"], "model.num_masks"),
@@ -107,7 +107,7 @@ def check_settings(
             for k in LORA_WEIGHT_SETTINGS
             if not _same_lora(k, lora, expected_lora, base_config)
         ),
-        ("sampler head", settings["sampler_head"], expected["sampler_head"], "model.sampler_head"),
+        ("sampler head", with_defaults(settings["sampler_head"], head), head, "model.sampler_head"),
     ]
     for name, value, expected_value, key in pairs:
         if value != expected_value:
