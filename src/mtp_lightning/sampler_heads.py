@@ -88,6 +88,10 @@ class MLPSamplerHead(SamplerHead):
         return self(hidden, previous), None
 
 
+MAX_SHARE = 4
+"""Up to this a ``hidden_size`` is a share of the base model's, above it a width."""
+
+
 class GRUSamplerHead(SamplerHead):
     """A GRU over the tokens drafted so far whose output is added to z through a projection that starts at zero.
 
@@ -96,9 +100,9 @@ class GRUSamplerHead(SamplerHead):
     head and learns the correction.
 
     Args:
-        hidden_size: width w of the state and of u: a number, or a share of the base model's hidden size (0.5), rounded to a
-            multiple of 8. None: the base model's hidden size. A small base gains from more; half its width or less is
-            enough for a large one.
+        hidden_size: width w of the state and of u: above 4 a number, up to 4 a share of the base model's hidden size (0.5),
+            rounded to a multiple of 8. None: the base model's hidden size. A small base gains from more; half its width
+            or less is enough for a large one.
         read_hidden: the GRU also reads the hidden state.
         normalize: embeddings and hidden states are read through a LayerNorm each, and O u is divided by sqrt(w). In real
             models hidden states are many times larger than embeddings, which the head then hardly sees, and at the
@@ -107,17 +111,18 @@ class GRUSamplerHead(SamplerHead):
 
     def __init__(self, hidden_size: int | float | None = None, read_hidden: bool = False, normalize: bool = False) -> None:
         super().__init__()
-        if hidden_size is not None and not (hidden_size >= 1 if isinstance(hidden_size, int) else 0 < hidden_size <= 8):
-            raise UsageError(f"hidden_size must be 1 or more, or a share from above 0 to 8.0, got {hidden_size}.")
+        # By value, not by type: a parser may read 8 as 8.0.
+        if hidden_size is not None and not (0 < hidden_size <= MAX_SHARE or hidden_size == int(hidden_size) > MAX_SHARE):
+            raise UsageError(f"hidden_size must be a share up to {MAX_SHARE} or a whole number above it, got {hidden_size}.")
         self.hidden_size = hidden_size
         self.read_hidden = read_hidden
         self.normalize = normalize
 
     def build(self, width: int) -> None:
         """Create the layers."""
-        w = width if self.hidden_size is None else self.hidden_size
-        if isinstance(w, float):
-            w = 8 * max(1, round(w * width / 8))
+        w = width if self.hidden_size is None else int(self.hidden_size)
+        if self.hidden_size is not None and self.hidden_size <= MAX_SHARE:
+            w = 8 * max(1, round(self.hidden_size * width / 8))
         self.previous_norm = nn.LayerNorm(width) if self.normalize else nn.Identity()
         self.hidden_norm = nn.LayerNorm(width) if self.normalize else nn.Identity()
         self.output_scale = w**-0.5 if self.normalize else 1.0

@@ -34,7 +34,7 @@ CONFIG: dict[str, Any] = {
         "dtype": "float64",
         "num_masks": 2,
         "lora": {"rank": 2, "dropout": 0.2},  # the random state has something to decide
-        "sampler_head": {"class_path": "GRUSamplerHead", "init_args": {"hidden_size": 4}},
+        "sampler_head": {"class_path": "GRUSamplerHead", "init_args": {"hidden_size": 8}},
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         "lr_scheduler": {
             "class_path": "mtp_lightning.schedules.WarmupCosine",

@@ -169,8 +169,10 @@ def help_text(command: str, topic: str) -> str:
     return parser.format_help()
 
 
-USUAL = ("max_steps", "max_epochs", "accelerator", "devices", "precision", "val_check_interval", "accumulate_grad_batches")
-USUAL += ("gradient_clip_val", "default_root_dir")
+USUAL = (
+    *("max_steps", "max_epochs", "accelerator", "devices", "precision", "val_check_interval", "accumulate_grad_batches"),
+    *("gradient_clip_val", "default_root_dir"),
+)
 """Keys of Lightning's trainer that a first run may need."""
 
 

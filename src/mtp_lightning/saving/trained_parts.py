@@ -53,7 +53,7 @@ def head_settings(head: SamplerHead | None) -> dict[str, Any] | None:
 
 
 def with_defaults(saved: dict[str, Any] | None, expected: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Saved settings of a head with the arguments that its class did not have then; ``expected`` are those of a live head."""
+    """Saved settings of a head with the arguments that its class did not have then; ``expected``: those of a live head."""
     if saved is None or expected is None or saved["class_path"] != expected["class_path"]:
         return saved
     module, _, name = expected["class_path"].rpartition(".")

@@ -63,7 +63,7 @@ def gate_layers(model: nn.Module, state: PassState, lora: dict[str, tuple[Tensor
                 raise RunError(f"the LoRA of {full_name} is for {part[0].shape[1]} inputs and {part[1].shape[0]} outputs.")
         A, B = packed_lora(parts, sizes)
         _LAYERS[name] = GatedLayer(state, A.to(parameter.device, dtype), B.to(parameter.device, dtype))
-        module.forward = _with_update(module.forward, name)  # type: ignore[method-assign]
+        module.forward = _with_update(module.forward, name)
     if left:
         raise RunError(f"the base has no linear layer {min(left)}, which the saved folder has a LoRA for.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import vllm
@@ -99,7 +99,10 @@ class _Served:
         self.uses_base_head = self.head is None or self.num_candidates is not None
 
 
-class MTPMixin:
+_Model: Any = LlamaForCausalLM if TYPE_CHECKING else object  # the class of vLLM that it is put before
+
+
+class MTPMixin(_Model):
     """Put before a base's class of vLLM."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
