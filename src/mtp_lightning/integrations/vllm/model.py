@@ -108,7 +108,7 @@ class MTPMixin(_Model):
     def __init__(self, *, vllm_config: Any, prefix: str = "", **options: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **options)
         self.mtp: _Served
-        vars(self)["mtp"] = _Served(vllm_config, next(self.parameters()).device)
+        self.__dict__["mtp"] = _Served(vllm_config, next(self.parameters()).device)
         layers = [module for module in self.modules() if isinstance(module, Attention)]
         check_attention(layers)
         for layer in layers:
