@@ -188,6 +188,8 @@ def test_base_of_a_checkpoint_and_of_a_saved_folder(tmp_path: Path, monkeypatch:
     assert base_of(str(tmp_path / "a.ckpt")) == ("owner/base", "r")
     assert base_of(str(tmp_path / "a.ckpt"), "moved", "s") == ("moved", "s")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "revision": null}')
+    assert base_of(str(tmp_path)) == (str(tmp_path), None)  # PEFT's adapter alone: a part of the base
+    (tmp_path / "mtp_config.json").write_text("{}")
     assert base_of(str(tmp_path)) == ("owner/base", None)
     assert base_of("owner/base") == ("owner/base", None)
     monkeypatch.setattr("transformers.utils.find_adapter_config_file", lambda name: str(tmp_path / "adapter_config.json"))

@@ -23,14 +23,15 @@ FIGURES |= {f"loss/{term}" for term in TERMS} | {f"accuracy/offset_{o}" for o in
 
 def test_a_run_folder_and_the_logged_names(trained: Path) -> None:
     assert set(files_of(trained / "run")) == {
-        *("config.yaml", "metrics.csv", "run_id.txt"),
+        *("config.yaml", "hparams.yaml", "metrics.csv", "run_id.txt"),
         *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
     }
     lines = read_metrics(trained / "run")
     training, validation = [line for line in lines if "train/loss" in line], validations(trained / "run")
     assert len(training) == STEPS and len(validation) == STEPS // 2 and len(lines) == 3 * STEPS // 2
     for line in training:
-        assert set(line) == {"epoch", "step", "train/loss", *(f"train/loss/{term}" for term in TERMS)}
+        logged = {"train/loss", "train/learning_rate", "train/gradient_norm", *(f"train/loss/{term}" for term in TERMS)}
+        assert set(line) == {"epoch", "step", *logged}
         assert float(line["train/loss"]) == pytest.approx(sum(float(line[f"train/loss/{term}"]) for term in TERMS), rel=1e-6)
     for line in validation:
         assert set(line) == {"epoch", "step", *(f"val/{name}" for name in FIGURES)}

@@ -125,11 +125,14 @@ class MTPCLI(LightningCLI):
             raise UsageError(f"{missing[1]} needs {missing[2]}, which is not installed.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with one-line errors; by default with CSV and TensorBoard loggers in one folder."""
+        """The trainer, with one-line errors; with CSV and TensorBoard loggers in one folder unless one of them is given."""
         given = self._get(self.config_init, "trainer", default={})
-        if given.get("logger") in (None, True):  # Lightning's own would begin a new folder at each start
-            folder = Path(given.get("default_root_dir") or "lightning_logs")
-            kwargs["logger"] = [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
+        loggers = given.get("logger")
+        loggers = [] if loggers in (None, True) else loggers if isinstance(loggers, list) else [loggers]
+        if False not in loggers and not any(isinstance(logger, CSVLogger | TensorBoardLogger) for logger in loggers):
+            folder = Path(given.get("default_root_dir") or "lightning_logs")  # Lightning's own: a new one at each start
+            defaults = [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
+            kwargs["logger"] = [*defaults, *loggers]
         if given.get("val_check_interval") == 0:
             raise UsageError("trainer.val_check_interval must be above 0, got 0.")
         callbacks = given.get("callbacks") or []
