@@ -84,11 +84,6 @@ def test_the_files_it_names_exist() -> None:
     named |= {target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target}
     assert len(named) > 8
     missing = {name for name in named - PLACEHOLDERS if not (ROOT / name).exists()}
-    # In a package-less form: `types.py`, `losses/base.py`.
-    package = ROOT / "src" / "mtp_lightning"
-    modules = set(re.findall(r"`([\w/]+\.py)`", README)) | set(re.findall(r"^  ([\w/]+(?:\.py|/))\s", README, re.MULTILINE))
-    assert len(modules) > 8
-    missing |= {name for name in modules - {"my_losses.py"} if not (package / name).exists() and not (ROOT / name).exists()}
     assert missing == set()
 
 
