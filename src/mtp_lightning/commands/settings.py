@@ -135,7 +135,7 @@ EXCLUSIVE = {
     "--data.validation": ("--data.validation_fraction", "0"),
     "--data.validation_fraction": ("--data.validation", "null"),
 }
-"""Option -> the one that it replaces in a file, with the value that stands for nothing."""
+"""Option -> the one that it replaces in a file, with the value that means none."""
 
 
 def with_replacements(words: Sequence[str]) -> list[str]:

@@ -92,7 +92,7 @@ def flat_settings(value: Any, without: Collection[str] = (), key: str = "") -> d
 
 
 def _class_name(value: Any) -> str | None:
-    """The name of the class that a setting stands for: ``torch.optim.AdamW -> AdamW``; None: it is no object."""
+    """The name of the class that a setting names: ``torch.optim.AdamW -> AdamW``; None: not an object."""
     path = value.get("class_path") if isinstance(value, dict) else None
     return path.rpartition(".")[2] if isinstance(path, str) else None
 

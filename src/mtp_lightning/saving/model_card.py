@@ -146,7 +146,7 @@ def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> 
     options = latest["options"]
     kept = {name: options[name] for name in ("decoding", "num_masks", "sampler_head", "max_new_tokens")}
     kept |= {name: options.get(name) for name in ("max_steps", "temperature")}
-    # Earlier versions timed the protocol's masks, which nobody uses for speed.
+    # Earlier versions timed the protocol's masks, which is not the fastest way.
     is_default = latest.get("speed_num_masks") == "auto"
     return {
         "prompts": public_name(latest["prompts"]),

@@ -117,7 +117,7 @@ class MTPMixin(_Model):
             repair_cpu_sampling()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """The base's, and the trained parts beside them."""
+        """Load the base's weights and the trained parts."""
         loaded: set[str] = super().load_weights(weights)
         self.mtp.finish(self)
         return loaded

@@ -26,7 +26,7 @@ class Settings:
         folder: a folder that ``mtp export`` wrote, or a hub id.
         decoding: quadratic or linear.
         draft_candidates: tokens that the sampler head chooses each draft token from; all: the whole vocabulary.
-        load_table: rows ``[requests, "quadratic" or "linear", masks]``, ascending: what passes with up to so many requests
+        load_table: rows ``[requests, "quadratic" or "linear", masks]``, ascending: what passes with up to that many requests
             add; above the last row they are plain. None: by how many masks are nearly free on the device.
     """
 
