@@ -104,9 +104,9 @@ class GRUSamplerHead(SamplerHead):
             rounded to a multiple of 8. None: the base model's hidden size. A small base gains from more; half its width
             or less is enough for a large one.
         read_hidden: the GRU also reads the hidden state.
-        normalize: embeddings and hidden states are read through a LayerNorm each, and O u is divided by sqrt(w). In real
-            models hidden states are many times larger than embeddings, which the head then hardly sees, and at the
-            adapters' learning rate the output overshoots.
+        normalize: embeddings and hidden states are read through a LayerNorm each, and O u is divided by sqrt(w). Where
+            hidden states are many times larger than embeddings, as in SmolLM2, the head hardly sees the latter otherwise,
+            and at the adapters' learning rate its output overshoots.
     """
 
     def __init__(self, hidden_size: int | float | None = None, read_hidden: bool = False, normalize: bool = False) -> None:

@@ -27,7 +27,7 @@ def reply_tokens(reply: Reply, task: Task, tokenizer: Any, vocab_size: int) -> t
             token_ids = [*token_ids, *end]
     wrong = [token for token in [*prompt_ids, *token_ids] if type(token) is not int or not 0 <= token < vocab_size]
     if wrong:
-        return Unanswered(reply.row_id, "with unknown token ids", f"{wrong[0]!r} is no token id below {vocab_size}")
+        return Unanswered(reply.row_id, "with unknown token ids", f"{wrong[0]!r} is not a token id below {vocab_size}")
     if not tokenizer.decode(token_ids, skip_special_tokens=True).strip():
         return Unanswered(reply.row_id, EMPTY)
     return prompt_ids, token_ids

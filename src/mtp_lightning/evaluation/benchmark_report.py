@@ -120,7 +120,7 @@ def tables(report: dict[str, Any]) -> Iterator[ReportTable]:
 
 
 def families(report: dict[str, Any]) -> dict[str, dict[str, Figures]]:
-    """Figures of the settings by family and number of masks; a system that is no setting is a family of its own."""
+    """Figures of the settings by family and number of masks; a system that is not a setting is a family of its own."""
     found: dict[str, dict[str, Figures]] = {}
     for figures in report["settings"]:
         if figures["num_masks"] is None:

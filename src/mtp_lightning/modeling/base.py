@@ -100,7 +100,7 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
 
 
 def adapter_settings(base_model: str) -> dict[str, Any] | None:
-    """The settings of the PEFT adapter in a folder, None if it is no such folder; RunError if it can't be used as a base."""
+    """The settings of the PEFT adapter in a folder, None if it has none; RunError if it can't be used as a base."""
     folder = Path(resolve(base_model))
     path = folder / "adapter_config.json"
     if not path.is_file() or (folder / "config.json").is_file():

@@ -12,7 +12,7 @@ LOGGED = ("seed_everything", "model", "data", "trainer")
 
 
 def logged_settings(config: Any) -> dict[str, Any]:
-    """``model.lora.rank: 32, ...`` of a parsed configuration; what is no number, text or bool is written as text."""
+    """``model.lora.rank: 32, ...`` of a parsed configuration; other values are written as text."""
     parts = {name: value for name, value in config.as_dict().items() if name in LOGGED}
     settings = flat_settings(parts, without=("trainer.logger", "trainer.callbacks"))
     return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()}
