@@ -68,6 +68,20 @@ def test_one_pass_gives_the_sums_and_gradients_of_each_term(names: list[str], mo
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+class OwnWeights(TotalVariation):
+    """A user's loss that overrides more than ``loss``."""
+
+    def mtp_weights(self, hidden, anchors, batch, unembed):
+        return super().mtp_weights(hidden, anchors, batch, unembed) * 2
+
+
+def test_an_override_of_the_weights_counts() -> None:
+    model, batch = tiny_model(num_masks=K), build_masked_input(tiny_rows(), K)
+    states = model.hidden_states(batch)
+    sums = loss_sums({"own": OwnWeights(head="base"), "plain": TotalVariation(head="base")}, states, batch, model.unembed)
+    torch.testing.assert_close(sums["own"][0].total, 2 * sums["plain"][0].total)
+
+
 def test_masks_that_share_an_anchor_share_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny_model(num_masks=K), build_masked_input(tiny_rows(), K)
     states, passes = model.hidden_states(batch), []

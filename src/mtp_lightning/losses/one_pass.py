@@ -47,11 +47,12 @@ def loss_sums(
 
 
 def _has_closed_form(term: TokenLoss, states: HiddenStates) -> bool:
-    """True for losses at MTP positions to the text or to the anchor's distribution; not where a subclass reads logits."""
+    """True for losses at MTP positions to the text or to the anchor's distribution, and subclasses that change ``loss``."""
     if type(term) is AnchorDistillation:
         is_known = term.target == "distribution"
     elif isinstance(term, AnchorLoss):
-        is_known = type(term).per_position is AnchorLoss.per_position
+        methods = ("forward", "per_position", "mtp_weights")
+        is_known = all(getattr(type(term), name) is getattr(AnchorLoss, name) for name in methods)
     else:
         is_known = type(term) in (BaseCrossEntropy, SamplerCrossEntropy)
     if not is_known or term.positions != "mtp":
