@@ -17,14 +17,11 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-import torch
-
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.integrations.vllm import ARCHITECTURES, TRIED_VERSION
 from mtp_lightning.integrations.vllm.load_table import parse_loads
 from mtp_lightning.integrations.vllm.settings import CUDA_GRAPHS, KEY, PROPOSER, check_version
 from mtp_lightning.paths import resolve
-from mtp_lightning.saving.saved_folder import find_folder, read_config
 
 OURS = ("--model", "--hf-overrides", "--additional-config", "--speculative-config")
 """vLLM's flags that this command sets."""
@@ -89,6 +86,10 @@ def server_command(args: Sequence[str]) -> tuple[list[str], str]:
     UsageError or RunError: an option or the folder is wrong.
     """
     options, others = _parser().parse_known_args(args)
+    import torch  # seconds, which the help does not need
+
+    from mtp_lightning.saving.saved_folder import find_folder, read_config
+
     for flag in others:
         if flag.partition("=")[0].partition(".")[0].replace("_", "-") in OURS:
             raise UsageError(f"{flag.partition('=')[0]} is set by mtp serve: leave it out.")
