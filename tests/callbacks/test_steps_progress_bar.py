@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import mtp, write_rows
+from tiny import tiny_model
 from tiny_run import write_config, write_run
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.callbacks import steps_progress_bar
+from mtp_lightning.callbacks.run_summary import RunSummary
 
 
 def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, caplog) -> None:
@@ -32,6 +36,14 @@ def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert any(line.startswith("warning: ") and "data.validation" in line for line in lines)  # three rows
         assert "Tip:" not in out + err + caplog.text
     assert "max_steps=5` reached" in caplog.text  # other messages of Lightning are shown
+
+
+def test_a_run_without_a_limit_of_steps(capsys) -> None:
+    limits = {"estimated_stepping_batches": math.inf, "num_training_batches": 4, "check_val_every_n_epoch": 1}
+    others = {"is_global_zero": True, "log_dir": "run", "datamodule": None, "val_check_batch": 4}
+    RunSummary().on_train_start(SimpleNamespace(**limits, **others), SimpleNamespace(model=tiny_model()))
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("run "))
+    assert not re.search(r"\d", line)
 
 
 def test_openings_of_rows_in_place_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -105,6 +105,8 @@ def test_a_base_without_a_template(
     tokenizer.chat_template = None
     model_on_disk(tmp_path, tokenizer=tokenizer).save_pretrained(tmp_path / "saved")
     assert "--chat_template" in error_of(capsys, 2, "chat", tmp_path / "saved")
+    (tmp_path / "own.jinja").write_bytes(b"\xff")
+    assert "own.jinja" in error_of(capsys, 1, "chat", tmp_path / "saved", "--chat_template", tmp_path / "own.jinja")
     (tmp_path / "own.jinja").write_text(CHATML)
     for template in ("plain", tmp_path / "own.jinja"):
         pipe(monkeypatch, "one two")

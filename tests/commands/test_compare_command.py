@@ -21,6 +21,8 @@ def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     config["trainer"]["callbacks"].append({"class_path": "my.Other", "init_args": {"a": 1}})
     config["trainer"]["logger"][0]["init_args"]["save_dir"] = "others"
     Path("others/run/config.yaml").write_text(yaml.safe_dump(config))
+    with Path("others/run/metrics.csv").open("a") as file:  # an empty epoch
+        file.write(",".join("nan" if name == "train/loss" else "" for name in read_metrics(run)[0]) + "\n")
     overall = {"acceptance_length": 1.75, "speed_up": {"median": 1.25}}
     Path("others/run/acceptance.json").write_text(json.dumps({"latest": {"overall": overall, "speed_num_masks": "auto"}}))
     assert mtp("compare", "run", "others/run", "--json") == 0
@@ -41,6 +43,7 @@ def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert figures["best forced acceptance length"] == float(best["val/forced_acceptance_length"])
     assert figures["validation loss"] == float(best["val/loss"]) and figures["at step"] == int(best["step"]) + 1
     assert found["figures"][second]["speed-up by default"] == 1.25
+    assert found["figures"][second]["last training loss"] is None  # NaN is not valid JSON
     assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
     assert mtp("compare", "run", "others/run", "others/../run", "--output", "out/three.png") == 0
     out = capsys.readouterr().out

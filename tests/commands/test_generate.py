@@ -183,15 +183,16 @@ def test_where_the_base_is(trained: Path, run: Path, here: Path, tmp_path: Path,
     assert named_base(settings) == "base"
 
 
-@pytest.mark.parametrize("words", [["--exact"], ["--exact", "--json"], ["--json", "--exact", "true"]])
+@pytest.mark.parametrize("words", [["--exact", "M"], ["M", "--exact", "--json"], ["M", "--exact", "true"]])
 def test_a_switch_needs_no_value(words: list[str]) -> None:
     from mtp_lightning.commands.parser import CommandParser
 
     parser = CommandParser()
+    parser.add_argument("model", type=str)
     parser.add_argument("--exact", type=bool, default=False)
     parser.add_argument("--json", action="store_true")
     found = parser.parse_args(words)
-    assert found.exact is True and found.json is ("--json" in words)
+    assert found.model == "M" and found.exact is True and found.json is ("--json" in words)
 
 
 def test_steps_are_shown_and_written_as_a_page(run: Path, capsys) -> None:

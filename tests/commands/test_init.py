@@ -11,6 +11,8 @@ import yaml
 from command_line import ParseOnly, error_of, mtp, save_base, write_rows
 from toy_tokenizers import word_tokenizer
 
+from mtp_lightning.commands.init import VALIDATION_ROWS, Facts, chosen
+
 WORDS = ("init", "--base_model", "base", "--data.train", "train.jsonl", "--hours", 0.0001)
 
 
@@ -35,6 +37,11 @@ def test_a_configuration_is_written_and_understood(here: Path, capsys) -> None:
     assert "mtp.yaml" in error_of(capsys, 2, *WORDS) and Path("mtp.yaml").read_text() == written
     assert mtp(*WORDS, "--overwrite", "--output", "mtp.yaml", "--revision", "main") == 0
     assert yaml.safe_load(Path("mtp.yaml").read_text())["model"]["revision"] == "main"
+
+
+def test_rows_are_held_out_of_the_largest_data() -> None:
+    facts = Facts(10**9, 4096, True, rows=20_000_000, usual_length=500, cuda=True)
+    assert round(facts.rows * chosen(facts, "base", None, "train")["data"]["validation_fraction"]) == VALIDATION_ROWS
 
 
 def test_wrong_input(here: Path, capsys) -> None:

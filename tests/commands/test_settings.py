@@ -39,7 +39,7 @@ def test_help_and_typos_import_nothing_heavy() -> None:
     code = """
 import sys
 from mtp_lightning.commands.cli import main
-for line in ("fit --help", "data --help", "chat --help", "distill --help", "fit --data.train_file x"):
+for line in ("fit --help", "data --help", "chat --help", "distill --help", "serve --help", "fit --data.train_file x"):
     words = line.split()
     try:
         main(words)
@@ -80,6 +80,8 @@ def test_files_named_first_are_configurations() -> None:
         (["--data.validation_fraction=0.1"], ["--data.validation", "null"]),
         (["--data.validation", "F"], ["--data.validation_fraction", "0"]),
         (["--data.validation", "F", "--data.validation_fraction", "0.1"], []),
+        (["--data.validation_fraction", "0"], []),
+        (["--data.validation=null"], []),
     ):
         assert settings.with_replacements(given) == given + replaced
     assert mtp("fit", "none.yaml") == 1

@@ -37,7 +37,8 @@ class RunSummary(Callback):
         steps, epochs = planned(trainer)
         interval = validation_interval(trainer)
         often = "" if interval is None else f", validated every {interval:,}"
-        say(f"{'run':9} {steps:,} steps, {epochs:.1f} epochs{often}")
+        length = f"{steps:,} steps, {epochs:.1f} epochs" if steps else "no limit of steps"
+        say(f"{'run':9} {length}{often}")
         say(f"{'results':9} {folder}")
         for text in warnings_of(trainer, pl_module, epochs):
             say(f"warning: {text}")

@@ -6,15 +6,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.options import NOT_OF_CHAT
+from mtp_lightning.data.chat import read_template
 from mtp_lightning.decoding.limits import resolve_num_masks
-from mtp_lightning.errors import MTPError, RunError, UsageError, os_reason
+from mtp_lightning.errors import MTPError, RunError, UsageError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.paths import resolve
 from mtp_lightning.text.chat import PLAIN_STOP, PLAIN_TEMPLATE, Conversation
 
 HELP = """/reset          forget the conversation
@@ -28,17 +27,9 @@ Ctrl-C stops an answer and keeps what was written of it."""
 def run_chat(options: Any) -> None:
     """``mtp chat MODEL``."""
     arguments = DecodingArguments.from_config(options, skip=NOT_OF_CHAT)
-    template = _read_template(options.chat_template)
+    name = options.chat_template
+    template = PLAIN_TEMPLATE if name == "plain" else None if name is None else read_template(name, "chat_template")
     run_conversation(open_conversation(arguments.load(options.model), arguments, template, options.system))
-
-
-def _read_template(name: str | None) -> str | None:
-    if name is None or name == "plain":
-        return None if name is None else PLAIN_TEMPLATE
-    try:
-        return Path(resolve(name)).read_text(encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"chat_template {name!r} can't be read: {os_reason(error)}. Give a jinja file, or plain.") from error
 
 
 def open_conversation(

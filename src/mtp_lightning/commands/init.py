@@ -126,7 +126,7 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
         },
         "data": {
             "train": train,
-            "validation_fraction": round(min(0.1, VALIDATION_ROWS / max(1, facts.rows)), 4),
+            "validation_fraction": float(f"{min(0.1, VALIDATION_ROWS / max(1, facts.rows)):.2g}"),
             "eval_max_rows": 200,
             "max_length": length,
             "batch_size": rows,

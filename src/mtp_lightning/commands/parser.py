@@ -49,7 +49,8 @@ class CommandParser(ArgumentParser):
         """Jsonargparse's; a switch without a value is ``true``: ``--exact --json``."""
         words = None if args is None else list(args)
         for at in range(len(words or []), 0, -1):
-            if words and words[at - 1] in SWITCHES and (at == len(words) or words[at].startswith("--")):
+            has_value = words is not None and at < len(words) and words[at].lower() in ("true", "false")
+            if words and words[at - 1] in SWITCHES and not has_value:
                 words.insert(at, "true")
         return super().parse_args(words, *others, **kwargs)
 

@@ -140,8 +140,16 @@ EXCLUSIVE = {
 
 def with_replacements(words: Sequence[str]) -> list[str]:
     """The options with nothing in the place of what they exclude, so that a file may have it."""
-    named = {word.partition("=")[0] for word in words}
-    replaced = [other for name, other in EXCLUSIVE.items() if name in named and other[0] not in named]
+    named = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        named[name] = value if equals else following
+    nothing = dict(EXCLUSIVE.values())
+    replaced = [
+        other
+        for name, other in EXCLUSIVE.items()
+        if named.get(name, nothing[name]) != nothing[name] and other[0] not in named
+    ]
     return [*words, *(word for pair in replaced for word in pair)]
 
 

@@ -22,13 +22,15 @@ import json
 import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mtp_lightning.data.messages import CALLS, Message, clean_messages, trained_messages
 from mtp_lightning.data.tokenizing import tokenize, tokenize_with_spans
-from mtp_lightning.errors import RunError, UsageError, one_line
+from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
+from mtp_lightning.paths import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,6 +147,15 @@ def end_of_turn(
     if answer_and_end[: len(answer)] == answer:
         return answer_and_end[len(answer) :]
     return tokenize(end, tokenizer, add_first=False)
+
+
+def read_template(file: str, key: str) -> str:
+    """The source of a chat template in a file; RunError, with the option's name ``key``, if it can't be read."""
+    try:
+        return Path(resolve(file)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
+        raise RunError(f"{key} {file!r} can't be read: {reason}.") from error
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:

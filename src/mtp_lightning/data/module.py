@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule, Trainer
 
+from mtp_lightning.data.chat import read_template
 from mtp_lightning.data.collator import MaskedInputCollator
 from mtp_lightning.data.documents import Encoder
 from mtp_lightning.data.loader import WindowedLoader, build_dataloader
 from mtp_lightning.data.preparing import Prepared, Sources, prepare
 from mtp_lightning.data.rows import TokenRows
 from mtp_lightning.data.streaming import RowStream, StreamingLoader
-from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
-from mtp_lightning.paths import resolve
+from mtp_lightning.errors import UsageError
 
 _SPLITS = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
 _EVALUATION_SEED = 0  # constant, as its epoch: validation places the same blocks in every run
@@ -186,13 +185,7 @@ class MTPDataModule(LightningDataModule):
         return sources
 
     def _template_source(self) -> str | None:
-        if self.chat_template is None:
-            return None
-        try:
-            return Path(resolve(self.chat_template)).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
-            raise RunError(f"data.chat_template {self.chat_template!r} can't be read: {reason}.") from error
+        return None if self.chat_template is None else read_template(self.chat_template, "data.chat_template")
 
     def _attached(self) -> tuple[Trainer, Any]:
         """The trainer and its module, which owns tokenizer, num_masks and context: none of them is an argument here."""

@@ -115,14 +115,14 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def final_figures(run: Run) -> dict[str, float | None]:
-    """The figures of the best validation, and of the latest evaluation; None: the run has none."""
+    """The figures of the best validation, and of the latest evaluation; None: the run has none, or it is NaN."""
     steps = [line["step"] + 1 for line in run.metrics if "step" in line]
     best = max((line for line in run.metrics if BEST in line), key=lambda line: line[BEST], default={})
     train = [line["train/loss"] for line in run.metrics if "train/loss" in line]
     overall = run.acceptance["overall"] if run.acceptance else {}
     is_default = run.acceptance is not None and run.acceptance.get("speed_num_masks") == "auto"
     speed_up = overall.get("speed_up") if is_default else None
-    return {
+    figures = {
         "steps": max(steps, default=None),
         "last training loss": train[-1] if train else None,
         "best forced acceptance length": best.get(BEST),
@@ -133,6 +133,7 @@ def final_figures(run: Run) -> dict[str, float | None]:
         "acceptance length (protocol)": overall.get("acceptance_length"),
         "speed-up by default": speed_up["median"] if speed_up else None,
     }
+    return {name: None if value != value else value for name, value in figures.items()}  # NaN is not valid JSON
 
 
 def save_curves(runs: Sequence[Run], path: Path) -> None:

@@ -191,7 +191,7 @@ def export_checkpoint(
     path = Path(checkpoint)
     check_target(Path(folder))
     content = read_checkpoint(path)
-    run = path.absolute().parents[1]
+    run = path.absolute().parent.parent
     figures: dict[str, Any] | None
     if options.benchmark is not None:
         figures = benchmark_figures(Path(options.benchmark))
