@@ -12,7 +12,8 @@ from injected_drafts import RUNS, InjectedDrafts
 from tiny import tiny_model, token_row
 from torch import Tensor
 
-from mtp_lightning.decoding.acceptance import MatchAcceptance, VerifiedStep
+from mtp_lightning.decoding.acceptance import VerifiedStep
+from mtp_lightning.decoding.execution import step as decoding_step
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.row_cache import RowCache
@@ -28,10 +29,10 @@ G = 24
 def verified(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], Tensor]:
     """The logits [V] that chose the token of each row at each position, by number of the row and position."""
     found: dict[tuple[int, int], Tensor] = {}
-    base_tokens = MatchAcceptance.base_tokens
+    base_tokens = decoding_step.base_tokens
 
-    def recorded(self: MatchAcceptance, choice: TokenChoice, step: VerifiedStep) -> Tensor:
-        tokens = base_tokens(self, choice, step)
+    def recorded(choice: TokenChoice, step: VerifiedStep) -> Tensor:
+        tokens = base_tokens(choice, step)
         for r, row in enumerate(step.scores):
             for c, scores in enumerate(row):
                 found[r, int(step.positions[r, c])] = scores
@@ -41,7 +42,7 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], Tensor]:
                     break
         return tokens
 
-    monkeypatch.setattr(MatchAcceptance, "base_tokens", recorded)
+    monkeypatch.setattr(decoding_step, "base_tokens", recorded)
     return found
 
 

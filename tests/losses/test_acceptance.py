@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtp_lightning.decoding.acceptance import VerifiedStep, acceptance_rule
+from mtp_lightning.decoding.acceptance import VerifiedStep, base_tokens
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.errors import UsageError
@@ -32,8 +32,8 @@ def test_the_losses_are_the_acceptance_of_decoding(verification: str) -> None:
     positions = torch.arange(DRAWS + 1)[None]
     drafts, scores = choice.draft(q_logits.expand(1, DRAWS, V), positions[:, :-1])
     step = VerifiedStep(p_logits.expand(1, DRAWS + 1, V), positions, drafts, None, scores)
-    base_tokens = acceptance_rule(choice).base_tokens(choice, step)
-    accepted = float((base_tokens[:, :-1] == drafts).double().mean())
+    tokens = base_tokens(choice, step)
+    accepted = float((tokens[:, :-1] == drafts).double().mean())
     noise = 5 * 0.5 / DRAWS**0.5  # five standard deviations at most
     if verification == "rejection":
         assert abs(accepted - alpha) < noise

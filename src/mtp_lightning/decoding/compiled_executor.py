@@ -38,7 +38,7 @@ class CompiledExecutor(EagerExecutor):
 
     @contextlib.contextmanager
     def open_cache(self, prompts: Sequence[Tensor], max_length: int, kept: RowCache | None) -> Iterator[RowCache]:
-        """See ``Executor``. The cache has all its slots from the beginning, and later texts take it again."""
+        """See ``EagerExecutor``. The cache has all its slots from the beginning, and later texts take it again."""
         weights = decode_cache(self.model)
         weights.drop_stale_graphs(self.model)
         max_slots = max_length + self.max_positions
@@ -83,9 +83,7 @@ class CompiledExecutor(EagerExecutor):
                 graphs.pop(list(graphs)[1])
             return None
         try:
-            graphs[key] = StepGraph(
-                self.model, cache, self.choice, self.acceptance, self.sampler_head, shape.layouts, shape.num_drafts
-            )
+            graphs[key] = StepGraph(self.model, cache, self.choice, self.sampler_head, shape.layouts, shape.num_drafts)
         except Exception as error:  # compilers and drivers raise anything; the text does not depend on them
             weights.graphs_failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

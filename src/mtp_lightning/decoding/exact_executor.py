@@ -69,7 +69,7 @@ class ExactExecutor(EagerExecutor):
 
     @contextlib.contextmanager
     def open_cache(self, prompts: Sequence[Tensor], max_length: int, kept: RowCache | None) -> Iterator[RowCache]:
-        """See ``Executor``. The cache has all its slots from the beginning."""
+        """See ``EagerExecutor``. The cache has all its slots from the beginning."""
         if kept is not None and not kept.exact:  # what it holds was computed by passes of other shapes
             kept.lengths = [0]
         with super().open_cache(prompts, max_length, kept) as cache:
@@ -84,7 +84,7 @@ class ExactExecutor(EagerExecutor):
                 cache.fixed = False
 
     def run(self, plan: Plan, state: DecodeState) -> StepResult:
-        """See ``Executor``."""
+        """See ``EagerExecutor``."""
         num_drafts = self._layout.num_tokens - 1
         num_verified = [min(row.num_waiting, plan.num_drafts) for row in state.rows]
         shape = StepShape(num_drafts, num_verified, (self._layout,), [0] * len(state.rows), plan.masks)

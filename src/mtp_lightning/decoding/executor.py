@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.acceptance import acceptance_rule
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
 from mtp_lightning.decoding.execution.step import StepInput, StepOutput, read_rows
@@ -22,35 +21,6 @@ from mtp_lightning.decoding.state import DecodeState, Row, StepResult
 from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.modeling.network import MTPNetwork
-
-
-class Executor(Protocol):
-    """Runs the steps of one text or batch. What it changes in the model is undone before it returns.
-
-    Attributes:
-        fixed_shapes: True if shapes of steps must stay few: finished rows keep their places, masks are always the same.
-    """
-
-    fixed_shapes: bool
-
-    def open_cache(
-        self, prompts: Sequence[Tensor], max_length: int, kept: RowCache | None
-    ) -> contextlib.AbstractContextManager[RowCache]:
-        """The rows' keys and values.
-
-        Args:
-            prompts: token ids of each row.
-            max_length: verified tokens that the longest row may have.
-            kept: the cache of an earlier text, for a single row: what that has in common with the prompt stays.
-
-        Returns:
-            A context manager of the cache.
-        """
-        ...
-
-    def run(self, plan: Plan, state: DecodeState) -> StepResult:
-        """Run a step that feeds what the plan says for the rows of the state."""
-        ...
 
 
 class StepShape(NamedTuple):
@@ -82,21 +52,27 @@ def step_shape(plan: Plan, rows: Sequence[Row], all_layouts: bool = False) -> St
 
 
 class EagerExecutor:
-    """Runs steps one operation after another; the model is prepared for decoding."""
+    """Runs the steps of one text or batch, one operation after another; the model is prepared for decoding.
 
-    fixed_shapes = False
+    What it changes in the model is undone before it returns.
+    """
+
+    fixed_shapes = False  # True: shapes must stay few, so finished rows keep their places, and masks are always the same
     joint_logits = True
 
     def __init__(self, model: MTPNetwork, options: DecodingOptions, choice: TokenChoice) -> None:
         self.model, self.choice, self.sampler_head = model, choice, options.sampler_head
-        self.acceptance, self.mode = acceptance_rule(choice), DecodingMode(model)
+        self.mode = DecodingMode(model)
         self.max_positions, self._max_slots = step_positions(model, options), 0
         with self.mode.active():
             self.masks = StepMasks(model.base, model.context)
 
     @contextlib.contextmanager
     def open_cache(self, prompts: Sequence[Tensor], max_length: int, kept: RowCache | None) -> Iterator[RowCache]:
-        """See ``Executor``."""
+        """The rows' keys and values; no row will have more than ``max_length`` verified tokens.
+
+        ``kept`` is the cache of an earlier text, for a single row: what that has in common with the prompt stays.
+        """
         self._max_slots = max_length + self.max_positions
         cache = RowCache(self.model.base, len(prompts)) if kept is None else kept
         cache.rewind(prompts[0].tolist())
@@ -104,7 +80,7 @@ class EagerExecutor:
         yield cache
 
     def run(self, plan: Plan, state: DecodeState) -> StepResult:
-        """See ``Executor``."""
+        """Run a step that feeds what the plan says for the rows of the state."""
         shape, cache = step_shape(plan, state.rows, self.fixed_shapes), state.cache
         cache.reserve(max(cache.lengths) + shape.layouts[0].size, self._max_slots)
         tokens, draft_scores = state.fed_tokens(plan.num_drafts)
@@ -139,7 +115,6 @@ class EagerExecutor:
                 first_positions=torch.tensor(lengths, device=device),
                 cache=cache,
                 choice=self.choice,
-                acceptance=self.acceptance,
                 sampler_head=self.sampler_head,
                 max_new_drafts=shape.max_new_drafts,
                 joint_logits=self.joint_logits,

@@ -15,7 +15,7 @@ from torch import Tensor
 from mtp_lightning.decoding.compiled_executor import CompiledExecutor, can_compile
 from mtp_lightning.decoding.exact_executor import ExactExecutor
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
-from mtp_lightning.decoding.executor import EagerExecutor, Executor, token_choice
+from mtp_lightning.decoding.executor import EagerExecutor, token_choice
 from mtp_lightning.decoding.limits import check_prompt, end_tokens, resolve_num_masks
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
@@ -28,7 +28,7 @@ from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.network import MTPNetwork
 
 
-def make_executor(model: MTPNetwork, options: DecodingOptions, choice: TokenChoice) -> Executor:
+def make_executor(model: MTPNetwork, options: DecodingOptions, choice: TokenChoice) -> EagerExecutor:
     """The executor that the options ask for."""
     if options.exact:
         return ExactExecutor(model, options, choice)

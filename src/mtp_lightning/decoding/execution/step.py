@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_lightning.decoding.acceptance import Acceptance, VerifiedStep, num_accepted
+from mtp_lightning.decoding.acceptance import VerifiedStep, base_tokens, num_accepted
 from mtp_lightning.decoding.candidates import Candidates
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout
@@ -38,7 +38,6 @@ class StepInput(NamedTuple):
     first_positions: Tensor  # the same on the device, [B] int64
     cache: RowCache  # keys and values of the verified tokens before ``tokens``
     choice: TokenChoice  # how tokens are chosen
-    acceptance: Acceptance  # how drafts are verified
     sampler_head: bool  # True to draft with the sampler head
     max_new_drafts: int  # drafts to make, at most the masks of a block
     # False: the logits of the verified positions are a product of their own, whose shape does not depend on drafting
@@ -147,8 +146,8 @@ def verify(step: StepInput, logits: Tensor) -> tuple[Tensor, Tensor]:
     draft = step.tokens[:, step.tokens.shape[1] - c :]
     positions = step.first_positions[:, None] + torch.arange(c + 1, device=step.first_positions.device)
     verified = VerifiedStep(scores, positions, draft, step.verify_mask, step.draft_scores)
-    base_tokens = step.acceptance.base_tokens(choice, verified)
-    return base_tokens, num_accepted(draft, base_tokens, step.verify_mask) if c else torch.zeros_like(base_tokens[:, 0])
+    tokens = base_tokens(choice, verified)
+    return tokens, num_accepted(draft, tokens, step.verify_mask) if c else torch.zeros_like(tokens[:, 0])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -184,18 +183,18 @@ def decode_step(model: MTPNetwork, step: StepInput) -> StepOutput:
     # 2. Verify at the last verified token and the drafts.
     mask_states = hidden[:, T:]
     logits, mask_logits = _logits(model, step, _verified_states(step, hidden), mask_states)
-    base_tokens, accepted = verify(step, logits)
+    tokens, accepted = verify(step, logits)
     if not num_new_drafts:
-        return StepOutput(base_tokens, accepted, Drafts(base_tokens[:, :0], None))
+        return StepOutput(tokens, accepted, Drafts(tokens[:, :0], None))
     # 3. Draft from the block after the last accepted token.
     index = _next_block(step, accepted)[:, :num_new_drafts]
     block = take_positions(mask_states, index)
     block_logits = None if mask_logits is None else take_positions(mask_logits, index)
-    verified = base_tokens.gather(1, accepted[:, None])[:, 0]
+    verified = tokens.gather(1, accepted[:, None])[:, 0]
     drafts = draft_block(
         model, block, verified, step.first_positions + accepted, step.choice, step.sampler_head, block_logits
     )
-    return StepOutput(base_tokens, accepted, drafts)
+    return StepOutput(tokens, accepted, drafts)
 
 
 def _verified_states(step: StepInput, hidden: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mtp_lightning.decoding import packed_linear
-from mtp_lightning.decoding.acceptance import Acceptance
 from mtp_lightning.decoding.execution.step import Drafts, StepInput, StepOutput, block_index, decode_step, mask_index
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout, StepMasks
@@ -100,7 +99,6 @@ class StepGraph:
         model: MTPNetwork,
         cache: RowCache,
         choice: TokenChoice,
-        acceptance: Acceptance,
         sampler_head: bool,
         layouts: tuple[StepLayout, ...],
         num_drafts: int,
@@ -138,7 +136,6 @@ class StepGraph:
                     first_positions=first_positions,
                     cache=cache,
                     choice=self.choice,
-                    acceptance=acceptance,
                     sampler_head=sampler_head,
                     max_new_drafts=layouts[0].depth,
                     joint_logits=True,
