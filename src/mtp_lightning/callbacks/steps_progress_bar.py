@@ -109,10 +109,6 @@ class StepsProgressBar(ProgressBar):
             loss = self.get_metrics(trainer, pl_module).get("train/loss")
             self._step(trainer.global_step, f"loss {loss:.3f}" if isinstance(loss, float) else "")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the bar."""
-        self._stop()
-
     # ---- evaluation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,50 +116,28 @@ class StepsProgressBar(ProgressBar):
         if trainer.state.fn == "validate":
             self._start("validation batch", sum(trainer.num_val_batches))
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a bar."""
+        self._start("test batch", sum(trainer.num_test_batches))
+
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any, **__: Any
     ) -> None:
         """Show a batch, behind the bar of the run if there is one."""
-        if trainer.sanity_checking or trainer.state.fn == "validate":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             self._step(batch_idx + 1)
         else:
             self.note(f"validation {batch_idx + 1}/{sum(map(int, trainer.num_val_batches))}")
+
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a bar of its own."""
         if trainer.sanity_checking or trainer.state.fn == "validate":
             self._stop()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a bar."""
-        self._start("test batch", sum(trainer.num_test_batches))
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Show a batch."""
-        self._step(batch_idx + 1)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the bar."""
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """End the bar; of an error too, which is printed below it."""
         self._stop()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the bar, so that the error is printed below it."""
-        self._stop()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """End the bar."""
-        self._stop()
+    on_train_end = on_test_end = on_exception = teardown
