@@ -35,11 +35,11 @@ from mtp_lightning.evaluation.benchmark import (
     settings_grid,
 )
 from mtp_lightning.evaluation.benchmark_report import markdown, print_report, save_benchmark_plot
-from mtp_lightning.evaluation.losslessness import autoregressive
+from mtp_lightning.evaluation.losslessness import autoregressive, first_difference
 from mtp_lightning.evaluation.reporting import save_json
 from mtp_lightning.evaluation.transformers_systems import transformers_systems
 from mtp_lightning.files import atomic_file
-from mtp_lightning.integrations.openai_server import compare_tokens, served_model, server_system
+from mtp_lightning.integrations.openai_server import served_model, server_system
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import load_tokenizer
 from mtp_lightning.paths import why_unwritable
@@ -139,8 +139,8 @@ def measure_servers(config: Any, arguments: DecodingArguments) -> dict[str, Any]
     systems: dict[str, System] = {n: server_system(*at, prompts, options, arguments.stop) for n, at in named.items()}
     with counted("requests" if config.batch_size == 1 else "batches") as progress:
         domains = [prompt.domain for prompt in prompts]
-        find = compare_tokens if options.coupled else None
-        results = measure(systems, domains, config.batch_size, options.max_new_tokens, find, progress)
+        compare = (lambda _, expected, tokens: first_difference(expected, tokens)) if options.coupled else None
+        results = measure(systems, domains, config.batch_size, options.max_new_tokens, compare, progress)
     return {
         **described(config, arguments),
         "dtype": "",

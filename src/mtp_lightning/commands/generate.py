@@ -113,9 +113,7 @@ def write_page(path: Path, name: str, texts: Sequence[GeneratedText]) -> None:
     shown: list[ShownText] = []
     for text in texts:
         model, prompt = text.model, text.prompt
-        seed = None if text.options.seed is None else row_seeds(text.options.seed, 1)
-        plain = replace(autoregressive(text.options, len(text.token_ids)), seed=seed)
-        (expected,), seconds = decode_batch(model, [prompt], plain)
+        (expected,), seconds = decode_batch(model, [prompt], autoregressive(text.options, len(text.token_ids)))
         rejected = [[model.tokenizer.decode([token]) for token in step.rejected] for step in text.steps]
         is_same = expected.tokens == text.token_ids
         shown.append(ShownText(prompt.shown, text.steps, text.pieces, rejected, text.seconds, seconds, is_same))

@@ -20,7 +20,7 @@ from mtp_lightning.text.prompts import Prompt, round_robin
 WARM_UP_TOKENS = 16
 
 Progress = Callable[[int, int], None]
-"""Called with the number of prompts that are done and the number of all."""
+"""Called with what is done and the number of all: prompts, or batches of them."""
 
 
 class PromptResult(NamedTuple):

@@ -10,17 +10,14 @@ from typing import Literal, NamedTuple
 
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
-from mtp_lightning.evaluation.acceptance import WARM_UP_TOKENS, PromptResult, prompt_result
+from mtp_lightning.evaluation.acceptance import WARM_UP_TOKENS, Progress, PromptResult, prompt_result
 from mtp_lightning.evaluation.decoded_text import DecodedText, decode_batch
-from mtp_lightning.evaluation.losslessness import Difference, first_difference
+from mtp_lightning.evaluation.losslessness import Difference, first_difference, with_gap
 from mtp_lightning.modeling.network import MTPNetwork
 from mtp_lightning.text.prompts import Prompt, round_robin
 
 PLAIN = "plain"
 """The system that all others are compared with: autoregressive decoding."""
-
-OnProgress = Callable[[int, int], None]
-"""Called with the number of batches that are decoded and the number of all."""
 
 
 class Setting(NamedTuple):
@@ -100,7 +97,7 @@ def difference_finder(model: MTPNetwork, prompts: Sequence[Prompt], options: Dec
         if options.max_steps is not None:  # the text may end anywhere
             expected = expected[: len(tokens)]
         seeded = replace(options, seed=prompt_seeds(options, [index]))
-        return first_difference(model, prompts[index], expected, tokens, seeded)
+        return with_gap(first_difference(expected, tokens), model, prompts[index], tokens, seeded)
 
     return find
 
@@ -123,7 +120,7 @@ def measure(
     batch_size: int,
     max_new_tokens: int,
     find: FindDifference | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: Progress | None = None,
 ) -> dict[str, list[PromptResult]]:
     """Decode every prompt with every system, after a warm-up. Each round, one batch, starts with another system.
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Difference(NamedTuple):
     expected: int | None  # autoregressive decoding's token there; None: its text had ended
     got: int | None  # the text's token there; None: the text had ended
     # difference of the two largest scores that this token is chosen from (greedy: the base's logits). In low precision a
-    # gap near 0 can flip. None: a sharded model, or only one token could be chosen.
+    # gap near 0 can flip. None: a server, a sharded model, or only one token could be chosen.
     gap: float | None
 
 
@@ -46,23 +47,22 @@ def find_difference(model: MTPNetwork, prompt: Prompt, options: DecodingOptions,
         raise UsageError("sampled texts can be compared only with a seed and coupled verification.")
     reference = autoregressive(options, None if options.max_steps is None else len(tokens))
     (expected,), _ = decode_batch(model, [prompt], reference)
-    return first_difference(model, prompt, expected.tokens, tokens, options)
+    return with_gap(first_difference(expected.tokens, tokens), model, prompt, tokens, options)
 
 
-def first_difference(
-    model: MTPNetwork, prompt: Prompt, expected: list[int], tokens: list[int], options: DecodingOptions
+def first_difference(expected: list[int], tokens: list[int]) -> Difference | None:
+    """Where two texts of a prompt first differ, without the gap; None: they are equal."""
+    pairs = enumerate(itertools.zip_longest(expected, tokens))
+    return next((Difference(position, *pair, None) for position, pair in pairs if pair[0] != pair[1]), None)
+
+
+def with_gap(
+    difference: Difference | None, model: MTPNetwork, prompt: Prompt, tokens: list[int], options: DecodingOptions
 ) -> Difference | None:
-    """Compare two texts of a prompt; ``options`` hold the seed of this prompt."""
-    if expected == tokens:
-        return None
-    shorter = min(len(expected), len(tokens))
-    position = next((i for i in range(shorter) if expected[i] != tokens[i]), shorter)
-    return Difference(
-        position,
-        expected[position] if position < len(expected) else None,
-        tokens[position] if position < len(tokens) else None,
-        None if model.is_sharded else top_two_gap(model, prompt.input_ids + tokens[:position], options),
-    )
+    """A difference with its gap, unless the model is sharded; ``options`` hold the seed of the prompt."""
+    if difference is None or model.is_sharded:
+        return difference
+    return difference._replace(gap=top_two_gap(model, prompt.input_ids + tokens[: difference.position], options))
 
 
 @torch.inference_mode()

@@ -19,7 +19,6 @@ from mtp_lightning.distill.options import EndpointOptions
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.evaluation.benchmark import Batch, System, prompt_seeds
 from mtp_lightning.evaluation.decoded_text import DecodedText
-from mtp_lightning.evaluation.losslessness import Difference
 from mtp_lightning.text.prompts import Prompt
 
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
@@ -83,17 +82,3 @@ def num_accepted(connection: Any) -> float | None:
         return None
     values = re.findall(rf"^{re.escape(ACCEPTED)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
     return sum(map(float, values)) if values else None
-
-
-def compare_tokens(index: int, expected: list[int], tokens: list[int]) -> Difference | None:
-    """Where two servers' texts of a prompt first differ; how near the tokens were is not known."""
-    if expected == tokens:
-        return None
-    shorter = min(len(expected), len(tokens))
-    position = next((i for i in range(shorter) if expected[i] != tokens[i]), shorter)
-    return Difference(
-        position,
-        expected[position] if position < len(expected) else None,
-        tokens[position] if position < len(tokens) else None,
-        None,
-    )
