@@ -66,7 +66,7 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("mtp_lightning.commands.lightning_cli.MTPCLI.instantiate_classes", stop)
-    monkeypatch.setattr("mtp_lightning.commands.settings_cli.SettingsCLI.instantiate_classes", stop)
+    monkeypatch.setattr("mtp_lightning.commands.lightning_cli.SettingsCLI.instantiate_classes", stop)
     monkeypatch.setattr("mtp_lightning.commands.base._is_complete", stop)
     monkeypatch.setattr("mtp_lightning.commands.init.facts_of", stop)
     monkeypatch.setattr("mtp_lightning.commands.export.export_checkpoint", stop)

@@ -7,6 +7,8 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
+from mtp_lightning.errors import RunError
+
 PACKAGE = "package://"
 
 
@@ -36,6 +38,12 @@ def absolute_name(name: str) -> str:
     if not name or name.startswith(PACKAGE) or not is_on_disk(name):
         return name
     return str(Path(resolve(name)).resolve())
+
+
+def check_writable(folder: Path, what: Path | str | None = None) -> None:
+    """Refuse a folder, existing or not, that can't be written to: RunError, on ``what`` is to be written there."""
+    if (reason := why_unwritable(folder)) is not None:
+        raise RunError(f"{folder if what is None else what} can't be written: {reason}.")
 
 
 def why_unwritable(folder: Path) -> str | None:

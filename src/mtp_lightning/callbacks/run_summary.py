@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.training.distributed import run_folder
 from mtp_lightning.training.sizing import model_size
 
@@ -27,7 +27,7 @@ class RunSummary(Callback):
         """Print what is trained."""
         if trainer.is_global_zero:
             for name, text in described(pl_module).items():
-                say(f"{name:9} {text}")
+                note(f"{name:9} {text}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print how long the run is and where it writes, and what is unusual about it."""
@@ -38,10 +38,10 @@ class RunSummary(Callback):
         interval = validation_interval(trainer)
         often = "" if interval is None else f", validated every {interval:,}"
         length = f"{steps:,} steps, {epochs:.1f} epochs" if steps else "no limit of steps"
-        say(f"{'run':9} {length}{often}")
-        say(f"{'results':9} {folder}")
+        note(f"{'run':9} {length}{often}")
+        note(f"{'results':9} {folder}")
         for text in warnings_of(trainer, pl_module, epochs):
-            say(f"warning: {text}")
+            note(f"warning: {text}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print where the results are, how good they are, and what to do with them."""
@@ -49,11 +49,6 @@ class RunSummary(Callback):
         best = next((path for each in trainer.checkpoint_callbacks if (path := getattr(each, "best_model_path", ""))), "")
         if trainer.is_global_zero and best and not trainer.interrupted:
             print("\n" + "\n".join(ending(trainer, folder, Path(best))), flush=True)
-
-
-def say(text: str) -> None:
-    """Print a line on standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def millions(number: int) -> str:

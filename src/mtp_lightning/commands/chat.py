@@ -13,6 +13,7 @@ from mtp_lightning.commands.options import NOT_OF_CHAT
 from mtp_lightning.data.chat import read_template
 from mtp_lightning.decoding.limits import resolve_num_masks
 from mtp_lightning.errors import MTPError, RunError, UsageError
+from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.model import MTPModel
 from mtp_lightning.text.chat import PLAIN_STOP, PLAIN_TEMPLATE, Conversation
 
@@ -57,7 +58,7 @@ def run_conversation(conversation: Conversation) -> None:
     if terminal:
         with contextlib.suppress(ImportError):  # arrow keys and history; not on every system
             importlib.import_module("readline")
-        _note("/help lists the commands, Ctrl-D leaves.")
+        note("/help lists the commands, Ctrl-D leaves.")
     while True:
         try:
             text = _read_message(terminal)
@@ -68,7 +69,7 @@ def run_conversation(conversation: Conversation) -> None:
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            _note("\nCtrl-D or /exit leaves.")
+            note("\nCtrl-D or /exit leaves.")
             continue
         if text == "/exit":
             break
@@ -93,18 +94,18 @@ def _read_message(terminal: bool) -> str:
 def _run_command(conversation: Conversation, text: str) -> None:
     name, _, rest = text.partition(" ")
     if name == "/help":
-        _note(HELP)
+        note(HELP)
     elif name == "/reset":
         conversation.reset()
-        _note("Forgotten.")
+        note("Forgotten.")
     elif name == "/undo":
-        _note("The last message is forgotten." if conversation.undo() else "There is no message to forget.")
+        note("The last message is forgotten." if conversation.undo() else "There is no message to forget.")
     elif name == "/system":
         conversation.system = rest.strip() or None
         conversation.reset()
-        _note("The system message is set." if conversation.system else "There is no system message.")
+        note("The system message is set." if conversation.system else "There is no system message.")
     else:
-        _note(f"There is no command {name}. /help lists them; start with // to send a literal /.")
+        note(f"There is no command {name}. /help lists them; start with // to send a literal /.")
 
 
 def _print_answer(conversation: Conversation, text: str) -> bool:
@@ -120,18 +121,14 @@ def _print_answer(conversation: Conversation, text: str) -> bool:
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined] # it is a generator
         print(flush=True)
-        _note("[stopped]" if empty else "[stopped; the beginning of the answer is kept]")
+        note("[stopped]" if empty else "[stopped; the beginning of the answer is kept]")
         return True
     except MTPError as error:
-        _note(f"mtp: {error}")
+        note(f"mtp: {error}")
         return False
     print(flush=True)
     if conversation.dropped:
-        _note(f"[the {conversation.dropped} oldest messages no longer fit the context and are forgotten]")
+        note(f"[the {conversation.dropped} oldest messages no longer fit the context and are forgotten]")
     if conversation.generated is not None:
-        _note(conversation.generated.summary())
+        note(conversation.generated.summary())
     return True
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -12,10 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mtp_lightning.commands.progress import note
-from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.errors import UsageError
+from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.evaluation.run_comparison import differing_settings, final_figures, read_runs, save_curves
-from mtp_lightning.paths import why_unwritable
+from mtp_lightning.paths import check_writable
 
 
 def run_compare(config: Any) -> None:
@@ -25,8 +25,7 @@ def run_compare(config: Any) -> None:
     plot = Path(config.output)
     if plot.suffix != ".png":
         raise UsageError(f"--output must be a .png file, got {config.output}.")
-    if (reason := why_unwritable(plot.parent)) is not None:
-        raise RunError(f"{plot} can't be written: {reason}.")
+    check_writable(plot.parent, plot)
     runs = read_runs([Path(folder) for folder in config.runs])
     settings, figures = differing_settings(runs), [final_figures(run) for run in runs]
     names = [run.name for run in runs]

@@ -23,11 +23,11 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def check_configuration(path: str) -> None:
-    """Refuse a file that is not a configuration, with the file's name, which the parser's errors don't have."""
+def read_configuration(path: str) -> dict[str, Any]:
+    """The content of a configuration file; errors name the file, which the parser's don't."""
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, _UniqueKeys)
+            content: Any = yaml.load(file, _UniqueKeys)
     except OSError as error:
         raise RunError(f"configuration file {path!r} can't be read: {os_reason(error)}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -38,6 +38,7 @@ def check_configuration(path: str) -> None:
             _check_group(path, name, content[name])
     if "lora" in content.get("model", {}):
         _check_group(path, "model.lora", content["model"]["lora"])
+    return dict(content)
 
 
 def _check_group(path: str, name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
-from mtp_lightning.commands.settings_cli import SettingsCLI
+from mtp_lightning.commands.lightning_cli import SettingsCLI
 from mtp_lightning.data.display import show_rows, show_steps
 from mtp_lightning.data.preparing import Report
 from mtp_lightning.training.module import MTPModule

@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mtp_lightning.commands.progress import note
 from mtp_lightning.errors import UsageError
+from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.modeling.base import parse_dtype
 from mtp_lightning.saving.export import export_checkpoint
 from mtp_lightning.saving.export_options import ExportOptions

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 
 from mtp_lightning.commands.arguments import DecodingArguments
-from mtp_lightning.commands.progress import note
 from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks, with_text_ends
 from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
@@ -25,10 +24,11 @@ from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.acceptance import WARM_UP_TOKENS
 from mtp_lightning.evaluation.decoded_text import decode_batch
 from mtp_lightning.evaluation.losslessness import autoregressive
+from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.evaluation.steps_page import ShownText, steps_page
 from mtp_lightning.files import atomic_file
 from mtp_lightning.model import MTPModel
-from mtp_lightning.paths import why_unwritable
+from mtp_lightning.paths import check_writable
 from mtp_lightning.text.prompts import Prompt, encode_prompt, read_prompts
 from mtp_lightning.text.step_display import has_colour, step_text
 from mtp_lightning.text.stream import GeneratedText
@@ -136,8 +136,9 @@ def run_generate(config: Any) -> None:
         raise UsageError("--json and --show_steps exclude each other: a JSON line has accepted_per_step.")
     if config.html is not None:
         page = Path(config.html)
-        if page.is_dir() or (reason := why_unwritable(page.parent)) is not None:
-            raise RunError(f"{page} can't be written: {'it is a folder' if page.is_dir() else reason}.")
+        if page.is_dir():
+            raise RunError(f"{page} can't be written: it is a folder.")
+        check_writable(page.parent, page)
         if config.batch_size > 1:
             raise UsageError("--html needs --batch_size 1: it shows the time of each text.")
     arguments = DecodingArguments.from_config(config)

@@ -16,15 +16,15 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 from transformers import AutoModelForCausalLM
 
-from mtp_lightning.commands.progress import note
-from mtp_lightning.commands.settings_cli import SettingsCLI
+from mtp_lightning.commands.lightning_cli import SettingsCLI
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.data.reading import open_sources
-from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.errors import UsageError
+from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.files import atomic_file
 from mtp_lightning.modeling.base import is_out_of_memory, load_config, load_tokenizer
 from mtp_lightning.modeling.decoder import context_length
-from mtp_lightning.paths import why_unwritable
+from mtp_lightning.paths import check_writable
 from mtp_lightning.training.lightning_private import is_accumulating
 
 SAMPLE_ROWS = 1000
@@ -61,8 +61,7 @@ def run_init(options: Any) -> None:
         raise UsageError(f"output must be a .yaml file, got {options.output!r}.")
     if output.exists() and not options.overwrite:
         raise UsageError(f"{options.output!r} exists: choose another --output, or replace it with --overwrite.")
-    if (reason := why_unwritable(output.absolute().parent)) is not None:
-        raise RunError(f"{options.output!r} can't be written: {reason}.")
+    check_writable(output.absolute().parent, output)
     facts = facts_of(options.base_model, options.revision, train)
     config = chosen(facts, options.base_model, options.revision, train)
     machine = torch.cuda.get_device_name() if facts.cuda else f"a CPU, {torch.get_num_threads()} threads"

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined] # documented, not in its __all__
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ProgressBar
@@ -20,16 +21,16 @@ from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
 from mtp_lightning.callbacks.run_guards import as_text
 from mtp_lightning.callbacks.run_summary import RunSummary
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
-from mtp_lightning.commands.parser import CommandParser, ConfigFile
+from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
+from mtp_lightning.evaluation.run_comparison import flat_settings
 from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import run_of
 from mtp_lightning.trainer import AtomicCheckpointIO, MetricsWriter
 from mtp_lightning.trainer.earlier_run import appends_metrics, check_folder_is_free, last_checkpoint, results_of_run
-from mtp_lightning.trainer.logged_settings import logged_settings
 from mtp_lightning.trainer.run_errors import run_error, unwritable_message
 from mtp_lightning.trainer.wrong_settings import (
     check_nulls,
@@ -47,6 +48,8 @@ AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 GROUPS: dict[str, type] = {"model": MTPModule, "model.lora": LoRA, "data": MTPDataModule, "trainer": Trainer}
 """Classes whose arguments are keys of every configuration."""
+LOGGED = ("seed_everything", "model", "data", "trainer")
+"""The parts of a configuration that are logged, without loggers and callbacks."""
 
 
 class ConfigurationParser(CommandParser, LightningArgumentParser):
@@ -70,6 +73,13 @@ class SaveConfig(SaveConfigCallback):
             logger.log_hyperparams(logged_settings(self.config))
 
 
+def logged_settings(config: Any) -> dict[str, Any]:
+    """``model.lora.rank: 32, ...`` of a parsed configuration, as loggers take them; other values are written as text."""
+    parts = {name: value for name, value in config.as_dict().items() if name in LOGGED}
+    settings = flat_settings(parts, without=("trainer.logger", "trainer.callbacks"))
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()}
+
+
 class MTPCLI(LightningCLI):
     """LightningCLI over ``MTPModule`` and ``MTPDataModule``."""
 
@@ -90,7 +100,7 @@ class MTPCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with one-line errors."""
         parser = ConfigurationParser(**kwargs)
-        parser.add_argument("-c", "--config", action=ConfigFile, help="a YAML file; give several to add to the first")
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file; give several to add to the first")
         return parser
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -214,6 +224,27 @@ class MTPCLI(LightningCLI):
             if known is None:
                 raise
             raise known from error
+
+
+class SettingsCLI(MTPCLI):
+    """``MTPCLI`` up to the module and the data module, for a command that does not train: no weights, no trainer."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(args, run=False, save_config_callback=None)
+
+    def instantiate_classes(self) -> None:
+        """Build the module and the data module; a trainer would want the devices that are named."""
+        config = self.config.clone()
+        config.pop("trainer", None)  # its loggers and callbacks may need packages that only training has
+        instances = self.parser.instantiate_classes(config)
+        self.model, self.datamodule = self._get(instances, "model"), self._get(instances, "data")
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing: there is no trainer."""
+
+    def add_arguments_to_parser(self, parser: ArgumentParser) -> None:
+        """Keys of a run's ``config.yaml`` in addition to the settings."""
+        parser.add_argument("--weights_only", type=bool | None, default=None, help="not used; a run's config.yaml has it")
 
 
 def run_trainer(words: list[str]) -> None:

@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined] # documented, not in its __all__
+from jsonargparse import ArgumentParser
 
-from mtp_lightning.commands.configuration_file import check_configuration
-from mtp_lightning.errors import MTPError, UsageError, one_line
+from mtp_lightning.errors import UsageError, one_line
 
 _OMITTED = (
     "Does not validate against any of the Union subtypes",
@@ -60,18 +59,7 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line or the configuration."""
-        if isinstance(ex, MTPError):  # of check_configuration
-            raise ex
         raise UsageError(_in_one_line(str(message), list(_keys(self)))) from ex
-
-
-class ConfigFile(ActionConfigFile):
-    """The option ``--config``; errors name the file, which jsonargparse's don't."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Read a file."""
-        check_configuration(values)
-        super().__call__(parser, cfg, values, option_string)
 
 
 def _keys(parser: ArgumentParser) -> Iterator[str]:

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.generate import print_generations
-from mtp_lightning.commands.settings_cli import SettingsCLI
+from mtp_lightning.commands.lightning_cli import SettingsCLI
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.saving.checkpoint import SETTINGS, check_settings, checkpoint_parts, part_settings, read_checkpoint

@@ -10,34 +10,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mtp_lightning.evaluation.reporting import note
 
 SECONDS_BETWEEN_LINES = 10.0
-
-
-class Progress:
-    """Prints a line with the time since the start, at most every ten seconds."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Time since the start."""
-        return time.monotonic() - self._start
-
-    def __call__(self, text: str, always: bool = False) -> None:
-        """Print the text if the last line is long enough ago, or in any case with ``always``."""
-        now = time.monotonic()
-        if always or now - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = now
-            print(f"[{now - self._start:6.0f} s] {text}", file=sys.stderr, flush=True)
-
-
-def note(text: str) -> None:
-    """Print a line on standard error at once."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -48,14 +25,18 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
     """
     if sys.stderr.isatty():
         columns = (TextColumn(what), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
-        with RichProgress(*columns, console=Console(stderr=True)) as bar:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, count: bar.update(task, completed=done, total=count)
         return
-    progress = Progress()
+    start = last = time.monotonic()
 
     def line(done: int, count: int) -> None:
-        left = timedelta(seconds=round(progress.seconds / done * (count - done)))
-        progress(f"{what}: {done} of {count}" + (f", {left} left" if done < count else ""), always=done == count)
+        nonlocal last
+        now = time.monotonic()
+        if done == count or now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            left = timedelta(seconds=round((now - start) / done * (count - done)))
+            note(f"[{now - start:6.0f} s] {what}: {done} of {count}" + (f", {left} left" if done < count else ""))
 
     yield line

@@ -17,11 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import yaml
 from docstring_parser import parse
 
 from mtp_lightning.commands.arguments import DecodingArguments
-from mtp_lightning.commands.configuration_file import check_configuration
+from mtp_lightning.commands.configuration_file import read_configuration
 from mtp_lightning.errors import UsageError
 
 CLASSES = {
@@ -212,7 +211,6 @@ def check_words(command: str, words: Sequence[str]) -> None:
         name, _, value = word.partition("=")
         if name in ("-c", "--config"):
             file = value or (words[at + 1] if at + 1 < len(words) else "")
-            check_configuration(file)
             _check_file(file)
         if name.startswith("--") and name != "--":
             parts = [part.rstrip("+") for part in name[2:].split(".")]
@@ -230,8 +228,7 @@ def _is_key(parts: Sequence[str]) -> bool:
 
 
 def _check_file(path: str) -> None:
-    with open(path, encoding="utf-8") as file:
-        content: Mapping[str, Any] = yaml.safe_load(file) or {}
+    content = read_configuration(path)
     for group in CLASSES:
         below: Any = content
         for name in group.split("."):

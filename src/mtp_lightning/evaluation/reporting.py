@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all reports share: numbers as text, Markdown tables, plots, JSON."""
+"""What all reports share: lines on the terminal, numbers as text, Markdown tables, plots, JSON."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DARK, LIGHT, GREY = "#1f4e79", "#9dc3e6", "#7f7f7f"
+
+
+def note(text: str) -> None:
+    """Print a line on standard error at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def decimals(value: float | None) -> str:

@@ -21,7 +21,7 @@ from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.files import atomic_folder
 from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.network import MTPNetwork
-from mtp_lightning.paths import PACKAGE, absolute_name, why_unwritable
+from mtp_lightning.paths import PACKAGE, absolute_name, check_writable
 from mtp_lightning.saving.base_identity import layer_shape
 from mtp_lightning.saving.checkpoint import checkpoint_parts, read_checkpoint
 from mtp_lightning.saving.export_options import ExportOptions
@@ -137,8 +137,8 @@ def check_target(path: Path) -> None:
                 read_config(path)
             except RunError as error:
                 raise RunError(f"{path} exists and was not written by mtp export. Choose another folder.") from error
-    elif (reason := why_unwritable(path)) is not None:
-        raise RunError(f"{path} can't be written: {reason}. Choose another folder.")
+    else:
+        check_writable(path)
 
 
 def _keep_foreign_files(path: Path, target: Path) -> None:
