@@ -11,7 +11,9 @@ import torch
 from tiny import tiny_base
 
 from mtp_lightning.errors import RunError
+from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.saving.checkpoint import check_settings, read_checkpoint
+from mtp_lightning.saving.trained_parts import head_settings
 
 SETTINGS: dict[str, Any] = {
     "base_model": "owner/base",
@@ -65,6 +67,16 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path, content: Any, messa
 def test_other_settings_are_refused(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(RunError, match=key):
         check_settings({"mtp_settings": SETTINGS}, {**SETTINGS, **changes})
+
+
+def test_a_head_may_have_got_arguments_since() -> None:
+    saved = {"class_path": "mtp_lightning.sampler_heads.GRUSamplerHead", "init_args": {"hidden_size": 8}}
+    earlier = {"mtp_settings": {**SETTINGS, "sampler_head": saved}}
+    for head in (GRUSamplerHead(8), GRUSamplerHead(8, normalize=False)):
+        check_settings(earlier, {**SETTINGS, "sampler_head": head_settings(head)})
+    check_settings(earlier, {**SETTINGS, "sampler_head": saved})
+    with pytest.raises(RunError, match="model.sampler_head"):
+        check_settings(earlier, {**SETTINGS, "sampler_head": head_settings(GRUSamplerHead(8, normalize=True))})
 
 
 def test_target_modules_are_compared_by_the_layers_they_select() -> None:

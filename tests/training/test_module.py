@@ -14,6 +14,7 @@ from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import AnchorDistillation, BaseCrossEntropy, LatentConsistency
 from mtp_lightning.schedules import Ramp
 from mtp_lightning.training.module import MTPModule
+from mtp_lightning.types import NTP, LossSum
 
 
 def test_a_sampler_head_that_nothing_trains_is_refused() -> None:
@@ -26,8 +27,8 @@ def test_a_sampler_head_that_nothing_trains_is_refused() -> None:
 
 def test_a_broken_next_token_loss_shows() -> None:
     module = MTPModule("nowhere")
-    module.val_ntp["total"].update(torch.tensor(float("nan")))
-    assert math.isnan(module.val_ntp["total"].compute().item())
+    module.val_ntp.update([LossSum(torch.tensor(float("nan")), NTP)], torch.ones(3))
+    assert math.isnan(module.val_ntp.compute().item())
 
 
 def test_blocks_grow_in_training_alone() -> None:

@@ -5,20 +5,16 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks, with_text_ends
-from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.noise import row_seeds
-from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.acceptance import WARM_UP_TOKENS
@@ -31,7 +27,7 @@ from mtp_lightning.model import MTPModel
 from mtp_lightning.paths import check_writable
 from mtp_lightning.text.prompts import Prompt, encode_prompt, read_prompts
 from mtp_lightning.text.step_display import has_colour, step_text
-from mtp_lightning.text.stream import GeneratedText
+from mtp_lightning.text.stream import GeneratedText, decode_texts
 
 
 def print_generations(
@@ -51,7 +47,7 @@ def print_generations(
         streamed = not as_json and len(batch) == 1  # several texts at a time can't be shown as they grow
         if streamed:
             writer.write(("\n\n" if begin else "") + batch[0].shown)
-        for _ in _decode_texts(model, texts, batch_options):
+        for _ in decode_texts(texts):
             if streamed:
                 writer.write_step(texts[0])
         for number, text in enumerate(texts, begin):
@@ -85,27 +81,6 @@ class _Writer:
             return
         number, num_tokens = step % len(text.steps), len(text.steps[step].tokens)
         self._console.print(step_text(number, text.pieces[step], num_tokens, has_colour(self._console)), end="")
-
-
-def _decode_texts(model: MTPModel, texts: list[GeneratedText], options: DecodingOptions) -> Iterator[None]:
-    """Decode a batch of texts to their ends; yields after each step of the first one."""
-    finished: set[int] = set()
-    steps = decode_rows(model, [torch.tensor(text.prompt.input_ids) for text in texts], options, stopped=finished)
-    seconds = 0.0
-    while len(finished) < len(texts):
-        # Only decoding is timed: neither making text of tokens nor printing it.
-        begin = time.perf_counter()
-        results = next(steps)
-        seconds += time.perf_counter() - begin
-        for row, step, reason in results:
-            text = texts[row]
-            text.add(step)
-            text.seconds = seconds
-            if reason is not None or text.stopped:
-                text.flush()
-                finished.add(row)
-            if row == 0:
-                yield
 
 
 def write_page(path: Path, name: str, texts: Sequence[GeneratedText]) -> None:

@@ -61,8 +61,14 @@ def hub_commit(name: str, revision: str | None) -> str | None:
     """The commit that a branch or tag of a hub id stands for in the local cache; None for a folder or an uncached id."""
     if "://" in name or Path(resolve(name)).exists():
         return None
+    file = cached_hub_file(name, "config.json", revision)
+    return file and file.parent.name
+
+
+def cached_hub_file(name: str, file: str, revision: str | None) -> Path | None:
+    """A file of a hub id in the local cache; None if it is not there, or the name is no hub id."""
     try:
-        file = try_to_load_from_cache(name, "config.json", revision=revision)
+        found = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
         return None
-    return Path(file).parent.name if isinstance(file, str) else None
+    return Path(found) if isinstance(found, str) else None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,8 @@ from torch import Tensor
 from mtp_lightning.errors import RunError, os_reason
 from mtp_lightning.modeling.gated_lora import LoRA, adapted_layers
 from mtp_lightning.paths import absolute_name, is_on_disk
-from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.saving.base_identity import hub_commit, layer_shape, warn_if_other_base
-from mtp_lightning.saving.trained_parts import TrainedParts, head_settings, shape_mismatch, with_defaults
+from mtp_lightning.saving.trained_parts import TrainedParts, build_head, head_settings, shape_mismatch
 
 SETTINGS = "mtp_settings"
 """A checkpoint's entry with the settings of its trained weights."""
@@ -28,37 +27,13 @@ _MODEL = "model."
 """Prefix of the network's weights in the state dict of an ``MTPModule``."""
 
 
-class TrainingSettings(Protocol):
-    """What a checkpoint records of the run that writes it; ``MTPModule`` has it."""
-
-    base_model: str
-    revision: str | None
-    num_masks: int
-    lora: LoRA
-
-    @property
-    def mask_tokens(self) -> str:
-        """``learned`` or ``noise``."""
-        ...
-
-    @property
-    def base_config(self) -> Any:
-        """Configuration of the base's text decoder."""
-        ...
-
-    @property
-    def sampler_head(self) -> SamplerHead | None:
-        """The sampler head, or None."""
-        ...
-
-
 def trained_state(state: dict[str, Any]) -> dict[str, Any]:
     """An ``MTPModule``'s state dict without the frozen base: LoRA, mask embeddings, sampler head, loss terms' weights."""
     return {name: value for name, value in state.items() if not name.startswith("model.base.") or ".lora_" in name}
 
 
-def checkpoint_settings(module: TrainingSettings) -> dict[str, Any]:
-    """What the trained weights belong to: base, its shape, masks, LoRA and sampler head; plain types."""
+def checkpoint_settings(module: Any) -> dict[str, Any]:
+    """What the trained weights of an ``MTPModule`` belong to: base, its shape, masks, LoRA and sampler head; plain types."""
     return {
         "base_model": module.base_model,
         "base_folder": absolute_name(module.base_model),
@@ -69,8 +44,8 @@ def checkpoint_settings(module: TrainingSettings) -> dict[str, Any]:
     }
 
 
-def part_settings(module: TrainingSettings) -> dict[str, Any]:
-    """The settings of the trained parts: masks, LoRA and sampler head; plain types."""
+def part_settings(module: Any) -> dict[str, Any]:
+    """The settings of the trained parts of an ``MTPModule``: masks, LoRA and sampler head; plain types."""
     return {
         "num_masks": module.num_masks,
         "mask_tokens": module.mask_tokens,
@@ -97,7 +72,10 @@ def check_settings(
     if settings is None:
         raise RunError(f"the checkpoint was not written by mtp fit: it has no entry {SETTINGS!r}.")
     base, expected_base = settings["base"], expected["base"]
-    lora, expected_lora, head = settings["lora"], expected["lora"], expected["sampler_head"]
+    lora, expected_lora = settings["lora"], expected["lora"]
+    heads = [settings["sampler_head"], expected["sampler_head"]]
+    if all(heads) and heads[0]["class_path"] == heads[1]["class_path"]:
+        heads = [head_settings(build_head(head)) for head in heads]  # with arguments that the class did not have then
     pairs = [
         *((f"base {k}", base[k], expected_base[k], "model.base_model") for k in base if k in expected_base),
         ("num_masks", settings["num_masks"], expected["num_masks"], "model.num_masks"),
@@ -107,7 +85,7 @@ def check_settings(
             for k in LORA_WEIGHT_SETTINGS
             if not _same_lora(k, lora, expected_lora, base_config)
         ),
-        ("sampler head", with_defaults(settings["sampler_head"], head), head, "model.sampler_head"),
+        ("sampler head", *heads, "model.sampler_head"),
     ]
     for name, value, expected_value, key in pairs:
         if value != expected_value:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 
 from mtp_lightning.paths import PACKAGE, resolve
+from mtp_lightning.saving.base_identity import cached_hub_file
 
 
 def public_name(name: str) -> str:
@@ -26,11 +26,8 @@ def public_name(name: str) -> str:
 def run_lineage(checkpoint: dict[str, Any], config_file: Path) -> dict[str, Any]:
     """What a card says of the training, from a checkpoint and the run's ``config.yaml``, which may be missing."""
     config: Any = None
-    if config_file.is_file():
-        try:
-            config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            config = None  # a card without it is better than no card
+    with suppress(OSError, ValueError, yaml.YAMLError):  # a card without it is better than no card
+        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     config = config if isinstance(config, dict) else {}
     model, data = (config.get(part) if isinstance(config.get(part), dict) else {} for part in ("model", "data"))
     losses = model.get("losses") or {}
@@ -54,14 +51,10 @@ def _sources(train: Any) -> list[str]:
 
 def base_license(name: str, revision: str | None) -> str | None:
     """The licence that the base's model card names, on disk or in the hub's cache; None: not known."""
-    file: Any = Path(resolve(name)) / "README.md"
-    if not file.is_file():
-        try:
-            file = try_to_load_from_cache(name, "README.md", revision=revision)
-        except HFValidationError:
-            return None
-    if not isinstance(file, str | Path):
+    local = Path(resolve(name)) / "README.md"
+    file = local if local.is_file() else cached_hub_file(name, "README.md", revision)
+    if file is None:
         return None
-    header = re.match(r"---\n(.*?)\n---", Path(file).read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    header = re.match(r"---\n(.*?)\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     named = re.search(r"^license: *(\S+)", header[1], re.MULTILINE) if header else None
     return named[1].strip("'\"") if named else None

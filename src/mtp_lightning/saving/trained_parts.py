@@ -52,16 +52,6 @@ def head_settings(head: SamplerHead | None) -> dict[str, Any] | None:
     return {"class_path": path, "init_args": {name: getattr(head, name) for name in names}}
 
 
-def with_defaults(saved: dict[str, Any] | None, expected: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Saved settings of a head with the arguments that its class did not have then; ``expected``: those of a live head."""
-    if saved is None or expected is None or saved["class_path"] != expected["class_path"]:
-        return saved
-    module, _, name = expected["class_path"].rpartition(".")
-    arguments = inspect.signature(getattr(import_module(module), name).__init__).parameters
-    defaults = {key: arguments[key].default for key in expected["init_args"]}
-    return {**saved, "init_args": defaults | saved["init_args"]}
-
-
 def build_head(settings: dict[str, Any] | None) -> SamplerHead | None:
     """A sampler head from its class path and arguments. Importing the class runs its module: check the source first."""
     if settings is None:

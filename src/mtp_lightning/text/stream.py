@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtp_lightning.decoding.generation import Generation, generate
 from mtp_lightning.decoding.limits import end_tokens, resolve_num_masks, with_text_ends
-from mtp_lightning.decoding.loop import decode
+from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.decoding.row_cache import RowCache
@@ -47,8 +47,8 @@ class GeneratedText:
         """True once a stop string was found."""
         return self._decoded.stopped
 
-    def add(self, step: StepTokens) -> str:
-        """Add a step's tokens, up to the one that completes a stop string; returns the text that can be emitted now."""
+    def add(self, step: StepTokens) -> None:
+        """Add a step's tokens, up to the one that completes a stop string, and the text that can be emitted now."""
         num_before = len(self.token_ids)
         for token in step.tokens:
             self.token_ids.append(token)
@@ -57,18 +57,17 @@ class GeneratedText:
         self.accepted_per_step.append(len(self.token_ids) - num_before - 1)
         self.steps.append(step._replace(tokens=self.token_ids[num_before:]))
         self.pieces.append("")
-        return self._emit()
+        self._emit()
 
-    def flush(self) -> str:
-        """The text that was held back; call it when no more tokens come."""
+    def flush(self) -> None:
+        """Add the text that was held back; call it when no more tokens come."""
         self._decoded.finish()
-        return self._emit()
+        self._emit()
 
-    def _emit(self) -> str:
+    def _emit(self) -> None:
         new = self._decoded.text[len(self.text) :]
         self.text += new
         self.pieces[-1] += new
-        return new
 
     @property
     def finish_reason(self) -> str:
@@ -118,7 +117,7 @@ class TextStream:
     ) -> None:
         self.generated = GeneratedText(model, prompt, options, stops)
         self.finish_reason: str | None = None
-        self._pieces = self._run(decode(model, torch.tensor(prompt.input_ids), options, cache))
+        self._pieces = self._run(cache)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -141,21 +140,38 @@ class TextStream:
         """Draft tokens accepted in each step so far."""
         return self.generated.accepted_per_step
 
-    def _run(self, steps: Iterator[Any]) -> Iterator[str]:
+    def _run(self, cache: RowCache | None) -> Iterator[str]:
         generated = self.generated
         calibrate(generated.model, generated.options)
-        while not generated.stopped:
-            # Only decoding is timed, not detokenization nor what the consumer does with the text.
-            begin = time.perf_counter()
-            step = next(steps, None)
-            generated.seconds += time.perf_counter() - begin
-            if step is None:
-                break
-            if piece := generated.add(step):
+        for _ in decode_texts([generated], cache):
+            if piece := generated.pieces[-1]:
                 yield piece
-        if piece := generated.flush():
-            yield piece
         self.finish_reason = generated.finish_reason
+
+
+def decode_texts(texts: Sequence[GeneratedText], cache: RowCache | None = None) -> Iterator[None]:
+    """Decode texts of one model together, each to its end; yields after each step of the first one.
+
+    The seeds of all are in the options of the first.
+    """
+    finished: set[int] = set()
+    prompts = [torch.tensor(text.prompt.input_ids) for text in texts]
+    steps = decode_rows(texts[0].model, prompts, texts[0].options, cache, finished)
+    seconds = 0.0
+    while len(finished) < len(texts):
+        # Only decoding is timed: neither making text of tokens nor what the reader does with it.
+        begin = time.perf_counter()
+        results = next(steps)
+        seconds += time.perf_counter() - begin
+        for row, step, reason in results:
+            text = texts[row]
+            text.add(step)
+            text.seconds = seconds
+            if reason is not None or text.stopped:
+                text.flush()
+                finished.add(row)
+            if row == 0:
+                yield
 
 
 def stream_text(

@@ -11,7 +11,6 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
-from torchmetrics import MetricCollection, SumMetric
 
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, LossTerm, SamplerCrossEntropy, TokenLoss, term_value
@@ -30,7 +29,7 @@ from mtp_lightning.training.fully_sharded import FullyShardedStrategy
 from mtp_lightning.training.lightning_private import attached_trainer, is_accumulating
 from mtp_lightning.training.run_schedules import RunSchedules
 from mtp_lightning.training.sharding import shard_model
-from mtp_lightning.types import NTP, MaskedInput
+from mtp_lightning.types import NTP, LossSum, MaskedInput
 
 ATTENTION = ("sdpa", "eager", "flex_attention")
 QUANTIZATION = ("4bit", "8bit")
@@ -112,10 +111,7 @@ class MTPModule(LightningModule):
         self.strict_loading = False  # checkpoints hold trained weights only
         self._step_values: Tensor | float = 0.0  # loss and terms of the batches of the current optimizer step so far
         self.val_terms = nn.ModuleDict({name: TermMean() for name in terms})
-        self.val_ntp = MetricCollection(
-            # Not the default, which drops NaN and would show a broken model as a perfect one.
-            {name: SumMetric(nan_strategy="disable") for name in ("total", "count")}
-        ).set_dtype(torch.float64)
+        self.val_ntp = TermMean()
         self.val_forced = ForcedAcceptance(num_masks)
         self.val_reference = ForcedAcceptance(num_masks)
 
@@ -263,8 +259,7 @@ class MTPModule(LightningModule):
             self.term_means[name].update(sums, batch.counts)
         measured = output.measurement
         assert measured is not None
-        self.val_ntp["total"].update(measured.ntp_loss)
-        self.val_ntp["count"].update(batch.counts[NTP])
+        self.val_ntp.update([LossSum(measured.ntp_loss, NTP)], batch.counts)
         self.val_forced.update(measured.hits, measured.valid)
         self.val_reference.update(measured.reference, measured.valid)
 
@@ -275,18 +270,15 @@ class MTPModule(LightningModule):
         figures = {
             **{f"loss/{name}": value for name, value in values.items()},
             "loss": self.weighted(values),
-            "ntp_loss": self.val_ntp["total"].compute() / self.val_ntp["count"].compute(),
+            "ntp_loss": self.val_ntp.compute(),
             "forced_acceptance_length": forced,
             "forced_reference": reference,
             "share_of_reference": torch.tensor(share_of_reference(forced.item(), reference.item())),
             **{f"accuracy/offset_{j + 2}": accuracy for j, accuracy in enumerate(self.val_forced.accuracy())},
         }
         self.log_dict({f"{prefix}/{name}": value for name, value in figures.items()})
-        self.val_ntp.reset()
-        self.val_forced.reset()
-        self.val_reference.reset()
-        for mean in self.term_means.values():
-            mean.reset()
+        for metric in (self.val_ntp, self.val_forced, self.val_reference, *self.term_means.values()):
+            metric.reset()
 
     def validation_step(self, batch: MaskedInput, batch_idx: int) -> None:
         """Measure a validation batch."""
