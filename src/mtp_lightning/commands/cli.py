@@ -53,15 +53,11 @@ _PYTHONS_SHOW_WARNING = warnings.showwarning
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command.
+    """Run a command; ``args`` are the words without the program's name, by default those of ``sys.argv``.
 
-    Args:
-        args: command line without the program's name; None: ``sys.argv``.
-
-    Raises:
-        SystemExit: with 2 if the command or the configuration is wrong and 1 at any other error, after one line on standard
-            error (``--debug`` or ``MTP_DEBUG=1``: the traceback); with 130 after Ctrl-C, and 141 if the reader of standard
-            output has closed it.
+    It exits with 2 if the command or the configuration is wrong and with 1 at any other error, after one line on standard
+    error (``--debug`` or ``MTP_DEBUG=1``: the traceback); with 130 after Ctrl-C, and with 141 if the reader of standard
+    output has closed it.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words or os.environ.get("MTP_DEBUG", "") not in ("", "0")

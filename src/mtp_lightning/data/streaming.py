@@ -74,7 +74,7 @@ class _Source:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a position."""
         if "row" not in state:
-            raise RunError(f"{self.name}: the checkpoint's position in the stream is an earlier version's, begin anew.")
+            raise RunError(f"{self.name}: the checkpoint's position in the stream is an earlier version's: start a new run.")
         self.part, self.row, self.cycle, self._rows = state["part"], state["row"], state["cycle"], None
         self._inside = state["inside"]
 

@@ -31,16 +31,7 @@ class Unembedding(Protocol):
 
 
 class Candidates:
-    """The ``count`` best tokens at each mask; the base's output layer is a plain linear one.
-
-    Args:
-        unembed: the base's unembedding.
-        logits: the base head's logits at the masks, [B, J, V].
-        count: candidates of each mask, m.
-
-    Attributes:
-        tokens: their ids, ascending, [B, J, m] int64.
-    """
+    """The ``count`` best tokens m at each mask, by the base head's logits [B, J, V]: ``tokens`` [B, J, m] int64, ascending."""
 
     def __init__(self, unembed: Unembedding, logits: Tensor, count: int) -> None:
         self.unembed = unembed

@@ -25,7 +25,7 @@ from mtp_lightning.decoding.state import DecodeState, StepResult
 from mtp_lightning.decoding.step_masks import StepLayout
 from mtp_lightning.decoding.token_choice import TokenChoice
 from mtp_lightning.errors import UsageError
-from mtp_lightning.modeling.decoder import has_experts, run_decoder, text_config
+from mtp_lightning.modeling.decoder import num_experts, run_decoder, text_config
 from mtp_lightning.modeling.network import MTPNetwork
 
 SLOTS = 512
@@ -57,7 +57,7 @@ class ExactExecutor(EagerExecutor):
     joint_logits = False
 
     def __init__(self, model: MTPNetwork, options: DecodingOptions, choice: TokenChoice) -> None:
-        if has_experts(text_config(model.base)):
+        if num_experts(text_config(model.base)) > 1:
             raise UsageError("exact: not for a mixture of experts, whose rounding depends on the other positions.")
         if getattr(model.base, "is_loaded_in_8bit", False):
             raise UsageError("exact: not for an 8-bit base, whose rounding depends on the other positions.")

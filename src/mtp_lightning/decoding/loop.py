@@ -65,23 +65,11 @@ def decode_rows(
     cache: RowCache | None = None,
     stopped: Set[int] = frozenset(),
 ) -> Iterator[list[RowStep]]:
-    """Decode several prompts together and yield what each step gained in each of them.
+    """``decode`` for several prompts together: what each row that took part in a step gained.
 
-    Every row gains what it would gain alone. A row that has finished leaves the batch. Between steps the model is the
-    user's own: it may be trained, and other texts decoded.
-
-    Args:
-        model: the model.
-        prompts: token ids of each prompt, [n] int64, n at least 1.
-        options: how to decode.
-        cache: see ``decode``; with a single prompt.
-        stopped: rows that the caller has cancelled; read before each step.
-
-    Yields:
-        For each row that took part in the step what it gained.
-
-    Raises:
-        UsageError: an empty prompt, one that does not fit the context, or a wrong option.
+    Every row gains what it would gain alone. A row that has finished leaves the batch, and so does one of the ``stopped``,
+    which the caller may change between steps. Then the model is the user's own: it may be trained, and other texts decoded.
+    A ``cache`` goes with a single prompt.
     """
     resolve_num_masks(model, options)  # raises for a wrong number
     seeds = row_seeds(options.seed, len(prompts))

@@ -59,12 +59,9 @@ def packed_dtypes() -> frozenset[torch.dtype]:
 
 
 class PackedLinear:
-    """A linear layer without gradients. On other devices and in other dtypes the product is a plain one.
+    """A linear layer of weight [N, D] and bias [N], without gradients.
 
-    Args:
-        weight: [N, D].
-        bias: [N], or None.
-        pack: False: the product is a plain one, and nothing is copied.
+    On other devices, in other dtypes and without ``pack`` the product is a plain one, and nothing is copied.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: bool = True) -> None:

@@ -59,11 +59,8 @@ class FixedPlanner:
 class AutoPlanner:
     """Plans what gains the most tokens per second by the text so far, with drafts of blocks or of the text.
 
-    Args:
-        seconds: what steps take.
-        num_masks: k.
-        sizes: numbers of drafts and of masks that plans use, ascending from 0.
-        where: where steps that verify place blocks.
+    ``sizes`` are the numbers of drafts and of masks that plans use, ascending from 0; ``where`` is where steps that verify
+    place blocks.
     """
 
     def __init__(self, seconds: StepSeconds, num_masks: int, sizes: Sequence[int], where: str) -> None:
@@ -117,9 +114,8 @@ class AutoPlanner:
         def gain(plan: Plan) -> float:
             gained = -self._rate * self._seconds(plan)
             for path in (path[: plan.num_drafts] for path in paths):
-                reached = (
-                    path[-1] if path and plan.where == "last" else 1.0
-                )  # probability of a block after the accepted ones
+                # The probability of a block after the accepted ones.
+                reached = path[-1] if path and plan.where == "last" else 1.0
                 gained += 1 + sum(path) + (block_worth * reached if plan.masks else 0.0)
             return gained
 
@@ -176,13 +172,9 @@ def calibrate(
     batch_sizes: Iterable[int] = (1,),
     notify: Callable[[str], object] | None = None,
 ) -> None:
-    """Find out what steps cost if ``auto`` needs it, so that a clock that starts now does not count it.
+    """Find out what steps of these numbers of rows cost if ``auto`` needs it, so that a clock that starts now leaves it out.
 
-    Args:
-        model: the model.
-        options: how it will decode.
-        batch_sizes: numbers of rows that will be decoded together.
-        notify: gets a line of text when something has to be measured.
+    ``notify`` gets a line of text when something has to be measured.
     """
     resolve_num_masks(model, options)
     if uses_auto(model, options):

@@ -20,13 +20,7 @@ class Proposer(Protocol):
     """Offers drafts after each step. How many are verified, and with ``auto`` whose, is the planner's decision."""
 
     def propose(self, state: DecodeState, plan: Plan, result: StepResult) -> None:
-        """Leave drafts in the state after a step has been committed.
-
-        Args:
-            state: gets ``drafts`` and its rows' ``num_drafts``, or a draft by ``Row.offer``, good for one step.
-            plan: what the step fed.
-            result: what it gave.
-        """
+        """After a step by this plan, leave ``drafts`` and its rows' ``num_drafts`` in the state, or ``Row.offer`` a draft."""
         ...
 
 

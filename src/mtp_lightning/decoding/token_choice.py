@@ -34,18 +34,9 @@ class Prefixes(NamedTuple):
 
 
 class TokenChoice:
-    """Chooses tokens for the rows of a batch.
+    """Chooses tokens for the rows of a batch, with one seed per row, which is not read when decoding is greedy.
 
-    Args:
-        options: how to decode.
-        seeds: one per row; not read when decoding is greedy.
-        device: the logits' device.
-        num_candidates: tokens that the sampler head chooses a draft token from; None: the whole vocabulary.
-
-    Attributes:
-        greedy: True if the temperature is 0.
-        use_rejection_sampling: True if drafts are verified by rejection sampling, which needs what they were drawn from.
-        processors: processors that read the text before a position.
+    The sampler head chooses each draft token from ``num_candidates``; None: from the whole vocabulary.
     """
 
     def __init__(
@@ -53,7 +44,7 @@ class TokenChoice:
     ) -> None:
         self._settings = (options.temperature, options.top_k, options.top_p)
         self.greedy = options.temperature == 0
-        self.use_rejection_sampling = not self.greedy and options.verification == "rejection"
+        self.use_rejection_sampling = not self.greedy and options.verification == "rejection"  # needs the drafts' scores
         self.seeds = torch.tensor(seeds, device=device)
         self.num_candidates = num_candidates
         # The order of transformers' generate: penalty, the user's own, then what shapes the distribution.

@@ -178,17 +178,8 @@ class _TokenColumns:
     """What ``generate`` returns, [B, L]: prompts and texts, each ended where transformers' own loop ends it.
 
     Rows advance by different numbers of tokens. Stopping criteria see them column by column, all rows together, as in that
-    loop; so a column waits until every row that has not ended has a token for it.
-
-    Args:
-        input_ids: the prompts, [B, L].
-        criteria: stopping criteria that ``generate`` prepared.
-        config: the settings of ``generate``.
-        streamer: gets the prompt and then each column; for one row. None: none.
-
-    Attributes:
-        ended: rows that have ended.
-        stopped: numbers of rows that need not be decoded further.
+    loop; so a column waits until every row that has not ended has a token for it. ``stopped`` are the rows that need not be
+    decoded further. A streamer, for one row, gets the prompt and then each column.
     """
 
     def __init__(self, input_ids: Tensor, criteria: list[Any], config: GenerationConfig, streamer: Any) -> None:

@@ -15,7 +15,7 @@ from mtp_lightning.evaluation.decoded_text import DecodedText, decode_batch
 from mtp_lightning.evaluation.losslessness import Difference, autoregressive, find_difference
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD, repeated_ngrams, share_of_reference, survival_counts
 from mtp_lightning.modeling.network import MTPNetwork
-from mtp_lightning.text.prompts import Prompt, round_robin
+from mtp_lightning.text.prompts import Prompt, by_domain, round_robin
 
 WARM_UP_TOKENS = 16
 
@@ -117,15 +117,13 @@ def summarise(results: Iterable[PromptResult], forced: dict[str, float] | None =
     """
     ordered = sorted(results, key=lambda result: result.prompt_index)
     num_masks = max((max(result.drafted_per_step, default=0) for result in ordered), default=0)
-    by_domain: dict[str, list[PromptResult]] = {}
-    for result in ordered:
-        by_domain.setdefault(result.domain or "other", []).append(result)
+    groups = by_domain([result.domain or "other" for result in ordered]).items()
     has_domains = any(result.domain for result in ordered)
     if forced is not None:
         forced = {**forced, "share_of_reference": share_of_reference(forced["acceptance_length"], forced["reference"])}
     return {
         "overall": _figures(ordered, num_masks),
-        "domains": {name: _figures(group, num_masks) for name, group in by_domain.items()} if has_domains else {},
+        "domains": {name: _figures([ordered[i] for i in group], num_masks) for name, group in groups if has_domains},
         # NaN is not valid JSON.
         "forced": forced and {name: None if value != value else value for name, value in forced.items()},
     }

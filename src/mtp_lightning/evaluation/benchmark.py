@@ -14,7 +14,7 @@ from mtp_lightning.evaluation.acceptance import WARM_UP_TOKENS, Progress, Prompt
 from mtp_lightning.evaluation.decoded_text import DecodedText, decode_batch
 from mtp_lightning.evaluation.losslessness import Difference, first_difference, with_gap
 from mtp_lightning.modeling.network import MTPNetwork
-from mtp_lightning.text.prompts import Prompt, round_robin
+from mtp_lightning.text.prompts import Prompt, by_domain, round_robin
 
 PLAIN = "plain"
 """The system that all others are compared with: autoregressive decoding."""
@@ -107,10 +107,8 @@ def batches_by_domain(domains: Sequence[str], batch_size: int) -> list[list[int]
 
     ``[code, code, maths, code], 2 -> [[0, 1], [2], [3]]``
     """
-    members: dict[str, list[int]] = {}
-    for index, domain in enumerate(domains):
-        members.setdefault(domain, []).append(index)
-    batches = [rows[i : i + batch_size] for rows in members.values() for i in range(0, len(rows), batch_size)]
+    members = by_domain(domains).values()
+    batches = [rows[i : i + batch_size] for rows in members for i in range(0, len(rows), batch_size)]
     return [batches[i] for i in round_robin([domains[batch[0]] for batch in batches])]
 
 
@@ -124,16 +122,8 @@ def measure(
 ) -> dict[str, list[PromptResult]]:
     """Decode every prompt with every system, after a warm-up. Each round, one batch, starts with another system.
 
-    Args:
-        systems: the systems by name; ``PLAIN``, if it is among them, is what the others are compared with.
-        domains: the domain of each prompt.
-        batch_size: prompts that are decoded together, of one domain.
-        max_new_tokens: maximum tokens per prompt.
-        find: compares texts; None: they are not compared.
-        on_progress: called after each batch.
-
-    Returns:
-        For each system its results in the order of the rounds. The first prompt of a batch has the batch's ``speed_up``.
+    ``PLAIN``, if it is among the systems, is what the others are compared with; ``domains`` are those of the prompts.
+    Returns each system's results in the order of the rounds. The first prompt of a batch has the batch's ``speed_up``.
     """
     batches, names = batches_by_domain(domains, batch_size), list(systems)
     for system in systems.values():

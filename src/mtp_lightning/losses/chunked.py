@@ -63,17 +63,11 @@ def chunked_sum(
     vocab_size: int,
     parameters: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """``(losses(hidden, all) * weights).sum()``, computed in chunks of positions.
+    """``(losses(hidden, all) * weights).sum()`` of states [N, D] and weights [N], computed in chunks of positions.
 
-    Args:
-        hidden: states that the unembedding is applied to, [N, D].
-        weights: weight of each position's loss, [N].
-        losses: the loss per position of a chunk, [n], given its states [n, D] and its slice of the N positions.
-        vocab_size: V; sets the chunk's size.
-        parameters: other trained tensors that ``losses`` uses; they get their gradients too.
-
-    Returns:
-        The sum, scalar float32 (float64 for float64 states); 0 for N = 0. Once differentiable.
+    ``losses`` gives the loss per position of a chunk, [n], from its states [n, D] and its slice of the N positions.
+    ``parameters`` are other trained tensors that it uses; they get their gradients too. The sum is a scalar, float32 (float64
+    for float64 states), 0 for N = 0, once differentiable.
     """
     if hidden.shape[0] == 0:  # 0, and still part of the graph of everything that is trained
         return sum((p.flatten()[:0].sum() for p in parameters), hidden.sum()).to(compute_dtype(hidden.dtype))

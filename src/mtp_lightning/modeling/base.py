@@ -63,7 +63,10 @@ def load_base(
     ``4bit`` or ``8bit`` (bitsandbytes). UsageError for a wrong option or an architecture that can't take mask tokens.
     """
     if (adapter := adapter_settings(base_model)) is not None:
-        return _load_merged(base_model, adapter, dtype, attention, quantization, device)
+        if quantization is not None:
+            raise UsageError(f"quantization {quantization!r}: the adapter {base_model!r} can't be merged into such weights.")
+        name = adapter["base_model_name_or_path"]
+        return _merged(load_base(name, adapter.get("revision"), dtype, attention, None, device), name, base_model)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "device_map": device}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -116,19 +119,8 @@ def adapter_settings(base_model: str) -> dict[str, Any] | None:
     return dict(settings)
 
 
-def _load_merged(
-    folder: str,
-    adapter: dict[str, Any],
-    dtype: str | torch.dtype,
-    attention: str | None,
-    quantization: str | None,
-    device: str | torch.device | None,
-) -> PreTrainedModel:
-    """The base of a PEFT adapter with the adapter merged into its weights."""
-    if quantization is not None:
-        raise UsageError(f"quantization {quantization!r}: the adapter {folder!r} can't be merged into quantized weights.")
-    name = adapter["base_model_name_or_path"]
-    base = load_base(name, adapter.get("revision"), dtype, attention, None, device)
+def _merged(base: PreTrainedModel, name: str, folder: str) -> PreTrainedModel:
+    """The base ``name`` with the PEFT adapter in a folder merged into its weights."""
     try:
         merged: Any = PeftModel.from_pretrained(base, resolve(folder)).merge_and_unload()
     except Exception as error:  # peft and safetensors raise many types

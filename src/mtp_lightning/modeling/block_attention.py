@@ -41,19 +41,10 @@ def block_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers' interface, for the MTP positions of a masked input alone.
+    """An attention function of transformers' interface, for the M = P * K MTP positions of a masked input alone.
 
-    Args:
-        module: the attention layer; not used.
-        query: of M = P * K MTP positions, [B, H, M, d].
-        key: of the L cached NTP positions and of the MTP positions, [B, G, L + M, d].
-        value: the same, [B, G, L + M, e].
-        attention_mask: ``masking.block_mask``, [B, 1, M, L + K] bool.
-        scaling: factor of the scores; None: d ** -0.5.
-        **kwargs: not used.
-
-    Returns:
-        The output, [B, M, H, e], and None.
+    Query [B, H, M, d], key [B, G, L + M, d] and value [B, G, L + M, e] of the L cached NTP positions and the MTP positions,
+    and ``masking.block_mask`` [B, 1, M, L + K] bool give the output [B, M, H, e], and None.
     """
     B, H, M, d = query.shape
     L = key.shape[2] - M

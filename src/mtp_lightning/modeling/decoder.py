@@ -19,10 +19,10 @@ def text_config(base: PreTrainedModel) -> Any:
     return base.config.get_text_config(decoder=True)
 
 
-def has_experts(config: Any) -> bool:
-    """True for a mixture of experts."""
+def num_experts(config: Any) -> int:
+    """Experts of each layer; 0 or 1: not a mixture of experts."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return any((getattr(config, name, None) or 0) > 1 for name in names)
+    return max(int(getattr(config, name, None) or 0) for name in names)
 
 
 def check_layer_types(config: Any, is_recurrent: bool = False) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mtp_lightning.errors import UsageError
-from mtp_lightning.modeling.decoder import has_experts, text_config
+from mtp_lightning.modeling.decoder import num_experts, text_config
 from mtp_lightning.modeling.peft_private import ADAPTER, LoraLayer, LoraVariant, lora_layers, set_variant
 from mtp_lightning.modeling.transformers_private import offload_hook
 from mtp_lightning.types import compute_dtype
@@ -210,7 +210,7 @@ def _default_targets(base: PreTrainedModel) -> list[str]:
     """
     decoder = base.get_decoder()
     prefix = next(name for name, module in base.named_modules() if module is decoder)
-    is_mixture = has_experts(text_config(base))
+    is_mixture = num_experts(text_config(base)) > 1
     return [
         f"{prefix}.{name}"
         for name, module in decoder.named_modules()

@@ -12,6 +12,7 @@ Where the base has a chat template, a text is a user's turn, unless it is raw.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,11 +100,16 @@ def round_robin(domains: Sequence[str]) -> list[int]:
 
     ``[a, a, a, b, b] -> [0, 3, 1, 4, 2]``
     """
+    turns = itertools.zip_longest(*by_domain(domains).values())
+    return [index for turn in turns for index in turn if index is not None]
+
+
+def by_domain(domains: Sequence[str]) -> dict[str, list[int]]:
+    """Domain -> indices of its members, domains in the order of their first appearance."""
     members: dict[str, list[int]] = {}
     for index, domain in enumerate(domains):
         members.setdefault(domain, []).append(index)
-    longest = max(map(len, members.values()), default=0)
-    return [indices[turn] for turn in range(longest) for indices in members.values() if turn < len(indices)]
+    return members
 
 
 def _read_text(source: str) -> tuple[str, str, bool]:
@@ -175,11 +181,6 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
     raise RunError(f"{location}: expected prompt as text, or messages, got the fields: {fields}.")
 
 
-def _check_tokenizer(tokenizer: Any) -> None:
-    if tokenizer is None:
-        raise UsageError("a prompt needs a tokenizer, and the model was saved without one.")
-
-
 def encode_prompt(text: str, tokenizer: Any, raw: bool = False) -> Prompt:
     """A text as a prompt: a user's turn where the base has a chat template, unless it is ``raw``.
 
@@ -193,7 +194,8 @@ def encode_prompt(text: str, tokenizer: Any, raw: bool = False) -> Prompt:
 
 def as_turn(row: PromptRow, tokenizer: Any) -> PromptRow:
     """A row of text as a user's turn where the base has a chat template, unless it is raw; any other row as it is."""
-    _check_tokenizer(tokenizer)
+    if tokenizer is None:
+        raise UsageError("a prompt needs a tokenizer, and the model was saved without one.")
     if row.raw or not row.content or not isinstance(row.content, str) or not has_chat_template(tokenizer):
         return row
     return row._replace(content=[{"role": "user", "content": row.content}])

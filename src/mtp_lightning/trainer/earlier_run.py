@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.saving.checkpoint_files import newest_checkpoint, read_run_id, run_of
 from mtp_lightning.training.distributed import checkpoint_folders
 
@@ -70,4 +70,4 @@ def last_checkpoint(trainer: Trainer, folder: Path, may_begin: bool) -> str | No
 def _warn(trainer: Trainer, message: str) -> None:
     """Print a line, once for all processes."""
     if trainer.is_global_zero:
-        print(f"mtp: {message}", file=sys.stderr)
+        note(f"mtp: {message}")

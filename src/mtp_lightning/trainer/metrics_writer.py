@@ -14,11 +14,9 @@ from mtp_lightning.files import atomic_file
 
 
 class MetricsWriter(ExperimentWriter):
-    """Writes ``metrics.csv``. Lightning's own deletes an existing file as soon as a trainer starts in its folder.
+    """Writes ``metrics.csv``: appends to the file, or replaces it when the first figures are written.
 
-    Args:
-        log_dir: the run's folder.
-        append: add to an existing file; else replace it when the first figures are written.
+    Lightning's own deletes an existing file as soon as a trainer starts in its folder.
     """
 
     def __init__(self, log_dir: str, append: bool) -> None:

@@ -13,14 +13,7 @@ from mtp_lightning.schedules import Ramp
 
 
 class RunSchedules:
-    """Numbers that depend on the optimizer step alone, so that a resumed run has those of the uninterrupted one.
-
-    Args:
-        loss_schedules: loss term -> factor of its weight.
-        num_masks_schedule: masks in a block, or None.
-        terms: names of the loss terms.
-        num_masks: k, the most masks in a block.
-    """
+    """Numbers that depend on the optimizer step alone, so that a resumed run has those of the uninterrupted one."""
 
     def __init__(
         self,

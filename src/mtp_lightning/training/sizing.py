@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.losses.chunked import LOGITS_PER_CHUNK
-from mtp_lightning.modeling.decoder import text_config
+from mtp_lightning.modeling.decoder import num_experts, text_config
 
 if TYPE_CHECKING:
     from mtp_lightning.modeling.network import MTPNetwork
@@ -141,9 +141,7 @@ def model_size(model: MTPNetwork) -> ModelSize:
 
 def _active_experts(config: Any, in_layers: int) -> tuple[int, float]:
     """Width of the MLP that a token visits, and the share of the layers' parameters that it passes through."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((int(count) for name in names if (count := getattr(config, name, None))), 0)
-    if experts <= 1:
+    if (experts := num_experts(config)) <= 1:
         return int(config.intermediate_size), 1.0
     visited = int(config.num_experts_per_tok)
     width = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)

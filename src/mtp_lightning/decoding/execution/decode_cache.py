@@ -45,28 +45,20 @@ def rounded_slots(slots: int) -> int:
 
 
 class DecodeCache:
-    """What decoding keeps for one model. A copied or pickled model starts with an empty one.
-
-    Attributes:
-        lock: held while a step runs.
-        output: the output layer if it is a plain linear one; else None.
-        generation: counts the changes of what graphs read.
-        graphs_failed: True if making a graph of a step has failed.
-        calibrations: costs of steps, by all that they depend on.
-    """
+    """What decoding keeps for one model. A copied or pickled model starts with an empty one."""
 
     def __init__(self) -> None:
         self._fingerprint: tuple[Any, ...] | None = None
         self._forwards: list[tuple[dict[str, Any], Forward]] = []  # vars() of each layer: its setattr is slow
-        self.output: nn.Linear | None = None
-        self.lock = threading.RLock()
+        self.output: nn.Linear | None = None  # the output layer if it is a plain linear one
+        self.lock = threading.RLock()  # held while a step runs
         self._depth = 0
         self._device_and_dtype: tuple[torch.device, torch.dtype] | None = None
         self._graph_inputs: tuple[Any, ...] | None = None
         self._caches: dict[tuple[int, int], RowCache] = {}
-        self.generation = 0
-        self.graphs_failed = False
-        self.calibrations: dict[str, StepCosts] = {}
+        self.generation = 0  # counts the changes of what graphs read
+        self.graphs_failed = False  # True if making a graph of a step has failed
+        self.calibrations: dict[str, StepCosts] = {}  # costs of steps, by all that they depend on
 
     def __reduce__(self) -> Any:
         return DecodeCache, ()

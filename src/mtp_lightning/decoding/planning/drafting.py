@@ -16,20 +16,12 @@ PRIOR = 0.5
 
 
 class RowStats:
-    """What is known of one text.
-
-    Args:
-        num_masks: k.
-
-    Attributes:
-        lookup: how often drafts that are looked up in the text are right.
-        last_lookup: the draft that was looked up last, None if nothing was found.
-    """
+    """What is known of one text."""
 
     def __init__(self, num_masks: int) -> None:
         self._num_masks, self._accepted = num_masks, Rates(num_masks)
-        self.lookup = LookupStats()
-        self.last_lookup: LookupDraft | None = None
+        self.lookup = LookupStats()  # how often drafts that are looked up in the text are right
+        self.last_lookup: LookupDraft | None = None  # the draft that was looked up last, None if nothing was found
         self._expected: list[int] = []  # tokens of the newest block that the text has not reached yet
         self._depth = 0
 

@@ -18,10 +18,8 @@ def pair(num_masks: int) -> tuple[Plan, Plan]:
 class StepCosts:
     """Seconds of steps: those measured, and others by the positions that they feed for a row and the tokens they draft.
 
-    Args:
-        measured: seconds by plan; among them the plain step and one with masks. Where other plans than these are asked for,
-            both of ``pair(num_masks)`` belong to them: without, drafting tokens after the first takes no time.
-        num_masks: k.
+    Among the measured are the plain step and one with masks, and, where other plans than these are asked for, both of
+    ``pair(num_masks)``: without these, drafting tokens after the first takes no time.
     """
 
     def __init__(self, measured: Mapping[Plan, float], num_masks: int) -> None:
