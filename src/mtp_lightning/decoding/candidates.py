@@ -31,7 +31,7 @@ class Unembedding(Protocol):
 
 
 class Candidates:
-    """The ``count`` best tokens m at each mask, by the base head's logits [B, J, V]: ``tokens`` [B, J, m] int64, ascending."""
+    """The best m tokens at each mask, by the base head's logits [B, J, V]: ``tokens``, [B, J, m] int64, ascending."""
 
     def __init__(self, unembed: Unembedding, logits: Tensor, count: int) -> None:
         self.unembed = unembed

@@ -20,7 +20,7 @@ class Proposer(Protocol):
     """Offers drafts after each step. How many are verified, and with ``auto`` whose, is the planner's decision."""
 
     def propose(self, state: DecodeState, plan: Plan, result: StepResult) -> None:
-        """After a step by this plan, leave ``drafts`` and its rows' ``num_drafts`` in the state, or ``Row.offer`` a draft."""
+        """After a step by this plan, leave ``drafts`` and rows' ``num_drafts`` in the state, or ``Row.offer`` a draft."""
         ...
 
 

@@ -66,7 +66,7 @@ def chunked_sum(
     """``(losses(hidden, all) * weights).sum()`` of states [N, D] and weights [N], computed in chunks of positions.
 
     ``losses`` gives the loss per position of a chunk, [n], from its states [n, D] and its slice of the N positions.
-    ``parameters`` are other trained tensors that it uses; they get their gradients too. The sum is a scalar, float32 (float64
+    ``parameters`` are other trained tensors that it uses; they get their gradients too. The sum is a float32 scalar (float64
     for float64 states), 0 for N = 0, once differentiable.
     """
     if hidden.shape[0] == 0:  # 0, and still part of the graph of everything that is trained
