@@ -23,10 +23,10 @@ class DataCLI(SettingsCLI):
     def add_arguments_to_parser(self, parser: ArgumentParser) -> None:
         """Options in addition to the configuration."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="not used; a run's config.yaml has it")
-        parser.add_argument("--split", type=Literal["train", "validation", "test"], default="train", help="which data")
-        parser.add_argument("--rows", type=PositiveInt, default=3, help="number of rows to show")
-        parser.add_argument("--steps", type=PositiveInt, default=10, help="number of optimizer steps to count")
+        parser.add_argument("--ckpt_path", type=str | None, default=None)
+        parser.add_argument("--split", type=Literal["train", "validation", "test"], default="train")
+        parser.add_argument("--rows", type=PositiveInt, default=3)
+        parser.add_argument("--steps", type=PositiveInt, default=10)
 
 
 def run_data(words: list[str]) -> None:

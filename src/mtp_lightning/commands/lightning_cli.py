@@ -22,18 +22,17 @@ from mtp_lightning.callbacks.run_guards import as_text
 from mtp_lightning.callbacks.run_summary import RunSummary
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
 from mtp_lightning.commands.parser import CommandParser
+from mtp_lightning.commands.settings import CLASSES, keys_of
 from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
 from mtp_lightning.evaluation.run_comparison import flat_settings
 from mtp_lightning.modeling.base import is_out_of_memory
-from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import run_of
 from mtp_lightning.trainer import AtomicCheckpointIO, MetricsWriter
 from mtp_lightning.trainer.earlier_run import appends_metrics, check_folder_is_free, last_checkpoint, results_of_run
 from mtp_lightning.trainer.run_errors import run_error, unwritable_message
 from mtp_lightning.trainer.wrong_settings import (
-    check_nulls,
     check_training_state,
     check_validation_interval,
     setting_error,
@@ -46,8 +45,6 @@ from mtp_lightning.training.module import MTPModule
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
-GROUPS: dict[str, type] = {"model": MTPModule, "model.lora": LoRA, "data": MTPDataModule, "trainer": Trainer}
-"""Classes whose arguments are keys of every configuration."""
 LOGGED = ("seed_everything", "model", "data", "trainer")
 """The parts of a configuration that are logged, without loggers and callbacks."""
 
@@ -98,18 +95,16 @@ class MTPCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser with one-line errors."""
+        """A parser with one-line errors; help is in ``settings.py``."""
         parser = ConfigurationParser(**kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file; give several to add to the first")
+        parser.add_argument("-c", "--config", action=ActionConfigFile)
         return parser
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, with our options."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
-            parser.add_argument(
-                "--overwrite", action="store_true", help="delete the run that is in the folder, and begin again"
-            )
+            parser.add_argument("--overwrite", action="store_true")
         return parser
 
     @staticmethod
@@ -121,8 +116,12 @@ class MTPCLI(LightningCLI):
         """Nothing: settings stored in a checkpoint must not override the YAML and the command line."""
 
     def before_instantiate_classes(self) -> None:
-        """Refuse ``null`` where a class needs a value."""
-        check_nulls(self.config if self.subcommand is None else self.config[self.subcommand], GROUPS)
+        """Refuse ``null`` where a class needs a value: the parser accepts it for every key."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        for group in set(CLASSES) - {"trainer"}:  # Lightning checks its own
+            for name, key in keys_of(group).items():
+                if config.get(f"{group}.{name}", 0) is None and "None" not in key.kind:
+                    raise UsageError(f"{group}.{name} must have a value, got null. Change it or leave it out.")
 
     def instantiate_classes(self) -> None:
         """Lightning's, with a one-line error if a class needs a package that is not installed."""
@@ -244,7 +243,7 @@ class SettingsCLI(MTPCLI):
 
     def add_arguments_to_parser(self, parser: ArgumentParser) -> None:
         """Keys of a run's ``config.yaml`` in addition to the settings."""
-        parser.add_argument("--weights_only", type=bool | None, default=None, help="not used; a run's config.yaml has it")
+        parser.add_argument("--weights_only", type=bool | None, default=None)
 
 
 def run_trainer(words: list[str]) -> None:

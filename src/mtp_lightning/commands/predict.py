@@ -43,9 +43,9 @@ class PredictCLI(SettingsCLI):
     def add_arguments_to_parser(self, parser: ArgumentParser) -> None:
         """Options in addition to the configuration."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--ckpt_path", type=str, required=True, help="path of a checkpoint that mtp fit wrote")
-        parser.add_argument("--prompts", type=str, default=None, help="prompts file. Default: data.test")
-        parser.add_argument("--json", action="store_true", help="one JSON line per prompt: what it always prints")
+        parser.add_argument("--ckpt_path", type=str, required=True)
+        parser.add_argument("--prompts", type=str, default=None)
+        parser.add_argument("--json", action="store_true")
         DecodingArguments.add_to(parser)
 
 

@@ -7,24 +7,12 @@ import os
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line, os_reason
-
-
-def check_nulls(config: Any, groups: Mapping[str, type]) -> None:
-    """Refuse ``null`` for a key that must have a value; ``groups``: group of keys -> the class whose arguments they are.
-
-    The parser accepts ``null`` for every key.
-    """
-    for group, owner in groups.items():
-        hints = {} if owner is Trainer else get_type_hints(owner.__init__)  # type: ignore[misc] # Lightning checks its own
-        for name, hint in hints.items():
-            if name != "return" and config.get(f"{group}.{name}", 0) is None and type(None) not in get_args(hint):
-                raise UsageError(f"{group}.{name} must have a value, got null. Change it or leave it out.")
 
 
 def check_training_state(path: str, checkpoint: Mapping[str, Any], command: str) -> None:
