@@ -86,6 +86,7 @@ def test_smaller_weights_and_a_base_that_moved(run: Path, here: Path, capsys) ->
         ("--ckpt_path {last} --output saved --acceptance broken.json", 1, "broken.json"),
         ("--ckpt_path {last} --output saved --benchmark broken.json", 1, "broken.json"),
         ("--ckpt_path {last} --output saved --base_name /a/b/c", 2, "base_name"),
+        ("--ckpt_path {last} --output saved --format sglang", 2, "mask_tokens"),
     ],
 )
 def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, name: str) -> None:

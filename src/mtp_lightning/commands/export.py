@@ -11,6 +11,8 @@ from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.modeling.base import parse_dtype
 from mtp_lightning.saving.export import export_checkpoint
 from mtp_lightning.saving.export_options import ExportOptions
+from mtp_lightning.saving.saved_folder import read_config
+from mtp_lightning.saving.sglang import start_line
 
 
 def run_export(config: Any) -> None:
@@ -23,5 +25,8 @@ def run_export(config: Any) -> None:
     print(f"saved to {config.output}")
     if Path(base).is_absolute():
         note(f"the folder names its base by a path of this machine ({base}): for others give --base_name HUB_ID.")
+    if options.format == "sglang":
+        saved = read_config(Path(config.output))
+        print(f"serve it with: {start_line(base, saved['revision'], config.output, saved['num_masks'])}")
     if options.push is not None:
         print(f"uploaded to {options.push}")

@@ -39,6 +39,7 @@ from mtp_lightning.saving.saved_folder import (
     file_digest,
     read_config,
 )
+from mtp_lightning.saving.sglang import check_for_sglang
 from mtp_lightning.saving.trained_parts import head_settings
 
 CARD_FILE = "README.md"
@@ -198,6 +199,8 @@ def export_checkpoint(
     else:
         figures = read_figures(Path(options.acceptance or run / "acceptance.json"), content.get("global_step"))
     parts = checkpoint_parts(content, path)
+    if options.format == "sglang":
+        check_for_sglang(parts)
     weights = parts.weights
     if dtype is not None:
         weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # documented, not in its __all__
@@ -25,6 +26,7 @@ class ExportOptions:
         license: licence on the card, as apache-2.0. Default: the one that the base's card names.
         push: hub repository to upload the folder to.
         private: create that repository as a private one.
+        format: sglang: check that SGLang's UNO drafter takes the folder, and print the command that serves it.
     """
 
     base_model: str | None = None
@@ -35,6 +37,7 @@ class ExportOptions:
     license: str | None = None
     push: str | None = None
     private: bool = False
+    format: Literal["mtp", "sglang"] = "mtp"
 
     def __post_init__(self) -> None:
         if self.base_name is not None:

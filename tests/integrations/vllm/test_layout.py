@@ -6,13 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtp_lightning.integrations.vllm.layout import (
-    make_layout,
-    mask_positions,
-    sees_own,
-    sees_recent,
-    sees_text,
-)
+from mtp_lightning.integrations.vllm.layout import make_layout, mask_positions, sees_own, sees_recent
 from mtp_lightning.integrations.vllm.load_table import Blocks
 
 QUERY_LENS, SEQ_LENS = [3, 1, 5], [9, 1, 5]
@@ -26,7 +20,7 @@ def test_layout(blocks: Blocks) -> None:
         10, torch.tensor([*begins, 9]), torch.tensor(SEQ_LENS, dtype=torch.int32), blocks
     )  # one row of padding
     positions = mask_positions(layout, 10).view(3, blocks.number, blocks.masks)
-    text, recent = sees_text(layout, 12), sees_recent(layout)
+    recent = sees_recent(layout)
     assert (layout.num_requests, layout.num_masks) == (3, 3 * blocks.rows)
     for r, (query_len, seq_len) in enumerate(zip(QUERY_LENS, SEQ_LENS, strict=True)):
         first = seq_len - blocks.number  # position of the first block's token
@@ -39,7 +33,6 @@ def test_layout(blocks: Blocks) -> None:
             for j in range(blocks.masks):
                 mask = w * blocks.masks + j
                 assert int(positions[r, w, j]) == min(max(first + w + j + 1, 0), 10)
-                assert text[r, mask].tolist() == [position <= first + w for position in range(12)]
                 seen = [u <= w and first + u >= seq_len - query_len for u in range(blocks.number)]
                 assert recent[r, mask].tolist() == seen
 

@@ -32,13 +32,12 @@ def test_masks_never_exceed_the_rows_of_a_pass() -> None:
 
 
 @pytest.mark.parametrize("num_masks", [1, 4, 8, 100])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_default_table(num_masks: int, device: str) -> None:
-    table = LoadTable(parse_loads(default_loads("quadratic", num_masks, device), num_masks), max_rows=10**6)
+def test_default_table(num_masks: int) -> None:
+    table = LoadTable(parse_loads(default_loads("quadratic", num_masks), num_masks), max_rows=10**6)
     chosen = [table.choose(num_requests, num_requests) for num_requests in range(1, 2000)]
     assert chosen[0] == Blocks(num_masks + 1, num_masks) and chosen[-1] == PLAIN
     assert [blocks.rows for blocks in chosen] == sorted((blocks.rows for blocks in chosen), reverse=True)
-    linear = parse_loads(default_loads("linear", num_masks, device), num_masks)
+    linear = parse_loads(default_loads("linear", num_masks), num_masks)
     assert [load.blocks for load in linear] == [Blocks(1, num_masks)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of masks: the fused call, and the parts of the GPU path, against a softmax over the keys that a mask sees."""
+"""Attention of masks, as requests and by the parts of the GPU path, against a softmax over the keys that a mask sees."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtp_lightning.integrations.vllm.layout import make_layout, sees_own, sees_recent, sees_text
+from mtp_lightning.integrations.vllm.layout import make_layout, sees_own, sees_recent
 from mtp_lightning.integrations.vllm.load_table import Blocks
-from mtp_lightning.integrations.vllm.mask_attention import (
-    attend,
-    attention_bias,
-    dense_part,
-    gather_pages,
-    merge,
-    paged_part,
-)
+from mtp_lightning.integrations.vllm.mask_attention import block_requests, dense_part, merge, paged_part
 
 R, H, G, D, SIZE, PAGES = 3, 2, 3, 32, 32, 7
-QUERY_LENS, SEQ_LENS = [3, 1, 3], [40, 1, 3]
+QUERY_LENS, SEQ_LENS = [3, 1, 3], [34, 1, 3]
 TABLE = torch.tensor([[5, 2], [1, 0], [3, 0]])
 SCALE = 0.2
 
@@ -52,30 +45,31 @@ def obvious(blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, key_pages: Tensor, 
     return out
 
 
-def pages_in_layout(key_pages: Tensor, value_pages: Tensor, layout: str) -> Tensor:
-    """vLLM's CPU cache [pages, H, size, 2 D], written value by value."""
-    cache = torch.zeros(PAGES, H, 2, SIZE * D, dtype=key_pages.dtype)
-    for s in range(SIZE):
-        for d in range(D):
-            if layout == "vec":
-                at_key, at_value = d * SIZE + s, s * D + d
-            else:
-                at_key = ((s // 16 * (D // 2) + d // 2) * 16 + s % 16) * 2 + d % 2
-                at_value = ((d // 16 * (SIZE // 2) + s // 2) * 16 + d % 16) * 2 + s % 2
-            cache[:, :, 0, at_key], cache[:, :, 1, at_value] = key_pages[:, s, :, d], value_pages[:, s, :, d]
-    return cache.view(PAGES, H, SIZE, 2 * D)
-
-
-@pytest.mark.parametrize("cache_layout", ["vec", "amx"])
-def test_one_call_over_gathered_pages(blocks: Blocks, cache_layout: str) -> None:
+@pytest.mark.parametrize("query_lens", [QUERY_LENS, [3, 1, 2]], ids=["blocks at the text's beginning", "chunk"])
+def test_blocks_as_requests(blocks: Blocks, query_lens: list[int]) -> None:
+    """Causal attention of each block over its pages of the copy."""
     q, k, v, key_pages, value_pages = random_tensors(blocks, torch.float64)
-    layout = make_layout(7, torch.tensor([0, 3, 4, 7]), torch.tensor(SEQ_LENS), blocks)
-    M, cache = blocks.rows, pages_in_layout(key_pages, value_pages, cache_layout)
-    keys, values = gather_pages(cache, TABLE, cache_layout, room=M)
-    keys[:, :, -M:], values[:, :, -M:] = k.transpose(1, 2), v.transpose(1, 2)
-    bias = attention_bias(sees_text(layout, 2 * SIZE), sees_own(blocks, q.device), G, q.dtype)
-    out = attend(q, keys, values, bias, SCALE)
-    torch.testing.assert_close(out, obvious(blocks, q, k, v, key_pages, value_pages), rtol=0, atol=1e-12)
+    starts = torch.tensor([0, *query_lens]).cumsum(0)
+    layout = make_layout(sum(query_lens), starts, torch.tensor(SEQ_LENS), blocks)
+    requests = block_requests(layout, TABLE, SIZE)
+    keys, values = key_pages[requests.pages], value_pages[requests.pages]
+    keys.view(-1, H, D)[requests.slots], values.view(-1, H, D)[requests.slots] = k.flatten(0, 1), v.flatten(0, 1)
+    queries, out = q.flatten(0, 1), torch.zeros_like(q.flatten(0, 1))
+    for b, length in enumerate(requests.seq_lens.tolist()):
+        own_keys, own_values = (pages[requests.block_table[b].long()].flatten(0, 1) for pages in (keys, values))
+        for j, row in enumerate(range(int(requests.starts[b]), int(requests.starts[b + 1]))):
+            seen = length - blocks.masks + j + 1
+            weights = (torch.einsum("hgd,nhd->hgn", queries[row], own_keys[:seen]) * SCALE).softmax(-1)
+            out[row] = torch.einsum("hgn,nhd->hgd", weights, own_values[:seen])
+    torch.testing.assert_close(out.view(q.shape), obvious(blocks, q, k, v, key_pages, value_pages), rtol=0, atol=1e-12)
+    assert len(set(requests.slots.tolist())) == R * blocks.rows
+
+
+def test_masks_behind_the_last_page_of_the_table() -> None:
+    """At the end of the context the table has no page for them, but the copy has."""
+    layout = make_layout(1, torch.tensor([0, 1]), torch.tensor([2 * SIZE]), Blocks(1, 4))
+    requests = block_requests(layout, TABLE[:1], SIZE)
+    assert requests.slots.tolist() == [(len(requests.pages) - 2) * SIZE + j for j in range(4)]
 
 
 def test_parts_of_the_gpu_path(blocks: Blocks) -> None:

@@ -20,6 +20,9 @@ class FakeModel:
     def __init__(self, state: PassState) -> None:
         self.mtp = SimpleNamespace(state=state)
 
+    def measure_loads(self, vllm_config: object) -> None:
+        """Nothing to measure."""
+
     def draft(self, hidden: torch.Tensor, logits: torch.Tensor | None, verified: torch.Tensor) -> torch.Tensor:
         assert logits is None
         return torch.cat([hidden[:, 0].long(), verified[:, None]], 1)

@@ -6,17 +6,16 @@ Masks get no slot in the KV cache: vLLM's ``slot_mapping`` names slots for the s
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtp_lightning.errors import UsageError
 from mtp_lightning.integrations.vllm import layout as masks
 from mtp_lightning.integrations.vllm.layout import Layout
-from mtp_lightning.integrations.vllm.mask_attention import attend, attention_bias, dense_part, gather_pages, merge
+from mtp_lightning.integrations.vllm.mask_attention import BlockRequests, block_requests, dense_part, merge
 from mtp_lightning.integrations.vllm.pass_state import PassState
-from mtp_lightning.integrations.vllm.settings import CPU_CACHE_LAYOUTS
 
 
 def add_masks_to(layer: Any, state: PassState) -> None:
@@ -47,7 +46,7 @@ def add_masks_to(layer: Any, state: PassState) -> None:
         T = lay.num_tokens
         plain.forward(self, layer, query[:T], key[:T], value[:T], kv_cache, attn_metadata, output[:T], *others, **options)
         attention = _cpu_attention if query.device.type == "cpu" else _flash_attention
-        result = attention(self, layer, query, key, value, kv_cache, attn_metadata.block_table, state)
+        result = attention(plain, self, layer, (query, key, value), kv_cache, attn_metadata, state)
         output[T:].view(result.shape).copy_(result)
         return output
 
@@ -62,23 +61,51 @@ def _queries(query: Tensor, key: Tensor, lay: Layout) -> Tensor:
 
 
 def _cpu_attention(
-    impl: Any, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, table: Tensor, state: PassState
+    plain: Any, impl: Any, layer: Any, tensors: tuple[Tensor, Tensor, Tensor], cache: Tensor, metadata: Any, state: PassState
 ) -> Tensor:
-    """Output of masks, [R, M, H, G, D], by one fused call over the pages, in which this pass's tokens are already."""
-    if layer.isa not in CPU_CACHE_LAYOUTS:
-        raise UsageError(f"vLLM's CPU attention {layer.isa} is not supported (its head size or this machine).")
-    lay = state.layout
-    assert lay is not None
-    q, M, size = _queries(query, key, lay), lay.blocks.rows, kv_cache.shape[2]
-    if state.attention_bias is None:
-        length = -(-int(lay.seq_lens.max()) // size) * size
-        own = masks.sees_own(lay.blocks, query.device)
-        state.attention_bias = attention_bias(masks.sees_text(lay, length), own, q.shape[3], q.dtype)
-    num_pages = (state.attention_bias.shape[-1] - M) // size
-    keys, values = gather_pages(kv_cache, table[: lay.num_requests, :num_pages], layer.isa, room=M)
-    keys[:, :, -M:].copy_(_by_request(key, lay).transpose(1, 2))
-    values[:, :, -M:].copy_(_by_request(value, lay).transpose(1, 2))
-    return attend(q, keys, values, state.attention_bias, impl.scale)
+    """Output of masks by vLLM's kernel: each block is a request over a copy of the pages, in which the text is already."""
+    assert state.layout is not None
+    query, key, value = (x[state.layout.num_tokens :] for x in tensors)
+    if state.blocks is None:
+        blocks = block_requests(state.layout, metadata.block_table, cache.shape[2])
+        state.blocks = blocks, _cpu_metadata(impl, layer, blocks, metadata, query.dtype)
+    blocks, block_metadata = state.blocks
+    copied = cache.index_select(0, blocks.pages)
+    plain.do_kv_cache_update(impl, layer, key, value, copied, blocks.slots)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    plain.forward(impl, layer, query, key, value, copied, block_metadata, output)
+    return output
+
+
+def _cpu_metadata(impl: Any, layer: Any, blocks: BlockRequests, metadata: Any, dtype: torch.dtype) -> Any:
+    """What vLLM's kernel reads about the blocks; ``metadata`` is the pass's."""
+    from vllm import _custom_ops as ops
+
+    schedule = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(blocks.seq_lens),
+        num_heads=impl.num_heads,
+        num_kv_heads=impl.num_kv_heads,
+        head_dim=impl.head_size,
+        seq_lens=blocks.seq_lens,
+        dtype=dtype,
+        query_start_loc=blocks.starts,
+        causal=True,
+        sliding_window_size=-1,
+        isa=layer.isa,
+        enable_kv_split=False,
+    )
+    return dataclasses.replace(
+        metadata,
+        num_actual_tokens=len(blocks.slots),
+        max_query_len=int(blocks.starts[1]),
+        query_start_loc=blocks.starts,
+        max_seq_len=int(blocks.seq_lens.max()),
+        seq_lens=blocks.seq_lens,
+        block_table=blocks.block_table,
+        slot_mapping=blocks.slots,
+        scheduler_metadata=schedule,
+        causal=True,
+    )
 
 
 def _by_request(x: Tensor, lay: Layout) -> Tensor:
@@ -87,9 +114,10 @@ def _by_request(x: Tensor, lay: Layout) -> Tensor:
 
 
 def _flash_attention(
-    impl: Any, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, table: Tensor, state: PassState
+    plain: Any, impl: Any, layer: Any, tensors: tuple[Tensor, Tensor, Tensor], cache: Tensor, metadata: Any, state: PassState
 ) -> Tensor:
     """Output of masks, [R, M, H, G, D], on a GPU: pages in place. NOT RUN YET; the parts' twins are tested on a CPU."""
+    (query, key, value), table = tensors, metadata.block_table
     lay = state.layout
     assert lay is not None
     q = _queries(query, key, lay)
@@ -97,7 +125,7 @@ def _flash_attention(
     values = torch.cat([value[lay.recent], _by_request(value, lay)], dim=1)
     own = masks.sees_own(lay.blocks, query.device).expand(lay.num_requests, -1, -1)
     seen = torch.cat([masks.sees_recent(lay), own], dim=2)
-    text, text_lse = _flash_part(impl, q, kv_cache, table[: lay.num_requests], lay.before)
+    text, text_lse = _flash_part(impl, q, cache, table[: lay.num_requests], lay.before)
     dense, dense_lse = dense_part(q, keys, values, seen, impl.scale)
     return merge(text, text_lse, dense, dense_lse)
 

@@ -66,17 +66,17 @@ def packed_lora(parts: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[i
         sizes: outputs of each layer.
 
     Returns:
-        A [in, R] and B [R, all outputs], for the product x A B; R is the sum of the ranks.
+        A [R, in] and B [all outputs, R]; R is the sum of the ranks.
     """
     present = [part for part in parts if part is not None]
-    A = torch.cat([A for A, _ in present]).t().contiguous()
-    B, row, column = A.new_zeros(A.shape[1], sum(sizes)), 0, 0
+    A = torch.cat([A for A, _ in present])
+    B, row, column = A.new_zeros(sum(sizes), len(A)), 0, 0
     for part, size in zip(parts, sizes, strict=True):
         if part is not None:
             rank = part[1].shape[1]
-            B[row : row + rank, column : column + size] = part[1].t()
-            row += rank
-        column += size
+            B[row : row + size, column : column + rank] = part[1]
+            column += rank
+        row += size
     return A, B
 
 

@@ -82,13 +82,6 @@ def sees_own(blocks: Blocks, device: torch.device) -> Tensor:
     return (block[:, None] == block[None, :]) & (index[:, None] >= index[None, :])
 
 
-def sees_text(layout: Layout, length: int) -> Tensor:
-    """Which mask sees which position of its request's text, [R, W * k, length] bool: its anchor and those before it."""
-    positions = torch.arange(length, device=layout.anchors.device)
-    anchors = layout.anchors.repeat_interleave(layout.blocks.masks, dim=1)
-    return positions <= anchors[..., None]
-
-
 def sees_recent(layout: Layout) -> Tensor:
     """Which mask sees which of its request's last W tokens, [R, W * k, W] bool, of those that are part of this pass."""
     block = torch.arange(layout.blocks.rows, device=layout.recent.device) // layout.blocks.masks

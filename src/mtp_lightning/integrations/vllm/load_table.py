@@ -55,15 +55,14 @@ class LoadTable:
         return max((load.blocks.masks for load in self.loads), default=0)
 
 
-MASK_ROWS = {"cpu": 64, "cuda": 512}
-"""Masks of a pass, by device, up to which the default table adds them: about where rows stop being nearly free."""
+MASK_ROWS = 512
+"""Masks of a pass up to which a GPU's default table adds them, about where rows stop being nearly free. Not measured."""
 
 
-def default_loads(decoding: str, num_masks: int, device: str) -> list[list[Any]]:
-    """The table that is used without ``load_table``: quadratic, then linear, as long as masks are nearly free."""
-    rows = MASK_ROWS.get(device, MASK_ROWS["cuda"])
-    quadratic = max(1, rows // blocks_of("quadratic", num_masks).rows)
-    linear = max(1, rows // num_masks)
+def default_loads(decoding: str, num_masks: int) -> list[list[Any]]:
+    """A GPU's table without ``load_table``: quadratic, then linear, as long as masks are nearly free."""
+    quadratic = max(1, MASK_ROWS // blocks_of("quadratic", num_masks).rows)
+    linear = max(1, MASK_ROWS // num_masks)
     table: list[list[Any]] = [[linear, "linear", num_masks]]
     if decoding == "quadratic":
         table = [[quadratic, "quadratic", num_masks]] + (table if linear > quadratic else [])

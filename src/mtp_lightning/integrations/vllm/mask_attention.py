@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of masks over the text in pages and the masks of their block, in plain PyTorch. No vLLM.
+"""Attention of masks over the text in pages and the masks of their block. No vLLM.
 
-On a CPU one fused call over gathered pages (``attend``). On a GPU, where pages are read in place, two parts that their
-log-sum-exps merge: the text before the pass's last tokens, by FlashAttention (``paged_part`` is its twin), and those tokens
-and the masks (``dense_part``).
+On a CPU, vLLM's own kernel over a copy of the pages, in which each block is a request (``block_requests``). On a GPU, where
+pages are read in place, two parts that their log-sum-exps merge: the text before the pass's last tokens, by FlashAttention
+(``paged_part`` is its twin), and those tokens and the masks (``dense_part``).
 
 Letters: R requests, M masks of a request, H key heads, G query heads for each, D head size, N keys, P pages of ``size``
 tokens.
@@ -11,73 +11,49 @@ tokens.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention in one call.
-
-    Args:
-        q: queries of masks, [R, M, H, G, D].
-        keys: keys, [R, H, N, D].
-        values: values, [R, H, N, D].
-        bias: ``attention_bias``, [R, 1, G * M, N].
-        scale: factor of the scores.
-
-    Returns:
-        The output, [R, M, H, G, D].
-    """
-    R, M, H, G, D = q.shape
-    folded = q.permute(0, 2, 3, 1, 4).reshape(R, H, G * M, D)
-    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bias, scale=scale)
-    return out.view(R, H, G, M, D).permute(0, 3, 1, 2, 4)
+from mtp_lightning.integrations.vllm.layout import Layout
 
 
-def attention_bias(text: Tensor, own: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """0 where a mask sees a key and -inf elsewhere, [R, 1, G * M, N + M].
+class BlockRequests(NamedTuple):
+    """The blocks of a pass as requests of their own over a copy of the pages: one block, B = R * W, has k tokens."""
+
+    pages: Tensor  # pages of the cache to copy, [N] int64
+    block_table: Tensor  # by block: its pages in the copy, [B, P] int32
+    slots: Tensor  # by mask: where its key and value go in the copy, [B * k] int64
+    seq_lens: Tensor  # by block: the text up to its anchor and its masks, [B] int32
+    starts: Tensor  # by block: the row of its first mask, and the end, [B + 1] int32
+
+
+def block_requests(layout: Layout, table: Tensor, size: int) -> BlockRequests:
+    """Blocks as requests: each has its own copy of the pages that its masks are written to; those before are shared.
 
     Args:
-        text: which mask sees which token of the text, [R, M, N] bool.
-        own: which mask sees which mask, [M, M] bool.
-        groups: G.
-        dtype: the queries' dtype.
-
-    Returns:
-        The bias in this dtype.
+        layout: the pass.
+        table: pages of each request, [R, any] integers.
+        size: tokens in a page.
     """
-    seen = torch.cat([text, own.expand(len(text), -1, -1)], dim=2)
-    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-    return bias[:, None, None].expand(-1, 1, groups, -1, -1).flatten(2, 3)
-
-
-def gather_pages(kv_cache: Tensor, table: Tensor, layout: str, room: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the pages in a table, in order, with room for more at the end.
-
-    Args:
-        kv_cache: vLLM's CPU cache, [pages, H, size, 2 * D].
-        table: pages of each request, [R, P] integers.
-        layout: how keys and values lie within a page, ``vec`` or ``amx`` (vLLM's names of its kernels).
-        room: number of entries at the end that are not filled.
-
-    Returns:
-        Keys and values, [R, H, P * size + room, D] each.
-    """
-    _, H, size, width = kv_cache.shape
-    (R, P), D = table.shape, width // 2
-    pages = kv_cache[table.long()].view(R, P, H, 2, size * D)
-    k, v = pages[:, :, :, 0], pages[:, :, :, 1]
-    if layout == "amx":  # 16 tokens by 2 values of keys, and 16 values of 2 tokens, side by side
-        k = k.view(R, P, H, size // 16, D // 2, 16, 2).permute(0, 2, 1, 3, 5, 4, 6)
-        v = v.view(R, P, H, D // 16, size // 2, 16, 2).permute(0, 2, 1, 4, 6, 3, 5)
-    else:  # keys are transposed
-        k = k.view(R, P, H, D, size).permute(0, 2, 1, 4, 3)
-        v = v.view(R, P, H, size, D).permute(0, 2, 1, 3, 4)
-    keys, values = k.new_empty(2, R, H, P * size + room, D)
-    keys[:, :, : P * size].view(k.shape).copy_(k)
-    values[:, :, : P * size].view(v.shape).copy_(v)
-    return keys, values
+    R, (W, k) = layout.num_requests, layout.blocks
+    begin = layout.anchors.clamp(min=-1) + 1  # position of each block's first mask, [R, W]
+    first, own = begin // size, 1 + (k + size - 2) // size  # its page; pages that k masks can be on
+    columns = torch.arange(int(first.max()) + own)
+    last_column = table.shape[1] - 1
+    table = table[:R].long()
+    offsets = torch.arange(own)
+    written = (first[..., None] + offsets).clamp(max=last_column).flatten(1)  # past the end: any page, it is overwritten
+    pages = torch.cat([table[:, columns.clamp(max=last_column)].flatten(), table.gather(1, written).flatten()])
+    shared = torch.arange(R)[:, None, None] * len(columns) + columns  # [R, 1, P]
+    copies = R * len(columns) + own * torch.arange(R * W).view(R, W, 1)  # first own copy of each block, [R, W, 1]
+    behind = columns - first[..., None]  # pages after the first mask's, [R, W, P]
+    block_table = torch.where(behind < 0, shared, copies + behind.clamp(0, own - 1))
+    positions = begin[..., None] + torch.arange(k)  # [R, W, k]
+    slots = (copies + positions // size - first[..., None]) * size + positions % size
+    starts = torch.arange(0, (R * W + 1) * k, k, dtype=torch.int32)
+    return BlockRequests(pages, block_table.flatten(0, 1).int(), slots.flatten(), (begin + k).flatten().int(), starts)
 
 
 def dense_part(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ inside ``forward`` only: they have no slot in the KV cache, and nothing is to be
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 import vllm
 from torch import Tensor
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -23,12 +25,14 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from mtp_lightning.integrations.vllm.attention_layers import add_masks_to
+from mtp_lightning.integrations.vllm.choose_loads import choose_loads
 from mtp_lightning.integrations.vllm.cpu_sampling import repair_cpu_sampling
 from mtp_lightning.integrations.vllm.drafting import draft_greedily
 from mtp_lightning.integrations.vllm.folder import read_parts
 from mtp_lightning.integrations.vllm.gated_layers import gate_layers
 from mtp_lightning.integrations.vllm.layout import Layout, make_layout, mask_positions
 from mtp_lightning.integrations.vllm.load_table import LoadTable, default_loads, parse_loads
+from mtp_lightning.integrations.vllm.measured_costs import measured_costs
 from mtp_lightning.integrations.vllm.pass_state import PassState
 from mtp_lightning.integrations.vllm.settings import check_attention, check_engine, check_version, read_settings
 
@@ -37,6 +41,8 @@ MAX_JOINT_MASKS = {"cpu": 16, "cuda": 128}
 
 The same as in ``decoding/execution/step.py``.
 """
+
+_LOG = init_logger("vllm.mtp_lightning")  # vLLM shows the loggers below its own
 
 check_version(vllm.__version__)
 
@@ -73,10 +79,10 @@ class _Served:
         )
         check_engine(vllm_config, self.parts.num_masks)
         scheduler, k = vllm_config.scheduler_config, vllm_config.speculative_config.num_speculative_tokens
-        loads = default_loads(settings.decoding, k, device.type) if settings.load_table is None else settings.load_table
+        self.settings, self.max_requests, self.num_masks = settings, scheduler.max_num_seqs, k
+        loads = default_loads(settings.decoding, k) if settings.load_table is None else settings.load_table
         self.table = LoadTable(parse_loads(loads, k), scheduler.max_num_batched_tokens)
         self.last_position = model_config.max_model_len - 1
-        self.draft_candidates = settings.draft_candidates
         self.state = PassState(
             max_masks=scheduler.max_num_batched_tokens,
             max_requests=scheduler.max_num_seqs,
@@ -93,7 +99,7 @@ class _Served:
         self.head = self.parts.sampler_head
         if self.head is not None:
             self.head.to(parameter)
-        self.unembed, count = _Unembedding(model), self.draft_candidates
+        self.unembed, count = _Unembedding(model), self.settings.draft_candidates
         whole = count == "all" or int(count) >= self.unembed.vocab_size or not self.unembed.has_rows
         self.num_candidates = None if whole else int(count)
         self.uses_base_head = self.head is None or self.num_candidates is not None
@@ -171,6 +177,16 @@ class MTPMixin(_Model):
         logits = self.plain_logits(torch.cat([hidden_states, masks]))
         state.logits = logits[len(hidden_states) :]
         return logits[: len(hidden_states)]
+
+    def measure_loads(self, vllm_config: Any) -> None:
+        """On a CPU, and without a table of the user's: make it from what passes cost here. Call it when all is loaded."""
+        mtp = self.mtp
+        if mtp.state.device.type != "cpu" or mtp.settings.load_table is not None:
+            return
+        cost = measured_costs(self, vllm_config)
+        loads = choose_loads(cost, mtp.settings.decoding, mtp.num_masks, mtp.max_requests)
+        mtp.table = LoadTable(parse_loads(loads, mtp.num_masks), mtp.table.max_rows)
+        _LOG.info("load_table by measured costs: %s", json.dumps(loads))
 
     def draft(self, hidden: Tensor, logits: Tensor | None, verified: Tensor) -> Tensor:
         """Draft tokens [B, k] int64, from hidden states of blocks [B, k, D] and the token at m_1's position [B].

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,13 +37,13 @@ class PassState:
 
     Attributes:
         layout: the running pass's; None: it has no masks, or no pass is running.
-        attention_bias: the running pass's, the same in all layers; None: not computed yet.
+        blocks: what the CPU's attention reads of the running pass, the same in all layers; None: not computed yet.
         logits: the base head's logits of the last pass's masks, [R * W * k, V]; None: not computed.
     """
 
     def __init__(self, max_masks: int, max_requests: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layout: Layout | None = None
-        self.attention_bias: Tensor | None = None
+        self.blocks: Any = None
         self.logits: Tensor | None = None
         self.device = device
         self._hidden = torch.zeros(max_masks, width, dtype=dtype, device=device)
@@ -53,11 +53,11 @@ class PassState:
     @contextlib.contextmanager
     def running(self, layout: Layout) -> Iterator[None]:
         """The layout is that of the running pass within the ``with`` block."""
-        self.layout, self.attention_bias = layout, None
+        self.layout, self.blocks = layout, None
         try:
             yield
         finally:
-            self.layout = self.attention_bias = None
+            self.layout = self.blocks = None
 
     def keep(self, layout: Layout | None, hidden: Tensor | None) -> None:
         """Keep what the proposer needs: the hidden states of the pass's masks, [R * W * k, D]. None: it has no masks."""

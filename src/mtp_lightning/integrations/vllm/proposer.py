@@ -21,11 +21,13 @@ class Proposer:
 
     def __init__(self, vllm_config: Any) -> None:
         self.num_steps = 0
+        self._vllm_config = vllm_config
         self._model: Any = None
 
     def load_model(self, model: Any) -> None:
-        """Take the base, whose forward pass runs the masks."""
+        """Take the base, whose forward pass runs the masks and whose weights are loaded."""
         self._model = model
+        model.measure_loads(self._vllm_config)
 
     @torch.inference_mode()
     def propose(

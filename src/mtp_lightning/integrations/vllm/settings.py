@@ -14,8 +14,6 @@ KEY = "mtp_lightning"
 PROPOSER = "mtp_lightning.integrations.vllm.proposer.Proposer"
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
 CUDA_GRAPHS = ("NONE", "FULL_DECODE_ONLY")
-CPU_CACHE_LAYOUTS = ("vec", "amx")
-"""vLLM's names of the forms in which its CPU kernels keep keys and values, of those that we can read."""
 
 
 @dataclass

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The load table that is expected to be fastest, from what passes cost. No vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mtp_lightning.integrations.vllm.load_table import PLAIN, Blocks, blocks_of
+
+ACCEPTANCE = 0.55
+"""Probability that a draft token is accepted if those before it are: about that of a small adapter on its own domain."""
+MIN_GAIN = 1.1
+"""Least estimated gain over plain passes at which masks are added: attention and vLLM's own work are not in the costs."""
+
+Cost = Callable[[int, int, Blocks], float]
+"""Seconds of a pass by requests, draft tokens of each that it verifies, and the blocks of each."""
+
+
+def gain(cost: Cost, requests: int, blocks: Blocks) -> float:
+    """Expected tokens a second over those of plain passes."""
+    k, plain = blocks.masks, cost(requests, 0, PLAIN)
+    drafted = sum(ACCEPTANCE**j for j in range(1, k + 1))  # accepted tokens of a draft
+    # In linear decoding the pass after a draft that was not accepted whole has no draft.
+    share = 1.0 if blocks.number > 1 else 1 / (2 - ACCEPTANCE**k)
+    seconds = share * cost(requests, k, blocks) + (1 - share) * cost(requests, 0, blocks)
+    return (1 + share * drafted) * plain / seconds
+
+
+def choose_loads(cost: Cost, decoding: str, num_masks: int, max_requests: int) -> list[list[Any]]:
+    """The table: rows ``[requests, "quadratic" or "linear", masks]`` up to the load from which plain passes are best.
+
+    Args:
+        cost: what passes cost.
+        decoding: quadratic: both kinds are tried; linear: only that one.
+        num_masks: the largest number of masks in a block.
+        max_requests: the largest number of requests in a pass.
+    """
+    kinds = [kind for kind in ("quadratic", "linear") if kind in ("linear", decoding)]
+    table: list[list[Any]] = []
+    requests = 1
+    while requests <= max_requests:
+        gains = {(kind, k): gain(cost, requests, blocks_of(kind, k)) for kind in kinds for k in range(1, num_masks + 1)}
+        best = max(gains, key=lambda key: gains[key])
+        if gains[best] < MIN_GAIN:
+            break
+        if table and table[-1][1:] == [*best]:
+            table[-1][0] = requests
+        else:
+            table.append([requests, *best])
+        requests *= 2
+    return table

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What passes cost on a CPU, measured at start: decoder layers, unembedding and drafting, without attention."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from vllm.forward_context import set_forward_context
+
+from mtp_lightning.integrations.vllm.choose_loads import Cost
+from mtp_lightning.integrations.vllm.load_table import Blocks
+
+ROWS = (1, 2, 4, 6, 9, 12, 16, 25, 36, 64, 128)
+LAYERS = 2
+REPEATS = 5
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The shortest of a few runs, in time of this thread: what else runs on the machine does not count."""
+    times = []
+    for _ in range(REPEATS):
+        begin = time.thread_time()
+        run()
+        times.append(time.thread_time() - begin)
+    return min(times)
+
+
+def _interpolate(times: dict[int, float], x: int) -> float:
+    """The time for a number between those that were measured, or in proportion above the last one."""
+    sizes = sorted(times)
+    if x <= sizes[0] or x >= sizes[-1]:
+        end = sizes[0] if x <= sizes[0] else sizes[-1]
+        return times[end] * max(1.0, x / end)
+    right = bisect.bisect_left(sizes, x)
+    low, high = sizes[right - 1], sizes[right]
+    return times[low] + (times[high] - times[low]) * (x - low) / (high - low)
+
+
+@torch.inference_mode()
+def measured_costs(model: Any, vllm_config: Any) -> Cost:
+    """Time parts of a pass of a model of ours whose weights are loaded; some tenths of a second for a small one."""
+    mtp, layers = model.mtp, list(model.model.layers)[:LAYERS]
+    parameter, width = next(model.parameters()), mtp.mask_embeddings.shape[1]
+
+    def hidden(rows: int) -> torch.Tensor:
+        return torch.randn(rows, width).to(parameter)
+
+    def decoder(rows: int, masks: int) -> float:
+        x, positions = hidden(rows), torch.zeros(rows, dtype=torch.int64)
+
+        def run() -> None:
+            mtp.state.layout = SimpleNamespace(num_tokens=rows - masks) if masks else None
+            states, residual = x, None
+            for layer in layers:
+                states, residual = layer(positions, states.clone(), residual)
+
+        try:
+            return _seconds(run) * len(model.model.layers) / len(layers)
+        finally:
+            mtp.state.layout = None
+
+    with set_forward_context(None, vllm_config, skip_compiled=True):
+        plain = {rows: decoder(rows, 0) for rows in ROWS}
+        lora = {rows: max(decoder(rows + 1, rows) - _interpolate(plain, rows + 1), 0.0) for rows in ROWS}
+        logits = {rows: _seconds(functools.partial(model.plain_logits, hidden(rows))) for rows in ROWS}
+        token = torch.zeros(1, dtype=torch.int64)
+        draft = _seconds(lambda: model.draft(hidden(1)[None], None, token)) - logits[1] * (mtp.uses_base_head)
+
+    def cost(requests: int, drafts: int, blocks: Blocks) -> float:
+        verified, masks = requests * (1 + drafts), requests * blocks.rows
+        seconds = _interpolate(plain, verified + masks) + _interpolate(logits, verified)
+        if masks:
+            # The base head's logits of one block a request, and the sampler head's steps, each for all requests.
+            seconds += _interpolate(lora, masks) + _interpolate(logits, requests * blocks.masks) + draft * blocks.masks
+        return seconds
+
+    return cost
