@@ -171,7 +171,7 @@ def test_stops_cut_the_same_tokens_however_many_come_in_a_step(stops: list[str],
         stream = model.stream([a - 2], stop=stops, max_new_tokens=20, **options)
         text = "".join(stream)
         seen.append(max(stream.accepted_per_step))
-        record = stream.generated.record()
+        record = stream.record()
         assert record["acceptance_length"] * record["num_steps"] == len(record["token_ids"])
         assert sum(record["accepted_per_step"]) + record["num_steps"] == len(record["token_ids"])
         found.append((text, stream.token_ids, stream.finish_reason))
@@ -194,4 +194,4 @@ def test_measuring_the_machine_is_not_decoding_time(monkeypatch: pytest.MonkeyPa
     stream = worded_model().stream(prompt.input_ids, **options)
     list(stream)
     (result,) = acceptance.evaluate_prompts(worded_model(), [prompt], DecodingOptions(**options))
-    assert clock.now == 2000.0 and stream.generated.seconds == result.seconds == 0.0
+    assert clock.now == 2000.0 and stream.seconds == result.seconds == 0.0

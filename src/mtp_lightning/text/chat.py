@@ -63,7 +63,7 @@ class Conversation:
             self.messages.pop()
             raise
         stream = TextStream(self.model, prompt, self.options, self.stops, self.cache)
-        self.generated = stream.generated
+        self.generated = stream
         try:
             yield from stream
         finally:

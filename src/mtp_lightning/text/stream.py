@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_lightning.decoding.generation import Generation, generate
-from mtp_lightning.decoding.limits import end_tokens, resolve_num_masks, with_text_ends
+from mtp_lightning.decoding.limits import resolve_num_masks, with_text_ends
 from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
@@ -29,7 +29,8 @@ class GeneratedText:
     """The text generated for one prompt so far; stop strings are cut off.
 
     ``token_ids`` go up to the one that completes a stop string, ``text`` is what was emitted so far, ``pieces`` the same by
-    step, ``steps`` what each step gained and verified, ``seconds`` is the time of decoding.
+    step, ``steps`` what each step gained and verified, ``seconds`` is the time of decoding. ``finish_reason`` is ``stop`` after
+    a stop string or an end token, else ``length``; None while more may come.
     """
 
     def __init__(self, model: MTPNetwork, prompt: Prompt, options: DecodingOptions, stops: Sequence[str] = ()) -> None:
@@ -40,6 +41,7 @@ class GeneratedText:
         self.pieces: list[str] = []
         self.text = ""
         self.seconds = 0.0
+        self.finish_reason: str | None = None
         self._decoded = StoppableText(model.tokenizer, prompt.input_ids, stops)
 
     @property
@@ -59,21 +61,16 @@ class GeneratedText:
         self.pieces.append("")
         self._emit()
 
-    def flush(self) -> None:
-        """Add the text that was held back; call it when no more tokens come."""
+    def finish(self, reason: str | None) -> None:
+        """Add the text that was held back, for no more tokens come; the reason is that of ``RowStep``."""
         self._decoded.finish()
         self._emit()
+        self.finish_reason = "stop" if self.stopped else reason
 
     def _emit(self) -> None:
         new = self._decoded.text[len(self.text) :]
         self.text += new
         self.pieces[-1] += new
-
-    @property
-    def finish_reason(self) -> str:
-        """``stop`` after a stop string or an end token, else ``length``."""
-        ended = self.stopped or self.token_ids[-1] in end_tokens(self.model, self.options)
-        return "stop" if ended else "length"
 
     def record(self) -> dict[str, Any]:
         """The fields of the JSON line."""
@@ -100,11 +97,11 @@ class GeneratedText:
         return f"[{words}, acceptance length {tokens / steps:.2f}, {tokens / self.seconds:.1f} tokens/s]"
 
 
-class TextStream:
+class TextStream(GeneratedText):
     """An iterator over pieces of text, each emitted as soon as its tokens are verified.
 
-    It may be abandoned at any time: its attributes keep what was emitted so far. ``finish_reason`` is ``stop`` or
-    ``length``, and None while more may come. The cache is a ``RowCache(model.base, 1)`` to continue from.
+    It may be abandoned at any time: its attributes keep what was emitted so far. The cache is a ``RowCache(model.base, 1)``
+    to continue from.
     """
 
     def __init__(
@@ -115,38 +112,20 @@ class TextStream:
         stops: Sequence[str] = (),
         cache: RowCache | None = None,
     ) -> None:
-        self.generated = GeneratedText(model, prompt, options, stops)
-        self.finish_reason: str | None = None
-        self._pieces = self._run(cache)
+        super().__init__(model, prompt, options, stops)
+        self._iterator = self._run(cache)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def text(self) -> str:
-        """The text emitted so far."""
-        return self.generated.text
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The tokens generated so far."""
-        return self.generated.token_ids
-
-    @property
-    def accepted_per_step(self) -> list[int]:
-        """Draft tokens accepted in each step so far."""
-        return self.generated.accepted_per_step
+        return next(self._iterator)
 
     def _run(self, cache: RowCache | None) -> Iterator[str]:
-        generated = self.generated
-        calibrate(generated.model, generated.options)
-        for _ in decode_texts([generated], cache):
-            if piece := generated.pieces[-1]:
-                yield piece
-        self.finish_reason = generated.finish_reason
+        calibrate(self.model, self.options)
+        for _ in decode_texts([self], cache):
+            if self.pieces[-1]:
+                yield self.pieces[-1]
 
 
 def decode_texts(texts: Sequence[GeneratedText], cache: RowCache | None = None) -> Iterator[None]:
@@ -168,7 +147,7 @@ def decode_texts(texts: Sequence[GeneratedText], cache: RowCache | None = None) 
             text.add(step)
             text.seconds = seconds
             if reason is not None or text.stopped:
-                text.flush()
+                text.finish(reason)
                 finished.add(row)
             if row == 0:
                 yield
