@@ -26,7 +26,7 @@ def run_compare(config: Any) -> None:
     if plot.suffix != ".png":
         raise UsageError(f"--output must be a .png file, got {config.output}.")
     check_writable(plot.parent, plot)
-    runs = read_runs([Path(folder) for folder in config.runs])
+    runs = read_runs(config.runs)
     settings, figures = differing_settings(runs), [final_figures(run) for run in runs]
     names = [run.name for run in runs]
     if config.json:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import tempfile
 import time
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from lightning import Callback, LightningModule, Trainer
+from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from transformers import AutoModelForCausalLM
 
 from mtp_lightning.commands.lightning_cli import SettingsCLI
@@ -25,7 +27,6 @@ from mtp_lightning.files import atomic_file
 from mtp_lightning.modeling.base import is_out_of_memory, load_config, load_tokenizer
 from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import check_writable
-from mtp_lightning.training.lightning_private import is_accumulating
 
 SAMPLE_ROWS = 1000
 """Rows whose lengths are looked at."""
@@ -163,29 +164,6 @@ def _callbacks(facts: Facts) -> list[dict[str, Any]]:
     ]
 
 
-class StepTimes(Callback):
-    """Seconds of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._began = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._began = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Take the time of a step; of a GPU once it is done."""
-        if not is_accumulating(trainer):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            self.seconds.append(now - self._began)
-            self._began = now
-
-
 def measured(config: dict[str, Any]) -> float:
     """Seconds of a training step, the first apart; halves the batch in the configuration until it fits in memory."""
     while True:
@@ -199,16 +177,22 @@ def measured(config: dict[str, Any]) -> float:
 
 
 def _measure(config: dict[str, Any]) -> float:
+    times: list[float] = []
+
+    def take_time(*_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.yaml"
         few = {"max_rows": 256, "validation_fraction": 0.0}
         path.write_text(yaml.safe_dump({**config, "data": {**config["data"], **few}}), encoding="utf-8")
         cli = SettingsCLI(["--config", str(path)])
-        times = StepTimes()
         kept = ("accelerator", "devices", "precision", "max_steps", "gradient_clip_val")
         trainer = Trainer(
             **{name: config["trainer"][name] for name in kept},
-            callbacks=[times],
+            callbacks=[LambdaCallback(on_train_start=take_time, on_train_batch_end=take_time)],
             logger=False,
             enable_checkpointing=False,
             limit_val_batches=0,
@@ -217,7 +201,8 @@ def _measure(config: dict[str, Any]) -> float:
             default_root_dir=folder,
         )
         trainer.fit(cli.model, datamodule=cli.datamodule)
-    return median(times.seconds[1:] or times.seconds)
+    seconds = [end - begin for begin, end in pairwise(times)]
+    return median(seconds[1:] or seconds)
 
 
 def steps_of_epoch(config: dict[str, Any], facts: Facts) -> int:

@@ -105,7 +105,7 @@ def tables(report: dict[str, Any]) -> Iterator[ReportTable]:
         domains = list(next(iter(by_masks.values()))["domains"])
         if len(domains) < 2:
             continue
-        columns = ("domain", *(_short(masks) for masks in by_masks))
+        columns = ("domain", *by_masks)
         lengths = [
             [name, *(decimals(_group(figures, name)["acceptance_length"]) for figures in by_masks.values())]
             for name in [*domains, ALL]
@@ -127,13 +127,8 @@ def families(report: dict[str, Any]) -> dict[str, dict[str, Figures]]:
             found.setdefault("servers" if report["endpoints"] else "others", {})[figures["name"]] = figures
         else:
             setting = Setting(figures["decoding"], figures["sampler_head"], figures["num_masks"])
-            found.setdefault(setting.family, {})[setting.masks] = figures
+            found.setdefault(setting.family, {})[str(setting.num_masks)] = figures
     return found
-
-
-def _short(masks: str) -> str:
-    """The number alone: ``4 masks -> 4``."""
-    return masks.removesuffix(" masks").removesuffix(" mask")
 
 
 def _group(figures: Figures, domain: str) -> Figures:
@@ -226,7 +221,7 @@ def save_benchmark_plot(report: dict[str, Any], path: Path) -> None:
 
 def _draw(axes: Axes, by_masks: dict[str, Figures], key: str) -> None:
     """A line for each domain over fixed numbers of masks, and a marker for every other system."""
-    names = [_short(name) for name in by_masks]
+    names = list(by_masks)
     fixed = [place for place, name in enumerate(names) if name.isdigit()]
     domains = list(next(iter(by_masks.values()))["domains"])
     for domain in [*(domains if len(domains) > 1 else []), ALL]:

@@ -29,26 +29,17 @@ BEST = "val/forced_acceptance_length"
 class Run(NamedTuple):
     """What a run left in its folder."""
 
-    name: str  # short name, different for each of the runs
+    name: str  # its folder as given
     settings: dict[str, Any]  # settings by their keys
     metrics: list[dict[str, float]]  # the lines of metrics.csv
     acceptance: dict[str, Any] | None  # the latest entry of acceptance.json
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(names: Sequence[str]) -> list[Run]:
     """Read the folders of runs; RunError if one has no ``config.yaml`` or ``metrics.csv``, or a file is damaged."""
-    return [_read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell all of them apart."""
-    parts = [folder.absolute().parts for folder in folders]
-    longest = max(map(len, parts))
-    for count in range(1, longest + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise RunError(f"{folders[0]}: the same run is given twice.")
+    if len(set(names)) < len(names):
+        raise RunError(f"a run is given twice: {', '.join(names)}.")
+    return [_read_run(Path(name), name) for name in names]
 
 
 def _read_run(folder: Path, name: str) -> Run:

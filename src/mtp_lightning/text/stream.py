@@ -29,8 +29,8 @@ class GeneratedText:
     """The text generated for one prompt so far; stop strings are cut off.
 
     ``token_ids`` go up to the one that completes a stop string, ``text`` is what was emitted so far, ``pieces`` the same by
-    step, ``steps`` what each step gained and verified, ``seconds`` is the time of decoding. ``finish_reason`` is ``stop`` after
-    a stop string or an end token, else ``length``; None while more may come.
+    step, ``steps`` what each step gained and verified, ``seconds`` is the time of decoding. ``finish_reason`` is ``stop``
+    after a stop string or an end token, else ``length``; None while more may come.
     """
 
     def __init__(self, model: MTPNetwork, prompt: Prompt, options: DecodingOptions, stops: Sequence[str] = ()) -> None:
