@@ -62,7 +62,7 @@ def hub_commit(name: str, revision: str | None) -> str | None:
     if "://" in name or Path(resolve(name)).exists():
         return None
     file = cached_hub_file(name, "config.json", revision)
-    return file and file.parent.name
+    return None if file is None else file.parent.name
 
 
 def cached_hub_file(name: str, file: str, revision: str | None) -> Path | None:
