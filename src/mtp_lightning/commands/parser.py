@@ -48,8 +48,7 @@ class CommandParser(ArgumentParser):
         """Jsonargparse's; a switch without a value is ``true``: ``--exact --json``."""
         words = None if args is None else list(args)
         for at in range(len(words or []), 0, -1):
-            has_value = words is not None and at < len(words) and words[at].lower() in ("true", "false")
-            if words and words[at - 1] in SWITCHES and not has_value:
+            if words and words[at - 1] in SWITCHES and not _is_value(words, at):
                 words.insert(at, "true")
         return super().parse_args(words, *others, **kwargs)
 
@@ -60,6 +59,13 @@ class CommandParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line or the configuration."""
         raise UsageError(_in_one_line(str(message), list(_keys(self)))) from ex
+
+
+def _is_value(words: list[str], at: int) -> bool:
+    """True if the word behind a switch is its value: not an option, nor MODEL where that has not come yet."""
+    if at == len(words) or words[at].startswith("--"):
+        return False
+    return not words[0].startswith("--") or words[at].lower() in ("true", "false")
 
 
 def _keys(parser: ArgumentParser) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -140,7 +141,7 @@ EXCLUSIVE = {
 def with_replacements(words: Sequence[str]) -> list[str]:
     """The options with nothing in the place of what they exclude, so that a file may have it."""
     named = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         name, equals, value = word.partition("=")
         named[name] = value if equals else following
     nothing = dict(EXCLUSIVE.values())
