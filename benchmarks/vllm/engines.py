@@ -51,15 +51,20 @@ def stop(engine: LLM) -> None:
     cleanup_dist_env_and_memory()
 
 
-def set_blocks(engine: LLM, decoding: str, num_masks: int, max_requests: int = 1000) -> None:
-    """Blocks of passes with up to so many requests, from now on; decoding ``plain``: none."""
+def set_blocks(engine: LLM, decoding: str, num_masks: int, max_requests: int = 1000) -> str:
+    """Blocks of passes with up to ``max_requests``; ``plain``: none, ``auto``: as at start. Returns the table in words."""
     rows = [] if decoding == "plain" else [[max_requests, decoding, num_masks]]
 
-    def change(worker: Any) -> None:
+    def change(worker: Any) -> str:
         served = worker.model_runner.model.mtp
-        served.table = LoadTable(parse_loads(rows, num_masks), served.table.max_rows)
+        if not hasattr(served, "table_at_start"):
+            served.table_at_start = served.table
+        served.table = served.table_at_start
+        if decoding != "auto":
+            served.table = LoadTable(parse_loads(rows, num_masks), served.table.max_rows)
+        return str([(load.max_requests, *load.blocks) for load in served.table.loads])
 
-    engine.collective_rpc(change)
+    return str(engine.collective_rpc(change)[0])
 
 
 def take_steps(engine: LLM) -> int:

@@ -1,78 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of a decoding step, and tokens per second, of our plugin over plain vLLM's, in one process and interleaved.
+"""Tokens per second, and time of a decoding step, of our plugin over stock vLLM's, in one process and interleaved.
 
-    python benchmarks/vllm/speed.py SAVED_FOLDER --dtype bfloat16 --num_masks 4 --batches 1 4 16
+    python benchmarks/vllm/speed.py SAVED_FOLDER --prompts prompts.jsonl --dtype bfloat16 --batches 1 4 16
 
-Both are the same engine: plain steps are those of a load table without rows, which add no mask. Times are CPU seconds of
-this process, so that others on the machine matter less; the ratios are medians over pairs, with the quartiles.
+``auto`` is the load table that the plugin made when it started; ``plain``, ``quadratic:2``, ``linear:4`` are fixed. Times
+are CPU seconds of this process, so that others on the machine matter less; ratios are medians over groups of prompts, with
+the quartiles. The pass over the prompts is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
+from typing import Any
 
 from check import demo_prompts
-from engines import set_blocks, start, take_steps
+from engines import set_blocks, start
 from vllm import LLM, SamplingParams
 
-from mtp_lightning.integrations.vllm.load_table import blocks_of
+
+def read_prompts(file: str | None, number: int, tokenizer: Any) -> list[list[int]]:
+    """Token ids of prompts, taken evenly from a file of messages, or the demo's texts."""
+    if file is None:
+        return [tokenizer.encode(text) for text in demo_prompts(number)]
+    rows = [json.loads(line)["messages"] for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    rows = [rows[i * len(rows) // number] for i in range(number)]
+    return [list(tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=False)) for row in rows]
 
 
-def measure(engine: LLM, prompts: list[str], tokens: int) -> tuple[float, float, float]:
-    """CPU seconds and tokens of decoding steps, the first left out, and their number."""
+def measure(engine: LLM, prompts: list[list[int]], tokens: int) -> tuple[float, int, list[list[int]]]:
+    """CPU seconds and number of decoding passes, and the texts."""
     core = engine.llm_engine
     for i, prompt in enumerate(prompts):
-        core.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        core.add_request(str(i), {"prompt_token_ids": prompt}, params)
     core.step()
-    take_steps(engine)
-    begin, steps, last = time.process_time(), 0, 0
-    while core.has_unfinished_requests() and not last:
-        outputs = core.step()
-        steps += 1
-        last = sum(output.finished for output in outputs)  # until the first one ends: the batch has its full size
-    seconds = time.process_time() - begin
-    rows = take_steps(engine)
-    core.abort_request([str(i) for i in range(len(prompts))])
+    begin, steps, texts = time.process_time(), 0, {}
     while core.has_unfinished_requests():
-        core.step()
-    return seconds, steps, rows
+        texts |= {output.request_id: list(output.outputs[0].token_ids) for output in core.step()}
+        steps += 1
+    return time.process_time() - begin, steps, [texts[str(i)] for i in range(len(prompts))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
+    parser.add_argument("--prompts", help=".jsonl file of messages. Default: the demo's texts")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--num_masks", type=int, default=4)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--kinds", nargs="+", default=["quadratic", "linear"])
+    parser.add_argument("--kinds", nargs="+", default=["auto", "plain", "quadratic:2"])
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--groups", type=int, default=6, help="groups of prompts for each batch size")
     parser.add_argument("--compile", action="store_true", help="torch.compile, vLLM's default")
     args = parser.parse_args()
-    options = {"max_num_seqs": 16, "enable_prefix_caching": False, "enforce_eager": not args.compile}
-    engine = start(args.folder, True, args.dtype, args.num_masks, **options)
+    options = {"max_num_seqs": 16, "enable_prefix_caching": False, "enforce_eager": not args.compile, "max_model_len": 1024}
+    stock = start(args.folder, False, args.dtype, **options)
+    ours = start(args.folder, True, args.dtype, args.num_masks, **options)
+    automatic = set_blocks(ours, "auto", args.num_masks)
+    print(f"{args.dtype}, load table at start: {automatic}", flush=True)
     for batch in args.batches:
-        prompts = demo_prompts(batch)
-        # More masks than this never pay on a CPU, and take minutes to measure.
-        kinds = [kind for kind in args.kinds if batch * blocks_of(kind, args.num_masks).rows <= 128]
-        results: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-        for pair in range(args.pairs + 1):  # the first warms up
-            set_blocks(engine, "plain", args.num_masks)
-            plain_seconds, plain_steps, _ = measure(engine, prompts, args.tokens)
-            for kind in kinds:
-                set_blocks(engine, kind, args.num_masks)
-                seconds, steps, _ = measure(engine, prompts, args.tokens)
-                if pair:
-                    step = (seconds / steps) / (plain_seconds / plain_steps)
-                    # Until the first request ends all have gained about as many tokens.
-                    results[kind].append((step, plain_seconds / seconds))
-        for kind, pairs in results.items():
-            step, speed = (statistics.quantiles([pair[i] for pair in pairs], n=4) for i in (0, 1))
+        prompts = read_prompts(args.prompts, batch * args.groups, stock.get_tokenizer())
+        groups = [prompts[:batch], *(prompts[i * batch : (i + 1) * batch] for i in range(args.groups))]
+        results: dict[str, list[tuple[float, float, int]]] = {kind: [] for kind in args.kinds}
+        for number, group in enumerate(groups):  # the first warms up
+            seconds, steps, texts = measure(stock, group, args.tokens)
+            for kind in args.kinds:
+                decoding, _, masks = kind.partition(":")
+                set_blocks(ours, decoding, int(masks or args.num_masks))
+                own_seconds, own_steps, own_texts = measure(ours, group, args.tokens)
+                same = sum(a == b for a, b in zip(texts, own_texts, strict=True))
+                if number:
+                    results[kind].append((seconds / own_seconds, own_seconds / own_steps / (seconds / steps), same))
+        for kind, rows in results.items():
+            speed, step = (statistics.quantiles([row[i] for row in rows], n=4) for i in (0, 1))
             print(
-                f"batch {batch:2}, {kind:9}: step / plain {step[1]:.2f} ({step[0]:.2f} to {step[2]:.2f});"
-                f" speed / plain until the first text ends {speed[1]:.2f} ({speed[0]:.2f} to {speed[2]:.2f})",
+                f"batch {batch:2}, {kind:12} speed {speed[1]:.2f} ({speed[0]:.2f} to {speed[2]:.2f}),"
+                f" step {step[1]:.2f} ({step[0]:.2f} to {step[2]:.2f}),"
+                f" {sum(row[2] for row in rows)}/{batch * args.groups} texts equal",
                 flush=True,
             )
 

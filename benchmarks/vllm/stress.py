@@ -9,11 +9,17 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from typing import Any
 
 from check import demo_prompts
 from engines import start, stop
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
+
+from mtp_lightning.integrations.vllm.settings import KEY
+
+LOADS = [[1, "quadratic", 4], [8, "linear", 4]]
+"""One request is quadratic, up to 8 are linear, more are plain: a run has all three."""
 
 
 def requests(number: int) -> list[tuple[str, SamplingParams, int]]:
@@ -61,9 +67,15 @@ def main() -> None:
     args = parser.parse_args()
     chosen, found, lost = requests(args.requests), {}, 0
     for ours in (False, True):
-        options = {"num_gpu_blocks_override": 48, "block_size": 32, "max_num_seqs": 16, "max_num_batched_tokens": 640}
+        options: dict[str, Any] = {
+            "num_gpu_blocks_override": 48,
+            "block_size": 32,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 640,
+        }
+        if ours:
+            options["additional_config"] = {KEY: {"folder": args.folder, "load_table": LOADS}}
         engine = start(args.folder, ours, "float32", args.num_masks, **options)
-        # Ours has the default load table: one request is quadratic, 8 are linear, more are plain.
         before = free_pages(engine)
         found[ours] = run(engine, chosen)
         lost = before - free_pages(engine)
