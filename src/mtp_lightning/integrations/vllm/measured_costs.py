@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,8 +18,9 @@ from mtp_lightning.integrations.vllm.choose_loads import Cost
 from mtp_lightning.integrations.vllm.load_table import Blocks
 
 ROWS = (1, 2, 4, 6, 9, 12, 16, 25, 36, 64, 128)
-LAYERS = 2
 REPEATS = 5
+BYTES = 64e6
+"""Weights of the layers that are timed, at least, so that they are read from memory as in a whole pass, not from a cache."""
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -45,8 +47,8 @@ def _interpolate(times: dict[int, float], x: int) -> float:
 @torch.inference_mode()
 def measured_costs(model: Any, vllm_config: Any) -> Cost:
     """Time parts of a pass of a model of ours whose weights are loaded; some tenths of a second for a small one."""
-    mtp, layers = model.mtp, list(model.model.layers)[:LAYERS]
-    parameter, width = next(model.parameters()), mtp.mask_embeddings.shape[1]
+    mtp, parameter, width = model.mtp, next(model.parameters()), model.mtp.mask_embeddings.shape[1]
+    layers = list(model.model.layers)[: math.ceil(BYTES / (12 * width**2 * parameter.element_size()))]
 
     def hidden(rows: int) -> torch.Tensor:
         return torch.randn(rows, width).to(parameter)
