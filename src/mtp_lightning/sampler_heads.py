@@ -7,6 +7,7 @@ To write your own, subclass ``SamplerHead`` and name it in ``model.sampler_head.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtp_lightning.errors import UsageError
+from mtp_lightning.errors import UsageError, one_line
 
 
 class SamplerHead(nn.Module, ABC):
@@ -58,6 +59,38 @@ class SamplerHead(nn.Module, ABC):
         Returns:
             The state for the unembedding, [N, D], and the recurrent state for the next step.
         """
+
+
+@torch.no_grad()
+def check_head(head: SamplerHead, width: int) -> None:
+    """Try a built head on random input; UsageError unless ``step``, position by position, gives what ``forward`` gives.
+
+    ``forward`` then sees no later token either. A copy with random weights is tried: heads often start at zero.
+    """
+    name = f"sampler head {type(head).__name__}"
+    trial = copy.deepcopy(head).cpu().double().eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in trial.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        hidden, previous = torch.randn(2, 2, 3, width, dtype=torch.float64)
+    try:
+        together = trial(hidden, previous)
+        state, outputs = None, []
+        for j in range(hidden.shape[1]):
+            output, state = trial.step(hidden[:, j], previous[:, j], state)
+            outputs.append(output)
+    except Exception as error:
+        raise UsageError(f"{name} fails on hidden states [2, 3, {width}]: {one_line(error)}.") from error
+    for method, found, expected in [("forward", together, hidden), *(("step", output, hidden[:, 0]) for output in outputs)]:
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise UsageError(f"{name}: {method} must return states of shape {list(expected.shape)}, got {shape}.")
+    if not torch.allclose(torch.stack(outputs, 1), together, rtol=1e-6, atol=1e-6):  # float64: only rounding differs
+        raise UsageError(
+            f"{name}: step, position by position, must give what forward gives for all positions at once. Does forward see"
+            " later tokens, or does step lose its state?"
+        )
 
 
 class MLPSamplerHead(SamplerHead):

@@ -125,6 +125,7 @@ def test_the_message_names_rows_of_all_processes() -> None:
     found = not_finite([good, {"losses": [math.inf], "rows": [7, 3], "all_rows": [3, 4, 7]}], 5, 1, None)
     assert found.startswith("the loss is inf at step 5 (epoch 1, rows 3, 7 of data.train)")
     assert "rows 1, 2 of data.train" in not_finite([good], 5, 0, None)
+    assert "model.losses: focal, x" in not_finite([{**good, "losses": [math.nan]}], 5, 0, None, ["focal", "x"])
 
 
 def test_the_norm_of_gradients() -> None:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -23,16 +23,19 @@ from mtp_lightning.losses import (
     NegativeLogAcceptance,
     SamplerCrossEntropy,
     TokenLoss,
+    TokenTargets,
     TotalVariation,
     anchor_loss,
     base,
     chunked,
     term_value,
 )
+from mtp_lightning.losses.base import Unembedding
+from mtp_lightning.losses.one_pass import loss_sums
 from mtp_lightning.modeling import masking
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.sampler_heads import GRUSamplerHead
-from mtp_lightning.types import MTP, HiddenStates, MaskedInput, TokenRow
+from mtp_lightning.types import MTP, HiddenStates, LossSum, MaskedInput, TokenRow
 
 
 def rows_with(ignored: int) -> list[TokenRow]:
@@ -249,3 +252,35 @@ def test_loss_gradients_reach_what_is_trained_and_nothing_else(gated: bool) -> N
         assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, name
     ntp = term_value(model(batch, {"ntp": BaseCrossEntropy(positions="ntp")}).sums["ntp"], batch.counts)
     assert ntp.requires_grad == (not gated)  # of a gated model it is a constant
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda losses: losses[:, None],
+        lambda losses: losses.mean(),
+        lambda losses: losses.detach(),
+        lambda losses: None,
+    ],
+)
+def test_what_a_users_loss_returns_is_checked(returned: Callable[[Tensor], Any]) -> None:
+    class Wrong(Focal):
+        def per_position(self, logits: Tensor, targets: TokenTargets) -> Tensor:
+            return cast(Tensor, returned(super().per_position(logits, targets)))
+
+    batch = masking.build_masked_input(tiny_rows(), K)
+    term = Wrong()
+    term.requires_grad_(False)
+    with pytest.raises(UsageError, match="Wrong.per_position"):
+        term(random_states(batch), batch, UNEMBED)
+
+
+@pytest.mark.parametrize("returned", [torch.tensor(1.0), LossSum(torch.tensor(1.0), MTP), [LossSum(torch.ones(2), MTP)]])
+def test_a_term_returns_sums(returned: Any) -> None:
+    class Own(LossTerm):
+        def forward(self, states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Any:
+            return returned
+
+    batch = masking.build_masked_input(tiny_rows(), K)
+    with pytest.raises(UsageError, match="Own.forward"):
+        loss_sums({"own": Own()}, random_states(batch), batch, UNEMBED)

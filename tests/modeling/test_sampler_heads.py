@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_lightning.errors import UsageError
-from mtp_lightning.sampler_heads import GRUSamplerHead, MarkovSamplerHead, MLPSamplerHead, SamplerHead
+from mtp_lightning.sampler_heads import GRUSamplerHead, MarkovSamplerHead, MLPSamplerHead, SamplerHead, check_head
 
 HEADS: dict[str, Callable[[], SamplerHead]] = {
     "mlp": MLPSamplerHead,
@@ -115,3 +116,37 @@ def test_a_wrong_size_is_refused() -> None:
         MarkovSamplerHead(rank=0)
     with pytest.raises(UsageError, match="hidden_size"):
         GRUSamplerHead(hidden_size=0)
+
+
+class Sum(SamplerHead):
+    """A user's head that starts at zero, with a mistake."""
+
+    def __init__(self, mistake: str) -> None:
+        super().__init__()
+        self.mistake = mistake
+
+    def build(self, width: int) -> None:
+        self.layer = nn.Linear(width, width)
+        nn.init.zeros_(self.layer.weight)
+
+    def forward(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        seen = previous.flip(1) if self.mistake == "later" else previous
+        output = hidden + self.layer(seen.cumsum(1))
+        return output.flatten(0, 1) if self.mistake == "shape" else output
+
+    def step(self, hidden: Tensor, previous: Tensor, state: Any) -> tuple[Tensor, Any]:
+        total = previous if state is None or self.mistake == "state" else state + previous
+        output = hidden + self.layer(total)
+        return (output[..., :3] if self.mistake == "step" else output), total
+
+
+@pytest.mark.parametrize("mistake", ["later", "state", "shape", "step"])
+def test_a_users_head_is_tried(mistake: str) -> None:
+    head = Sum(mistake)
+    head.build(8)
+    before = torch.get_rng_state()
+    with pytest.raises(UsageError, match="Sum"):
+        check_head(head, 8)
+    head.mistake = ""
+    check_head(head, 8)
+    assert head.layer.weight.abs().sum() == 0 and torch.equal(before, torch.get_rng_state())

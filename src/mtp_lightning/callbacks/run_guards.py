@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,7 +112,12 @@ class RunGuards(Callback):
             "all_rows": [row for batch_rows in rows for row in batch_rows.tolist()],
         }
         newest = newest_checkpoint(checkpoint_folders(trainer), read_run_id(run_folder(trainer)))
-        stop_all(trainer, not_finite(gather(report), trainer.global_step + 1, trainer.current_epoch, newest))
+        terms = sorted(
+            name.removeprefix("train/loss/")
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("train/loss/") and not value.isfinite()
+        )
+        stop_all(trainer, not_finite(gather(report), trainer.global_step + 1, trainer.current_epoch, newest, terms))
 
 
 def as_text(config: Any) -> dict[str, str]:
@@ -149,15 +154,20 @@ def whole_norm(norm: Tensor, sharded: bool) -> Tensor:
     return all_reduce(norm.square(), "sum").sqrt() if sharded else norm
 
 
-def not_finite(processes: list[dict[str, list[Any]]], step: int, epoch: int, newest: Path | None) -> str:
+def not_finite(
+    processes: list[dict[str, list[Any]]], step: int, epoch: int, newest: Path | None, terms: Sequence[str] = ()
+) -> str:
     """The message on a loss or a gradient that is not finite; ``newest`` is the run's newest complete checkpoint.
+
+    ``terms`` are the names of the loss terms that are not finite.
 
     Each process reports ``losses`` that are not finite, their ``rows``, and ``all_rows`` of the optimizer step.
     """
     losses = [loss for report in processes for loss in report["losses"]]
     key = "rows" if losses else "all_rows"
     rows = ", ".join(str(row) for row in sorted({row for report in processes for row in report[key]})[:20])
-    what = f"the loss is {losses[0]}" if losses else "a gradient is not finite, though the loss is,"
+    of_terms = f" (model.losses: {', '.join(terms)})" if terms else ""
+    what = f"the loss is {losses[0]}{of_terms}" if losses else "a gradient is not finite, though the loss is,"
     if newest is None:
         last_good = "No checkpoint was written before"
     else:

@@ -84,7 +84,7 @@ def main(args: list[str] | None = None) -> None:
         elif cause is not None:
             print(f"mtp: error: {' '.join(str(cause).split())}", file=sys.stderr)
         else:
-            print(f"mtp: error: {type(error).__name__}: {one_line(error)} (--debug shows where)", file=sys.stderr)
+            print(f"mtp: error: {type(error).__name__}: {one_line(error)} ({_place(error)})", file=sys.stderr)
         raise SystemExit(2 if isinstance(cause, UsageError) else 1) from None
 
 
@@ -146,6 +146,13 @@ def _show_warning(
         print(f"mtp: warning: {message}", file=sys.stderr)
     else:
         _PYTHONS_SHOW_WARNING(message, category, filename, lineno, file, line)
+
+
+def _place(error: BaseException) -> str:
+    """The line of the user's own code that raised an error, if it was raised there, and how to see more."""
+    others = (os.path.dirname(mtp_lightning.__file__), sys.prefix, sys.base_prefix, "<")
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    return f"{own[-1].filename}, line {own[-1].lineno}; --debug shows all" if own else "--debug shows where"
 
 
 def _user_fixable(error: BaseException) -> MTPError | None:

@@ -37,7 +37,8 @@ def run_compare(config: Any) -> None:
     else:
         console = Console()
         print_table(console, "Settings that differ", names, settings or {"(none)": ["" for _ in runs]})
-        rows = {key: [_number(each[key]) for each in figures] for key in figures[0]}
+        keys = dict.fromkeys(key for each in figures for key in each)
+        rows = {key: [_number(each.get(key)) for each in figures] for key in keys}
         print_table(console, "Figures", names, {key: row for key, row in rows.items() if set(row) != {"-"}})
     save_curves(runs, plot)
     note(f"written to {plot}")
@@ -59,4 +60,4 @@ def print_table(console: Console, title: str, names: Sequence[str], rows: dict[s
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return str(int(value)) if float(value).is_integer() and value > 10 else f"{value:.3f}"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

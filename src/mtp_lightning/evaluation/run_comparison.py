@@ -22,6 +22,8 @@ CURVES = {
     "val/forced_acceptance_length": "forced acceptance length",
     "val/acceptance_length": "acceptance length (protocol)",
 }
+PARTS = ("val/loss/", "val/accuracy/")
+"""What the best validation is also shown by: each loss term, and the share of right drafts at each offset."""
 BEST = "val/forced_acceptance_length"
 """What the best checkpoint is chosen by."""
 
@@ -91,23 +93,27 @@ def _class_name(value: Any) -> str | None:
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The settings that are not the same in all runs, with their values; one that a run does not have is None.
 
-    Arguments of an object that a run does not have are left out.
+    Arguments of a callback or another part of the trainer that a run does not have are left out.
     """
     keys = dict.fromkeys(key for run in runs for key in run.settings)
+    for key in [key for key in keys if any(other.startswith(f"{key}.") for other in keys)]:
+        if all(run.settings.get(key) in (None, {}) for run in runs):
+            del keys[key]  # empty in one run, and has parts in another
     values = {key: [run.settings.get(key) for run in runs] for key in keys}
     different = {key: group for key, group in values.items() if any(value != group[0] for value in group)}
 
     def is_explained(key: str) -> bool:
         parts = key.split(".")
         above = {".".join(parts[:count]) for count in range(1, len(parts))}
-        return any(key not in run.settings for run in runs) and bool(above & different.keys())
+        is_missing = key.startswith("trainer.") and any(key not in run.settings for run in runs)
+        return is_missing and bool(above & different.keys())
 
     return {key: group for key, group in different.items() if not is_explained(key)}
 
 
 def final_figures(run: Run) -> dict[str, float | None]:
     """The figures of the best validation, and of the latest evaluation; None: the run has none, or it is NaN."""
-    steps = [line["step"] + 1 for line in run.metrics if "step" in line]
+    steps = [int(line["step"]) + 1 for line in run.metrics if "step" in line]
     best = max((line for line in run.metrics if BEST in line), key=lambda line: line[BEST], default={})
     train = [line["train/loss"] for line in run.metrics if "train/loss" in line]
     overall = run.acceptance["overall"] if run.acceptance else {}
@@ -117,9 +123,10 @@ def final_figures(run: Run) -> dict[str, float | None]:
         "steps": max(steps, default=None),
         "last training loss": train[-1] if train else None,
         "best forced acceptance length": best.get(BEST),
-        "  at step": best["step"] + 1 if "step" in best else None,
+        "  at step": int(best["step"]) + 1 if "step" in best else None,
         "  share of reference": best.get("val/share_of_reference"),
         "  validation loss": best.get("val/loss"),
+        **{f"  {name.removeprefix('val/')}": best[name] for name in best if name.startswith(PARTS)},
         "  NTP loss": best.get("val/ntp_loss"),
         "acceptance length (protocol)": overall.get("acceptance_length"),
         "speed-up by default": speed_up["median"] if speed_up else None,

@@ -155,6 +155,16 @@ class TokenLoss(LossTerm):
         """Weight of the loss at each MTP position, without gradient, [B, P, K]; states and anchors are [B, P, K, D]."""
         return batch.block_weights[:, :, None].expand(batch.mtp_labels.shape)
 
+    def _checked(self, losses: Tensor, logits: Tensor) -> Tensor:
+        """What ``per_position`` returned; UsageError unless it is a loss of each position, which trains something."""
+        name, n = type(self).__name__, len(logits)
+        if not isinstance(losses, Tensor) or losses.shape != (n,):
+            found = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise UsageError(f"{name}.per_position must return a loss of each position, shape [{n}], got {found}.")
+        if torch.is_grad_enabled() and logits.requires_grad and not losses.requires_grad:
+            raise UsageError(f"{name}.per_position returned losses without a gradient: they don't depend on the logits.")
+        return losses
+
     def _sum(
         self, hidden: Tensor, labels: Tensor, weights: Tensor, offsets: Tensor, anchors: Tensor | None, unembed: Unembedding
     ) -> Tensor:
@@ -175,6 +185,6 @@ class TokenLoss(LossTerm):
                 with torch.no_grad():
                     anchor_logits = unembed(picked_anchors[positions]).to(dtype)
             targets = TokenTargets(picked_labels[positions], picked_offsets[positions], anchor_logits)
-            return self.per_position(logits.to(dtype), targets)
+            return self._checked(self.per_position(logits.to(dtype), targets), logits)
 
         return chunked_sum(pick(hidden), pick(weights), losses, unembed.vocab_size, tuple(self.parameters()))

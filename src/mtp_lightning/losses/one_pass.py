@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtp_lightning.errors import UsageError
 from mtp_lightning.losses.anchor_distillation import AnchorDistillation
 from mtp_lightning.losses.anchor_loss import AnchorLoss, Divergences
 from mtp_lightning.losses.base import LossTerm, TokenLoss, Unembedding
@@ -41,9 +43,17 @@ def loss_sums(
     return {
         name: [LossSum(shared.total(together[name]), MTP)]
         if shared is not None and name in together
-        else term(states, batch, unembed)
+        else _own_sums(term, states, batch, unembed)
         for name, term in terms.items()
     }
+
+
+def _own_sums(term: LossTerm, states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Sequence[LossSum]:
+    """The sums that the term itself computes; UsageError if they are something else."""
+    sums: Any = term(states, batch, unembed)
+    if not isinstance(sums, Sequence) or not all(isinstance(each, LossSum) and each.total.ndim == 0 for each in sums):
+        raise UsageError(f"{type(term).__name__}.forward must return a list of LossSum, each with a scalar as its total.")
+    return sums
 
 
 def _has_closed_form(term: TokenLoss, states: HiddenStates) -> bool:

@@ -21,7 +21,7 @@ from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, 
 from mtp_lightning.modeling.decoder import context_length, text_config
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.network import ForwardOutput, MaskTokens
-from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead
+from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead, check_head
 from mtp_lightning.saving.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
 from mtp_lightning.schedules import Ramp, WarmupConstant, WarmupCosine
 from mtp_lightning.training.distributed import all_reduce
@@ -197,6 +197,8 @@ class MTPModule(LightningModule):
         base = load_base(self.base_model, self.revision, self.dtype_name, self.attention, self.quantization, device)
         parts = self.lora, self.sampler_head, self.tokenizer, self.mask_tokens
         self.model = MTPModel(base, self.num_masks, *parts)
+        if self.sampler_head is not None and not type(self.sampler_head).__module__.startswith("mtp_lightning."):
+            check_head(self.sampler_head, int(self.base_config.hidden_size))
         if self.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.model.train()  # from_pretrained gives evaluation mode, where dropout and checkpointing are silently off
