@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts `mtp serve` with a saved folder, asks for a text and a streamed one, and ends the server with Ctrl-C.
+"""Starts `mtp serve`, asks for a text and a streamed one, runs `mtp benchmark --endpoint`, and ends the server with Ctrl-C.
 
 python benchmarks/vllm/server.py SAVED_FOLDER
 """
@@ -12,8 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 from check import demo_prompts
@@ -42,6 +44,19 @@ def wait_until_up(server: subprocess.Popen[str], address: str) -> None:
     sys.exit("FAIL the server is not up after 10 minutes")
 
 
+def benchmark(folder: str, address: str) -> str:
+    """What `mtp benchmark` prints about the running server."""
+    command = [sys.executable, "-m", "mtp_lightning", "benchmark", folder, "--endpoint", address + "/v1"]
+    with tempfile.TemporaryDirectory() as temporary:
+        prompts = Path(temporary, "prompts.jsonl")
+        prompts.write_text("".join(json.dumps({"prompt": text, "raw": True}) + "\n" for text in demo_prompts(3)))
+        command += ["--prompts", str(prompts), "--max_new_tokens", "24", "--output", temporary + "/figures"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        sys.exit(f"FAIL mtp benchmark --endpoint: {done.stderr[-500:]}")
+    return done.stdout
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
@@ -59,9 +74,11 @@ def main() -> None:
         lines = ask(address + "/v1/completions", query | {"stream": True}).splitlines()
         events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         streamed = "".join(event["choices"][0]["text"] for event in events)
+        table = benchmark(folder, address)
     finally:
         server.send_signal(signal.SIGINT)
         output, _ = server.communicate(timeout=60)
+    print(table)
     last = [line for line in output.splitlines() if line.startswith("mtp serve:")]
     ok = whole == streamed and len(events) > 1 and bool(last) and "tokens a step" in last[0] and server.returncode == 0
     print(

@@ -10,7 +10,7 @@ from mtp_lightning.integrations.vllm.load_table import PLAIN, Blocks, blocks_of
 
 ACCEPTANCE = 0.55
 """Probability that a draft token is accepted if those before it are: about that of a small adapter on its own domain."""
-MIN_GAIN = 1.1
+MIN_GAIN = 1.15
 """Least estimated gain over plain passes at which masks are added: attention and vLLM's own work are not in the costs."""
 
 Cost = Callable[[int, int, Blocks], float]
