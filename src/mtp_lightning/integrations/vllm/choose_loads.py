@@ -28,13 +28,16 @@ def gain(cost: Cost, requests: int, blocks: Blocks) -> float:
 
 
 def choose_loads(cost: Cost, decoding: str, num_masks: int, max_requests: int) -> list[list[Any]]:
-    """The table: rows ``[requests, "quadratic" or "linear", masks]`` up to the load from which plain passes are best.
+    """The fastest table.
 
     Args:
         cost: what passes cost.
         decoding: quadratic: both kinds are tried; linear: only that one.
         num_masks: the largest number of masks in a block.
         max_requests: the largest number of requests in a pass.
+
+    Returns:
+        Rows ``[requests, "quadratic" or "linear", masks]``, up to the load from which plain passes are best.
     """
     kinds = [kind for kind in ("quadratic", "linear") if kind in ("linear", decoding)]
     table: list[list[Any]] = []

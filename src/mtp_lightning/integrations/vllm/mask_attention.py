@@ -36,6 +36,9 @@ def block_requests(layout: Layout, table: Tensor, size: int) -> BlockRequests:
         layout: the pass.
         table: pages of each request, [R, any] integers.
         size: tokens in a page.
+
+    Returns:
+        The requests, on the CPU.
     """
     R, (W, k) = layout.num_requests, layout.blocks
     begin = layout.anchors.clamp(min=-1) + 1  # position of each block's first mask, [R, W]
