@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from command_line import read_metrics
-from interrupted_runs import history
 from lightning import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from prompt_results import result
+from saved import files_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import LAST
 from zygote import Zygote
@@ -141,17 +141,22 @@ def test_fast_dev_run_writes_nothing(fit: Fit, module: MTPModule, prompts: str, 
     assert not (tmp_path / "acceptance.json").exists()
 
 
-def test_validate_adds_to_the_history_at_the_checkpoints_step(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+def test_validate_writes_to_a_folder_of_its_own(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    """At the checkpoint's step; what the run measured stays."""
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     best = LAST.replace("last", "best")
     step = torch.load(folder / best, weights_only=True)["global_step"]
-    before, lines = history(folder), read_metrics(folder / "run")
-    expected = next(line for line in lines if line.get("val/loss") and int(line["step"]) == step - 1)
+    before = files_of(folder / "run")
+    expected = next(line for line in read_metrics(folder / "run") if line.get("val/loss") and int(line["step"]) == step - 1)
     assert zygote.run(folder, "validate", "--config", "config.yaml", "--ckpt_path", best).code == 0
-    assert history(folder) == [*(entry for entry in before if entry != ("val", step)), ("val", step)] and len(before) > 2
-    *others, line = read_metrics(folder / "run")
-    assert others == lines and {name: line[name] for name in ("step", "epoch", "val/loss")}.items() <= expected.items()
+    after = files_of(folder / "run")
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {f"validate/{name}" for name in ("acceptance.json", "acceptance.png", "metrics.csv")}
+    latest = read(folder / "run/validate")["latest"]
+    assert (latest["stage"], latest["step"]) == ("val", step)
+    (line,) = read_metrics(folder / "run/validate")
+    assert {name: line[name] for name in ("step", "epoch", "val/loss")}.items() <= expected.items()
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,14 @@ def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         lines = err.splitlines()
         assert all(any(line.startswith(name) for line in lines) for name in ("base ", "LoRA ", "masks ", "head ", "losses "))
         assert any(line.startswith("warning: ") and "data.validation" in line for line in lines)  # three rows
+        few = [line for line in lines if line.startswith("warning: ") and "trainer.val_check_interval" in line]
+        assert [("no validation" in line, "one validation" in line) for line in few] == [(total == 2, total == 5)]
         assert "Tip:" not in out + err + caplog.text
     assert "max_steps=5` reached" in caplog.text  # other messages of Lightning are shown
+    for limit, words in (("max_steps", []), ("max_epochs", ["--trainer.max_steps", -1, "--trainer.max_epochs", 0])):
+        assert mtp("fit", "config.yaml", "--trainer.max_steps", 5, "--ckpt_path", "last", *words) == 0
+        line = next(line for line in capfd.readouterr().err.splitlines() if "step 5" in line)
+        assert f"trainer.{limit}" in line  # there is nothing left to train
 
 
 def test_a_run_without_a_limit_of_steps(capsys) -> None:

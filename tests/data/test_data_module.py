@@ -167,3 +167,19 @@ def test_chat_template_from_a_file(write) -> None:
     data = ready(train=write("a.jsonl", rows), chat_template=write("t.jinja", template))
     row = data.rows["train"].row(0)
     assert row.input_ids.tolist() == [9, 10, 11] and row.labels.tolist() == [-100, -100, 11]
+
+
+def test_the_runs_seed_is_that_of_the_data(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the data has a seed of its own; without any it is 0."""
+    train = write("train.jsonl", [{"input_ids": list(range(9, 15))} for _ in range(12)])
+
+    def drawn(of_run: str | None = None, **seed: int) -> tuple[list[int], list]:
+        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+        if of_run is not None:
+            monkeypatch.setenv("PL_GLOBAL_SEED", of_run)  # as seed_everything does
+        batches = list(ready(train=train, block_fraction=0.5, **seed).train_dataloader())
+        return row_ids(batches), [batch.starts.tolist() for batch in batches]
+
+    zero, one = drawn(seed=0), drawn(seed=1)
+    assert zero[0] != one[0] and zero[1] != one[1]
+    assert drawn() == drawn("0") == drawn("1", seed=0) == zero and drawn("1") == one

@@ -14,6 +14,8 @@ from interrupted_runs import FIT, KILL, fresh, run_name
 from tiny_run import LAST, assert_same_run
 from zygote import Zygote
 
+from mtp_lightning.trainer.earlier_run import differences
+
 BEST = LAST.replace("last", "best")
 
 
@@ -122,3 +124,44 @@ def test_last_needs_a_checkpoint(zygote: Zygote, whole: Path, tmp_path: Path) ->
         ended = zygote.run(folder, command, *FIT[1:-1], "last")
         assert ended.code == 1 and "run/checkpoints" in ended.error and "--ckpt_path" in ended.error
         assert not (folder / "run/metrics.csv").exists()
+
+
+def test_settings_that_differ_on_resume(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    """What the checkpoint restores is refused; others are named."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before, last = files(folder / "run"), [*FIT[:-1], "last"]
+    for key, old, new in (
+        ("model.optimizer.init_args.lr", "0.01", "0.1"),
+        ("model.lr_scheduler.init_args.warmup_steps", "3", "5"),
+    ):
+        ended = zygote.run(folder, *last, f"--{key}", new)
+        assert ended.code == 2 and all(each in ended.error for each in (key, old, new))
+    assert files(folder / "run") == before
+    words = ["--data.block_fraction", "0.25", "--model.lr_scheduler.init_args.total_steps", 30]
+    ended = zygote.run(folder, *last, *words, "--seed_everything", 1, "--trainer.max_steps", 15)
+    line = next(line for line in ended.err.splitlines() if "config.yaml" in line)
+    names = ("data.block_fraction 0.5 -> 0.25", "data.seed 0 -> 1", "model.lr_scheduler.init_args.total_steps 24 -> 30")
+    assert ended.code == 2 and "data.seed" in ended.error  # within an epoch
+    assert all(name in line for name in names) and line.count("->") == len(names)
+
+
+def test_differences_of_two_configurations() -> None:
+    saved = {
+        "losses": {"base": {"class_path": "old.place.Base", "init_args": {"weight": 1}}, "lcm": {"class_path": "a.Lcm"}},
+        "sampler_head": {"class_path": "a.Gru", "init_args": {"hidden_size": 8}},
+        "loss_schedules": {},
+        "removed": 1,
+    }
+    new = {
+        "losses": {"base": {"class_path": "place.Base", "init_args": {"weight": 1.0, "added": 2}}},
+        "sampler_head": {"class_path": "a.Mlp", "init_args": {"hidden_size": 9}},
+        "loss_schedules": {"base": {"start": 1}},
+        "added": None,
+    }
+    assert differences("model", saved, saved) == {}
+    assert differences("model", saved, new) == {
+        "model.losses.lcm": ({"class_path": "a.Lcm"}, "nothing"),
+        "model.sampler_head.class_path": ("a.Gru", "a.Mlp"),
+        "model.loss_schedules.base": ("nothing", {"start": 1}),
+    }

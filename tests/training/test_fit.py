@@ -75,19 +75,31 @@ def test_without_a_logger_all_starts_use_one_folder(here: Path) -> None:
     assert not list((here / "lightning_logs").glob("version_*"))
 
 
-def test_validate_and_test_give_the_figures_of_the_last_validation(run: Path, capsys) -> None:
-    before, configuration = validations(run)[-1], (run / "config.yaml").read_text()
-    figures = {name: value for name, value in before.items() if name.startswith("val/")}
+def test_the_runs_files_are_in_the_root_folder_whatever_the_loggers(here: Path) -> None:
+    config = yaml.safe_load((here / "config.yaml").read_text())
+    config["trainer"]["logger"] = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "other"}}]
+    (here / "config.yaml").write_text(yaml.safe_dump(config))
+    assert fit("--trainer.default_root_dir", "root", "--trainer.max_steps", 2) == 0
+    assert {"config.yaml", "metrics.csv", "run_id.txt", LAST.removeprefix("run/")} <= set(files_of(here / "root"))
+    assert read_metrics(here / "root") == read_metrics(here / "other/lightning_logs/version_0")
+    assert not list((here / "other").rglob("*.ckpt"))
+
+
+def test_validate_and_test_leave_the_run_as_it_is(run: Path, capsys) -> None:
+    """They give the figures of the last validation, in a folder of their own."""
+    figures = {name: value for name, value in validations(run)[-1].items() if name.startswith("val/")}
+    files = files_of(run)
     for command, prefix in (("validate", "val/"), ("test", "test/")):
-        options = ["--ckpt_path", LAST, "--data.test", "validation.jsonl"]
+        options = ["--ckpt_path", "last", "--data.test", "validation.jsonl"]
         assert mtp(command, "--config", "config.yaml", *options) == 0
-        out = capsys.readouterr().out
+        out, err = capsys.readouterr()
         expected = {name.replace("val/", prefix): value for name, value in figures.items()}
-        assert all(name in out for name in expected)
-        line = read_metrics(run)[-1]
+        assert all(name in out for name in expected) and f"run/{command}" in err
+        (line,) = read_metrics(run / command)
         assert {name: value for name, value in line.items() if "/" in name} == expected
-    assert validations(run)[-2] == before and len(losses(run)) == STEPS  # nothing of the training is lost
-    assert (run / "config.yaml").read_text() == configuration
+    after = files_of(run)
+    assert {name: after[name] for name in files} == files
+    assert set(after) - set(files) == {"validate/metrics.csv", "test/metrics.csv"}
 
 
 def test_a_standard_lora_without_sampler_head(here: Path) -> None:

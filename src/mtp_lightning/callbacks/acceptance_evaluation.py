@@ -27,8 +27,9 @@ class AcceptanceEvaluation(DecodingCallback):
     """Decodes held-out prompts with the real decoder, compares texts, prints a table and writes a plot.
 
     Logs ``val/acceptance_length``, ``val/acceptance_length/<domain>`` and, with ``num_speed_pairs``, ``val/speed_up``
-    (``test/...`` under ``mtp test``). Writes ``acceptance.json`` and ``acceptance.png`` to the run's folder. Processes
-    share the prompts; where parameters are sharded, a process that is done early makes dummy forward passes for the others.
+    (``test/...`` under ``mtp test``). Writes ``acceptance.json`` and ``acceptance.png`` to the run's folder; ``mtp
+    validate`` and ``mtp test`` to ``validate`` and ``test`` in it. Processes share the prompts; where parameters are
+    sharded, a process that is done early makes dummy forward passes for the others.
 
     Args:
         prompts: ``.txt`` (one prompt a line) or ``.jsonl`` file (``prompt`` or ``messages``, optional ``domain``) that

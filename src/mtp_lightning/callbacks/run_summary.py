@@ -23,14 +23,19 @@ LARGE_SHARE = 0.25
 class RunSummary(Callback):
     """Prints base, LoRA, masks, head and losses in a line each before training, and warns of settings that rarely work."""
 
+    def __init__(self) -> None:
+        self._trains = False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what is trained."""
+        self._trains = False
         if trainer.is_global_zero:
             for name, text in described(pl_module).items():
                 note(f"{name:9} {text}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print how long the run is and where it writes, and what is unusual about it."""
+        self._trains = True
         folder = run_folder(trainer)  # all processes must ask
         if not trainer.is_global_zero:
             return
@@ -46,6 +51,8 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print where the results are, how good they are, and what to do with them."""
         folder = run_folder(trainer)
+        if trainer.is_global_zero and not self._trains and (limit := reached_limit(trainer)):
+            note(f"nothing to train: the run is complete at step {trainer.global_step:,}. Raise {limit} to train longer.")
         best = next((path for each in trainer.checkpoint_callbacks if (path := getattr(each, "best_model_path", ""))), "")
         if trainer.is_global_zero and best and not trainer.interrupted:
             print("\n" + "\n".join(ending(trainer, folder, Path(best))), flush=True)
@@ -85,6 +92,14 @@ def planned(trainer: Trainer) -> tuple[int, float]:
     return int(steps), steps / max(1, -(-int(batches) // trainer.accumulate_grad_batches))
 
 
+def reached_limit(trainer: Trainer) -> str | None:
+    """The limit that a run has reached, by the name of its key; None if it has not reached any."""
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return "trainer.max_steps"
+    has_ended = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch
+    return "trainer.max_epochs" if has_ended else None
+
+
 def validation_interval(trainer: Trainer) -> int | None:
     """Optimizer steps between two validations; None if they are counted in epochs or by the clock, or there are none."""
     batches = trainer.val_check_batch
@@ -106,7 +121,8 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
         found.append(f"trained weights are {share:.0%} of the base's: lower model.lora.rank or the head's hidden_size")
     steps, interval = planned(trainer)[0], validation_interval(trainer)
     if interval is not None and 2 * interval > steps > 0:
-        found.append(f"one validation in {steps:,} steps: lower trainer.val_check_interval, to choose among more")
+        number = "one" if steps * trainer.accumulate_grad_batches >= trainer.val_check_batch else "no"
+        found.append(f"{number} validation in {steps:,} steps: lower trainer.val_check_interval, to choose among more")
     return found
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined] # documented, not in its __all__
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -25,12 +27,19 @@ from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.commands.settings import CLASSES, keys_of
 from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
+from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.evaluation.run_comparison import flat_settings
 from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import run_of
 from mtp_lightning.trainer import AtomicCheckpointIO, MetricsWriter
-from mtp_lightning.trainer.earlier_run import appends_metrics, check_folder_is_free, last_checkpoint, results_of_run
+from mtp_lightning.trainer.earlier_run import (
+    appends_metrics,
+    check_folder_is_free,
+    check_same_settings,
+    last_checkpoint,
+    results_of_run,
+)
 from mtp_lightning.trainer.run_errors import run_error, unwritable_message
 from mtp_lightning.trainer.wrong_settings import (
     check_training_state,
@@ -75,6 +84,22 @@ def logged_settings(config: Any) -> dict[str, Any]:
     parts = {name: value for name, value in config.as_dict().items() if name in LOGGED}
     settings = flat_settings(parts, without=("trainer.logger", "trainer.callbacks"))
     return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()}
+
+
+def with_own_loggers(loggers: list[Any], folder: Any) -> list[Any]:
+    """The given loggers after the run's own; the first one's folder is the run's: ``default_root_dir`` where that is set.
+
+    Its own are CSV and TensorBoard loggers, unless one of them is given. Without ``default_root_dir`` the folder is
+    ``lightning_logs``: Lightning itself takes a new one at each start.
+    """
+    given = [logger for logger in loggers if isinstance(logger, CSVLogger | TensorBoardLogger)]
+    if given and not folder:
+        return loggers
+    there = [logger for logger in given if os.path.abspath(logger.log_dir) == os.path.abspath(folder)]
+    if there:
+        return there + [logger for logger in loggers if logger not in there]
+    kinds = [CSVLogger] if given else [CSVLogger, TensorBoardLogger]
+    return [*(kind(Path(folder or "lightning_logs"), name="", version="") for kind in kinds), *loggers]
 
 
 class MTPCLI(LightningCLI):
@@ -134,14 +159,12 @@ class MTPCLI(LightningCLI):
             raise UsageError(f"{missing[1]} needs {missing[2]}, which is not installed.") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with one-line errors; with CSV and TensorBoard loggers in one folder unless one of them is given."""
+        """The trainer, with one-line errors and the run's own loggers."""
         given = self._get(self.config_init, "trainer", default={})
         loggers = given.get("logger")
         loggers = [] if loggers in (None, True) else loggers if isinstance(loggers, list) else [loggers]
-        if False not in loggers and not any(isinstance(logger, CSVLogger | TensorBoardLogger) for logger in loggers):
-            folder = Path(given.get("default_root_dir") or "lightning_logs")  # Lightning's own: a new one at each start
-            defaults = [logger(folder, name="", version="") for logger in (CSVLogger, TensorBoardLogger)]
-            kwargs["logger"] = [*defaults, *loggers]
+        if False not in loggers:
+            kwargs["logger"] = with_own_loggers(loggers, given.get("default_root_dir"))
         if given.get("val_check_interval") == 0:
             raise UsageError("trainer.val_check_interval must be above 0, got 0.")
         callbacks = given.get("callbacks") or []
@@ -168,6 +191,8 @@ class MTPCLI(LightningCLI):
             append = self._check_checkpoint(path)
         elif self.subcommand == "fit" and asked is None and not self._get(self.config, "overwrite"):
             check_folder_is_free(self.trainer, self._run_folder)
+        if self.subcommand != "fit" and not getattr(self.trainer, "fast_dev_run", False):
+            self._keep_results_apart()
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger):
                 try:
@@ -178,6 +203,11 @@ class MTPCLI(LightningCLI):
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         for guards in self.callbacks_of(RunGuards):
             guards.configuration = as_text(self.config[self.subcommand]) | {"ckpt_path": str(path)}
+
+    def _keep_results_apart(self) -> None:
+        """Write what ``mtp validate`` or ``mtp test`` measures to a folder below the run's, whose files stay as they are."""
+        others = [logger for logger in self.trainer.loggers if not isinstance(logger, CSVLogger | TensorBoardLogger)]
+        self.trainer.loggers = [CSVLogger(self._run_folder / str(self.subcommand), name="", version=""), *others]
 
     def _checkpoint_path(self) -> str | None:
         """``ckpt_path``, with ``last`` replaced by the file that it stands for."""
@@ -199,10 +229,17 @@ class MTPCLI(LightningCLI):
         for callback in self.callbacks_of(ResumeExactly):
             callback.run = run_of(checkpoint)
         if self.subcommand == "fit":
-            return appends_metrics(self.trainer, self._run_folder, checkpoint)
+            appends = appends_metrics(self.trainer, self._run_folder, checkpoint)
+            if appends:
+                check_same_settings(self.trainer, self._run_folder, self._settings())
+            return appends
         if loops := checkpoint.get("loops"):
             self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step
         return True
+
+    def _settings(self) -> dict[str, Any]:
+        """The configuration of ``mtp fit``, as it is saved."""
+        return dict(yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_none=False)))
 
     def callbacks_of(self, callback_class: type[AnyCallback]) -> list[AnyCallback]:
         """The trainer's callbacks of a class."""
@@ -223,6 +260,8 @@ class MTPCLI(LightningCLI):
             if known is None:
                 raise
             raise known from error
+        if subcommand != "fit" and self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
+            note(f"results: {self._run_folder / subcommand}")
 
 
 class SettingsCLI(MTPCLI):

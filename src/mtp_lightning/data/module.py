@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -46,7 +47,7 @@ class MTPDataModule(LightningDataModule):
         eval_max_blocks_per_row: maximum number of blocks in a row in validation and testing, or None; always the same ones.
         packing: put several documents in a row of up to max_length tokens. They do not see each other.
         num_workers: processes that prepare batches in advance; 0: the training process does. The batches are the same.
-        seed: seed of the order of the rows, of the mix and of the block starts.
+        seed: seed of the order of the rows, of the mix and of the block starts. None: seed_everything, or 0 without it.
         max_rows: maximum number of training rows to read, evenly spaced over the sources. For quick runs.
         eval_max_rows: the same for validation and testing.
         chat_template: a jinja file for rows with messages, best with {% generation %} markers. None: the base's own.
@@ -72,7 +73,7 @@ class MTPDataModule(LightningDataModule):
         eval_max_blocks_per_row: int | None = 16,
         packing: bool = False,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         max_rows: int | None = None,
         eval_max_rows: int | None = None,
         chat_template: str | None = None,
@@ -91,7 +92,8 @@ class MTPDataModule(LightningDataModule):
         self.eval_max_blocks_per_row = eval_max_blocks_per_row
         self.packing = packing
         self.num_workers = num_workers
-        self.seed = seed
+        # Lightning's seed_everything leaves its seed there, for the processes that it starts too.
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.max_rows = max_rows
         self.eval_max_rows = eval_max_rows
         self.chat_template = chat_template

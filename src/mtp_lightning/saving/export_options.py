@@ -21,7 +21,7 @@ class ExportOptions:
         base_model: where the base model is now, if it moved; the folder names this.
         base_name: hub id that the folder names as its base, wherever that was loaded from.
         revision: hub revision of the base model.
-        acceptance: acceptance.json with the card's figures. Default: the run's own.
+        acceptance: acceptance.json with the card's figures, such as RUN/validate/acceptance.json. Default: the run's own.
         benchmark: benchmark.json with the card's figures, instead of acceptance.json.
         license: licence on the card, as apache-2.0. Default: the one that the base's card names.
         push: hub repository to upload the folder to.
