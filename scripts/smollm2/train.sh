@@ -13,4 +13,5 @@ mtp base smollm2
 mtp distill bases/smollm2-135m --prompts $run/prompts.jsonl --output $run/answers.jsonl --temperature 0.7 --max_new_tokens 200 \
   --batch_size 64
 mtp fit --config configs/smollm2.yaml --data.train $run/answers.jsonl --ckpt_path auto
-mtp export --ckpt_path $run/checkpoints/best.ckpt --dtype bfloat16 --output pretrained/smollm2-135m
+mtp export --ckpt_path $run/checkpoints/best.ckpt --dtype bfloat16 --output pretrained/smollm2-135m \
+  --overwrite

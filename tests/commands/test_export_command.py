@@ -39,6 +39,16 @@ def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:
     assert files_of(Path("again")) == files_of(Path("saved"))
 
 
+def test_an_exported_model_is_replaced_only_if_asked(run: Path, here: Path, capsys) -> None:
+    assert mtp("export", "--ckpt_path", "run", "--output", "saved") == 0
+    before = files_of(Path("saved"))
+    assert "--overwrite" in error_of(capsys, 2, "export", "--ckpt_path", LAST, "--output", "saved")
+    assert files_of(Path("saved")) == before
+    assert mtp("export", "--ckpt_path", LAST, "--output", "saved", "--overwrite", "--dtype", "bfloat16") == 0
+    assert files_of(Path("saved")) != before
+    assert "--ckpt_path saved" in error_of(capsys, 2, "export", "--ckpt_path", "saved", "--output", "again")
+
+
 def test_the_card_has_the_runs_acceptance(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(whole, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
@@ -129,6 +139,6 @@ def test_the_speed_of_earlier_versions_is_left_out(run: Path, here: Path) -> Non
     latest = {"options": options, "prompts": "/home/ada/p.jsonl", "overall": group, "domains": {}}
     for speed, shown in ((None, "| - |"), ("auto", "| 0.33x |")):
         Path("figures.json").write_text(json.dumps({"latest": latest | {"speed_num_masks": speed}}))
-        assert mtp("export", "--ckpt_path", LAST, "--output", "saved", "--acceptance", "figures.json") == 0
+        assert mtp("export", "--ckpt_path", LAST, "--output", "saved", "--overwrite", "--acceptance", "figures.json") == 0
         card = Path("saved/README.md").read_text()
         assert card.count(shown) == 1 and "`p.jsonl`" in card and "/home" not in card

@@ -124,8 +124,9 @@ def distill_parser() -> CommandParser:
 def export_parser() -> CommandParser:
     """``mtp export``."""
     parser = CommandParser(prog="mtp export", description="Saves a checkpoint as a folder of safetensors and JSON.")
-    parser.add_argument("--ckpt_path", type=str, required=True, help="checkpoint file that mtp fit wrote")
+    parser.add_argument("--ckpt_path", type=str, required=True, help="checkpoint file, or run folder: its best checkpoint")
     parser.add_argument("--output", type=str, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the saved folder that is there")
     parser.add_argument("--dtype", type=str | None, default=None, help="dtype of the weights. Default: the checkpoint's")
     parser.add_class_arguments(ExportOptions, None)
     return parser
