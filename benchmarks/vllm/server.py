@@ -23,6 +23,7 @@ from engines import base_of
 
 FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
 FLAGS += ["--gpu-memory-utilization", "0.3", "--host", "127.0.0.1"]
+FLAGS += ["--load_table", '[[8, "quadratic", 2]]']  # the default one may be plain
 
 
 def ask(address: str, data: dict[str, Any] | None = None) -> str:
