@@ -73,7 +73,7 @@ class Recorder(Callback):
 
 def train(config: str, run: Run) -> tuple[Any, dict[str, Any]]:
     """The trained module and the row so far."""
-    words = ["fit", "--config", config, f"--trainer={QUIET}", f"--trainer.max_steps={run.steps}", "--overwrite=true"]
+    words = ["fit", "--config", config, f"--trainer={QUIET}", f"--trainer.max_steps={run.steps}", "--overwrite"]
     words += [f"--trainer.val_check_interval={max(1, run.steps // run.validations)}"]
     words += [f"--seed_everything={run.seed}", f"--data.seed={run.seed}", *run.options]
     cli = MTPCLI(words)
