@@ -138,8 +138,10 @@ def ending(trainer: Trainer, folder: Path, best: Path) -> list[str]:
         lines[0] += f" (of {reference:.2f} that the base's own next tokens reach)"
     if (length := figures.get("val/acceptance_length")) is not None:
         speed = figures.get("val/speed_up")
+        module: Any = trainer.lightning_module
         lines.append(
-            f"decoding, last validation: {length:.2f} tokens a step" + (f", {speed:.2f} x plain speed" if speed else "")
+            f"last validation: {length:.2f} tokens a step with {module.num_masks} masks in each"
+            + (f"; mtp generate as it is by default {speed:.2f} x plain speed" if speed else "")
         )
     run = relative(folder)
     return [

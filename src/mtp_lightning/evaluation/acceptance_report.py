@@ -57,7 +57,7 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
         pairs = "1 pair" if speed_up["num_pairs"] == 1 else f"{speed_up['num_pairs']} pairs"
         yield (
             f"Speed-up of mtp generate by default (--num_masks auto): median {speed_up['median']:.2f}x of {pairs},"
-            f" quartiles {low:.2f}x and {high:.2f}x."
+            f" quartiles {low:.2f}x and {high:.2f}x, drafts from repetitions in the text included."
         )
     for difference in summary["overall"]["lossless"]["differences"]:
         gap = difference["gap"]

@@ -25,8 +25,9 @@ tags:
 # Multi-token prediction for {base_model}
 
 {num_masks} {masks}, a {lora} of rank {rank} and {head}, trained with mtp-lightning after
-*Your LLM Knows the Future* (Samragh et al. 2025, arXiv 2507.11851). The base model writes the text, token for token; this
-folder makes it take fewer steps. It does not hold the base model, which is {base_model}{revision}.
+*Your LLM Knows the Future* (Samragh et al. 2025, arXiv 2507.11851). The base model writes the text and this folder makes it
+take fewer steps: the same text, up to near ties where the dtype is low, which `--exact` removes. It does not hold the base
+model, which is {base_model}{revision}.
 
 ```python
 from mtp_lightning import MTPModel

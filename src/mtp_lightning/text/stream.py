@@ -94,7 +94,10 @@ class GeneratedText:
         """The counts in one line."""
         tokens, steps = len(self.token_ids), len(self.accepted_per_step)
         words = f"{tokens} token{'s' * (tokens != 1)} in {steps} step{'s' * (steps != 1)}"
-        return f"[{words}, acceptance length {tokens / steps:.2f}, {tokens / self.seconds:.1f} tokens/s]"
+        low = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.model.base.dtype)
+        is_plain = self.options.decoding == "autoregressive" or self.options.exact
+        ties = "" if low is None or is_plain else f"; {low}: near ties may fall otherwise than in plain decoding, see --exact"
+        return f"[{words}, acceptance length {tokens / steps:.2f}, {tokens / self.seconds:.1f} tokens/s{ties}]"
 
 
 class TextStream(GeneratedText):
