@@ -96,7 +96,7 @@ class GeneratedText:
         words = f"{tokens} token{'s' * (tokens != 1)} in {steps} step{'s' * (steps != 1)}"
         low = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.model.base.dtype)
         is_plain = self.options.decoding == "autoregressive" or self.options.exact
-        ties = "" if low is None or is_plain else f"; {low}: near ties may fall otherwise than in plain decoding, see --exact"
+        ties = "" if low is None or is_plain else f"; {low}: near ties may differ from plain decoding, see --exact"
         return f"[{words}, acceptance length {tokens / steps:.2f}, {tokens / self.seconds:.1f} tokens/s{ties}]"
 
 
