@@ -106,7 +106,7 @@ def server_command(args: Sequence[str]) -> tuple[list[str], str]:
         settings["load_table"] = _json(options.load_table)
         parse_loads(settings["load_table"], num_masks)
     revision = None if options.base_model else config["revision"]
-    if revision is not None and "--revision" not in others:
+    if revision is not None and not any(word.partition("=")[0] == "--revision" for word in others):
         others += ["--revision", revision]
     architecture = _architecture(base, revision)
     speculative = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_masks}
