@@ -121,7 +121,7 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
         found.append(f"trained weights are {share:.0%} of the base's: lower model.lora.rank or the head's hidden_size")
     steps, interval = planned(trainer)[0], validation_interval(trainer)
     if interval is not None and 2 * interval > steps > 0:
-        number = "one" if steps * trainer.accumulate_grad_batches >= trainer.val_check_batch else "no"
+        number = "one" if steps >= interval else "no"
         found.append(f"{number} validation in {steps:,} steps: lower trainer.val_check_interval, to choose among more")
     return found
 

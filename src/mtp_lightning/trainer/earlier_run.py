@@ -124,7 +124,7 @@ def differences(key: str, saved: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     names = [*saved, *(name for name in new if name not in saved)]
     if key not in NAMED_BY_USER:
         names = [name for name in names if name in saved and name in new and name != "class_path"]
-    found = {}
+    found: dict[str, Any] = {}
     for name in names:
         found |= differences(f"{key}.{name}", saved.get(name, NOTHING), new.get(name, NOTHING))
     return found
