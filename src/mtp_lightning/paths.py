@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def is_on_disk(name: str) -> bool:
     return path.is_file() if is_gguf(name) else path.is_dir()
 
 
+def check_exists(name: str, advice: str = "") -> None:
+    """RunError for a name of nothing here that can't be a hub id, or that lies in a folder that is here."""
+    path = Path(resolve(name))
+    is_path = name.startswith((PACKAGE, ".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if not path.exists() and (is_path or ("/" in name and path.parent.is_dir())):
+        raise RunError(f"no folder {name} here.{advice}")
+
+
 def absolute_name(name: str) -> str:
     """The absolute path of a base's folder or GGUF file; a hub id or ``package://`` name as it is."""
     if not name or name.startswith(PACKAGE) or not is_on_disk(name):
@@ -50,7 +59,11 @@ def why_unwritable(folder: Path) -> str | None:
     """Why a folder, existing or not, can't be created or written to; None if it can."""
     for path in (folder, *folder.parents):
         if os.path.isdir(path):
-            return None if os.access(path, os.W_OK | os.X_OK) else f"{str(path)!r} can't be written to"
+            try:  # os.access allows root everything
+                with tempfile.TemporaryFile(dir=path):
+                    return None
+            except OSError:
+                return f"{str(path)!r} can't be written to"
         if os.path.lexists(path):
             return f"{str(path)!r} is a file, not a folder"
     return None

@@ -101,7 +101,7 @@ def test_predict_compares_only_what_is_named(run: Path, here: Path, capsys) -> N
     ("name", "content", "expected"),
     [
         ("config.json", {"hidden_size": 64}, "base model 'base' could not be loaded"),
-        ("tokenizer.json", None, "no tokenizer could be loaded from 'base'"),
+        ("tokenizer.json", None, "base has no tokenizer"),
     ],
 )
 def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[str, Any] | None, expected: str) -> None:

@@ -15,6 +15,7 @@ from saved import files_of
 from tiny_run import LAST
 
 FILES = {
+    "empty.txt": "",
     "long.txt": "one\n" + "one " * 99 + "\n",
     # configurations
     "comments.yaml": "# model: {num_masks: 3}\n",
@@ -47,12 +48,19 @@ COMMANDS = [
     ("predict --config config.yaml --ckpt_path {last} --prompts no.jsonl", 1, "no.jsonl"),
     ("predict --config config.yaml --ckpt_path {last} --prompts p --model.nummasks 2", 2, "model.num_masks"),
     ("generate no.ckpt --prompt a", 1, "no.ckpt"),
-    ("generate base --prompt a", 1, "base"),
+    ("generate base --prompt a", 1, "base is a base model"),
     ("generate Owner/none --prompt a", 1, "'Owner/none'"),
-    ("generate {last}", 2, "--prompt"),
+    ("generate nowhere", 2, "--prompt"),
+    ("generate nowhere --prompts no.json", 1, "no.json"),
+    ("generate nowhere --prompt a --num_masks 0", 2, "num_masks"),
+    ("generate nowhere --prompt a --html /proc/x.html", 1, "/proc/x.html"),
+    ("distill nowhere --prompts empty.txt --output a.jsonl", 1, "empty.txt"),
+    ("init --base_model base --data.train train.jsonl --hours 0", 2, "hours: expected a number >0"),
+    ("generate {last} --prompt a --device cuda:9", 2, "cuda:9"),
     ("generate {last} --prompt a --prompts prompts.jsonl", 2, "--prompts"),
     ("generate {last} --prompts long.txt", 1, "long.txt, line 2"),
-    ("generate {last} --prompt a --base_model ./no_base", 1, "'./no_base'"),
+    ("generate {last} --prompt a --base_model ./no_base", 1, "./no_base"),
+    ("generate run/nope --prompt a", 1, "no folder run/nope"),
     ("generate {last} --prompt a --decoding cubic", 2, "decoding"),
     ("generate {last} --prompt a --num_mask 3", 2, "num_masks"),
     ("generate {last} --prompt a --num_masks 4", 2, "num_masks"),
@@ -63,6 +71,7 @@ COMMANDS = [
     ("data --config config.yaml --split tset", 2, "split"),
     ("distill", 2, "prompts"),
     ("distill no_base --prompts prompts.jsonl --output a.jsonl", 1, "'no_base'"),
+    ("distill run/nope --prompts prompts.jsonl --output a.jsonl", 1, "no folder run/nope"),
 ]
 FIT = [
     ("--config comments.yaml", 2, "comments.yaml"),
@@ -91,6 +100,7 @@ FIT = [
     ("--model.optimizer.lr fast", 2, "lr: "),
     ("--trainer.strategy no_strategy", 2, "no_strategy"),
     ("--trainer.callbacks+ mtp_lightning.callbacks.AcceptanceEvaluation", 2, "prompts"),
+    ("--trainer.default_root_dir /proc/x", 1, "trainer.default_root_dir /proc/x"),
     ("--data.batch_size 0", 2, "batch_size"),
     ("--data.train config.yaml", 2, "config.yaml"),
     ("--data.train missing.jsonl", 1, "missing.jsonl"),

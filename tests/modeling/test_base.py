@@ -10,7 +10,7 @@ import torch
 from command_line import save_base
 from peft import LoraConfig, get_peft_model
 from toy_tokenizers import word_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling import base as base_module
@@ -80,3 +80,19 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, capsys) -> None:
     (tmp_path / "adapter/mtp_config.json").write_text("{}")  # a saved folder of this package
     with pytest.raises(RunError, match="adapter"):
         load_base(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gpt_neox", "gemma2"])
+def test_a_folder_without_a_tokenizer(tmp_path: Path, kind: str) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(RunError, match="has no tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_name_that_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bases").mkdir()
+    for name in ("bases/nope", "./x", "../x", "/no/x", "a/b/c"):
+        for load in (load_config, load_tokenizer):
+            with pytest.raises(RunError, match=f"no folder {name} here"):
+                load(name)

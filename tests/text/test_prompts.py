@@ -8,6 +8,8 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tokenizers import processors
 from toy_tokenizers import word_tokenizer
@@ -169,11 +171,29 @@ def test_messages_without_a_template_or_refused_by_it(write) -> None:
             read_prompts(source, tokenizer)
 
 
+def test_rows_of_every_format_and_field(tmp_path: Path, write) -> None:
+    rows = [
+        {"instruction": "one", "input": "two", "response": "two", "id": 7, "category": "a"},
+        {"instruction": "one", "output": "two"},
+        {"question": "one", "answer": "two"},
+    ]
+    expected = [("one\n\ntwo", "a", 7), ("one", "", 2), ("one", "", 3)]
+    table = {name: [row.get(name) for row in rows] for name in ("instruction", "input", "question", "category", "id")}
+    pq.write_table(pa.table(table), tmp_path / "p.parquet")
+    sources = [write("p.json", json.dumps(rows, indent=1)), write("p.ndjson", rows), str(tmp_path / "p.parquet")]
+    for source in sources:
+        assert [(row.content, row.domain, row.row_id) for row in read_prompt_rows(source)] == expected
+    source = write("p.csv", 'Category,Question\na,"one, ""two"""\nb,three\n')
+    assert [(row.content, row.domain) for row in read_prompt_rows(source)] == [('one, "two"', "a"), ("three", "b")]
+    with pytest.raises(RunError, match="p.json, row 1: .*question.* turns"):
+        read_prompt_rows(write("p.json", json.dumps([{"turns": ["one"]}], indent=1)))
+
+
 def test_wrong_sources(write, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("one\n\xe9t\xe9".encode("latin-1"))
     wrong: list[tuple[str, type[MTPError], str]] = [
         (str(tmp_path / "none.jsonl"), RunError, "nothing is there"),
-        (write("p.csv", "one"), UsageError, ".jsonl"),
+        (write("p.md", "one"), UsageError, ".jsonl"),
         (str(tmp_path), RunError, "folder"),
         (str(tmp_path / "latin.txt"), RunError, "line 2: .*UTF-8"),
     ]

@@ -115,7 +115,9 @@ def _run(words: list[str]) -> None:
         settings.check_words(words[0], options)
         options = [words[0], *settings.with_replacements(options)]
     elif command.parser:
-        options = getattr(import_module("mtp_lightning.commands.options"), command.parser)().parse_args(options)
+        parsers = import_module("mtp_lightning.commands.options")
+        options = getattr(parsers, command.parser)().parse_args(options)
+        parsers.check(options)
     getattr(import_module(f"mtp_lightning.commands.{command.module}"), command.function)(options)
 
 

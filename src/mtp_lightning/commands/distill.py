@@ -24,7 +24,7 @@ from mtp_lightning.distill.tasks import LeftOut, Task, check_ids, tasks_of
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.modeling.decoder import context_length
-from mtp_lightning.paths import PACKAGE, resolve
+from mtp_lightning.paths import PACKAGE, check_exists, resolve
 from mtp_lightning.saving.checkpoint import SETTINGS, named_base, read_checkpoint
 from mtp_lightning.saving.load import check_device
 from mtp_lightning.text.detokenizer import decode_behind
@@ -143,6 +143,7 @@ def _adapter_config(path: Path, name: str) -> Path | None:
     if path.is_dir():
         adapter = path / "adapter_config.json"  # without the other file it is an adapter that belongs to the base
         return adapter if adapter.is_file() and (path / "mtp_config.json").is_file() else None
+    check_exists(name)
     try:
         file = None if name.startswith(PACKAGE) else find_adapter_config_file(name)
     except OSError:  # not a hub id, or out of reach: loading the base reports it

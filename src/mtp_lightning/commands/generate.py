@@ -16,7 +16,6 @@ from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.decoding.limits import check_prompt, resolve_num_masks, with_text_ends
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.planner import calibrate
-from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.acceptance import WARM_UP_TOKENS
 from mtp_lightning.evaluation.decoded_text import decode_batch
 from mtp_lightning.evaluation.losslessness import autoregressive
@@ -24,7 +23,6 @@ from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.evaluation.steps_page import ShownText, steps_page
 from mtp_lightning.files import atomic_file
 from mtp_lightning.model import MTPModel
-from mtp_lightning.paths import check_writable
 from mtp_lightning.text.prompts import Prompt, encode_prompt, read_prompts
 from mtp_lightning.text.step_display import has_colour, step_text
 from mtp_lightning.text.stream import GeneratedText, decode_texts
@@ -105,17 +103,6 @@ def write_page(path: Path, name: str, texts: Sequence[GeneratedText]) -> None:
 
 def run_generate(config: Any) -> None:
     """``mtp generate MODEL --prompt TEXT``."""
-    if (config.prompt is None) == (config.prompts is None):
-        raise UsageError("give either --prompt TEXT or --prompts FILE.")
-    if config.json and config.show_steps:
-        raise UsageError("--json and --show_steps exclude each other: a JSON line has accepted_per_step.")
-    if config.html is not None:
-        page = Path(config.html)
-        if page.is_dir():
-            raise RunError(f"{page} can't be written: it is a folder.")
-        check_writable(page.parent, page)
-        if config.batch_size > 1:
-            raise UsageError("--html needs --batch_size 1: it shows the time of each text.")
     arguments = DecodingArguments.from_config(config)
     model = arguments.load(config.model)
     if config.prompt is not None:
@@ -128,4 +115,4 @@ def run_generate(config: Any) -> None:
             decode_batch(model, prompts[:1], replace(way, max_new_tokens=WARM_UP_TOKENS))
     texts = print_generations(model, prompts, arguments, config.json, config.show_steps)
     if config.html is not None:
-        write_page(page, config.model, texts)
+        write_page(Path(config.html), config.model, texts)

@@ -30,6 +30,7 @@ from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
 from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.evaluation.run_comparison import flat_settings
 from mtp_lightning.modeling.base import is_out_of_memory
+from mtp_lightning.paths import check_writable
 from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import run_of
 from mtp_lightning.trainer import AtomicCheckpointIO, MetricsWriter
@@ -141,8 +142,10 @@ class MTPCLI(LightningCLI):
         """Nothing: settings stored in a checkpoint must not override the YAML and the command line."""
 
     def before_instantiate_classes(self) -> None:
-        """Refuse ``null`` where a class needs a value: the parser accepts it for every key."""
+        """Refuse a folder that can't be written, and ``null`` where a class needs a value: the parser accepts it."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if self.subcommand == "fit" and (folder := config.get("trainer.default_root_dir")) and "://" not in str(folder):
+            check_writable(Path(folder), f"trainer.default_root_dir {folder}")
         for group in set(CLASSES) - {"trainer"}:  # Lightning checks its own
             for name, key in keys_of(group).items():
                 if config.get(f"{group}.{name}", 0) is None and "None" not in key.kind:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
@@ -11,7 +13,10 @@ from mtp_lightning.commands.arguments import DecodingArguments
 from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
+from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.paths import check_writable
 from mtp_lightning.saving.export_options import ExportOptions
+from mtp_lightning.text.prompt_source import check_source
 
 MODEL = "run folder (its best checkpoint), saved folder, checkpoint file or hub id"
 BASE_FOLDER = "bases/smollm2-135m"
@@ -42,7 +47,9 @@ def benchmark_parser() -> CommandParser:
         " on the same prompts. Example: mtp benchmark saved --prompts prompts.jsonl",
     )
     parser.add_argument("model", type=str, help=MODEL)
-    parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
+    parser.add_argument(
+        "--prompts", type=str, required=True, help="file of prompts (.txt, .jsonl, .json, .parquet, .csv); - standard input"
+    )
     parser.add_argument(
         "--num_prompts", type=PositiveInt | None, default=16, help="maximum number, evenly from the domains; null: all"
     )
@@ -100,7 +107,9 @@ def distill_parser() -> CommandParser:
     parser.add_argument(
         "model", type=str, help="the base (folder, GGUF file or hub id), or a checkpoint or saved folder made for it"
     )
-    parser.add_argument("--prompts", type=str, required=True, help=".txt or .jsonl file of prompts; - standard input")
+    parser.add_argument(
+        "--prompts", type=str, required=True, help="file of prompts (.txt, .jsonl, .json, .parquet, .csv); - standard input"
+    )
     parser.add_argument("--output", type=str, required=True, help="the .jsonl file to write or to resume")
     parser.add_argument(
         "--raw",
@@ -137,7 +146,9 @@ def generate_parser() -> CommandParser:
     parser = CommandParser(prog="mtp generate", description="Generates text with a trained model.")
     parser.add_argument("model", type=str, help=MODEL)
     parser.add_argument("--prompt", type=str, default=None, help="the prompt")
-    parser.add_argument("--prompts", type=str, default=None, help=".txt or .jsonl file of prompts; - standard input")
+    parser.add_argument(
+        "--prompts", type=str, default=None, help="file of prompts (.txt, .jsonl, .json, .parquet, .csv); - standard input"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line per prompt")
     parser.add_argument("--show_steps", action="store_true", help="the tokens of each step in one colour, or in brackets")
     parser.add_argument(
@@ -163,3 +174,28 @@ def init_parser() -> CommandParser:
     parser.add_argument("--output", type=str, default="mtp.yaml", help="the YAML file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file")
     return parser
+
+
+def check(options: Any) -> None:
+    """Refuse what is wrong whatever the model: options out of range, a prompts file, a page that can't be written."""
+    if "show_steps" in options:
+        _check_generate(options)
+    if "verification" in options:
+        names = {field.name for field in fields(DecodingArguments)}
+        DecodingArguments(**{name: options[name] for name in names if options.get(name) is not None})
+    if options.get("prompts") is not None:
+        check_source(options.prompts)
+
+
+def _check_generate(options: Any) -> None:
+    if (options.prompt is None) == (options.prompts is None):
+        raise UsageError("give either --prompt TEXT or --prompts FILE.")
+    if options.json and options.show_steps:
+        raise UsageError("--json and --show_steps exclude each other: a JSON line has accepted_per_step.")
+    if options.html is not None:
+        page = Path(options.html)
+        if page.is_dir():
+            raise RunError(f"{page} can't be written: it is a folder.")
+        check_writable(page.absolute().parent, page)
+        if options.batch_size > 1:
+            raise UsageError("--html needs --batch_size 1: it shows the time of each text.")

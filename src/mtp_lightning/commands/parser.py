@@ -31,6 +31,9 @@ _SHORTER = {
     r"\bExpected an? ": "expected ",
     r"(?:\. Got|; Given) value: ?": ", got ",
     r"Not of type \w+: (\S+) does not conform to restriction v(\S+)": r"expected a number \2, got \1",
+    r"Not of type \w+: does not conform to restriction v(.+?); expected null": r"expected a number \1",
+    r"Not of type \w+: could not convert string to float: .+?; expected null": "expected a number",
+    r"(?<=\d) and v(?=[<>])": " and ",
 }
 
 

@@ -12,6 +12,7 @@ from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.saving.checkpoint import SETTINGS, check_settings, checkpoint_parts, part_settings, read_checkpoint
 from mtp_lightning.saving.load import build_network
+from mtp_lightning.text.prompt_source import check_source
 from mtp_lightning.text.prompts import read_prompts
 
 
@@ -60,6 +61,7 @@ def run_predict(words: list[str]) -> None:
     source = config.prompts or config.data.test
     if not isinstance(source, str) or not source:
         raise UsageError("mtp predict needs prompts: give --prompts FILE or set data.test to one file of prompts.")
+    check_source(source)
     model = cli.load_model(args, arguments)
     prompts = read_prompts(source, model.tokenizer, context=model.context, raw=arguments.raw)
     print_generations(model, prompts, arguments, as_json=True)

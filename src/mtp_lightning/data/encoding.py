@@ -24,7 +24,7 @@ import numpy as np
 
 from mtp_lightning.data.chat import encode_chat_prompt, encode_messages, end_of_turn, render_chat_prompt
 from mtp_lightning.data.formats import ROW_TYPES
-from mtp_lightning.data.messages import Message, chat_of, clean_tools, with_parsed_chats
+from mtp_lightning.data.messages import QUESTIONS, Message, chat_of, clean_tools, with_parsed_chats
 from mtp_lightning.data.tokenizing import tokenize, tokenize_with_spans
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.types import IGNORE_INDEX
@@ -39,7 +39,7 @@ _TYPES = (
     ("prompt", {"prompt", "completion_ids"}),
     ("text", {"text"}),
     ("input_ids", {"input_ids"}),
-    ("messages", {"instruction", "output"}),
+    *(("messages", set(pair)) for pair in QUESTIONS),
 )
 _LOSS_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 
@@ -93,7 +93,10 @@ def encode_row(
         return EncodedRow(ids, [True] * len(ids), splittable=True)
     if kind == "input_ids":
         return _encode_ids(row)
-    raise RunError(f"expected rows with {ROW_TYPES}, got the fields {one_line(', '.join(map(str, row)), 120) or 'none'}.")
+    fields = one_line(", ".join(map(str, row)), 120) or "none"
+    if any(row.get(question) is not None for question, _ in QUESTIONS):
+        raise RunError(f"prompts without answers: run mtp distill on them first. Got the fields {fields}, no {ROW_TYPES}.")
+    raise RunError(f"expected rows with {ROW_TYPES}, got the fields {fields}.")
 
 
 def _encode_completion(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> EncodedRow:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import gzip
 import hashlib
 import io
@@ -37,13 +38,15 @@ DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 FIELDS = (
     *("messages", "conversations", "conversation", "instruction", "input", "history", "output", "system", "tools"),
+    *("response", "question", "answer"),
     *("prompt", "prompt_ids", "completion", "completion_ids", "text", "input_ids", "labels", "domain"),
     *("attention_mask", "position_ids", "seq_lengths", "loss_mask", "completion_mask", "assistant_masks", "prompt_mask"),
 )
 """The fields of a row that are read; all others are ignored."""
 
 ROW_TYPES = (
-    "messages | prompt + completion (or completion_ids) | text | input_ids (+ labels) | conversations | instruction + output"
+    "messages | prompt + completion (or completion_ids) | text | input_ids (+ labels) | conversations"
+    " | instruction + output (or response) | question + answer | prompt + response"
 )
 """The types of rows, for error messages."""
 
@@ -240,6 +243,19 @@ class TextFile(File):
                 yield from filter(None, map(_document, pieces))
             if document := _document(rest):
                 yield document
+
+
+class CsvFile(File):
+    """A table of text with the names of the fields in its first line, read in lower case; for prompts."""
+
+    def rows(self, start: int = 0, wanted: np.ndarray | None = None) -> Iterator[Row]:
+        """See ``Part``."""
+        with self.open() as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            try:
+                for index, fields in select_rows(csv.DictReader(text), start, wanted):
+                    yield Row(index + 1, {name.strip().lower(): value for name, value in fields.items() if name and value})
+            except csv.Error as error:
+                raise RunError(f"{self.name}: expected comma-separated values, {one_line(error)}.") from error
 
 
 def _document(piece: str) -> str:

@@ -5,7 +5,7 @@
 |---|---|
 | ``messages`` | a list of {role, content}, or the same as JSON text |
 | ``conversations``, ``conversation`` | ShareGPT's list of {from, value}, or {role, content} |
-| ``instruction`` (+ ``input``, ``history``), ``output`` | Alpaca's question and answer |
+| ``QUESTIONS``: ``instruction`` (+ ``input``, ``history``) and ``output``, .. | question and answer |
 | ``prompt``, ``completion``, both lists of messages | TRL's form; only the completion is trained |
 
 Each with ``tools`` (a list of functions, or the same as JSON text) and, except ``messages``, with ``system``, both optional.
@@ -20,6 +20,9 @@ from typing import Any, NamedTuple
 from mtp_lightning.errors import RunError, one_line
 
 Message = dict[str, Any]
+
+QUESTIONS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("prompt", "response"))
+"""The fields of a question and of its answer: Alpaca's, GPTeacher's, GSM8K's. A prompt needs the question alone."""
 
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
 """ShareGPT's names of the roles that have another one here."""
@@ -51,8 +54,8 @@ def chat_of(row: Mapping[str, Any]) -> Chat | None:
         messages = _from_json(shared)
     elif isinstance(prompt, list) and isinstance(completion, list):
         messages = [*({**message, "weight": 0} if isinstance(message, dict) else message for message in prompt), *completion]
-    elif get("instruction") is not None and get("output") is not None:
-        messages = _of_alpaca(row)
+    elif names := next((pair for pair in QUESTIONS if all(get(name) is not None for name in pair)), None):
+        messages = _of_question(row, *names)
     else:
         return None
     if isinstance(get("system"), str) and row["system"] and get("messages") is None and isinstance(messages, list):
@@ -80,12 +83,26 @@ def _is_message(value: Any) -> bool:
     )
 
 
-def _of_alpaca(row: Mapping[str, Any]) -> list[Message]:
+def question_of(row: Mapping[str, Any]) -> str | None:
+    """The question in the fields of a row, with its ``input``; None if it has none. A RunError if it is not text."""
+    name = next((name for name, _ in QUESTIONS if row.get(name) is not None), None)
+    if name is None:
+        return None
+    names = (name, "input") if name == "instruction" else (name,)
+    return "\n\n".join(filter(None, (_text_of(row, part) for part in names)))
+
+
+def _text_of(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name) or ""
+    if not isinstance(value, str):
+        raise RunError(f"{name} must be text, got {one_line(repr(value), 80)}.")
+    return value
+
+
+def _of_question(row: Mapping[str, Any], question: str, answer: str) -> list[Message]:
     """Question and answer, after the ``history`` of earlier ones."""
-    fields = [row.get(name) or "" for name in ("instruction", "input", "output")]
-    if not all(isinstance(field, str) for field in fields):
-        raise RunError(f"instruction, input and output must be text, got {one_line(repr(fields), 80)}.")
-    turns = [*(row.get("history") or []), ["\n\n".join(filter(None, fields[:2])), fields[2]]]
+    asked = question_of({question: row[question], "input": row.get("input")})
+    turns = [*(row.get("history") or []), [asked, _text_of(row, answer)]]
     if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
         raise RunError(f"history must be a list of questions with answers, got {one_line(repr(row['history']), 80)}.")
     return [

@@ -6,7 +6,8 @@ A table gives each object the fields of all others, as nulls; below the top leve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,11 @@ _BATCH_ROWS = 1000
 
 
 class ParquetFile(File):
-    """A Parquet file, of which only our fields are read."""
+    """A Parquet file, of which only our fields and ``more_fields`` are read."""
+
+    def __init__(self, path: Path, more_fields: Sequence[str] = ()) -> None:
+        super().__init__(path)
+        self._more_fields = more_fields
 
     def rows(self, start: int = 0, wanted: np.ndarray | None = None) -> Iterator[Row]:
         """See ``Part``."""
@@ -35,7 +40,8 @@ class ParquetFile(File):
             with pq.ParquetFile(self.path) as file:
                 if not file.metadata.num_rows:
                     return
-                names = known_fields(file.schema_arrow.names, self.name)
+                columns = file.schema_arrow.names
+                names = known_fields(columns, self.name) + [name for name in self._more_fields if name in columns]
                 first = 0
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows

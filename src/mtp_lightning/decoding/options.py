@@ -134,7 +134,7 @@ _INTS = (_are_ints, "an int or several")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "decoding": (lambda value: value in ("quadratic", "linear", "autoregressive"), "quadratic, linear or autoregressive"),
     "verification": (lambda value: value in ("coupled", "rejection"), "coupled or rejection"),
-    "num_masks": (lambda value: value == "auto" or _is_int(value), "auto or an int"),
+    "num_masks": (lambda value: value == "auto" or _is_positive(value), "auto, or 1 or more"),
     "sampler_head": _SWITCH,
     "max_new_tokens": (_is_positive, "1 or more"),
     "max_steps": (lambda value: value is None or _is_positive(value), "1 or more"),

@@ -119,11 +119,10 @@ class AnswerFile:
             found = dict(json.loads(self._settings_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{self.path} was not written by mtp distill: no {self._settings_path.name}.") from error
-        for name in sorted(set(settings) | set(found)):
-            if settings.get(name) != found.get(name):
-                raise UsageError(
-                    f"{self.path} has {name} {found.get(name)!r}, the command {settings.get(name)!r}. Change --output."
-                )
+        names = [name for name in sorted({*settings, *found}) if settings.get(name) != found.get(name)]
+        if names:
+            differing = "; ".join(f"{name} {found.get(name)!r}, the command {settings.get(name)!r}" for name in names)
+            raise UsageError(f"{self.path} has {differing}. Change --output.")
 
     def _read_rows(self) -> None:
         """Read the ids of the rows, and cut off an incomplete last line."""

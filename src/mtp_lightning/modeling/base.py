@@ -22,9 +22,14 @@ from transformers.utils import is_gguf_available
 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.decoder import check_layer_types
-from mtp_lightning.paths import PACKAGE, is_gguf, resolve
+from mtp_lightning.paths import check_exists, is_gguf, resolve
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_ADVICE = (
+    " Set model.base_model (--base_model) to a folder with config.json and weights, a GGUF file, or a hub id that this"
+    " machine can reach."
+)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -97,9 +102,22 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
         return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"))
     source, options = _source(base_model)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **options)
     except Exception as error:  # a damaged file makes transformers and tokenizers raise anything
+        if str(error).strip().startswith("Couldn't instantiate the backend tokenizer"):
+            raise _no_tokenizer(base_model) from error
         raise RunError(f"no tokenizer could be loaded from {base_model!r}: {_reason(error)}") from error
+    files = [Path(source) / name for name in tokenizer.vocab_files_names.values()]
+    # Without files transformers gives many architectures a tokenizer of special tokens alone.
+    if not options and Path(source).is_dir() and len(tokenizer) < 100 and not any(file.is_file() for file in files):
+        raise _no_tokenizer(base_model)
+    return tokenizer
+
+
+def _no_tokenizer(base_model: str) -> RunError:
+    return RunError(
+        f"{base_model} has no tokenizer (tokenizer.json, tokenizer_config.json): copy the files of its tokenizer there."
+    )
 
 
 def adapter_settings(base_model: str) -> dict[str, Any] | None:
@@ -133,6 +151,7 @@ def _merged(base: PreTrainedModel, name: str, folder: str) -> PreTrainedModel:
 def _source(base_model: str) -> tuple[str, dict[str, str]]:
     """Folder or hub id that transformers loads from, and for a GGUF file the option that names it there."""
     if not is_gguf(base_model):
+        check_exists(base_model, _ADVICE)
         return resolve(base_model), {}
     path = Path(resolve(base_model))
     if not path.is_file():
@@ -158,13 +177,7 @@ def _quantization_config(name: str) -> BitsAndBytesConfig:
 
 
 def _load_error(base_model: str, error: Exception) -> RunError:
-    is_path = base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
-    is_missing = is_path and not base_model.startswith(PACKAGE) and not Path(resolve(base_model)).exists()
-    return RunError(
-        f"base model {base_model!r} could not be loaded: {'no such folder is there.' if is_missing else _reason(error)}"
-        " Set model.base_model (--base_model) to a folder with config.json and weights, a GGUF file, or a hub id that this"
-        " machine can reach."
-    )
+    return RunError(f"base model {base_model!r} could not be loaded: {_reason(error)}{_ADVICE}")
 
 
 def _reason(error: Exception) -> str:
@@ -173,8 +186,6 @@ def _reason(error: Exception) -> str:
     text = lines[0].rstrip(" .:!") if lines else ""
     if "ignore_mismatched_sizes" in text:
         return "the shapes of its weights are not those that its config.json says."
-    if text.startswith("Couldn't instantiate the backend tokenizer"):
-        return "it has no tokenizer file."
     # An expected error explains itself; the message of a KeyError is a single word, so its class is named as well.
     is_expected = text and isinstance(error, OSError | ValueError | ImportError)
     return f"{text}." if is_expected else f"{type(error).__name__}{': ' if text else ''}{text}."

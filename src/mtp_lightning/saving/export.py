@@ -116,7 +116,9 @@ def save_model(
         files = sorted(file for file in target.rglob("*") if file.is_file())
         config["files"] = {file.relative_to(target).as_posix(): file_digest(file) for file in files}
         _write_json(config, target / CONFIG_FILE)
-        (target / CARD_FILE).write_text(card(config), encoding="utf-8")
+        (target / CARD_FILE).write_text(
+            card(config, bool(getattr(model.tokenizer, "chat_template", None))), encoding="utf-8"
+        )
         _keep_foreign_files(path, target)
 
 

@@ -152,5 +152,4 @@ def check_device(device: str | torch.device | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = one_line(error, 100)
-        raise UsageError(f"device must be cpu, cuda or another of this machine, got {str(device)!r}: {reason}.") from error
+        raise UsageError(f"this machine has no device {device} ({one_line(error, 100)}): set device to cpu.") from error

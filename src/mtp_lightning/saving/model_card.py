@@ -33,12 +33,12 @@ model, which is {base_model}{revision}.
 from mtp_lightning import MTPModel
 
 model = MTPModel.from_pretrained("this folder")
-ids = model.tokenizer("Once upon a time", return_tensors="pt").input_ids
+{ids}
 out = model.generate(ids, max_new_tokens=64)
 print(model.tokenizer.decode(out.sequences[0]), out.acceptance_length)
 ```
 
-On the command line: `mtp generate FOLDER --prompt "Once upon a time"`.
+On the command line: `mtp generate FOLDER --prompt "{prompt}"`.
 
 {plain}
 
@@ -66,13 +66,23 @@ _NOISE = (
     "`mtp_config.json` are those that decoding uses here; any others will do."
 )
 
+_IDS = 'ids = model.tokenizer("Once upon a time", return_tensors="pt").input_ids'
+_CHAT_IDS = """\
+chat = [{"role": "user", "content": "Why is the sky blue?"}]
+ids = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt").input_ids"""
 
-def card(config: dict[str, Any]) -> str:
-    """The model card, Markdown with the hub's header, of a folder with this ``mtp_config.json``."""
+
+def card(config: dict[str, Any], is_chat: bool = False) -> str:
+    """The model card, Markdown with the hub's header, of a folder with this ``mtp_config.json``.
+
+    ``is_chat``: the base has a chat template, so that the example is a question.
+    """
     base, head = config["base_model"], config["sampler_head"]
     on_hub = "://" not in base and not Path(base).is_absolute()
     gated, lineage = config["lora"]["gated"], config["lineage"] or {}
     return _TEXT.format(
+        ids=_CHAT_IDS if is_chat else _IDS,
+        prompt="Why is the sky blue?" if is_chat else "Once upon a time",
         base_line=f"base_model: {base}\nbase_model_relation: adapter\n" if on_hub else "",
         license_line=f"license: {lineage['license']}\n" if lineage.get("license") else "",
         base_model=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{public_name(base)}`",

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
+from mtp_lightning.paths import check_exists
 from mtp_lightning.saving.trained_parts import TrainedParts
 
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -43,6 +44,7 @@ def find_folder(name: str) -> Path:
     """The folder of a name; a hub id, which may end in ``@`` and a revision, is downloaded or found in the cache."""
     if Path(name).is_dir():
         return Path(name)
+    check_exists(name)
     repository, _, revision = name.partition("@")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "README.md", "custom_generate/*"]
     try:
@@ -101,6 +103,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read ``mtp_config.json``, with all keys of ``CONFIG_TYPES``; RunError if ``mtp export`` did not write it."""
     file = path / CONFIG_FILE
     if not file.is_file():
+        if (path / "config.json").is_file():
+            raise RunError(f"{path} is a base model: train an adapter for it (mtp init, mtp fit), or name a trained model.")
         raise RunError(f"{path} is not a folder that mtp export wrote: it has no {CONFIG_FILE}.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -2,9 +2,9 @@
 """Prompts: a file or standard input -> token ids to decode from.
 
 * ``.txt``: one prompt per line; empty lines are skipped.
-* ``.jsonl``: one object per line with ``prompt`` (text, or a list of messages) or ``messages`` (rendered with the
-  tokenizer's chat template; an assistant's answer at the end is dropped), and optionally ``tools``, ``raw`` and ``domain``
-  (or ``category``).
+* ``.jsonl``, ``.json``, ``.parquet``, ``.csv``: rows with ``prompt`` (text, or a list of messages), ``instruction`` (+
+  ``input``), ``question`` or ``messages`` (rendered with the tokenizer's chat template; an assistant's answer at the end is
+  dropped), and optionally ``tools``, ``raw`` and ``domain`` (or ``category``).
 * ``-``: standard input, one of the two: JSON where the first line begins with ``{``.
 
 Where the base has a chat template, a text is a user's turn, unless it is raw.
@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtp_lightning.data.chat import render_chat_prompt
-from mtp_lightning.data.messages import chat_of, clean_messages
+from mtp_lightning.data.formats import CsvFile, JsonFile
+from mtp_lightning.data.messages import chat_of, clean_messages, question_of
+from mtp_lightning.data.tables import ParquetFile
 from mtp_lightning.data.tokenizing import is_utf8, tokenize
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
 from mtp_lightning.json_text import read_json
 from mtp_lightning.paths import resolve
+from mtp_lightning.text.prompt_source import check_source
 
-_FIELDS = ("prompt", "messages", "conversations", "conversation")
+_FIELDS = ("prompt", "instruction", "question", "messages", "conversations", "conversation")
 """The fields of a line that hold its prompt."""
 
 
@@ -63,8 +66,8 @@ def read_prompts(
 ) -> list[Prompt]:
     """The prompts of a source, at least one, tokenised as the tokenizer does it, without an end token that it may append.
 
-    The source is a ``.txt`` or ``.jsonl`` file, ``package://...`` or ``-``. At most ``limit`` prompts are taken, evenly from
-    the domains; None: all, in the order of the file. With a ``context``, each prompt must leave space in it for a token.
+    The source is a file (``prompt_source.SUFFIXES``), ``package://...`` or ``-``. At most ``limit`` prompts are taken,
+    evenly from the domains; None: all, in order of the file. With a ``context``, each must leave space in it for a token.
     ``raw``: no text is a user's turn.
     UsageError for another file format, RunError if the file is missing or empty or a line can't be used.
     """
@@ -86,10 +89,16 @@ def read_prompt_rows(source: str, raw: bool = False) -> list[PromptRow]:
     Raises a UsageError for an unsupported file format, and a RunError if the file is missing or empty or a line can't be
     used.
     """
-    name, text, is_json = _read_text(source)
-    # Not splitlines(): it also splits at characters that may occur inside JSON strings.
-    lines = enumerate(text.split("\n"), 1)
-    rows = [_parse_line(name, number, line, is_json) for number, line in lines if line.strip()]
+    suffix = check_source(source)
+    if suffix in (".json", ".ndjson", ".csv", ".parquet"):
+        name, path, more = source, Path(resolve(source)), ("id", "category", "raw")
+        part = CsvFile(path) if suffix == ".csv" else ParquetFile(path, more) if suffix == ".parquet" else JsonFile(path)
+        rows = [_parse_fields(row.fields, f"{source}, {part.unit} {row.place}", row.place) for row in part.rows()]
+    else:
+        name, text, is_json = _read_text(source)
+        # Not splitlines(): it also splits at characters that may occur inside JSON strings.
+        lines = enumerate(text.split("\n"), 1)
+        rows = [_parse_line(name, number, line, is_json) for number, line in lines if line.strip()]
     if not rows:
         raise RunError(f"{name}: expected at least one prompt, it is empty.")
     return [row._replace(raw=raw or row.raw) for row in rows]
@@ -123,12 +132,6 @@ def _read_text(source: str) -> tuple[str, str, bool]:
             raise RunError(f"standard input: expected UTF-8 text, it can't be read: {one_line(error)}.") from error
         return "standard input", text, text.lstrip().startswith("{")
     path = Path(resolve(source))
-    if path.is_dir():
-        raise RunError(f"{source}: expected a .txt or .jsonl file of prompts, it is a folder.")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise UsageError(f"{source}: expected prompts in a .txt or .jsonl file, or - for standard input.")
-    if not path.is_file():
-        raise RunError(f"{source}: expected a file of prompts, nothing is there (looked in {Path.cwd()}).")
     try:
         content = path.read_bytes()
         return source, content.decode("utf-8-sig"), path.suffix == ".jsonl"
@@ -143,7 +146,10 @@ def _parse_line(source: str, number: int, line: str, is_json: bool) -> PromptRow
     location = f"{source}, line {number}"
     if not is_json:
         return PromptRow(location, line.rstrip("\r"), "", number)
-    value = read_json(line, source, number)
+    return _parse_fields(read_json(line, source, number), location, number)
+
+
+def _parse_fields(value: Any, location: str, number: int) -> PromptRow:
     if not isinstance(value, dict):
         raise RunError(f"{location}: expected an object with prompt or messages, got {type(value).__name__}.")
     content, tools = _content(value, location)
@@ -167,7 +173,10 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
     """The text, or the messages without an answer at their end, and the tools of a line; empty if it asks nothing."""
     if isinstance(value.get("prompt"), str) and value.get("messages") is None:
         return value["prompt"], None
+    is_chat = any(value.get(name) is not None for name in ("messages", "conversations", "conversation", "history", "system"))
     try:
+        if not is_chat and value.get("prompt") is None and (question := question_of(value)) is not None:
+            return question, None
         chat = chat_of({**value, "messages": value.get("prompt")} if isinstance(value.get("prompt"), list) else value)
         if chat is not None:
             messages = drop_final_answer(clean_messages(chat.messages) if chat.messages != [] else [])
@@ -178,7 +187,7 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
     if any(name in value for name in _FIELDS) and all(value.get(name) is None for name in _FIELDS):
         return "", None
     fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
-    raise RunError(f"{location}: expected prompt as text, or messages, got the fields: {fields}.")
+    raise RunError(f"{location}: expected one of {', '.join(_FIELDS)}, got the fields: {fields}.")
 
 
 def encode_prompt(text: str, tokenizer: Any, raw: bool = False) -> Prompt:
