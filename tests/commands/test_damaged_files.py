@@ -101,14 +101,14 @@ def test_predict_compares_only_what_is_named(run: Path, here: Path, capsys) -> N
     ("name", "content", "expected"),
     [
         ("config.json", {"hidden_size": 64}, "base model 'base' could not be loaded"),
-        ("tokenizer.json", None, "base has no tokenizer"),
+        ("tokenizer.json", None, "no tokenizer"),
     ],
 )
 def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[str, Any] | None, expected: str) -> None:
     path = here / "base" / name
     path.write_text("{}" if content is None else json.dumps(json.loads(path.read_bytes()) | content))
     before = files_of(here)
-    assert error_of(capsys, 1, "fit", "--config", "config.yaml", "--overwrite").startswith(expected)
+    assert expected in error_of(capsys, 1, "fit", "--config", "config.yaml", "--overwrite")
     assert files_of(here) == before
 
 

@@ -107,7 +107,7 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
         if str(error).strip().startswith("Couldn't instantiate the backend tokenizer"):
             raise _no_tokenizer(base_model) from error
         raise RunError(f"no tokenizer could be loaded from {base_model!r}: {_reason(error)}") from error
-    files = [Path(source) / name for name in tokenizer.vocab_files_names.values()]
+    files = [Path(source) / name for name in ("tokenizer.json", *tokenizer.vocab_files_names.values())]
     # Without files transformers gives many architectures a tokenizer of special tokens alone.
     if not options and Path(source).is_dir() and len(tokenizer) < 100 and not any(file.is_file() for file in files):
         raise _no_tokenizer(base_model)
