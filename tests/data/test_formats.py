@@ -132,7 +132,7 @@ LINES = b'{"text": "one"}\n{"text": "two"}\n'
         ("a.jsonl", json.dumps(ROWS).encode()),
         ("a.json", json.dumps(ROWS, indent=2).encode()),
         ("a.json", "".join(json.dumps(row, indent=2) + "\n" for row in ROWS).encode()),
-        ("a.json.gz", gzip.compress(json.dumps(ROWS, indent=2).encode())),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS, indent=2).encode(), mtime=0)),
         ("a.txt", b"\xef\xbb\xbfone\r\n<|endoftext|>two"),
         ("a.txt", BOM + b"one\n<|endoftext|>\n" + BOM + b"two<|endoftext|>" + BOM),  # files that were joined
         ("a.jsonl", b"".join(BOM + line for line in LINES.splitlines(keepends=True))),
