@@ -430,6 +430,7 @@ def test_no_server_answers(tmp_path: Path, base: str, capsys) -> None:
 )
 def test_wrong_options(tmp_path: Path, base: str, capsys, name: str, value: object) -> None:
     options = {"temperature": 1, name: value}
+    write_rows(tmp_path / "q.jsonl", questions(1))
     assert name in error_of(capsys, 2, "distill", *words(base, tmp_path, "http://localhost:1/v1", **options))
 
 

@@ -57,7 +57,7 @@ def test_dtype_and_device(kept: Path) -> None:
     model = MTPModel.from_pretrained(str(kept / "saved"), dtype="bfloat16", device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in MTPModel.from_pretrained(kept / "saved", dtype=torch.float32).parameters()} == {torch.float32}
-    with pytest.raises(UsageError, match="got 'tpu9'"):
+    with pytest.raises(UsageError, match="tpu9"):
         MTPModel.from_pretrained(kept / "saved", device="tpu9")
     with pytest.raises(UsageError, match="give device or device_map, not both"):
         MTPModel.from_pretrained(kept / "saved", device="cpu", device_map="auto")

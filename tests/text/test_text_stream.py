@@ -146,6 +146,7 @@ def test_trust_on_the_command_line(
 
     monkeypatch.setattr(MTPModel, "from_pretrained", load)
     monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a\n")
     for words in (["generate", "m", "--prompt", "a"], ["chat", "m"], ["benchmark", "m", "--prompts", "p.txt"]):
         assert mtp(*words) == 1 and mtp(*words, "--trust_remote_code", "true") == 1
     assert asked == [False, True] * 3

@@ -21,7 +21,13 @@ from mtp_lightning.errors import RunError, one_line
 
 Message = dict[str, Any]
 
-QUESTIONS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"), ("prompt", "response"))
+QUESTIONS = (
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("prompt", "answer"),
+)
 """The fields of a question and of its answer: Alpaca's, GPTeacher's, GSM8K's. A prompt needs the question alone."""
 
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"}
