@@ -72,6 +72,8 @@ def test_a_command_line_is_understood(words: list[str], tmp_path: Path, monkeypa
     monkeypatch.setattr("mtp_lightning.commands.export.export_checkpoint", stop)
     monkeypatch.setattr("mtp_lightning.commands.compare.read_runs", stop)
     monkeypatch.setattr("mtp_lightning.commands.distill.chosen_shard", stop)
+    monkeypatch.setattr("mtp_lightning.commands.options.check_source", lambda source: None)  # the reader's file of prompts
+    monkeypatch.setattr("mtp_lightning.commands.serve._vllm_version", lambda: "0.32.0")
     monkeypatch.setattr("mtp_lightning.saving.saved_folder.find_folder", stop)
     monkeypatch.setattr("mtp_lightning.model.MTPModel.from_pretrained", stop)
     monkeypatch.setenv("MTP_DEBUG", "1")
