@@ -11,6 +11,8 @@ from pathlib import Path
 from mtp_lightning.errors import RunError
 
 PACKAGE = "package://"
+OWN_FOLDERS = ("bases/", "runs/", "pretrained/")
+"""Where commands and documentation put bases, runs and adapters: no owner on the hub has such a name."""
 
 
 def resolve(name: str) -> str:
@@ -35,10 +37,9 @@ def is_on_disk(name: str) -> bool:
 
 
 def check_exists(name: str, advice: str = "") -> None:
-    """RunError for a name of nothing here that can't be a hub id, or that lies in a folder that is here."""
-    path = Path(resolve(name))
-    is_path = name.startswith((PACKAGE, ".", "/", "~")) or name.endswith("/") or name.count("/") > 1
-    if not path.exists() and (is_path or ("/" in name and path.parent.is_dir())):
+    """RunError for a name of nothing here that can't be a hub id, or that begins like our own folders."""
+    is_path = name.startswith((PACKAGE, ".", "/", "~", *OWN_FOLDERS)) or name.endswith("/") or name.count("/") > 1
+    if is_path and not Path(resolve(name)).exists():
         raise RunError(f"no folder {name} here.{advice}")
 
 

@@ -60,7 +60,7 @@ COMMANDS = [
     ("generate {last} --prompt a --prompts prompts.jsonl", 2, "--prompts"),
     ("generate {last} --prompts long.txt", 1, "long.txt, line 2"),
     ("generate {last} --prompt a --base_model ./no_base", 1, "./no_base"),
-    ("generate run/nope --prompt a", 1, "no folder run/nope"),
+    ("generate runs/nope --prompt a", 1, "no folder runs/nope"),
     ("generate {last} --prompt a --decoding cubic", 2, "decoding"),
     ("generate {last} --prompt a --num_mask 3", 2, "num_masks"),
     ("generate {last} --prompt a --num_masks 4", 2, "num_masks"),
@@ -71,7 +71,7 @@ COMMANDS = [
     ("data --config config.yaml --split tset", 2, "split"),
     ("distill", 2, "prompts"),
     ("distill no_base --prompts prompts.jsonl --output a.jsonl", 1, "'no_base'"),
-    ("distill run/nope --prompts prompts.jsonl --output a.jsonl", 1, "no folder run/nope"),
+    ("distill runs/nope --prompts prompts.jsonl --output a.jsonl", 1, "no folder runs/nope"),
 ]
 FIT = [
     ("--config comments.yaml", 2, "comments.yaml"),

@@ -91,7 +91,6 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path, kind: str) -> None:
 
 def test_a_name_that_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bases").mkdir()
     for name in ("bases/nope", "./x", "../x", "/no/x", "a/b/c"):
         for load in (load_config, load_tokenizer):
             with pytest.raises(RunError, match=f"no folder {name} here"):
