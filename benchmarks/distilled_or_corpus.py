@@ -32,6 +32,7 @@ BASE = "package://demo/base"
 OVERRIDE = """\
 data: {{train: {train}}}
 trainer:
+  default_root_dir: {folder}
   max_steps: {steps}
   val_check_interval: {every}
   logger:

@@ -56,7 +56,8 @@ part3() {
 }
 
 part4() {
-  local run=$OUT/run fit=(--config configs/smollm2.yaml --trainer.enable_progress_bar false)
+  local run=$OUT/run
+  local fit=(--config configs/smollm2.yaml --trainer.enable_progress_bar false --trainer.default_root_dir "$run")
   fit+=(--trainer.logger lightning.pytorch.loggers.CSVLogger --trainer.logger.save_dir "$run")
   fit+=(--trainer.logger.name "" --trainer.logger.version "")
   if [ -n "$tiny" ]; then
