@@ -6,15 +6,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from command_line import mtp, read_metrics
+from lightning import Callback
+from lightning.pytorch.callbacks import EarlyStopping
 from tiny_run import LAST, write_config, write_run
+from trained_run import NUM_MASKS
 from transformers import AutoModelForCausalLM
 
-from mtp_lightning.callbacks.run_guards import disagreement, gradient_norm, not_finite
+from mtp_lightning.callbacks import AcceptanceEvaluation, Throughput
+from mtp_lightning.callbacks.run_guards import check_monitors, disagreement, gradient_norm, not_finite
+from mtp_lightning.errors import UsageError
+from mtp_lightning.training.module import MTPModule, paper_losses
 
 SPOILED = """
 import torch
@@ -110,6 +117,28 @@ def test_out_of_memory_while_the_base_is_loaded(here: dict[str, Any], capsys, mo
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
     assert failed(capsys).startswith("memory ran out before training began (")
+
+
+def test_names_that_a_callback_can_monitor(trained: Path) -> None:
+    losses: dict[str, Any] = paper_losses(with_sampler=True)
+    module = MTPModule("base", num_masks=NUM_MASKS, losses=losses)
+    names = {name for line in read_metrics(trained / "run") for name in line}
+    assert names == {*module.logged_names, "step", "epoch"}
+
+    def check(name: str, *others: Callback) -> None:
+        check_monitors(cast(Any, SimpleNamespace(callbacks=[EarlyStopping(name), *others])), module)
+
+    evaluation = AcceptanceEvaluation("prompts.txt")
+    for name in names:
+        check(name)
+    check("val/acceptance_length/code", evaluation)
+    check("train/tokens_per_second", Throughput())
+    check("val/mine", type("Mine", (Callback,), {})())  # it may log that
+    for name in ("val/acceptance_length", "train/tokens_per_second", "val/mine", "val_loss"):
+        with pytest.raises(UsageError, match=f"EarlyStopping.monitor '{name}'"):
+            check(name)
+    with pytest.raises(UsageError, match="val/speed_up"):
+        check("val/speed_up", evaluation)
 
 
 def test_disagreement_by_hand() -> None:

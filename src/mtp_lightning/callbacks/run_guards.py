@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,10 +15,14 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mtp_lightning.callbacks.acceptance_evaluation import AcceptanceEvaluation
+from mtp_lightning.callbacks.throughput import Throughput
 from mtp_lightning.data.rows import fingerprint
+from mtp_lightning.errors import UsageError
 from mtp_lightning.saving.checkpoint_files import newest_checkpoint, read_run_id
 from mtp_lightning.trainer.run_errors import memory_message, unwritable_message
 from mtp_lightning.training.distributed import all_reduce, checkpoint_folders, gather, run_folder, stop_all
+from mtp_lightning.training.module import MTPModule
 from mtp_lightning.training.run_size import device_memory, step_size
 from mtp_lightning.training.sizing import ModelSize, StepSize, advice, estimate, gigabytes, model_size
 
@@ -118,6 +123,27 @@ class RunGuards(Callback):
             if name.startswith("train/loss/") and not value.isfinite()
         )
         stop_all(trainer, not_finite(gather(report), trainer.global_step + 1, trainer.current_epoch, newest, terms))
+
+
+def check_monitors(trainer: Trainer, module: MTPModule) -> None:
+    """Refuse a callback that monitors what is never logged, unless code of a user's own may log it."""
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    if not all(type(part).__module__.startswith(("mtp_lightning.", "lightning.")) for part in (module, *callbacks)):
+        return
+    names, beginnings = {"step", "epoch", *module.logged_names}, ["lr-"]
+    for callback in callbacks:
+        if isinstance(callback, AcceptanceEvaluation):
+            names |= {"val/acceptance_length", *(("val/speed_up",) if callback.num_speed_pairs else ())}
+            beginnings.append("val/acceptance_length/")  # and a domain
+        elif isinstance(callback, Throughput):
+            beginnings.append("train/")
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in names and not monitor.startswith(tuple(beginnings)):
+            near = difflib.get_close_matches(monitor, sorted(names), n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(sorted(names))}."
+            key = f"trainer.callbacks: {type(callback).__name__}.monitor"
+            raise UsageError(f"{key} {monitor!r} is nothing that this run logs; {remedy}")
 
 
 def as_text(config: Any) -> dict[str, str]:

@@ -16,15 +16,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-import mtp_lightning.callbacks
-import mtp_lightning.losses
-import mtp_lightning.sampler_heads  # noqa: F401 - short class names in YAML
+from mtp_lightning import callbacks, losses, sampler_heads  # short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
-from mtp_lightning.callbacks.run_guards import as_text
+from mtp_lightning.callbacks.run_guards import as_text, check_monitors
 from mtp_lightning.callbacks.run_summary import RunSummary
 from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
 from mtp_lightning.commands.parser import CommandParser
-from mtp_lightning.commands.settings import CLASSES, keys_of
+from mtp_lightning.commands.settings import CLASSES, keys_of, with_full_key
 from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
 from mtp_lightning.evaluation.reporting import note
@@ -57,6 +55,8 @@ AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 LOGGED = ("seed_everything", "model", "data", "trainer")
 """The parts of a configuration that are logged, without loggers and callbacks."""
+CLASS_NAMES = [*losses.__all__, *callbacks.__all__, *(name for name in vars(sampler_heads) if name.endswith("Head"))]
+"""Names of this package's classes, one of which may have been misspelled."""
 
 
 class ConfigurationParser(CommandParser, LightningArgumentParser):
@@ -126,6 +126,13 @@ class MTPCLI(LightningCLI):
         parser.add_argument("-c", "--config", action=ActionConfigFile)
         return parser
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning's; an error about a class names the key that it is given at."""
+        try:
+            super().parse_arguments(parser, args)
+        except UsageError as error:
+            raise UsageError(with_full_key(str(error), args, CLASS_NAMES)) from error
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, with our options."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -190,6 +197,8 @@ class MTPCLI(LightningCLI):
         """Check the checkpoint before data and weights are loaded, and prepare what the run writes."""
         self._run_folder = run_folder(self.trainer)  # a collective call, made by all processes
         asked, path, append = self._get(self.config, "ckpt_path"), self._checkpoint_path(), self.subcommand != "fit"
+        if self.subcommand == "fit":
+            check_monitors(self.trainer, self.model)
         if path:
             append = self._check_checkpoint(path)
         elif self.subcommand == "fit" and asked is None and not self._get(self.config, "overwrite"):

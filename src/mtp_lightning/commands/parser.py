@@ -34,6 +34,9 @@ _SHORTER = {
     r"Not of type \w+: does not conform to restriction v(.+?); expected null": r"expected a number \1",
     r"Not of type \w+: could not convert string to float: .+?; expected null": "expected a number",
     r"(?<=\d) and v(?=[<>])": " and ",
+    # What else a class's place could hold.
+    r"((?:[Ii]mport path|class_path|Option ')[^;]*)(?:; (?:expected (?:False|bool|null)|Not a valid subclass)\b)+.*": r"\1",
+    r"expected dot import path string: ([^\s;]+)": r"there is no class \1; one of your own is named module.Class",
 }
 
 
@@ -83,7 +86,8 @@ def _keys(parser: ArgumentParser) -> Iterator[str]:
 def _in_one_line(message: str, keys: list[str]) -> str:
     """A message of jsonargparse in one line; for an unknown key with the known one that is nearest to it."""
     lines = [line.strip(" -") for line in message.splitlines()]
-    text = "; ".join(line for line in lines if line and not line.startswith(_OMITTED)).replace(":; ", ": ")
+    lines = list(dict.fromkeys(line for line in lines if line and not line.startswith(_OMITTED)))
+    text = "; ".join(lines).replace(":; ", ": ")
     for pattern, replacement in _SHORTER.items():
         text = re.sub(pattern, replacement, text)
     unknown = re.search(r"unrecognized arguments: -*([\w.]+)|does not accept option '([\w.]+)", text)

@@ -11,6 +11,7 @@ import argparse
 import ast
 import difflib
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -238,6 +239,37 @@ def _check_file(path: str) -> None:
             if str(key).rstrip("+") not in keys_of(group):
                 nearest = _nearest(f"{group}.{key}", [f"{group}.{name}" for name in keys_of(group)])
                 raise UsageError(f"configuration file {path!r}: unknown key {group}.{key}{nearest}")
+
+
+_NAMED = re.compile(r"(?:class_path '|no class |Import path |Option ')([\w.]+)")
+"""What the parser's messages on a class or one of its arguments name."""
+
+
+def with_full_key(message: str, words: Sequence[str], classes: Iterable[str]) -> str:
+    """The parser's message on a class below a key, with the whole key where files or options name it there.
+
+    ``model.losses: ...`` becomes ``model.losses.mine.class_path: ...``; of ``classes`` the one with a similar name is added.
+    """
+    key, _, reason = message.partition(": ")
+    if (named := _NAMED.search(reason)) is None:
+        return message
+    name, given = named[1], list[tuple[str, Any]]()
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        option, equals, value = word.partition("=")
+        value = value if equals else following
+        given += _leaves("", read_configuration(value)) if option in ("-c", "--config") else [(option[2:], value)]
+    whole = [at for at, value in given if at.startswith(f"{key}.") and (value == name or at.endswith(f".{name}"))]
+    near = _nearest(name.rpartition(".")[2], classes) if "Option" not in reason and "subclass" not in reason else ""
+    return f"{whole[-1] if whole else key}: {reason}{near.rstrip('.')}"
+
+
+def _leaves(key: str, value: Any) -> Iterable[tuple[str, Any]]:
+    """The single values in nested settings, with their keys; parts of a list have their numbers."""
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if parts is None:
+        yield key, value
+    for name, part in parts or ():
+        yield from _leaves(f"{key}.{name}".strip(".+"), part)
 
 
 def _nearest(name: str, known: Iterable[str], dashes: str = "") -> str:

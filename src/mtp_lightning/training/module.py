@@ -282,6 +282,15 @@ class MTPModule(LightningModule):
         for metric in (self.val_ntp, self.val_forced, self.val_reference, *self.term_means.values()):
             metric.reset()
 
+    @property
+    def logged_names(self) -> set[str]:
+        """What a run of ``fit`` logs: names that a callback can monitor."""
+        figures = {"loss", "ntp_loss", "forced_acceptance_length", "forced_reference", "share_of_reference"}
+        terms = {f"loss/{name}" for name in self.terms}
+        offsets = {f"accuracy/offset_{j + 2}" for j in range(self.num_masks)}
+        training = {"loss", "learning_rate", "gradient_norm"}
+        return {f"val/{name}" for name in figures | terms | offsets} | {f"train/{name}" for name in training | terms}
+
     def validation_step(self, batch: MaskedInput, batch_idx: int) -> None:
         """Measure a validation batch."""
         self.evaluation_step(batch)
