@@ -14,6 +14,7 @@ from interrupted_runs import FIT, KILL, fresh, run_name
 from tiny_run import LAST, assert_same_run
 from zygote import Zygote
 
+from mtp_lightning.saving.checkpoint_files import write_run_id
 from mtp_lightning.trainer.earlier_run import differences
 
 BEST = LAST.replace("last", "best")
@@ -144,6 +145,30 @@ def test_settings_that_differ_on_resume(zygote: Zygote, whole: Path, tmp_path: P
     names = ("data.block_fraction 0.5 -> 0.25", "data.seed 0 -> 1", "model.lr_scheduler.init_args.total_steps 24 -> 30")
     assert ended.code == 2 and "data.seed" in ended.error  # within an epoch
     assert all(name in line for name in names) and line.count("->") == len(names)
+
+
+def test_a_run_that_is_resumed_in_another_folder(zygote: Zygote, whole: Path, tmp_path: Path) -> None:
+    """Its settings are compared too, and the run that is in that folder is kept."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "moved").mkdir()
+    shutil.copy(folder / LAST, folder / "moved/last.ckpt")
+    words = [*FIT[:-1], LAST, "--trainer.logger.save_dir", "other", "--trainer.max_steps", 15]
+    ended = zygote.run(folder, *words, "--model.optimizer.init_args.lr", "0.1")
+    assert ended.code == 2 and "model.optimizer.init_args.lr" in ended.error and not (folder / "other").exists()
+    ended = zygote.run(folder, *words, "--data.eval_batch_size", 1)
+    assert ended.code == 0 and "data.eval_batch_size null -> 1" in ended.err
+    steps = [int(line["step"]) for line in read_metrics(folder / "other") if "train/loss" in line]
+    assert steps == [13, 14]  # the last one of the first run is logged after its checkpoint
+    write_run_id(folder / "run", "another")
+    before = files(folder / "run")
+    ended = zygote.run(folder, *FIT[:-1], "moved/last.ckpt")
+    assert ended.code == 2 and "'run'" in ended.error and "--overwrite" in ended.error
+    assert files(folder / "run") == before
+    words[words.index("other")] = "third"
+    words[words.index(LAST)] = "moved/last.ckpt"
+    ended = zygote.run(folder, *words)
+    assert ended.code == 0 and "no config.yaml" in ended.err
 
 
 def test_differences_of_two_configurations() -> None:

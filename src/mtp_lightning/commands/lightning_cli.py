@@ -241,9 +241,10 @@ class MTPCLI(LightningCLI):
         for callback in self.callbacks_of(ResumeExactly):
             callback.run = run_of(checkpoint)
         if self.subcommand == "fit":
-            appends = appends_metrics(self.trainer, self._run_folder, checkpoint)
+            overwrite = bool(self._get(self.config, "overwrite"))
+            appends = appends_metrics(self.trainer, self._run_folder, path, checkpoint, overwrite)
             if appends:
-                check_same_settings(self.trainer, self._run_folder, self._settings())
+                check_same_settings(self.trainer, self._run_folder, path, checkpoint, self._settings())
             return appends
         if loops := checkpoint.get("loops"):
             self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step

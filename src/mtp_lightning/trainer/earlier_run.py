@@ -41,11 +41,17 @@ def check_folder_is_free(trainer: Trainer, folder: Path) -> None:
         )
 
 
-def appends_metrics(trainer: Trainer, folder: Path, checkpoint: dict[str, Any]) -> bool:
-    """True if the figures in a run's folder belong to the run of the checkpoint; warns if they do not."""
+def appends_metrics(trainer: Trainer, folder: Path, path: str, checkpoint: dict[str, Any], overwrite: bool) -> bool:
+    """True if the figures in a run's folder belong to the run of the checkpoint in ``path``.
+
+    If they do not: a warning for a checkpoint of that folder, which an earlier run left there. For one from elsewhere the
+    folder is refused, unless ``overwrite``. All processes must call it.
+    """
     owner = read_run_id(folder)
     if owner is None or owner == run_of(checkpoint):
         return True
+    if not overwrite and Path(path).resolve().parent not in [place.resolve() for place in checkpoint_folders(trainer)]:
+        check_folder_is_free(trainer, folder)
     if not getattr(trainer, "fast_dev_run", False):
         _warn(
             trainer,
@@ -74,12 +80,20 @@ def last_checkpoint(trainer: Trainer, folder: Path, may_begin: bool) -> str | No
     return None
 
 
-def check_same_settings(trainer: Trainer, folder: Path, settings: dict[str, Any]) -> None:
-    """Compare ``model`` and ``data`` of a resumed run with the ``config.yaml`` in its folder, if there is one.
+def check_same_settings(
+    trainer: Trainer, folder: Path, checkpoint_path: str, checkpoint: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Compare ``model`` and ``data`` of a resumed run with its ``config.yaml``, in this folder or that of the checkpoint.
 
     What has no effect, because the checkpoint restores it, is refused; a warning names what else differs.
     """
-    path = folder / "config.yaml"
+    run, own = run_of(checkpoint), Path(checkpoint_path).absolute().parents[:2]
+    places = [folder, *(place for place in own if read_run_id(place) == run)]
+    path = next((file for place in places if (file := place / "config.yaml").is_file()), None)
+    if path is None:
+        reason = f"no config.yaml of the run that wrote {checkpoint_path!r} is in its folder"
+        _warn(trainer, f"warning: {reason}: settings are not compared, and those of the optimizer are the checkpoint's")
+        return
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -97,7 +111,7 @@ def check_same_settings(trainer: Trainer, folder: Path, settings: dict[str, Any]
         if is_restored(key, settings):
             raise UsageError(
                 f"{key} differs from {str(path)!r} ({text}) and would have no effect: the checkpoint restores it."
-                " Resume with the same, or start a new run in another folder."
+                " Resume with the same, or start a new run (without --ckpt_path) in another folder."
             )
     if texts:
         shown = ", ".join(f"{key} {text}" for key, text in texts.items())
