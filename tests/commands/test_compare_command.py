@@ -3,24 +3,32 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from command_line import error_of, mtp, read_metrics
 from trained_run import STEPS
 
+from mtp_lightning.commands.compare import wrapped
+from mtp_lightning.evaluation.run_comparison import BEST
+
 
 def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("run", "others/run")
-    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    text = Path("run/config.yaml").read_text()
+    header = [line for line in text.splitlines() if line.startswith("# ") and "==" in line]
+    assert f"# torch=={torch.__version__}" in header
+    config = yaml.safe_load(text)
     config["model"]["lora"]["rank"] = 7
     config["trainer"]["callbacks"][0]["init_args"]["filename"] = "another"
     config["trainer"]["callbacks"].append({"class_path": "my.Other", "init_args": {"a": 1}})
     config["trainer"]["logger"][0]["init_args"]["save_dir"] = "others"
-    Path("others/run/config.yaml").write_text(yaml.safe_dump(config))
+    Path("others/run/config.yaml").write_text("\n".join([*header[:-1], "# lightning==9.9", yaml.safe_dump(config)]))
     with Path("others/run/metrics.csv").open("a") as file:  # an empty epoch
         file.write(",".join("nan" if name == "train/loss" else "" for name in read_metrics(run)[0]) + "\n")
     overall = {"acceptance_length": 1.75, "speed_up": {"median": 1.25}}
@@ -29,7 +37,9 @@ def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     found = json.loads(capsys.readouterr().out)
     first, second = found["settings"].pop("runs")
     assert first != second and second == "others/run"
+    assert found["seeds"] == []
     assert found["settings"] == {
+        "version of lightning": [header[-1].partition("==")[2], "9.9"],
         "model.lora.rank": [2, 7],
         "trainer.callbacks": ["ModelCheckpoint, ModelCheckpoint_1", "ModelCheckpoint, ModelCheckpoint_1, Other"],
         "trainer.callbacks.ModelCheckpoint.filename": ["best", "another"],
@@ -48,6 +58,33 @@ def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert mtp("compare", "run", "others/run", "others/../run", "--output", "out/three.png") == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80 and "model.lora.rank" in out and Path("out/three.png").is_file()
+
+
+def test_runs_that_differ_in_the_seed_alone(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, text = read_metrics(run), Path("run/config.yaml").read_text()
+    best = max((line for line in lines if BEST in line), key=lambda line: float(line[BEST]))
+    for seed, rank in ((1, 2), (2, 2), (3, 7)):
+        shutil.copytree("run", f"seed_{seed}")
+        config = text.replace("seed_everything: 0", f"seed_everything: {seed}").replace("rank: 2", f"rank: {rank}")
+        Path(f"seed_{seed}/config.yaml").write_text(config)
+    with Path("seed_2/metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, sorted({name for line in lines for name in line}))
+        writer.writeheader()
+        writer.writerows([*lines[:-1], {**lines[-1], BEST: float(best[BEST]) + 3}])
+    assert mtp("compare", "seed_3", "run", "seed_1", "seed_2", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["seeds"]
+    mean, deviation = found["mean and deviation"]["best forced acceptance length"]
+    assert found["runs"] == ["run", "seed_1", "seed_2"]
+    assert mean == pytest.approx(float(best[BEST]) + 1) and deviation == pytest.approx(3**0.5)
+    assert mtp("compare", "seed_3", "run", "seed_1", "seed_2") == 0
+    out = capsys.readouterr().out
+    assert f"{mean:.3f} ± {deviation:.3f}" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_names_are_broken_between_words() -> None:
+    assert wrapped("model.sampler_head.hidden_size", 20, "./").split("\n") == ["model.sampler_head.", "hidden_size"]
+    assert wrapped("GRUSamplerHead", 10).split("\n") == ["GRUSampler", "Head"]
+    assert wrapped("-0.125", 10) == "-0.125"
 
 
 def test_what_a_run_logs(run: Path, here: Path) -> None:

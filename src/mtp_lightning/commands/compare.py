@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,18 @@ from rich.table import Table
 
 from mtp_lightning.errors import UsageError
 from mtp_lightning.evaluation.reporting import note
-from mtp_lightning.evaluation.run_comparison import differing_settings, final_figures, read_runs, save_curves
+from mtp_lightning.evaluation.run_comparison import (
+    differing_settings,
+    final_figures,
+    mean_and_deviation,
+    read_runs,
+    save_curves,
+    seed_groups,
+)
 from mtp_lightning.paths import check_writable
+
+MAX_KEY, MIN_COLUMN = 28, 13
+"""Characters of the longest line of a key, and those that a run's column has at least."""
 
 
 def run_compare(config: Any) -> None:
@@ -29,35 +41,65 @@ def run_compare(config: Any) -> None:
     runs = read_runs(config.runs)
     settings, figures = differing_settings(runs), [final_figures(run) for run in runs]
     names = [run.name for run in runs]
+    seeds = [
+        ([names[index] for index in group], mean_and_deviation([figures[index] for index in group]))
+        for group in seed_groups(runs)
+    ]
     if config.json:
         by_run = {
             name: {key.strip(): value for key, value in each.items()} for name, each in zip(names, figures, strict=True)
         }
-        print(json.dumps({"settings": {"runs": names, **settings}, "figures": by_run}, ensure_ascii=False, default=str))
+        by_seed = [
+            {"runs": group, "mean and deviation": {key.strip(): value for key, value in spread.items()}}
+            for group, spread in seeds
+        ]
+        found = {"settings": {"runs": names, **settings}, "figures": by_run, "seeds": by_seed}
+        print(json.dumps(found, ensure_ascii=False, default=str))
     else:
         console = Console()
         print_table(console, "Settings that differ", names, settings or {"(none)": ["" for _ in runs]})
         keys = dict.fromkeys(key for each in figures for key in each)
         rows = {key: [_number(each.get(key)) for each in figures] for key in keys}
         print_table(console, "Figures", names, {key: row for key, row in rows.items() if set(row) != {"-"}})
+        if seeds:
+            keys = dict.fromkeys(key for _, spread in seeds for key in spread)
+            rows = {key: [_spread(spread.get(key)) for _, spread in seeds] for key in keys}
+            title = "Runs that differ in the seed alone: mean ± standard deviation"
+            print_table(console, title, [f"{len(group)} runs: {', '.join(group)}" for group, _ in seeds], rows)
     save_curves(runs, plot)
     note(f"written to {plot}")
 
 
 def print_table(console: Console, title: str, names: Sequence[str], rows: dict[str, list[Any]]) -> None:
-    """Print a column for each run."""
+    """Print a column for each run, in several tables if the terminal is narrow."""
     console.print(f"\n{title}", style="bold", highlight=False)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    first = min(36, max(map(len, rows)))  # names of settings are folded later than values
-    table.add_column("", overflow="fold", max_width=first)
-    for name in names:
-        table.add_column(name, overflow="fold", justify="right", max_width=max(6, (console.width - first) // len(names) - 3))
-    for key, values in rows.items():
-        table.add_row(key, *("-" if value is None else str(value) for value in values))
-    console.print(table, markup=False)
+    first = min(MAX_KEY, max(map(len, rows)))
+    at_once = max(2, (console.width - first) // MIN_COLUMN)
+    for start in range(0, len(names), at_once):
+        shown = slice(start, start + at_once)
+        width = (console.width - first) // len(names[shown]) - 3
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", overflow="fold")
+        for name in names[shown]:
+            table.add_column(wrapped(name, width), overflow="fold", justify="right")
+        for key, values in rows.items():
+            table.add_row(wrapped(key, first, "./"), *(wrapped("-" if v is None else str(v), width) for v in values[shown]))
+        console.print(table, markup=False)
+
+
+def wrapped(text: str, width: int, marks: str = "./_-") -> str:
+    """A name or value over several lines, broken between its words: after the marks and before capitals."""
+    if len(text) <= width:
+        return text
+    marked = re.sub(rf"(?<=[{marks}])(?=\w)|(?<=[a-z])(?=[A-Z])", "\v", text)
+    return textwrap.fill(marked, width, replace_whitespace=False).replace("\v", "")
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _spread(value: tuple[float, float] | None) -> str:
+    return "-" if value is None else f"{value[0]:.3f} ± {value[1]:.3f}"

@@ -8,6 +8,10 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
+import lightning
+import peft
+import torch
+import transformers
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined] # documented, not in its __all__
 from lightning import Callback, LightningModule, Trainer
@@ -16,6 +20,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+import mtp_lightning
 from mtp_lightning import callbacks, losses, sampler_heads  # short class names in YAML
 from mtp_lightning.callbacks import ResumeExactly, RunGuards, SaveOnSignal
 from mtp_lightning.callbacks.run_guards import as_text, check_monitors
@@ -122,7 +127,10 @@ class MTPCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with one-line errors; help is in ``settings.py``."""
-        parser = ConfigurationParser(**kwargs)
+        # Comments at the head of a run's config.yaml.
+        packages = (mtp_lightning, torch, transformers, peft, lightning)
+        header = [f"{package.__name__}=={package.__version__}" for package in packages]
+        parser = ConfigurationParser(**{"dump_header": header, **kwargs})
         parser.add_argument("-c", "--config", action=ActionConfigFile)
         return parser
 

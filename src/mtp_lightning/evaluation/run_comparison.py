@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import yaml
@@ -16,6 +18,8 @@ from mtp_lightning.evaluation.reporting import new_figure, save_figure
 
 PLACES = ("ckpt_path", "overwrite", "trainer.default_root_dir", "trainer.logger")
 """Settings that differ between any two runs and say nothing."""
+SEEDS = ("seed_everything", "data.seed")
+"""Settings in which repetitions of a run differ."""
 CURVES = {
     "train/loss": "training loss",
     "val/loss": "validation loss",
@@ -32,7 +36,7 @@ class Run(NamedTuple):
     """What a run left in its folder."""
 
     name: str  # its folder as given
-    settings: dict[str, Any]  # settings by their keys
+    settings: dict[str, Any]  # settings by their keys, and the versions of libraries
     metrics: list[dict[str, float]]  # the lines of metrics.csv
     acceptance: dict[str, Any] | None  # the latest entry of acceptance.json
 
@@ -49,7 +53,9 @@ def _read_run(folder: Path, name: str) -> Run:
         if not (folder / needed).is_file():
             raise RunError(f"{folder} is not the folder of a run: it has no {needed}.")
     try:
-        settings = flat_settings(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), PLACES)
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        versions = {f"version of {name}": version for name, version in re.findall(r"^# (\w+)==(\S+)$", text, re.MULTILINE)}
+        settings = versions | flat_settings(yaml.safe_load(text), PLACES)
         with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
             lines = [{key: float(value) for key, value in line.items() if value} for line in csv.DictReader(file)]
         acceptance = folder / "acceptance.json"
@@ -132,6 +138,22 @@ def final_figures(run: Run) -> dict[str, float | None]:
         "speed-up by default": speed_up["median"] if speed_up else None,
     }
     return {name: None if value != value else value for name, value in figures.items()}  # NaN is not valid JSON
+
+
+def seed_groups(runs: Sequence[Run]) -> list[list[int]]:
+    """Indices of runs that differ in the seed alone and are equally long, of each group of two runs or more."""
+    groups: dict[str, list[int]] = {}
+    for index, run in enumerate(runs):
+        same = {key: value for key, value in run.settings.items() if key not in SEEDS}
+        groups.setdefault(repr((sorted(same.items(), key=repr), final_figures(run)["steps"])), []).append(index)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def mean_and_deviation(figures: Sequence[dict[str, float | None]]) -> dict[str, tuple[float, float]]:
+    """The mean and the sample standard deviation of the figures that all runs have; two runs or more."""
+    values = {name: [each.get(name) for each in figures] for name in figures[0]}
+    complete = {name: [value for value in group if value is not None] for name, group in values.items()}
+    return {name: (mean(group), stdev(group)) for name, group in complete.items() if len(group) == len(figures)}
 
 
 def save_curves(runs: Sequence[Run], path: Path) -> None:
