@@ -39,9 +39,8 @@ if [ ${#folders[@]} -eq 0 ]; then
   run=runs/vllm_check
   if [ ! -d "$run/saved" ]; then
     "$python" -m mtp_lightning fit --config configs/demo.yaml --trainer.default_root_dir "$run" --trainer.max_steps 60 \
-      --trainer.logger false --trainer.callbacks '[]' --trainer.enable_checkpointing true --overwrite
-    checkpoint=$(find "$run" -name '*.ckpt' | head -n 1)
-    "$python" -m mtp_lightning export --ckpt_path "$checkpoint" --output "$run/saved"
+      --trainer.logger false --trainer.callbacks '[{class_path: mtp_lightning.callbacks.LastCheckpoint}]' --overwrite
+    "$python" -m mtp_lightning export --ckpt_path "$run/checkpoints/last.ckpt" --output "$run/saved"
   fi
   folders=("$run/saved")
 fi

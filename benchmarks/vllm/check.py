@@ -13,13 +13,20 @@ import json
 import sys
 from collections.abc import Callable
 from importlib.resources import files
+from itertools import zip_longest
 from typing import Any
 
-from engines import base_of, greedy_ids, metrics, our_steps, set_blocks, start, stop, take_steps
+from engines import base_of, greedy, greedy_ids, metrics, our_steps, set_blocks, start, stop, take_steps
 from vllm import LLM, SamplingParams
+from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from mtp_lightning import MTPModel
+from mtp_lightning.integrations.vllm.load_table import KINDS
+
 FAILED: list[str] = []
+TIES = {"float32": 0.0, "bfloat16": 0.5}
+"""How far apart the two best tokens may be where a text differs from plain vLLM's."""
 
 
 def report(name: str, ok: bool, detail: str) -> None:
@@ -38,30 +45,50 @@ def demo_prompts(number: int) -> list[str]:
     return [json.loads(line)["prompt"] for line in lines[:number]]
 
 
+def first_gaps(found: list[list[int]], plain: list[CompletionOutput]) -> list[float]:
+    """How far apart the log-probabilities of plain vLLM's two best tokens are where each text first differs from its own."""
+    gaps = []
+    for ids, answer in zip(found, plain, strict=True):
+        pairs = enumerate(zip_longest(ids, answer.token_ids))
+        if (at := next((at for at, (a, b) in pairs if a != b), None)) is not None:
+            best = sorted((entry.logprob for entry in answer.logprobs[at].values()), reverse=True)
+            gaps.append(best[0] - best[1])
+    return gaps
+
+
+def compare_texts(name: str, dtype: str, found: list[list[int]], plain: list[CompletionOutput], more: str, ok: bool) -> None:
+    """Texts must be plain vLLM's; in bfloat16 one may differ from where the two best tokens are a near tie."""
+    gaps = first_gaps(found, plain)
+    words = f"{len(plain) - len(gaps)}/{len(plain)} texts equal"
+    if gaps:
+        words += f", others up to two best tokens {', '.join(f'{gap:.2f}' for gap in gaps)} apart"
+    report(name, max(gaps, default=0.0) <= TIES[dtype] and ok, words + more)
+
+
 def texts(args: argparse.Namespace, prompts: list[str]) -> None:
-    """Quadratic and linear, one prompt at a time and all together."""
-    ours = our_steps(args.folder, args.dtype, prompts, args.tokens, ["quadratic", "linear"], args.num_masks)
+    """All kinds of drafting, one prompt at a time and all together."""
+    model = MTPModel.from_pretrained(args.folder, dtype=args.dtype)
+    tokens = [model.tokenizer(prompt).input_ids for prompt in prompts]
+    ours = {kind: our_steps(model, tokens, args.tokens, kind, args.num_masks) for kind in KINDS}
+    del model
     engine = start(args.folder, False, args.dtype)
-    plain = greedy_ids(engine, prompts, max_tokens=args.tokens)
-    alone = greedy_ids(engine, prompts, together=False, max_tokens=args.tokens)
+    plain = {together: greedy(engine, prompts, together, max_tokens=args.tokens, logprobs=2) for together in (True, False)}
     stop(engine)
-    report("plain vLLM, together and alone", True, f"{equal(plain, alone)}/{len(plain)} texts equal")
+    alone = [list(answer.token_ids) for answer in plain[False]]
+    compare_texts("plain vLLM, one at a time against together", args.dtype, alone, plain[True], "", True)
     engine = start(args.folder, True, args.dtype, args.num_masks)
-    for decoding in ("quadratic", "linear"):
-        set_blocks(engine, decoding, args.num_masks)
-        same, expected = equal(plain, ours[decoding][0]), ours[decoding][1]
+    for kind, (our_texts, expected) in ours.items():
+        set_blocks(engine, kind, args.num_masks)
         for together in (True, False):
             take_steps(engine)
             found = greedy_ids(engine, prompts, together, max_tokens=args.tokens)
-            steps, number = take_steps(engine), equal(found, plain if together else alone)
-            # In bfloat16 rounding of other shapes decides between drafts that are equally good.
-            close = steps == expected if args.dtype == "float32" else abs(steps / expected - 1) < 0.03
-            report(
-                f"{decoding}, {'together' if together else 'one at a time'}",
-                number == len(prompts) and close,
-                f"{number}/{len(prompts)} texts equal, {steps} steps, our decoder {expected}"
-                f" (its texts: {same}/{len(prompts)}), {sum(map(len, found)) / steps:.2f} tokens a step",
-            )
+            steps = take_steps(engine)
+            # In bfloat16 rounding of other shapes decides between drafts that are equally good, and between such texts.
+            close = steps == expected if args.dtype == "float32" else abs(steps / expected - 1) < 0.1
+            name = f"{kind}, {'together' if together else 'one at a time'}"
+            more = f"; {steps} steps, {sum(map(len, found)) / steps:.2f} tokens a step; our decoder {expected} steps,"
+            more += f" {len(our_texts) - len(first_gaps(our_texts, plain[together]))}/{len(prompts)} of its texts equal"
+            compare_texts(name, args.dtype, found, plain[together], more, close)
     stop(engine)
 
 
@@ -125,25 +152,34 @@ def features(args: argparse.Namespace, prompts: list[str]) -> None:
 
 
 def memory(args: argparse.Namespace, prompts: list[str]) -> None:
-    """Prompts in chunks, and so few pages that requests are preempted."""
-    prompts = [(prompt + "\n") * 30 for prompt in prompts]
+    """Prompts in chunks, one at a time; and so few pages that requests are preempted."""
+    model = MTPModel.from_pretrained(args.folder, dtype=args.dtype)
+    cut = [model.tokenizer((prompt + "\n") * 30).input_ids[:300] for prompt in prompts]
+    expected = our_steps(model, cut[:2], args.tokens, args.decoding, args.num_masks)[1]
+    del model
     # A prompt takes 10 pages: half of the requests get in, and then there is no page for their answers. Page 0 is vLLM's.
     pages = 10 * (len(prompts) // 2) + 1
-    found = {}
+    inputs, found, steps, counters = [{"prompt_token_ids": ids} for ids in cut], {}, 0, {}
     for ours in (False, True):
         options = {"num_gpu_blocks_override": pages, "max_num_batched_tokens": 288, "block_size": 32}
         engine = start(args.folder, ours, args.dtype, args.num_masks, disable_log_stats=False, **options)
         if ours:
             set_blocks(engine, args.decoding, args.num_masks)
-        cut = [{"prompt_token_ids": engine.get_tokenizer().encode(prompt)[:300]} for prompt in prompts]
-        found[ours] = greedy_ids(engine, cut, max_tokens=args.tokens * 2)
+        chunked = greedy_ids(engine, inputs[:2], together=False, max_tokens=args.tokens)
+        steps = take_steps(engine) if ours else 0
+        found[ours] = chunked, greedy_ids(engine, inputs, max_tokens=args.tokens * 2)
         counters = metrics(engine)
         stop(engine)
-    number, preempted = equal(found[True], found[False]), counters["vllm:num_preemptions"]
+    numbers, preempted = [equal(*both) for both in zip(*found.values(), strict=True)], counters["vllm:num_preemptions"]
     report(
-        f"{args.decoding}, chunked prompts and preemption",
-        number == len(prompts) and preempted > 0,
-        f"{number}/{len(prompts)} texts equal, {preempted:.0f} preemptions,"
+        f"{args.decoding}, chunked prompts",
+        numbers[0] == 2 and steps == expected,
+        f"{numbers[0]}/2 texts equal, {steps} steps, our decoder {expected}",
+    )
+    report(
+        f"{args.decoding}, preemption",
+        numbers[1] == len(prompts) and preempted > 0,
+        f"{numbers[1]}/{len(prompts)} texts equal, {preempted:.0f} preemptions,"
         f" {counters['vllm:spec_decode_num_accepted_tokens']:.0f} draft tokens accepted",
     )
 
@@ -181,7 +217,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--decoding", default="quadratic", help="of the parts features and memory")
+    parser.add_argument("--decoding", choices=KINDS, default="quadratic", help="of the parts features and memory")
     parser.add_argument("--num_masks", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=48)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: its counters can be read
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -18,7 +20,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.outputs import CompletionOutput  # noqa: E402
 
+from mtp_lightning import MTPModel  # noqa: E402
+from mtp_lightning.decoding.planner import FixedPlanner  # noqa: E402
+from mtp_lightning.decoding.planning.draft_plan import Plan  # noqa: E402
 from mtp_lightning.integrations.vllm.load_table import LoadTable, parse_loads  # noqa: E402
 from mtp_lightning.integrations.vllm.settings import KEY, PROPOSER  # noqa: E402
 from mtp_lightning.paths import resolve  # noqa: E402
@@ -51,18 +57,18 @@ def stop(engine: LLM) -> None:
     cleanup_dist_env_and_memory()
 
 
-def set_blocks(engine: LLM, decoding: str, num_masks: int, max_requests: int = 1000) -> str:
-    """Blocks of passes with up to ``max_requests``; ``plain``: none, ``auto``: as at start. Returns the table in words."""
-    rows = [] if decoding == "plain" else [[max_requests, decoding, num_masks]]
+def set_blocks(engine: LLM, kind: str, num_masks: int) -> str:
+    """Replace the load table by one row; kind ``plain``: by none, ``auto``: by that of the start. Returns it in words."""
+    rows = [] if kind == "plain" else [[1000, kind, num_masks]]
 
     def change(worker: Any) -> str:
         served = worker.model_runner.model.mtp
         if not hasattr(served, "table_at_start"):
             served.table_at_start = served.table
         served.table = served.table_at_start
-        if decoding != "auto":
+        if kind != "auto":
             served.table = LoadTable(parse_loads(rows, num_masks), served.table.max_rows)
-        return str([(load.max_requests, *load.blocks) for load in served.table.loads])
+        return str(served.table.loads)
 
     return str(engine.collective_rpc(change)[0])
 
@@ -83,29 +89,38 @@ def metrics(engine: LLM) -> dict[str, float]:
     return {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
 
 
-def greedy_ids(engine: LLM, prompts: list[str], together: bool = True, **options: Any) -> list[list[int]]:
+def greedy_ids(engine: LLM, prompts: list[Any], together: bool = True, **options: Any) -> list[list[int]]:
     """The token ids of greedy answers, with all prompts at once or one after another."""
+    return [list(answer.token_ids) for answer in greedy(engine, prompts, together, **options)]
+
+
+def greedy(engine: LLM, prompts: list[Any], together: bool = True, **options: Any) -> list[CompletionOutput]:
+    """vLLM's greedy answers."""
     params = SamplingParams(temperature=0, **options)
     groups = [prompts] if together else [[prompt] for prompt in prompts]
-    outputs = [output for group in groups for output in engine.generate(group, params, use_tqdm=False)]
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return [output.outputs[0] for group in groups for output in engine.generate(group, params, use_tqdm=False)]
+
+
+class AlternatingPlanner(FixedPlanner):
+    """Plans of our own decoder that are those of the kind ``alternating``; the pass over the prompt is plain."""
+
+    def plan(self, state: Any) -> Plan:
+        """See ``Planner``."""
+        plan = super().plan(state)
+        return plan if state.num_steps and not plan.num_drafts else plan._replace(masks=0)
 
 
 def our_steps(
-    folder: str, dtype: str, prompts: list[str], max_tokens: int, decodings: list[str], num_masks: int
-) -> dict[str, tuple[list[list[int]], int]]:
-    """By decoding: the texts of our own decoder and its steps, added up."""
-    from mtp_lightning import MTPModel
-
-    model = MTPModel.from_pretrained(folder, dtype=dtype)
-    results: dict[str, tuple[list[list[int]], int]] = {}
-    for decoding in decodings:
-        texts, steps = [], 0
-        for prompt in prompts:
-            ids = model.tokenizer(prompt, return_tensors="pt").input_ids
-            with torch.inference_mode():
-                out = model.generate(ids, max_new_tokens=max_tokens, decoding=decoding, num_masks=num_masks)
-            texts.append(out.sequences[0, ids.shape[1] :].tolist())
-            steps += int(torch.as_tensor(out.num_steps).sum())
-        results[decoding] = texts, steps
-    return results
+    model: MTPModel, prompts: list[list[int]], max_tokens: int, kind: str, num_masks: int
+) -> tuple[list[list[int]], int]:
+    """The texts of our own decoder, and its steps, added up."""
+    decoding, texts, steps = kind, [], 0
+    with contextlib.ExitStack() as stack:
+        if kind == "alternating":
+            decoding, planner = "linear", AlternatingPlanner("linear", num_masks)
+            stack.enter_context(mock.patch("mtp_lightning.decoding.loop.make_planner", lambda *_: planner))
+        for ids in prompts:
+            out = model.generate(torch.tensor([ids]), max_new_tokens=max_tokens, decoding=decoding, num_masks=num_masks)
+            texts.append(out.sequences[0, len(ids) :].tolist())
+            steps += int(out.num_steps.sum())
+    return texts, steps

@@ -3,9 +3,9 @@
 
     python benchmarks/vllm/speed.py SAVED_FOLDER --prompts prompts.jsonl --dtype bfloat16 --batches 1 4 16
 
-``auto`` is the load table that the plugin made when it started; ``plain``, ``quadratic:2``, ``linear:4`` are fixed. Times
-are CPU seconds of this process, so that others on the machine matter less; ratios are medians over groups of prompts, with
-the quartiles. The pass over the prompts is left out.
+``auto`` is the load table that the plugin made when it started; ``plain``, ``quadratic:2``, ``alternating:4`` are fixed.
+Times are CPU seconds of this process, so that others on the machine matter less; ratios are medians over groups of prompts,
+with the quartiles. The pass over the prompts is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from check import demo_prompts
-from engines import set_blocks, start
+from engines import set_blocks, start, take_steps
 from vllm import LLM, SamplingParams
 
 
@@ -65,22 +65,25 @@ def main() -> None:
     for batch in args.batches:
         prompts = read_prompts(args.prompts, batch * args.groups, stock.get_tokenizer())
         groups = [prompts[:batch], *(prompts[i * batch : (i + 1) * batch] for i in range(args.groups))]
-        results: dict[str, list[tuple[float, float, int]]] = {kind: [] for kind in args.kinds}
+        results: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in args.kinds}
         for number, group in enumerate(groups):  # the first warms up
             seconds, steps, texts = measure(stock, group, args.tokens)
             for kind in args.kinds:
                 decoding, _, masks = kind.partition(":")
                 set_blocks(ours, decoding, int(masks or args.num_masks))
+                take_steps(ours)
                 own_seconds, own_steps, own_texts = measure(ours, group, args.tokens)
                 same = sum(a == b for a, b in zip(texts, own_texts, strict=True))
                 if number:
-                    results[kind].append((seconds / own_seconds, own_seconds / own_steps / (seconds / steps), same))
+                    ratio = own_seconds / own_steps / (seconds / steps)
+                    results[kind].append((seconds / own_seconds, ratio, same, batch * args.tokens / take_steps(ours)))
         for kind, rows in results.items():
             speed, step = (statistics.quantiles([row[i] for row in rows], n=4) for i in (0, 1))
             print(
                 f"batch {batch:2}, {kind:12} speed {speed[1]:.2f} ({speed[0]:.2f} to {speed[2]:.2f}),"
                 f" step {step[1]:.2f} ({step[0]:.2f} to {step[2]:.2f}),"
-                f" {sum(row[2] for row in rows)}/{batch * args.groups} texts equal",
+                f" {statistics.mean(row[3] for row in rows):.2f} tokens a step,"
+                f" {sum(row[2] for row in rows):.0f}/{batch * args.groups} texts equal",
                 flush=True,
             )
 

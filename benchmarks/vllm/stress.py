@@ -18,8 +18,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from mtp_lightning.integrations.vllm.settings import KEY
 
-LOADS = [[1, "quadratic", 4], [8, "linear", 4]]
-"""One request is quadratic, up to 8 are linear, more are plain: a run has all three."""
+LOADS = [[1, "quadratic", 4], [4, "alternating", 4], [8, "linear", 4]]
+"""More requests than 8 are plain: a run has all kinds."""
 
 
 def requests(number: int) -> list[tuple[str, SamplingParams, int]]:

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draft_candidates", default="64", help="tokens that a draft token is chosen from, or all. Default: 64"
     )
-    parser.add_argument("--load_table", help='JSON: [[requests, "quadratic" or "linear", masks], ..]; see docs/serving.md')
+    parser.add_argument("--load_table", help="JSON: [[requests, kind, masks], ..]; see docs/serving.md")
     return parser
 
 

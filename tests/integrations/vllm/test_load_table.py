@@ -31,6 +31,11 @@ def test_masks_never_exceed_the_rows_of_a_pass() -> None:
     ]
 
 
+def test_alternating_adds_masks_only_where_nothing_is_verified() -> None:
+    table = LoadTable(parse_loads([[4, "alternating", 3], [9, "linear", 2]], 4), max_rows=1000)
+    assert [table.choose(4, num_tokens) for num_tokens in (4, 5, 16)] == [Blocks(1, 3), PLAIN, PLAIN]
+
+
 @pytest.mark.parametrize("num_masks", [1, 4, 8, 100])
 def test_default_table(num_masks: int) -> None:
     table = LoadTable(parse_loads(default_loads("quadratic", num_masks), num_masks), max_rows=10**6)

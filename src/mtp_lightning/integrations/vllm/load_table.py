@@ -24,11 +24,16 @@ class Blocks(NamedTuple):
 PLAIN = Blocks(0, 0)
 
 
+KINDS = ("quadratic", "linear", "alternating")
+"""How passes draft: in each pass, or (alternating) one pass drafts with a block a request, and the next only verifies."""
+
+
 class Load(NamedTuple):
     """A row of the table."""
 
     max_requests: int  # the largest number of requests that it is for
     blocks: Blocks  # what is added for each
+    alternating: bool = False  # only in passes in which each request has one token, so that no draft is verified
 
 
 class LoadTable:
@@ -46,7 +51,7 @@ class LoadTable:
         """The blocks of a pass: the first row of the table that is for this load or a higher one and fits."""
         for load in self.loads:
             if num_requests <= load.max_requests and num_tokens + num_requests * load.blocks.rows <= self.max_rows:
-                return load.blocks
+                return PLAIN if load.alternating and num_tokens > num_requests else load.blocks
         return PLAIN
 
     @property
@@ -69,27 +74,27 @@ def default_loads(decoding: str, num_masks: int) -> list[list[Any]]:
     return table
 
 
-def blocks_of(decoding: str, num_masks: int) -> Blocks:
-    """The blocks of a kind of decoding."""
-    return Blocks(num_masks + 1 if decoding == "quadratic" else 1, num_masks)
+def blocks_of(kind: str, num_masks: int) -> Blocks:
+    """The blocks of one of ``KINDS``."""
+    return Blocks(num_masks + 1 if kind == "quadratic" else 1, num_masks)
 
 
 def parse_loads(rows: Any, num_masks: int) -> list[Load]:
-    """The rows ``[max_requests, "quadratic" or "linear", masks]`` of the option ``load_table``; UsageError if one is wrong.
+    """The rows ``[max_requests, kind, masks]`` of the option ``load_table``; UsageError if one is wrong.
 
     ``num_masks`` is the largest number of masks that a row may have.
     """
     if not isinstance(rows, list) or not all(isinstance(row, list | tuple) and len(row) == 3 for row in rows):
-        raise UsageError(f'load_table must be a list of [requests, "quadratic" or "linear", masks], got {rows!r}.')
+        raise UsageError(f"load_table must be a list of [requests, {' or '.join(KINDS)}, masks], got {rows!r}.")
     loads: list[Load] = []
-    for max_requests, decoding, masks in rows:
-        if decoding not in ("quadratic", "linear"):
-            raise UsageError(f"load_table: decoding must be quadratic or linear, got {decoding!r}.")
+    for max_requests, kind, masks in rows:
+        if kind not in KINDS:
+            raise UsageError(f"load_table: the kind must be {', '.join(KINDS)}, got {kind!r}.")
         if not _is_positive(masks) or masks > num_masks:
             raise UsageError(f"load_table: masks must be from 1 to {num_masks}, got {masks!r}.")
         if not _is_positive(max_requests) or (loads and max_requests <= loads[-1].max_requests):
             raise UsageError(f"load_table: numbers of requests must be from 1 on and ascend, got {max_requests!r}.")
-        loads.append(Load(max_requests, blocks_of(decoding, masks)))
+        loads.append(Load(max_requests, blocks_of(kind, masks), kind == "alternating"))
     return loads
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
 
@@ -33,15 +33,11 @@ def _seconds(run: Callable[[], object]) -> float:
     return min(times)
 
 
-def _interpolate(times: dict[int, float], x: int) -> float:
-    """The time for a number between those that were measured, or in proportion above the last one."""
-    sizes = sorted(times)
-    if x <= sizes[0] or x >= sizes[-1]:
-        end = sizes[0] if x <= sizes[0] else sizes[-1]
-        return times[end] * max(1.0, x / end)
-    right = bisect.bisect_left(sizes, x)
-    low, high = sizes[right - 1], sizes[right]
-    return times[low] + (times[high] - times[low]) * (x - low) / (high - low)
+def _curve(seconds: Callable[[int], float]) -> Callable[[int], float]:
+    """Seconds by number of rows: measured for some, in between interpolated, and in proportion above the last one."""
+    # Noise only adds, so no number of rows takes longer than a larger one.
+    times = np.minimum.accumulate([seconds(rows) for rows in reversed(ROWS)])[::-1]
+    return lambda rows: float(np.interp(rows, ROWS, times)) * max(1.0, rows / ROWS[-1])
 
 
 @torch.inference_mode()
@@ -68,18 +64,20 @@ def measured_costs(model: Any, vllm_config: Any) -> Cost:
             mtp.state.layout = None
 
     with set_forward_context(None, vllm_config, skip_compiled=True):
-        plain = {rows: decoder(rows, 0) for rows in ROWS}
-        lora = {rows: max(decoder(rows + 1, rows) - _interpolate(plain, rows + 1), 0.0) for rows in ROWS}
-        logits = {rows: _seconds(functools.partial(model.plain_logits, hidden(rows))) for rows in ROWS}
-        token = torch.zeros(1, dtype=torch.int64)
-        draft = _seconds(lambda: model.draft(hidden(1)[None], None, token)) - logits[1] * (mtp.uses_base_head)
+        plain, masked = _curve(lambda rows: decoder(rows, 0)), _curve(lambda rows: decoder(rows, rows - rows // 2))
+        logits = _curve(lambda rows: _seconds(functools.partial(model.plain_logits, hidden(rows))))
+        token, known = torch.zeros(1, dtype=torch.int64), model.plain_logits(hidden(1))[None]
+        draft = _seconds(lambda: model.draft(hidden(1)[None], known, token))
 
     def cost(requests: int, drafts: int, blocks: Blocks) -> float:
         verified, masks = requests * (1 + drafts), requests * blocks.rows
-        seconds = _interpolate(plain, verified + masks) + _interpolate(logits, verified)
-        if masks:
-            # The base head's logits of one block a request, and the sampler head's steps, each for all requests.
-            seconds += _interpolate(lora, masks) + _interpolate(logits, requests * blocks.masks) + draft * blocks.masks
-        return seconds
+        if not masks:
+            return plain(verified) + logits(verified)
+        seconds = masked(verified + masks) + draft * blocks.masks  # the sampler head's steps, each for all requests
+        if not mtp.uses_base_head:
+            return seconds + logits(verified)
+        if masks <= mtp.max_joint_masks:
+            return seconds + logits(verified + masks)
+        return seconds + logits(verified) + logits(requests * blocks.masks)
 
     return cost

@@ -82,6 +82,7 @@ class _Served:
         self.settings, self.max_requests, self.num_masks = settings, scheduler.max_num_seqs, k
         loads = default_loads(settings.decoding, k) if settings.load_table is None else settings.load_table
         self.table = LoadTable(parse_loads(loads, k), scheduler.max_num_batched_tokens)
+        self.max_joint_masks = MAX_JOINT_MASKS.get(device.type, 0)
         self.last_position = model_config.max_model_len - 1
         self.state = PassState(
             max_masks=scheduler.max_num_batched_tokens,
@@ -172,7 +173,7 @@ class MTPMixin(_Model):
         if state.logits is not None or not self.mtp.uses_base_head:
             return self.plain_logits(hidden_states)
         masks = state.mask_states()
-        if not 0 < len(masks) <= MAX_JOINT_MASKS.get(masks.device.type, 0):
+        if not 0 < len(masks) <= self.mtp.max_joint_masks:
             return self.plain_logits(hidden_states)
         logits = self.plain_logits(torch.cat([hidden_states, masks]))
         state.logits = logits[len(hidden_states) :]

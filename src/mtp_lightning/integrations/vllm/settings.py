@@ -24,8 +24,9 @@ class Settings:
         folder: a folder that ``mtp export`` wrote, or a hub id.
         decoding: quadratic or linear.
         draft_candidates: tokens that the sampler head chooses each draft token from; all: the whole vocabulary.
-        load_table: rows ``[requests, "quadratic" or "linear", masks]``, ascending: what passes with up to that many requests
-            add; above the last row they are plain. None: by how many masks are nearly free on the device.
+        load_table: rows ``[requests, kind, masks]``, ascending, with a kind of ``load_table.KINDS``: what passes with up to
+            that many requests add; above the last row they are plain. None: measured at start on a CPU, else
+            ``default_loads``.
     """
 
     folder: str = ""
