@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +46,34 @@ def run_compare(config: Any) -> None:
         for group in seed_groups(runs)
     ]
     if config.json:
-        by_run = {
-            name: {key.strip(): value for key, value in each.items()} for name, each in zip(names, figures, strict=True)
+        found = {
+            "settings": {"runs": names, **settings},
+            "figures": dict(zip(names, map(_stripped, figures), strict=True)),
+            "seeds": [{"runs": group, "mean and deviation": _stripped(spread)} for group, spread in seeds],
         }
-        by_seed = [
-            {"runs": group, "mean and deviation": {key.strip(): value for key, value in spread.items()}}
-            for group, spread in seeds
-        ]
-        found = {"settings": {"runs": names, **settings}, "figures": by_run, "seeds": by_seed}
         print(json.dumps(found, ensure_ascii=False, default=str))
     else:
         console = Console()
         print_table(console, "Settings that differ", names, settings or {"(none)": ["" for _ in runs]})
-        keys = dict.fromkeys(key for each in figures for key in each)
-        rows = {key: [_number(each.get(key)) for each in figures] for key in keys}
-        print_table(console, "Figures", names, {key: row for key, row in rows.items() if set(row) != {"-"}})
+        print_table(console, "Figures", names, _rows(figures, _number))
         if seeds:
-            keys = dict.fromkeys(key for _, spread in seeds for key in spread)
-            rows = {key: [_spread(spread.get(key)) for _, spread in seeds] for key in keys}
+            heads = [f"{len(group)} runs: {', '.join(group)}" for group, _ in seeds]
             title = "Runs that differ in the seed alone: mean ± standard deviation"
-            print_table(console, title, [f"{len(group)} runs: {', '.join(group)}" for group, _ in seeds], rows)
+            print_table(console, title, heads, _rows([spread for _, spread in seeds], lambda v: f"{v[0]:.3f} ± {v[1]:.3f}"))
     save_curves(runs, plot)
     note(f"written to {plot}")
+
+
+def _stripped(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures whose names are not indented."""
+    return {name.strip(): value for name, value in figures.items()}
+
+
+def _rows(figures: Sequence[dict[str, Any]], as_text: Callable[[Any], str]) -> dict[str, list[Any]]:
+    """The rows of a table with a column for each of some figures; those that none has are left out."""
+    names = dict.fromkeys(name for each in figures for name in each)
+    values = {name: [each.get(name) for each in figures] for name in names}
+    return {name: [v if v is None else as_text(v) for v in row] for name, row in values.items() if set(row) != {None}}
 
 
 def print_table(console: Console, title: str, names: Sequence[str], rows: dict[str, list[Any]]) -> None:
@@ -95,11 +101,5 @@ def wrapped(text: str, width: int, marks: str = "./_-") -> str:
     return textwrap.fill(marked, width, replace_whitespace=False).replace("\v", "")
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
+def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
-
-
-def _spread(value: tuple[float, float] | None) -> str:
-    return "-" if value is None else f"{value[0]:.3f} ± {value[1]:.3f}"
