@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import error_of, mtp, save_base, write_rows
 from distill_rows import questions, read
+from saved import hub_snapshot
 from tiny import greedy_text
 from toy_tokenizers import CHATML, word_tokenizer
 from transformers import AutoModelForCausalLM
@@ -187,12 +188,16 @@ def test_base_of_a_checkpoint_and_of_a_saved_folder(tmp_path: Path, monkeypatch:
     torch.save({"mtp_settings": settings, "state_dict": {}}, tmp_path / "a.ckpt")
     assert base_of(str(tmp_path / "a.ckpt")) == ("owner/base", "r")
     assert base_of(str(tmp_path / "a.ckpt"), "moved", "s") == ("moved", "s")
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "a.ckpt", tmp_path / "run/checkpoints/best.ckpt")
+    assert base_of(str(tmp_path / "run")) == ("owner/base", "r")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "revision": null}')
     assert base_of(str(tmp_path)) == (str(tmp_path), None)  # PEFT's adapter alone: a part of the base
     (tmp_path / "mtp_config.json").write_text("{}")
     assert base_of(str(tmp_path)) == ("owner/base", None)
     assert base_of("owner/base") == ("owner/base", None)
-    monkeypatch.setattr("transformers.utils.find_adapter_config_file", lambda name: str(tmp_path / "adapter_config.json"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_snapshot(tmp_path / "hub", "owner/saved", tmp_path)
     assert base_of("owner/saved") == ("owner/base", None)
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(RunError, match="adapter_config.json does not name a base_model_name_or_path"):

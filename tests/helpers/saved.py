@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def saved_model(folder: Path, **options: Any) -> MTPModel:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Path and content of all files of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def hub_snapshot(cache: Path, name: str, folder: Path) -> Path:
+    """A copy of a folder's files in a hub cache, as a download leaves it."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("a" * 40)
+    return place / "snapshots" / ("a" * 40)
 
 
 def trained_values(model: MTPModel) -> dict[str, torch.Tensor]:

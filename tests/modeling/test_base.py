@@ -9,9 +9,11 @@ import pytest
 import torch
 from command_line import save_base
 from peft import LoraConfig, get_peft_model
+from saved import hub_snapshot
 from toy_tokenizers import word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mtp_lightning.commands.distill import base_of
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling import base as base_module
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer
@@ -62,24 +64,30 @@ def test_a_gguf_file_is_not_quantised_again(tmp_path: Path) -> None:
         load_base(str(tmp_path / "x.gguf"), quantization="4bit")
 
 
-def test_an_adapter_is_merged_into_its_base(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_an_adapter_is_merged_into_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, place: str) -> None:
     save_base(tmp_path / "base", "llama", word_tokenizer(), torch.float32)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     peft = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     peft.save_pretrained(tmp_path / "adapter")
+    name, folder = str(tmp_path / "adapter"), tmp_path / "adapter"
+    if place == "hub":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        name, folder = "owner/adapter", hub_snapshot(tmp_path / "hub", "owner/adapter", folder)
     ids = torch.tensor([[3, 4, 5, 6]])
     with torch.no_grad():
         expected = peft.merge_and_unload()(ids).logits
-        merged = load_base(str(tmp_path / "adapter"))
+        merged = load_base(name)
         assert merged(ids).logits.equal(expected)
         assert not load_base(str(tmp_path / "base"))(ids).logits.equal(expected)
-    assert merged.name_or_path == str(tmp_path / "adapter")
-    assert sum(str(tmp_path / "adapter") in line for line in capsys.readouterr().err.splitlines()) == 1
-    assert load_config(str(tmp_path / "adapter")).hidden_size == merged.config.hidden_size
-    assert load_tokenizer(str(tmp_path / "adapter"))("one").input_ids == word_tokenizer()("one").input_ids
-    (tmp_path / "adapter/mtp_config.json").write_text("{}")  # a saved folder of this package
+    assert merged.name_or_path == name
+    assert sum(f"adapter {name} " in line for line in capsys.readouterr().err.splitlines()) == 1
+    assert load_config(name).hidden_size == merged.config.hidden_size
+    assert load_tokenizer(name)("one").input_ids == word_tokenizer()("one").input_ids
+    assert base_of(name) == (name, None)  # what mtp distill loads
+    (folder / "mtp_config.json").write_text("{}")  # a saved folder of this package
     with pytest.raises(RunError, match="adapter"):
-        load_base(str(tmp_path / "adapter"))
+        load_base(name)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gpt_neox", "gemma2"])

@@ -22,11 +22,11 @@ from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
 from mtp_lightning.distill.reply_tokens import reply_tokens
 from mtp_lightning.distill.tasks import LeftOut, Task, check_ids, tasks_of
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
+from mtp_lightning.modeling.base import hub_file, load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.modeling.decoder import context_length
-from mtp_lightning.paths import PACKAGE, check_exists, resolve
+from mtp_lightning.paths import check_exists, resolve
 from mtp_lightning.saving.checkpoint import SETTINGS, named_base, read_checkpoint
-from mtp_lightning.saving.load import check_device
+from mtp_lightning.saving.load import check_device, run_checkpoint
 from mtp_lightning.text.detokenizer import decode_behind
 from mtp_lightning.text.prompts import read_prompt_rows
 
@@ -119,36 +119,27 @@ def shard_path(output: str, shard: int, num_shards: int) -> Path:
 
 
 def base_of(model: str, base_model: str | None = None, revision: str | None = None) -> tuple[str, str | None]:
-    """Name and revision of the base that a checkpoint or saved folder was trained on; any other name is a base itself.
+    """Name and revision of the base that a checkpoint, run or saved folder was trained on; any other name is a base itself.
 
     The given ones replace those that the file or folder names; RunError if it can't be read.
     """
     path = Path(resolve(model))
+    path = run_checkpoint(path) or path
     if path.suffix == ".ckpt":
         settings = read_checkpoint(path)[SETTINGS]
         return base_model or named_base(settings), revision or settings["revision"]
-    if (adapter := _adapter_config(path, model)) is not None:
-        try:
-            settings = json.loads(adapter.read_text(encoding="utf-8"))
-            return base_model or settings["base_model_name_or_path"], revision or settings.get("revision")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{adapter} does not name a base_model_name_or_path. Give --base_model.") from error
-    return base_model or model, revision
-
-
-def _adapter_config(path: Path, name: str) -> Path | None:
-    """PEFT's file that every saved folder has, here or on the hub; None for a base."""
-    from transformers.utils import find_adapter_config_file
-
-    if path.is_dir():
-        adapter = path / "adapter_config.json"  # without the other file it is an adapter that belongs to the base
-        return adapter if adapter.is_file() and (path / "mtp_config.json").is_file() else None
-    check_exists(name)
+    if not path.exists():
+        check_exists(model)
+    # Without mtp_config.json it is a base, or PEFT's adapter, which is a part of it.
+    is_trained = (path / "mtp_config.json").is_file() if path.exists() else hub_file(model, "mtp_config.json") is not None
+    if not is_trained:
+        return base_model or model, revision
+    adapter = path / "adapter_config.json" if path.exists() else hub_file(model, "adapter_config.json")
     try:
-        file = None if name.startswith(PACKAGE) else find_adapter_config_file(name)
-    except OSError:  # not a hub id, or out of reach: loading the base reports it
-        return None
-    return None if file is None else Path(file)
+        settings = json.loads((adapter or path).read_text(encoding="utf-8"))
+        return base_model or settings["base_model_name_or_path"], revision or settings.get("revision")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{adapter} does not name a base_model_name_or_path. Give --base_model.") from error
 
 
 def _default_device() -> str:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -43,8 +45,8 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 
 def load_config(base_model: str, revision: str | None = None) -> Any:
     """The configuration of a model; no weights are read. RunError if it does not exist or can't be read."""
-    if (adapter := adapter_settings(base_model)) is not None:
-        return load_config(adapter["base_model_name_or_path"], adapter.get("revision"))
+    if (adapter := adapter_of(base_model, revision)) is not None:
+        return load_config(adapter.base_model, adapter.revision)
     source, options = _source(base_model)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, **options)
@@ -63,15 +65,15 @@ def load_base(
     """Load a causal language model, in evaluation mode; RunError if it does not exist or can't be read.
 
     The base is a folder, a hub id, a ``package://`` name or a GGUF file, which is dequantised (dtype ``auto``: to float32).
-    A folder of a PEFT adapter is merged into its own base.
+    A PEFT adapter, in a folder or on the hub, is merged into its own base.
     ``attention`` is ``sdpa``, ``eager``, ``flex_attention``, or None for the architecture's own choice; ``quantization`` is
     ``4bit`` or ``8bit`` (bitsandbytes). UsageError for a wrong option or an architecture that can't take mask tokens.
     """
-    if (adapter := adapter_settings(base_model)) is not None:
+    if (adapter := adapter_of(base_model, revision)) is not None:
         if quantization is not None:
             raise UsageError(f"quantization {quantization!r}: the adapter {base_model!r} can't be merged into such weights.")
-        name = adapter["base_model_name_or_path"]
-        return _merged(load_base(name, adapter.get("revision"), dtype, attention, None, device), name, base_model)
+        own_base = load_base(adapter.base_model, adapter.revision, dtype, attention, None, device)
+        return _merged(own_base, adapter, base_model)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "device_map": device}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -97,9 +99,10 @@ def load_base(
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     """The base model's tokenizer, which need not have a pad token; RunError if it does not exist or can't be read."""
-    has_own = (Path(resolve(base_model)) / "tokenizer_config.json").is_file()
-    if not has_own and (adapter := adapter_settings(base_model)) is not None:
-        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"))
+    if not (Path(resolve(base_model)) / "tokenizer_config.json").is_file():
+        adapter = adapter_of(base_model, revision)
+        if adapter is not None and not (adapter.folder / "tokenizer_config.json").is_file():
+            return load_tokenizer(adapter.base_model, adapter.revision)
     source, options = _source(base_model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **options)
@@ -120,9 +123,22 @@ def _no_tokenizer(base_model: str) -> RunError:
     )
 
 
-def adapter_settings(base_model: str) -> dict[str, Any] | None:
-    """The settings of the PEFT adapter in a folder, None if it has none; RunError if it can't be used as a base."""
+class Adapter(NamedTuple):
+    """A PEFT adapter and what it belongs to."""
+
+    folder: Path  # where its files are
+    base_model: str  # its base
+    revision: str | None  # hub revision of its base
+
+
+def adapter_of(base_model: str, revision: str | None = None) -> Adapter | None:
+    """The PEFT adapter in a folder or on the hub, None if the name is a base's; RunError if it can't be used as a base."""
     folder = Path(resolve(base_model))
+    if not folder.exists() and not is_gguf(base_model):
+        # A base has a configuration, which is needed next, so that most names cost no request.
+        if hub_file(base_model, "config.json", revision) or not hub_file(base_model, "adapter_config.json", revision):
+            return None
+        folder = Path(snapshot_download(base_model, revision=revision))
     path = folder / "adapter_config.json"
     if not path.is_file() or (folder / "config.json").is_file():
         return None
@@ -134,17 +150,28 @@ def adapter_settings(base_model: str) -> dict[str, Any] | None:
             raise KeyError("base_model_name_or_path")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{str(path)!r} does not name a base_model_name_or_path.") from error
-    return dict(settings)
+    return Adapter(folder, settings["base_model_name_or_path"], settings.get("revision"))
 
 
-def _merged(base: PreTrainedModel, name: str, folder: str) -> PreTrainedModel:
-    """The base ``name`` with the PEFT adapter in a folder merged into its weights."""
+def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a hub id, in the cache or downloaded; None if it is not there, or the name is no hub id."""
+    if "://" in name:
+        return None
     try:
-        merged: Any = PeftModel.from_pretrained(base, resolve(folder)).merge_and_unload()
+        cached = try_to_load_from_cache(name, file, revision=revision)
+        return Path(cached if isinstance(cached, str) else hf_hub_download(name, file, revision=revision))
+    except (HFValidationError, EntryNotFoundError, OSError):  # or out of reach: what loads the base reports it
+        return None
+
+
+def _merged(base: PreTrainedModel, adapter: Adapter, name: str) -> PreTrainedModel:
+    """The base with the PEFT adapter ``name`` merged into its weights."""
+    try:
+        merged: Any = PeftModel.from_pretrained(base, str(adapter.folder)).merge_and_unload()
     except Exception as error:  # peft and safetensors raise many types
-        raise RunError(f"the adapter {folder!r} does not fit its base {name!r}: {_reason(error)}") from error
-    print(f"base {name}, with the adapter {folder} merged into its weights", file=sys.stderr)
-    merged.name_or_path = folder
+        raise RunError(f"the adapter {name!r} does not fit its base {adapter.base_model!r}: {_reason(error)}") from error
+    print(f"base {adapter.base_model}, with the adapter {name} merged into its weights", file=sys.stderr)
+    merged.name_or_path = name
     return merged.eval()
 
 
