@@ -62,6 +62,12 @@ def adamw(lr: float = 0.003, betas: str = "[0.9, 0.98]", decay: float = 0.01) ->
     return f"--model.optimizer={{class_path: torch.optim.AdamW, init_args: {options}}}"
 
 
+def muon(lr: float = 0.003, muon_lr: float = 0.01, betas: str = "[0.9, 0.98]") -> str:
+    """Muon for the head's matrices, AdamW for all else."""
+    options = f"{{lr: {lr}, muon_lr: {muon_lr}, betas: {betas}}}"
+    return f"--model.optimizer={{class_path: mtp_lightning.training.MuonAdamW, init_args: {options}}}"
+
+
 def cosine(warmup: int = 30, floor: float = 0.02) -> str:
     """The schedule."""
     options = f"{{warmup_steps: {warmup}, floor: {floor}}}"
@@ -90,6 +96,9 @@ FAST = (*TODAY, "--trainer.precision=bf16-mixed")
 
 SCREEN: dict[str, tuple[str, ...]] = {
     "bf16-mixed": FAST,
+    "Muon for the head": (*FAST, muon()),
+    "Muon for the head, of 256": (*FAST, gru(256), muon()),
+    "Muon for the head, 8 rows of 8 blocks": (*FAST, *batches(8, 8), muon()),
     "lr 6e-3": (*FAST, adamw(0.006)),
     "lr 1.5e-3": (*FAST, adamw(0.0015)),
     "sampler loss alone": (*FAST, losses(anchors("base", 0.0), anchors("sampler"), "")),

@@ -116,8 +116,8 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
             },
             "losses": {**losses, "lcm": {"class_path": "LatentConsistency"}},
             "optimizer": {
-                "class_path": "torch.optim.AdamW",
-                "init_args": {"lr": 2e-3 if small else 2e-4, "weight_decay": 0.01},
+                "class_path": "mtp_lightning.training.MuonAdamW",
+                "init_args": {"lr": 2e-3 if small else 2e-4, "muon_lr": 1e-2 if small else 1e-3},
             },
             "lr_scheduler": {
                 "class_path": "mtp_lightning.schedules.WarmupCosine",

@@ -58,7 +58,7 @@ class MTPModule(LightningModule):
             weight alone counts.
         num_masks_schedule: masks in a block in training, from ``start`` to ``end``, rounded; evaluation has ``num_masks``. A
             step with fewer masks computes fewer positions. None: ``num_masks`` always.
-        optimizer: makes the optimizer from the trained parameters.
+        optimizer: makes the optimizer from the trained parameters, given as pairs of a name and a parameter.
         lr_scheduler: makes the learning-rate schedule, stepped every optimizer step.
     """
 
@@ -207,7 +207,8 @@ class MTPModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trained parameters and its schedule."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        optimizer = self.optimizer(trained)
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
             scheduler.total_steps = int(self.trainer.estimated_stepping_batches)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MuonAdamW: Muon for the sampler head's matrices, AdamW for the LoRA, the mask embeddings and all vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Muon, Optimizer
+
+from mtp_lightning.errors import UsageError
+
+
+class MuonAdamW(Optimizer):
+    """Two optimizers of torch as one: Muon for some matrices, AdamW for all other parameters.
+
+    Muon's update of a matrix has equal singular values, so that directions with small gradients are learned as fast as the
+    others. The sampler head, which is trained from nothing, gains by it; the low-rank factors of a LoRA do not.
+
+    Args:
+        params: pairs of a name and a parameter, as ``named_parameters()`` gives them.
+        lr: AdamW's learning rate.
+        muon_lr: Muon's learning rate; its updates are scaled to the size of AdamW's (``match_rms_adamw``).
+        betas: AdamW's coefficients.
+        weight_decay: of both.
+        momentum: Muon's.
+        matrices: part of a name; parameters of two dimensions whose names contain it are Muon's.
+
+    Raises:
+        UsageError: no matrix has such a name.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]],
+        lr: float = 1e-3,
+        muon_lr: float = 5e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        matrices: str = "sampler_head",
+    ) -> None:
+        named = list(params)
+        chosen = [(name, parameter) for name, parameter in named if parameter.ndim == 2 and matrices in name]
+        others = [(name, parameter) for name, parameter in named if not (parameter.ndim == 2 and matrices in name)]
+        if not chosen or not others:
+            raise UsageError(
+                f"MuonAdamW: matrices: {'no' if not chosen else 'every'} trained parameter is a matrix with"
+                f" {matrices!r} in its name. Use torch.optim.{'AdamW' if not chosen else 'Muon'}."
+            )
+        adamw = AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay)
+        muon = Muon(chosen, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self._parts: tuple[Optimizer, Optimizer] = (adamw, muon)
+        super().__init__([part.param_groups[0] for part in self._parts], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of both; ``closure`` computes the loss and its gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part, group in zip(self._parts, self.param_groups, strict=True):
+            part.state, part.param_groups = self.state, [group]  # loading a state replaces these objects
+            part.step()
+        return loss
