@@ -39,6 +39,17 @@ def test_parquet(tmp_path: Path) -> None:
     assert [{field: values.tolist() for field, values in row.items()} for row in found] == rows
 
 
+def test_csv(write, tmp_path: Path) -> None:
+    content = 'Prompt,completion,other\n"one, ""two""",three,4\n' + f'"x\ny",{"long " * 50_000},\nsix,,\n'
+    expected = [('one, "two"', "three"), ("x\ny", "long " * 50_000), ("six", None)]
+    assert [(row["prompt"], row["completion"]) for row in rows_of(write("a.csv", content))] == expected
+    write("labels.csv", "image,label\na.png,3\n")
+    with pytest.warns(UserWarning, match="labels.csv: left out"):
+        assert len(rows_of(str(tmp_path))) == 3
+    with pytest.raises(RunError, match="b.csv, row 2: "):
+        rows_of(write("b.csv", "prompt,completion\none,two\nHi,Hello, you\n"))
+
+
 def test_text_with_and_without_separators(write) -> None:
     documents = rows_of(write("a.txt", "one\n\ntwo\n<|endoftext|>\nthree\n<|endoftext|>\n"))
     assert documents == [{"text": "one\n\ntwo"}, {"text": "three"}]
@@ -128,5 +139,5 @@ def test_sources_that_name_nothing(source: str, error: type[Exception], tmp_path
 def test_folders_and_files_without_data(write, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=f"^{tmp_path}: .*.parquet"):
         open_source(str(tmp_path))
-    with pytest.raises(UsageError, match="a.csv: .*.parquet"):
-        open_source(write("a.csv", "x"))
+    with pytest.raises(UsageError, match="a.tsv: .*.parquet"):
+        open_source(write("a.tsv", "x"))

@@ -185,8 +185,19 @@ def test_rows_of_every_format_and_field(tmp_path: Path, write) -> None:
         assert [(row.content, row.domain, row.row_id) for row in read_prompt_rows(source)] == expected
     source = write("p.csv", 'Category,Question\na,"one, ""two"""\nb,three\n')
     assert [(row.content, row.domain) for row in read_prompt_rows(source)] == [('one, "two"', "a"), ("three", "b")]
-    with pytest.raises(RunError, match="p.json, row 1: .*question.* turns"):
-        read_prompt_rows(write("p.json", json.dumps([{"turns": ["one"]}], indent=1)))
+    with pytest.raises(RunError, match="p.json, row 1: .*question.* rounds"):
+        read_prompt_rows(write("p.json", json.dumps([{"rounds": ["one"]}], indent=1)))
+
+
+@pytest.mark.parametrize("name", ["turns", "prompt"])
+def test_the_first_of_several_turns(tmp_path: Path, write, name: str) -> None:
+    """MT-bench's own form, and that of its copy on the hub."""
+    rows = [{"question_id": 81, "category": "writing", name: ["one two", "three"], "reference": []}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    for source in (write("p.jsonl", rows), str(tmp_path / "p.parquet")):
+        assert [(row.content, row.domain) for row in read_prompt_rows(source)] == [("one two", "writing")]
+    with pytest.raises(RunError, match="p.jsonl, line 1: "):
+        read_prompt_rows(write("p.jsonl", [{name: [3]}]))
 
 
 def test_wrong_sources(write, tmp_path: Path) -> None:

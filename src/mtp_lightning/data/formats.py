@@ -28,8 +28,8 @@ from mtp_lightning.json_text import decode_json, not_json, read_json
 
 T = TypeVar("T")
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
-"""Suffixes of the files that can be read; JSON and text also with a further ``.gz``, ``.bz2``, ``.xz`` or ``.zst``."""
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
+"""Suffixes of the files that can be read; all but Parquet also with a further ``.gz``, ``.bz2``, ``.xz`` or ``.zst``."""
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
@@ -50,6 +50,7 @@ ROW_TYPES = (
 )
 """The types of rows, for error messages."""
 
+_MAX_CELL = 1 << 30  # characters
 _CHUNK = 1 << 20  # characters read at once from a file that is not read by lines
 _BZIP2 = (b"1AY&SY", b"\x17rE8P\x90")  # behind the first four bytes: a block, or the end of an empty file
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -246,14 +247,20 @@ class TextFile(File):
 
 
 class CsvFile(File):
-    """A table of text with the names of the fields in its first line, read in lower case; for prompts."""
+    """A table of text with the names of the fields in its first line, read in lower case. An empty cell is null."""
 
     def rows(self, start: int = 0, wanted: np.ndarray | None = None) -> Iterator[Row]:
         """See ``Part``."""
         with self.open() as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            csv.field_size_limit(_MAX_CELL)
             try:
                 for index, fields in select_rows(csv.DictReader(text), start, wanted):
-                    yield Row(index + 1, {name.strip().lower(): value for name, value in fields.items() if name and value})
+                    if None in fields:
+                        where = f"{self.name}, row {index + 1}"
+                        raise RunError(
+                            f"{where}: more values than names in the first line; a text with a comma needs quotes."
+                        )
+                    yield Row(index + 1, {name.strip().lower(): value or None for name, value in fields.items()})
             except csv.Error as error:
                 raise RunError(f"{self.name}: expected comma-separated values, {one_line(error)}.") from error
 

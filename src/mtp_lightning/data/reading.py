@@ -3,9 +3,9 @@
 
 A source is one string:
 
-* a file that ends in ``.jsonl``, ``.ndjson``, ``.json``, ``.parquet`` or ``.txt`` (JSON and text also compressed); a glob
-  (``data/*.jsonl``); a folder, searched with its subfolders for such files, or one that ``datasets`` saved. Whatever exists
-  on this machine, ends in a file suffix or starts with ``.``, ``/`` or ``~`` is taken for a path.
+* a file that ends in ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` (all but Parquet also
+  compressed); a glob (``data/*.jsonl``); a folder, searched with its subfolders for such files, or one that ``datasets``
+  saved. Whatever exists on this machine, ends in a file suffix or starts with ``.``, ``/`` or ``~`` is taken for a path.
 * ``package://demo/train.parquet``: a file shipped inside the installed package.
 * anything else is a dataset on the Hugging Face hub: ``owner/name``, ``owner/name/config``, and either with ``:split``
   (``openai/gsm8k/main:train``). The default split is ``train``; slices work too (``owner/name:train[:1000]``).
@@ -21,14 +21,14 @@ from pathlib import Path
 
 from mtp_lightning.data.cache import cache_errors
 from mtp_lightning.data.encoding import row_type
-from mtp_lightning.data.formats import COMPRESSED, SUFFIXES, File, JsonFile, Part, TextFile
+from mtp_lightning.data.formats import COMPRESSED, ROW_TYPES, SUFFIXES, CsvFile, File, JsonFile, Part, TextFile
 from mtp_lightning.data.tables import DatasetPart, HubStream, ParquetFile
 from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.paths import PACKAGE, resolve
 
 _SUFFIXES = ", ".join(SUFFIXES)
 # A hub id may contain a dot, so only real file suffixes make a path out of a name that does not exist.
-_OTHER_SUFFIXES = set(".csv .tsv .zip .tar .arrow .md .yaml .yml .npy .xlsx".split()) | set(COMPRESSED)
+_OTHER_SUFFIXES = set(".tsv .zip .tar .arrow .md .yaml .yml .npy .xlsx".split()) | set(COMPRESSED)
 
 
 def open_source(source: str, streaming: bool = False) -> list[Part]:
@@ -79,7 +79,8 @@ def file_suffix(path: Path) -> str | None:
 
 def _open_file(path: Path) -> File:
     suffix = file_suffix(path)
-    return ParquetFile(path) if suffix == ".parquet" else TextFile(path) if suffix == ".txt" else JsonFile(path)
+    others: dict[str | None, type[File]] = {".parquet": ParquetFile, ".txt": TextFile, ".csv": CsvFile}
+    return others.get(suffix, JsonFile)(path)
 
 
 def _open_files(source: str, paths: Iterable[Path]) -> list[Part]:
@@ -121,7 +122,13 @@ def _is_shown(name: str) -> bool:
 
 
 def _is_description(file: File) -> bool:
-    """True for JSON files that describe data and hold none, such as ``dataset_infos.json``: one object that is no row."""
+    """True for files that describe data and hold none: tables of other fields, and JSON of one object that is no row."""
+    if isinstance(file, CsvFile):
+        first = next(file.rows(), None)
+        if first is not None and row_type(first.fields) is None:
+            warnings.warn(f"{file.name}: left out, its fields are none of {ROW_TYPES}", stacklevel=2)
+            return True
+        return False
     if not isinstance(file, JsonFile) or file_suffix(file.path) != ".json" or not file.is_single_object():
         return False
     if row_type(next(file.rows()).fields) is not None:

@@ -41,7 +41,7 @@ class ParquetFile(File):
                 if not file.metadata.num_rows:
                     return
                 columns = file.schema_arrow.names
-                names = known_fields(columns, self.name) + [name for name in self._more_fields if name in columns]
+                names = known_fields(columns, self.name, self._more_fields)
                 first = 0
                 for group in range(file.num_row_groups):
                     rows = file.metadata.row_group(group).num_rows
@@ -109,10 +109,10 @@ class HubStream(Part):
             raise RunError(f"{where}: it cannot be read: {one_line(error.__cause__ or error)}.") from error
 
 
-def known_fields(names: list[str], source: str) -> list[str]:
-    """Those of the columns that are ours; a RunError if there are none."""
-    known = [name for name in FIELDS if name in names]
-    if not set(known) - {"domain"}:
+def known_fields(names: list[str], source: str, more: Sequence[str] = ()) -> list[str]:
+    """Those of the columns that are ours, or named in ``more``; a RunError if there are none of a row's content."""
+    known = [name for name in (*FIELDS, *more) if name in names]
+    if not set(known) - {"domain", "category", "id", "raw"}:
         raise RunError(f"{source}: expected rows with {ROW_TYPES}, got the fields {one_line(', '.join(names), 120)}.")
     return known
 

@@ -3,8 +3,9 @@
 
 * ``.txt``: one prompt per line; empty lines are skipped.
 * ``.jsonl``, ``.json``, ``.parquet``, ``.csv``: rows with ``prompt`` (text, or a list of messages), ``instruction`` (+
-  ``input``), ``question`` or ``messages`` (rendered with the tokenizer's chat template; an assistant's answer at the end is
-  dropped), and optionally ``tools``, ``raw`` and ``domain`` (or ``category``).
+  ``input``), ``question``, ``messages`` (rendered with the tokenizer's chat template; an assistant's answer at the end is
+  dropped) or ``turns`` (MT-bench's list of texts, of which the first is read), and optionally ``tools``, ``raw`` and
+  ``domain`` (or ``category``).
 * ``-``: standard input, one of the two: JSON where the first line begins with ``{``.
 
 Where the base has a chat template, a text is a user's turn, unless it is raw.
@@ -28,7 +29,7 @@ from mtp_lightning.json_text import read_json
 from mtp_lightning.paths import resolve
 from mtp_lightning.text.prompt_source import check_source
 
-_FIELDS = ("prompt", "instruction", "question", "messages", "conversations", "conversation")
+_FIELDS = ("prompt", "instruction", "question", "messages", "conversations", "conversation", "turns")
 """The fields of a line that hold its prompt."""
 
 
@@ -91,7 +92,7 @@ def read_prompt_rows(source: str, raw: bool = False) -> list[PromptRow]:
     """
     suffix = check_source(source)
     if suffix in (".json", ".ndjson", ".csv", ".parquet"):
-        name, path, more = source, Path(resolve(source)), ("id", "category", "raw")
+        name, path, more = source, Path(resolve(source)), ("id", "category", "raw", "turns")
         part = CsvFile(path) if suffix == ".csv" else ParquetFile(path, more) if suffix == ".parquet" else JsonFile(path)
         rows = [_parse_fields(row.fields, f"{source}, {part.unit} {row.place}", row.place) for row in part.rows()]
     else:
@@ -171,6 +172,12 @@ def _parse_fields(value: Any, location: str, number: int) -> PromptRow:
 
 def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], list[dict[str, Any]] | None]:
     """The text, or the messages without an answer at their end, and the tools of a line; empty if it asks nothing."""
+    for name in ("prompt", "turns"):
+        turns = value.get(name)
+        if (
+            isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
+        ):  # the second turn answers what is not there yet
+            return turns[0], None
     if isinstance(value.get("prompt"), str) and value.get("messages") is None:
         return value["prompt"], None
     is_chat = any(value.get(name) is not None for name in ("messages", "conversations", "conversation", "history", "system"))
