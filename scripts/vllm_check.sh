@@ -3,12 +3,12 @@
 # Checks the vLLM plugin on a CPU, in an environment of its own (4 GB, Python 3.11 or newer): installs vLLM's CPU build and this
 # checkout, trains or takes a demo model, and compares texts with plain vLLM's and steps with our own decoder's.
 #
-#   bash scripts/vllm_check.sh                    everything, with the demo's model
-#   bash scripts/vllm_check.sh --quick            texts, quadratic and linear, float32
-#   bash scripts/vllm_check.sh --folder DIR       a folder that mtp export wrote, instead of the demo's; may be given more than once
+#   bash scripts/vllm_check.sh                everything, with a demo model, pretrained/smollm2-135m and small random models
+#   bash scripts/vllm_check.sh --quick        texts and steps of the demo model in float32
+#   bash scripts/vllm_check.sh --folder DIR   a folder that mtp export wrote, instead of the demo model; may be given again
 #
-# Without --folder a demo model is trained for 60 steps (a minute). VLLM_VENV names the environment (default .venv-vllm),
-# PYTHON the interpreter. Figures need a core that is otherwise idle; the checks do not.
+# The demo model is trained here for 60 steps (a minute). VLLM_VENV names the environment (default .venv-vllm), PYTHON the
+# interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -47,24 +47,29 @@ fi
 
 failed=0
 check() { "$python" "$@" || failed=1; }
-for folder in "${folders[@]}"; do
-  if [ -n "$quick" ]; then
-    check benchmarks/vllm/check.py "$folder" --parts texts --prompts 6 --tokens 32
-    continue
-  fi
-  for dtype in float32 bfloat16; do
-    check benchmarks/vllm/check.py "$folder" --dtype "$dtype"
+if [ -n "$quick" ]; then
+  for folder in "${folders[@]}"; do
+    check benchmarks/vllm/check.py "$folder" --parts texts memory --prompts 4 --tokens 32
   done
+  exit $failed
+fi
+for folder in "${folders[@]}"; do
+  check benchmarks/vllm/check.py "$folder"
+  check benchmarks/vllm/check.py "$folder" --parts texts --dtype bfloat16
   check benchmarks/vllm/check.py "$folder" --parts features memory --decoding linear
-  check benchmarks/vllm/sampling.py "$folder"
+  check benchmarks/vllm/check.py "$folder" --parts memory --decoding alternating
+  check benchmarks/vllm/sampling.py "$folder" --texts 300
   check benchmarks/vllm/stress.py "$folder"
   check benchmarks/vllm/server.py "$folder"
 done
-if [ -z "$quick" ]; then
-  for architecture in mistral qwen2 qwen3; do
-    folder=runs/vllm_check/$architecture
-    check benchmarks/vllm/random_folder.py "$architecture" "$folder"
-    check benchmarks/vllm/check.py "$folder/saved" --parts texts --num_masks 4
+if "$python" -m mtp_lightning base smollm2; then
+  for dtype in float32 bfloat16; do
+    check benchmarks/vllm/check.py pretrained/smollm2-135m --parts texts --dtype "$dtype" --num_masks 4 --tokens 32
   done
 fi
+for architecture in mistral qwen2 qwen3; do
+  folder=runs/vllm_check/$architecture
+  check benchmarks/vllm/random_folder.py "$architecture" "$folder"
+  check benchmarks/vllm/check.py "$folder/saved" --parts texts --num_masks 4 --prompts 3 --tokens 24
+done
 exit $failed
