@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtp_lightning.integrations.vllm.layout import make_layout, sees_own, sees_recent
 from mtp_lightning.integrations.vllm.load_table import Blocks
-from mtp_lightning.integrations.vllm.mask_attention import block_requests, dense_part, merge, paged_part
+from mtp_lightning.integrations.vllm.mask_attention import block_requests, dense_part, merge
 
 R, H, G, D, SIZE, PAGES = 3, 2, 3, 32, 32, 7
 QUERY_LENS, SEQ_LENS = [3, 1, 3], [34, 1, 3]
@@ -43,6 +43,19 @@ def obvious(blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, key_pages: Tensor, 
                 for g in range(G):
                     out[r, m, h, g] = (keys[:, h] @ q[r, m, h, g] * SCALE).softmax(0) @ values[:, h]
     return out
+
+
+def paged_part(
+    q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What FlashAttention gives: attention over the first ``lengths`` tokens, and -inf and 0 where there are none."""
+    keys, values = (pages[table.long()].flatten(1, 2).float() for pages in (key_pages, value_pages))
+    scores = torch.einsum("rmhgd,rnhd->rmhgn", q.float(), keys) * scale
+    unread = torch.arange(keys.shape[1], device=q.device) >= lengths[:, None]
+    scores = scores.masked_fill(unread[:, None, None, None], float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().nan_to_num(0.0)
+    return torch.einsum("rmhgn,rnhd->rmhgd", weights, values), lse
 
 
 @pytest.mark.parametrize("query_lens", [QUERY_LENS, [3, 1, 2]], ids=["blocks at the text's beginning", "chunk"])

@@ -116,7 +116,7 @@ def _by_request(x: Tensor, lay: Layout) -> Tensor:
 def _flash_attention(
     plain: Any, impl: Any, layer: Any, tensors: tuple[Tensor, Tensor, Tensor], cache: Tensor, metadata: Any, state: PassState
 ) -> Tensor:
-    """Output of masks, [R, M, H, G, D], on a GPU: pages in place. NOT RUN YET; the parts' twins are tested on a CPU."""
+    """Output of masks, [R, M, H, G, D], on a GPU: pages in place. NOT RUN YET; its parts are tested on a CPU."""
     (query, key, value), table = tensors, metadata.block_table
     lay = state.layout
     assert lay is not None
@@ -131,7 +131,10 @@ def _flash_attention(
 
 
 def _flash_part(impl: Any, q: Tensor, kv_cache: Tensor, table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """``paged_part`` by vLLM's FlashAttention. NOT RUN YET; names and shapes are those of vLLM 0.32."""
+    """Attention of masks over the first ``lengths`` tokens, [R], in the pages of ``table``, [R, P], and its log-sum-exp.
+
+    NOT RUN YET; names and shapes are those of vLLM 0.32. ``paged_part`` in tests/integrations/vllm is its twin on a CPU.
+    """
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
     R, M, H, G, D = q.shape

@@ -54,11 +54,6 @@ class LoadTable:
                 return PLAIN if load.alternating and num_tokens > num_requests else load.blocks
         return PLAIN
 
-    @property
-    def max_masks(self) -> int:
-        """The largest number of masks in a block."""
-        return max((load.blocks.masks for load in self.loads), default=0)
-
 
 MASK_ROWS = 512
 """Masks of a pass up to which a GPU's default table adds them, about where rows stop being nearly free. Not measured."""

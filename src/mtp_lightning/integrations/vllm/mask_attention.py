@@ -2,11 +2,10 @@
 """Attention of masks over the text in pages and the masks of their block. No vLLM.
 
 On a CPU, vLLM's own kernel over a copy of the pages, in which each block is a request (``block_requests``). On a GPU, where
-pages are read in place, two parts that their log-sum-exps merge: the text before the pass's last tokens, by FlashAttention
-(``paged_part`` is its twin), and those tokens and the masks (``dense_part``).
+pages are read in place, two parts that their log-sum-exps merge: the text before the pass's last tokens, by FlashAttention,
+and those tokens and the masks (``dense_part``).
 
-Letters: R requests, M masks of a request, H key heads, G query heads for each, D head size, N keys, P pages of ``size``
-tokens.
+Letters: R requests, M masks of a request, H key heads, G query heads for each, D head size, N keys, P pages.
 """
 
 from __future__ import annotations
@@ -76,31 +75,6 @@ def dense_part(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: flo
     scores = scores.masked_fill(~seen[:, :, None, None], float("-inf"))
     lse = scores.logsumexp(-1)
     return torch.einsum("rmhgn,rnhd->rmhgd", (scores - lse[..., None]).exp(), values.float()), lse
-
-
-def paged_part(
-    q: Tensor, key_pages: Tensor, value_pages: Tensor, table: Tensor, lengths: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of all masks of a request over the first ``lengths`` tokens in its pages: FlashAttention's twin.
-
-    Args:
-        q: queries, [R, M, H, G, D].
-        key_pages: keys by page, [pages, size, H, D].
-        value_pages: values by page, [pages, size, H, D].
-        table: pages of each request, [R, P] integers.
-        lengths: tokens to read of each, [R] integers; may be 0.
-        scale: factor of the scores.
-
-    Returns:
-        The output [R, M, H, G, D], 0 where the length is, and the log-sum-exp of the scores [R, M, H, G], -inf there.
-    """
-    keys, values = (pages[table.long()].flatten(1, 2).float() for pages in (key_pages, value_pages))
-    scores = torch.einsum("rmhgd,rnhd->rmhgn", q.float(), keys) * scale
-    unread = torch.arange(keys.shape[1], device=q.device) >= lengths[:, None]
-    scores = scores.masked_fill(unread[:, None, None, None], float("-inf"))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse[..., None]).exp().nan_to_num(0.0)
-    return torch.einsum("rmhgn,rnhd->rmhgd", weights, values), lse
 
 
 def merge(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
