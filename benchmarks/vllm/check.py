@@ -9,14 +9,24 @@ Equal texts alone would prove little: verification repairs whatever is drafted. 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from importlib.resources import files
 from itertools import zip_longest
 from typing import Any
 
-from engines import base_of, greedy, greedy_ids, metrics, our_steps, set_blocks, start, stop, take_steps
+from engines import (
+    base_of,
+    demo_prompts,
+    greedy,
+    greedy_ids,
+    metrics,
+    our_steps,
+    read_prompts,
+    set_blocks,
+    start,
+    stop,
+    take_steps,
+)
 from vllm import LLM, SamplingParams
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -40,35 +50,32 @@ def equal(texts: list[Any], others: list[Any]) -> int:
     return sum(a == b for a, b in zip(texts, others, strict=True))
 
 
-def demo_prompts(number: int) -> list[str]:
-    lines = files("mtp_lightning").joinpath("demo/prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines[:number]]
-
-
-def first_gaps(found: list[list[int]], plain: list[CompletionOutput]) -> list[float]:
-    """How far apart the log-probabilities of plain vLLM's two best tokens are where each text first differs from its own."""
-    gaps = []
+def differences(found: list[list[int]], plain: list[CompletionOutput]) -> list[tuple[int, float]]:
+    """Of each text that is not plain vLLM's: where it first differs, and how many nats its two best tokens are apart."""
+    result = []
     for ids, answer in zip(found, plain, strict=True):
         pairs = enumerate(zip_longest(ids, answer.token_ids))
         if (at := next((at for at, (a, b) in pairs if a != b), None)) is not None:
             best = sorted((entry.logprob for entry in answer.logprobs[at].values()), reverse=True)
-            gaps.append(best[0] - best[1])
-    return gaps
+            result.append((at, best[0] - best[1]))
+    return result
 
 
-def compare_texts(name: str, dtype: str, found: list[list[int]], plain: list[CompletionOutput], more: str, ok: bool) -> None:
+def compare_texts(
+    name: str, dtype: str, found: list[list[int]], plain: list[CompletionOutput], more: str = "", ok: bool = True
+) -> None:
     """Texts must be plain vLLM's; in bfloat16 one may differ from where the two best tokens are a near tie."""
-    gaps = first_gaps(found, plain)
-    words = f"{len(plain) - len(gaps)}/{len(plain)} texts equal"
-    if gaps:
-        words += f", others up to two best tokens {', '.join(f'{gap:.2f}' for gap in gaps)} apart"
-    report(name, max(gaps, default=0.0) <= TIES[dtype] and ok, words + more)
+    different = differences(found, plain)
+    words = f"{len(plain) - len(different)}/{len(plain)} texts equal"
+    if different:
+        words += f", others until tokens {', '.join(f'{at} (best two {gap:.2f} apart)' for at, gap in different)}"
+    report(name, max((gap for _, gap in different), default=0.0) <= TIES[dtype] and ok, words + more)
 
 
 def texts(args: argparse.Namespace, prompts: list[str]) -> None:
     """All kinds of drafting, one prompt at a time and all together."""
     model = MTPModel.from_pretrained(args.folder, dtype=args.dtype)
-    tokens = [model.tokenizer(prompt).input_ids for prompt in prompts]
+    tokens = read_prompts(args.file, args.prompts, model.tokenizer)
     ours = {kind: our_steps(model, tokens, args.tokens, kind, args.num_masks) for kind in KINDS}
     del model
     # vLLM may load the base's tokenizer by another class, so it gets ids.
@@ -77,7 +84,7 @@ def texts(args: argparse.Namespace, prompts: list[str]) -> None:
     plain = {together: greedy(engine, inputs, together, max_tokens=args.tokens, logprobs=2) for together in (True, False)}
     stop(engine)
     alone = [list(answer.token_ids) for answer in plain[False]]
-    compare_texts("plain vLLM, one at a time against together", args.dtype, alone, plain[True], "", True)
+    compare_texts("plain vLLM, one at a time against together", args.dtype, alone, plain[True])
     engine = start(args.folder, True, args.dtype, args.num_masks)
     for kind, (our_texts, expected) in ours.items():
         set_blocks(engine, kind, args.num_masks)
@@ -89,7 +96,7 @@ def texts(args: argparse.Namespace, prompts: list[str]) -> None:
             close = steps == expected if args.dtype == "float32" else abs(steps / expected - 1) < 0.1
             name = f"{kind}, {'together' if together else 'one at a time'}"
             more = f"; {steps} steps, {sum(map(len, found)) / steps:.2f} tokens a step; our decoder {expected} steps,"
-            more += f" {len(our_texts) - len(first_gaps(our_texts, plain[together]))}/{len(prompts)} of its texts equal"
+            more += f" {len(our_texts) - len(differences(our_texts, plain[together]))}/{len(prompts)} of its texts equal"
             compare_texts(name, args.dtype, found, plain[together], more, close)
     stop(engine)
 
@@ -212,6 +219,7 @@ def main() -> None:
     parser.add_argument("--decoding", choices=KINDS, default="quadratic", help="of the parts features and memory")
     parser.add_argument("--num_masks", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--file", help="of the part texts: .jsonl file of messages. Default: the demo's texts")
     parser.add_argument("--tokens", type=int, default=48)
     args = parser.parse_args()
     print(f"# {args.folder}, base {base_of(args.folder)}, {args.dtype}, {args.num_masks} masks", flush=True)

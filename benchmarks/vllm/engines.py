@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,6 +29,21 @@ from mtp_lightning.decoding.planning.draft_plan import Plan  # noqa: E402
 from mtp_lightning.integrations.vllm.load_table import LoadTable, parse_loads  # noqa: E402
 from mtp_lightning.integrations.vllm.settings import KEY, PROPOSER  # noqa: E402
 from mtp_lightning.paths import resolve  # noqa: E402
+
+
+def demo_prompts(number: int) -> list[str]:
+    """Openings of the demo's texts."""
+    lines = files("mtp_lightning").joinpath("demo/prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prompt"] for line in lines[:number]]
+
+
+def read_prompts(file: str | None, number: int, tokenizer: Any) -> list[list[int]]:
+    """Token ids of prompts, taken evenly from a file of messages, or the demo's texts."""
+    if file is None:
+        return [tokenizer.encode(text) for text in demo_prompts(number)]
+    rows = [json.loads(line)["messages"] for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    rows = [rows[i * len(rows) // number] for i in range(number)]
+    return [list(tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=False)) for row in rows]
 
 
 def base_of(folder: str) -> str:

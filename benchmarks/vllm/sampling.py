@@ -14,8 +14,7 @@ import math
 import sys
 from collections import Counter
 
-from check import demo_prompts
-from engines import set_blocks, start, stop
+from engines import demo_prompts, set_blocks, start, stop
 from vllm import SamplingParams
 
 FIRST_TOKENS = 4

@@ -18,8 +18,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from check import demo_prompts
-from engines import base_of
+from engines import base_of, demo_prompts
 
 FLAGS = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
 FLAGS += ["--gpu-memory-utilization", "0.3", "--host", "127.0.0.1"]

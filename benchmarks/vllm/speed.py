@@ -11,24 +11,11 @@ with the quartiles. The pass over the prompts is left out.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
-from typing import Any
 
-from check import demo_prompts
-from engines import set_blocks, start, take_steps
+from engines import read_prompts, set_blocks, start, take_steps
 from vllm import LLM, SamplingParams
-
-
-def read_prompts(file: str | None, number: int, tokenizer: Any) -> list[list[int]]:
-    """Token ids of prompts, taken evenly from a file of messages, or the demo's texts."""
-    if file is None:
-        return [tokenizer.encode(text) for text in demo_prompts(number)]
-    rows = [json.loads(line)["messages"] for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    rows = [rows[i * len(rows) // number] for i in range(number)]
-    return [list(tokenizer.apply_chat_template(row, add_generation_prompt=True, return_dict=False)) for row in rows]
 
 
 def measure(engine: LLM, prompts: list[list[int]], tokens: int) -> tuple[float, int, list[list[int]]]:

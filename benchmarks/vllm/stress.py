@@ -11,8 +11,7 @@ import random
 import sys
 from typing import Any
 
-from check import demo_prompts
-from engines import start, stop
+from engines import demo_prompts, start, stop
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
