@@ -17,11 +17,16 @@ fi
 echo '3 of 5: one answer, plain and with the adapter in pretrained/smollm2-135m'
 python scripts/smollm2/side_by_side.py pretrained/smollm2-135m --base_model $base
 
+steps=44 precision=()
+fast='from mtp_lightning.decoding.packed_linear import has_bfloat16_products as fast; raise SystemExit(not fast())'
+if ! python -c "$fast"; then
+  steps=16 precision=(--model.dtype float32 --trainer.precision 32-true) # this CPU is slow in bfloat16
+fi
 echo '4 of 5: an adapter of your own, from scratch: a few minutes on answers of the base, with its acceptance before and after'
 mtp fit --config configs/smollm2.yaml --data.train package://demo/smollm2_answers.jsonl --trainer.default_root_dir runs/smollm2-demo \
-  --overwrite --trainer.max_steps 50 --trainer.val_check_interval 25 --trainer.limit_val_batches 6 \
-  --trainer.callbacks.every_n_steps 50 --trainer.callbacks.at_validation false --trainer.callbacks.num_prompts 4 \
-  --trainer.callbacks.max_new_tokens 48 --trainer.callbacks.num_speed_pairs 0 "$@"
+  --overwrite --trainer.max_steps $steps --trainer.val_check_interval $((steps / 2)) --trainer.limit_val_batches 6 \
+  --trainer.callbacks.every_n_steps $steps --trainer.callbacks.at_validation false --trainer.callbacks.num_prompts 4 \
+  --trainer.callbacks.max_new_tokens 48 --trainer.callbacks.num_speed_pairs 0 ${precision[@]+"${precision[@]}"} "$@"
 
 echo '5 of 5: the shipped adapter by domain'
 mtp benchmark pretrained/smollm2-135m --base_model $base --prompts $prompts --num_prompts 8 --max_new_tokens 64 --dtype float32 \

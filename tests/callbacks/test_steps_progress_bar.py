@@ -15,7 +15,7 @@ from tiny import tiny_model
 from tiny_run import write_config, write_run
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning.callbacks import steps_progress_bar
+from mtp_lightning.callbacks import run_summary, steps_progress_bar
 from mtp_lightning.callbacks.run_summary import RunSummary
 
 
@@ -44,12 +44,17 @@ def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert f"trainer.{limit}" in line  # there is nothing left to train
 
 
-def test_a_run_without_a_limit_of_steps(capsys) -> None:
+def test_a_run_without_a_limit_of_steps(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"estimated_stepping_batches": math.inf, "num_training_batches": 4, "check_val_every_n_epoch": 1}
     others = {"is_global_zero": True, "log_dir": "run", "datamodule": None, "val_check_batch": 4}
-    RunSummary().on_train_start(SimpleNamespace(**limits, **others), SimpleNamespace(model=tiny_model()))
-    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("run "))
-    assert not re.search(r"\d", line)
+    for precision, has_products in (("32-true", False), ("bf16-mixed", True), ("bf16-mixed", False)):
+        monkeypatch.setattr(run_summary, "has_bfloat16_products", lambda has=has_products: has)
+        trainer = SimpleNamespace(**limits, **others, precision=precision)
+        RunSummary().on_train_start(trainer, SimpleNamespace(model=tiny_model()))
+        lines = capsys.readouterr().err.splitlines()
+        assert not re.search(r"\d", next(line for line in lines if line.startswith("run ")))
+        slow = any("trainer.precision" in line for line in lines if line.startswith("warning: "))
+        assert slow == (precision == "bf16-mixed" and not has_products)
 
 
 def test_openings_of_rows_in_place_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
+from mtp_lightning.decoding.packed_linear import has_bfloat16_products
 from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.training.distributed import run_folder
 from mtp_lightning.training.sizing import model_size
@@ -119,6 +121,10 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
     size = model_size(module.model)
     if (share := size.trained_parameters / size.base_parameters) > LARGE_SHARE:
         found.append(f"trained weights are {share:.0%} of the base's: lower model.lora.rank or the head's hidden_size")
+    base = module.model.base
+    in_bfloat16 = base.dtype == torch.bfloat16 or str(trainer.precision).startswith("bf16")
+    if in_bfloat16 and base.device.type == "cpu" and not has_bfloat16_products():
+        found.append("bfloat16 is slow on this CPU: use --model.dtype float32 --trainer.precision 32-true")
     steps, interval = planned(trainer)[0], validation_interval(trainer)
     if interval is not None and 2 * interval > steps > 0:
         number = "one" if steps >= interval else "no"
