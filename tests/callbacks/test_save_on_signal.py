@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import read_metrics
 from interrupted_runs import ACCUMULATED, FIT, fresh, history, signal_at
 from tiny_run import LAST, assert_same_run
 from zygote import Zygote
@@ -21,7 +22,7 @@ whole, decode, step = AcceptanceEvaluation._evaluate, acceptance.decode_batch, 0
 def evaluate(self, trainer, module):
     global step
     step = trainer.global_step
-    whole(self, trainer, module)
+    return whole(self, trainer, module)
 
 def decodes(*arguments, **options):
     if step == 5:
@@ -63,6 +64,23 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(zygote: Zygote, whole: Path,
     ended = zygote.run(folder, *FIT, prelude=signal_at(3, "SIGINT"))
     assert ended.code == 130 and f"'{LAST}'" in ended.err, ended.err
     assert torch.load(folder / LAST, weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.parametrize(("step", "saved"), [(5, 5), (6, 7)])
+def test_ctrl_c_stops_an_evaluation(zygote: Zygote, whole: Path, tmp_path: Path, step: int, saved: int) -> None:
+    """In training and at validation, which is finished: all but this evaluation's figures is as in a run without Ctrl-C."""
+    folder = fresh(whole, tmp_path / "run")
+    prelude = WHILE_EVALUATING.replace("step == 5", f"step == {step}").replace("SIGTERM", "SIGINT")
+    ended = zygote.run(folder, *FIT, prelude=prelude)
+    assert ended.code == 130 and f"saved '{LAST}' after step {saved}." in ended.err, ended.err
+    assert torch.load(folder / LAST, weights_only=True)["global_step"] == saved
+    assert ("val", step) not in history(folder) and ("val", step) in history(whole)
+    lines = [line for line in read_metrics(folder / "run") if int(line["step"]) == step - 1]
+    assert not [line for line in lines if "val/acceptance_length" in line]
+    assert [line for line in lines if "val/loss" in line] if step == 6 else True  # the validation itself is finished
+    assert zygote.run(folder, *FIT).code == 0
+    same = [line for line in read_metrics(whole / "run") if "train/loss" in line]
+    assert [line for line in read_metrics(folder / "run") if "train/loss" in line] == same
 
 
 @pytest.mark.slow

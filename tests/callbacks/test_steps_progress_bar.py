@@ -15,7 +15,7 @@ from tiny import tiny_model
 from tiny_run import write_config, write_run
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning.callbacks import run_summary, steps_progress_bar
+from mtp_lightning.callbacks import run_clock, run_summary, steps_progress_bar
 from mtp_lightning.callbacks.run_summary import RunSummary
 
 
@@ -42,6 +42,21 @@ def test_the_terminal_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert mtp("fit", "config.yaml", "--trainer.max_steps", 5, "--ckpt_path", "last", *words) == 0
         line = next(line for line in capfd.readouterr().err.splitlines() if "step 5" in line)
         assert f"trainer.{limit}" in line  # there is nothing left to train
+
+
+def test_the_time_left_around_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(run_clock.time, "perf_counter", lambda: now)
+    clock = run_clock.RunClock(10)
+    assert clock.seconds_left(10, 110) is None and clock.seconds_left(11, math.inf) is None
+    now = 20.0
+    assert clock.seconds_left(20, 110) == 90 * 2
+    clock.pause()
+    now = 120.0  # while it decodes, and as soon as it has ended
+    assert clock.seconds_left(20, 110) == 90 * 2
+    assert clock.resume(20) == 100 and clock.resume(20) == 0
+    now = 122.0
+    assert clock.seconds_left(21, 110) == 89 * 2 + 4 * 100  # and evaluations in steps 40, 60, 80 and 100
 
 
 def test_a_run_without_a_limit_of_steps(capsys, monkeypatch: pytest.MonkeyPatch) -> None:

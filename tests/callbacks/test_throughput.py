@@ -13,7 +13,7 @@ from command_line import ParseOnly, mtp, read_metrics
 from tiny_run import write_config, write_run
 
 from mtp_lightning.callbacks import AcceptanceEvaluation, Throughput, throughput
-from mtp_lightning.callbacks.throughput import evaluation_seconds
+from mtp_lightning.callbacks.run_clock import evaluation_seconds
 from mtp_lightning.data.loader import WindowedLoader
 from mtp_lightning.errors import UsageError
 from mtp_lightning.training.module import MTPModule

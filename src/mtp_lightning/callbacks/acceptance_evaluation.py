@@ -12,13 +12,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console, show_progress
+from mtp_lightning.callbacks.save_on_signal import EvaluationStopped, stops_on_ctrl_c
 from mtp_lightning.callbacks.throughput import pause_clocks
 from mtp_lightning.decoding.lockstep import in_step
 from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.errors import UsageError
 from mtp_lightning.evaluation.acceptance import PromptResult, evaluate_prompts, summarise
 from mtp_lightning.evaluation.acceptance_report import print_notes, print_table, protocol_text, save_plot
-from mtp_lightning.evaluation.reporting import save_json
+from mtp_lightning.evaluation.reporting import note, save_json
 from mtp_lightning.training.distributed import gather, run_folder
 from mtp_lightning.training.lightning_private import is_accumulating
 
@@ -75,6 +76,7 @@ class AcceptanceEvaluation(DecodingCallback):
         self.history: list[dict[str, Any]] = []
         self.results: list[PromptResult] = []
         self._evaluated_at: int | None = None  # optimizer step
+        self._is_stopped = False  # True if Ctrl-C stopped the evaluation of this validation
         self._printed: list[PromptResult] | None = None  # those of the last table
 
     @property
@@ -104,7 +106,8 @@ class AcceptanceEvaluation(DecodingCallback):
         if not self.every_n_steps or step == 0 or step % self.every_n_steps or step == self._evaluated_at:
             return
         pause_clocks(trainer)
-        self._evaluate(trainer, pl_module)
+        if not self._evaluate(trainer, pl_module):
+            return
         values = self._logged("val")
         # Lightning passes what is logged here to the loggers only every log_every_n_steps, so they get it directly.
         pl_module.log_dict(values, on_step=True, on_epoch=False, logger=False)
@@ -116,13 +119,16 @@ class AcceptanceEvaluation(DecodingCallback):
         """Evaluate, unless this step was evaluated already, and log."""
         if trainer.sanity_checking or not self.at_validation:
             return
+        self._is_stopped = False
         if trainer.state.fn != TrainerFn.FITTING or self._evaluated_at != trainer.global_step:
-            self._evaluate(trainer, pl_module)
+            self._is_stopped = not self._evaluate(trainer, pl_module)
+        if self._is_stopped:
+            return
         pl_module.log_dict(self._logged("val"), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report; the module's forced figures are known only now."""
-        if not trainer.sanity_checking and self.at_validation:
+        if not trainer.sanity_checking and self.at_validation and not self._is_stopped:
             self._report(trainer, "val", forced_figures(trainer, "val"))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,22 +140,29 @@ class AcceptanceEvaluation(DecodingCallback):
         """Report."""
         self._report(trainer, "test", forced_figures(trainer, "test"))
 
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Decode; False if Ctrl-C stopped it, so that there are no figures of this step."""
         model: Any = pl_module.model
-        with in_step(model):
-            results = evaluate_prompts(
-                model,
-                self.loaded,
-                self.options,
-                lambda done, count: show_progress(trainer, f"acceptance {done}/{count}"),
-                num_lossless=self.num_lossless,
-                num_speed_pairs=0 if model.is_sharded else self.num_speed_pairs,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-            )
+        try:
+            with in_step(model), stops_on_ctrl_c(trainer, ("val/acceptance_length", "val/speed_up")):
+                results = evaluate_prompts(
+                    model,
+                    self.loaded,
+                    self.options,
+                    lambda done, count: show_progress(trainer, f"acceptance {done}/{count}"),
+                    num_lossless=self.num_lossless,
+                    num_speed_pairs=0 if model.is_sharded else self.num_speed_pairs,
+                    rank=trainer.global_rank,
+                    world_size=trainer.world_size,
+                )
+        except EvaluationStopped:
+            model.clear_decode_cache()
+            note(f"mtp: Ctrl-C: step {trainer.global_step} is left without figures of real decoding")
+            return False
         self.results = [result for share in gather(results) for result in share]
         model.clear_decode_cache()  # training needs the memory, and changes the weights
         self._evaluated_at = trainer.global_step
+        return True
 
     def _logged(self, prefix: str) -> dict[str, float]:
         summary = summarise(self.results)

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -23,19 +25,25 @@ INTERRUPTED, EXIT_CODE = 130, 143
 """Exit codes of a run that has saved after Ctrl-C, and after another signal, as a shell shows SIGINT and SIGTERM."""
 
 
+class EvaluationStopped(BaseException):
+    """Ctrl-C during an evaluation that ``stops_on_ctrl_c``."""
+
+
 class SaveOnSignal(Callback):
     """Saves ``last.ckpt`` at the end of the training batch in which the signal came, and exits with code 143 (Ctrl-C: 130).
 
     A second Ctrl-C ends the run at once.
-    A validation that is running or due is finished first. Lightning's own handlers broadcast and save inside the signal
-    handler, in the middle of whatever runs, from which no run resumes exactly; they are replaced while training. On SLURM
-    the signal is that of Lightning's ``SLURMEnvironment`` (``requeue_signal``, SIGUSR1 by default), and the job is requeued
-    if its ``auto_requeue`` is set.
+    A validation that is running or due is finished first; Ctrl-C leaves out its decoding of prompts.
+
+    Lightning's own handlers broadcast and save inside the signal handler, in the middle of whatever runs, from which no run
+    resumes exactly; they are replaced while training. On SLURM the signal is that of Lightning's ``SLURMEnvironment``
+    (``requeue_signal``, SIGUSR1 by default), and the job is requeued if its ``auto_requeue`` is set.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
         self._process = os.getpid()
+        self._stops = False  # True within an evaluation that Ctrl-C stops
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers; Lightning restores the previous ones at the end."""
@@ -54,6 +62,19 @@ class SaveOnSignal(Callback):
                 raise KeyboardInterrupt
             os.write(2, b"\nmtp: Ctrl-C: saving after this step; again: end at once\n")  # print may be interrupted itself
         self._received = number
+        if number == signal.SIGINT and self._stops:
+            raise EvaluationStopped
+
+    @contextmanager
+    def stops_on_ctrl_c(self) -> Iterator[None]:
+        """Within the block, Ctrl-C raises ``EvaluationStopped``, at once if it came before."""
+        if self._received == signal.SIGINT:
+            raise EvaluationStopped
+        self._stops = True
+        try:
+            yield
+        finally:
+            self._stops = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -83,6 +104,16 @@ class SaveOnSignal(Callback):
         started_by_lightning = isinstance(cluster_environment(trainer), LightningEnvironment)
         code = INTERRUPTED if received == signal.SIGINT else EXIT_CODE
         raise SystemExit(0 if started_by_lightning and not trainer.is_global_zero else code)
+
+
+def stops_on_ctrl_c(trainer: Trainer, names: tuple[str, ...]) -> AbstractContextManager[None]:
+    """``SaveOnSignal.stops_on_ctrl_c`` in a single process, unless a callback monitors what begins with these ``names``."""
+    callbacks: list[Any] = cast(Any, trainer).callbacks
+    monitored = any(str(getattr(callback, "monitor", "")).startswith(names) for callback in callbacks)
+    saving = next((callback for callback in callbacks if isinstance(callback, SaveOnSignal)), None)
+    if saving is None or monitored or trainer.world_size > 1 or trainer.state.fn != "fit":
+        return nullcontext()
+    return saving.stops_on_ctrl_c()
 
 
 def slurm_signal(trainer: Trainer) -> int | None:

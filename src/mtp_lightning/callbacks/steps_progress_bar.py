@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from datetime import timedelta
@@ -13,6 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from mtp_lightning.callbacks.run_clock import RunClock
 from mtp_lightning.training.lightning_private import is_accumulating
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -21,8 +23,8 @@ SECONDS_BETWEEN_LINES = 30.0
 class StepsProgressBar(ProgressBar):
     """Shows optimizer steps of the whole run, of resumed runs from the step they resume at; evaluations are named behind it.
 
-    On a terminal it is one line; elsewhere a line is printed every half minute. The time left is that of the remaining steps
-    at the run's pace since its start, evaluations included.
+    On a terminal it is one line; elsewhere a line is printed after the first step and then every half minute. The time left
+    is that of the remaining steps at the run's pace, and of evaluations as long and as far apart as those so far.
     """
 
     def __init__(self) -> None:
@@ -30,8 +32,8 @@ class StepsProgressBar(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None  # on a terminal
         self._task: TaskID = TaskID(0)
-        self._what, self._first, self._done, self._total = "", 0, 0, 0
-        self._began = self._last_line = 0.0  # time.monotonic
+        self._what, self._done, self._total = "", 0, 0
+        self._clock, self._last_line = RunClock(0), 0.0  # time.monotonic
         self._note = ""
 
     def disable(self) -> None:
@@ -54,9 +56,9 @@ class StepsProgressBar(ProgressBar):
 
     def _start(self, what: str, total: float, first: int = 0) -> None:
         self._stop()
-        self._what, self._first, self._done = what, first, first
+        self._what, self._done = what, first
         self._total = int(total) if total != float("inf") else 0
-        self._began = self._last_line = time.monotonic()
+        self._clock, self._last_line = RunClock(first), -math.inf
         self._note = ""
         if self._enabled and rich.get_console().is_terminal:
             fields = [TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}")]
@@ -71,11 +73,13 @@ class StepsProgressBar(ProgressBar):
             self._bar = None
 
     def time_left(self) -> str:
-        """The time left as text, empty before the first step."""
-        if self._done <= self._first or not self._total:
-            return ""
-        pace = (time.monotonic() - self._began) / (self._done - self._first)
-        return f"{timedelta(seconds=round(pace * (self._total - self._done)))} left"
+        """The time left as text, empty before the first step and after the last one."""
+        left = self._clock.seconds_left(self._done, self._total or math.inf)
+        return "" if left is None or self._done >= self._total else f"{timedelta(seconds=round(left))} left"
+
+    def pause(self, trainer: Trainer) -> None:
+        """An evaluation begins: its time is not that of a step."""
+        self._clock.pause()
 
     def _step(self, done: int, note: str = "") -> None:
         self._done, self._note = done, note
@@ -101,6 +105,10 @@ class StepsProgressBar(ProgressBar):
         total = trainer.max_steps if trainer.max_steps > 0 else float("inf")
         self._start("step", min(total, float(trainer.estimated_stepping_batches)), trainer.global_step)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count time as that of steps again, after an evaluation."""
+        self._clock.resume(trainer.global_step)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -115,6 +123,8 @@ class StepsProgressBar(ProgressBar):
         """Begin a bar, except within a run."""
         if trainer.state.fn == "validate":
             self._start("validation batch", sum(trainer.num_val_batches))
+        elif not trainer.sanity_checking:
+            self.pause(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a bar."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from mtp_lightning.callbacks.run_clock import RunClock
+from mtp_lightning.callbacks.steps_progress_bar import StepsProgressBar
 from mtp_lightning.errors import UsageError
 from mtp_lightning.training.distributed import all_reduce
 from mtp_lightning.training.lightning_private import is_accumulating, is_logging_step, watch_fetching
@@ -45,10 +47,7 @@ class Throughput(Callback):
         self.peak_tflops = peak_tflops
         self._size: ModelSize | None = None
         self._step: StepSize | None = None
-        # Of the whole run. Times are those of time.perf_counter.
-        self._run_began, self._first_step = 0.0, 0
-        self._evaluations: dict[int, float] = {}  # seconds of all pauses after an optimizer step
-        self._pause_began: float | None = None  # None: the clock runs
+        self.clock = RunClock(0)
         self._fetch_began = 0.0
         self._knows_waits = False
         self._reset()
@@ -64,8 +63,7 @@ class Throughput(Callback):
         """Start the clock, and measure the loop's waits for batches."""
         module: Any = pl_module
         self._size, self._step = model_size(module.model), step_size(trainer, module)
-        self._run_began, self._first_step = time.perf_counter(), trainer.global_step
-        self._pause_began, self._evaluations = None, {}
+        self.clock = RunClock(trainer.global_step)
         self._reset()
 
         def before() -> None:
@@ -79,17 +77,13 @@ class Throughput(Callback):
 
     def pause(self, trainer: Trainer) -> None:
         """Stop the clock, if it runs: what follows is not training."""
-        if self._pause_began is None:
+        if self.clock.pause_began is None:
             _synchronize(trainer.strategy.root_device)  # the steps before are
-            self._pause_began = time.perf_counter()
+            self.clock.pause()
 
     def resume(self, trainer: Trainer) -> None:
         """Restart the clock, if it is stopped."""
-        if self._pause_began is not None:
-            seconds, self._pause_began = time.perf_counter() - self._pause_began, None
-            self._paused += seconds
-            step = trainer.global_step
-            self._evaluations[step] = self._evaluations.get(step, 0.0) + seconds
+        self._paused += self.clock.resume(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock until the next batch is fetched."""
@@ -139,12 +133,8 @@ class Throughput(Callback):
 
     def _hours_left(self, trainer: Trainer) -> dict[str, float]:
         total = trainer.max_steps if trainer.max_steps > 0 else float(trainer.estimated_stepping_batches)
-        steps = trainer.global_step - self._first_step
-        if steps <= 0 or total == float("inf"):
-            return {}
-        pace = (time.perf_counter() - self._run_began - sum(self._evaluations.values())) / steps
-        left = max(0.0, total - trainer.global_step)
-        return {"hours_left": (left * pace + evaluation_seconds(self._evaluations, left)) / 3600}
+        left = self.clock.seconds_left(trainer.global_step, total)
+        return {} if left is None else {"hours_left": left / 3600}
 
     def peak(self, device: torch.device) -> float | None:
         """Peak of a device in 1e12 operations per second, or None if it is not known."""
@@ -158,21 +148,8 @@ def pause_clocks(trainer: Trainer) -> None:
     """Stop the clocks of a run until the next batch: an evaluation follows."""
     untyped: Any = trainer
     for callback in untyped.callbacks:
-        if isinstance(callback, Throughput):
+        if isinstance(callback, Throughput | StepsProgressBar):
             callback.pause(trainer)
-
-
-def evaluation_seconds(evaluations: dict[int, float], steps_left: float) -> float:
-    """Seconds for the evaluations to come, if they take as long as those so far and are as far apart.
-
-    ``evaluations`` are the seconds of those so far, by the optimizer step that they came after. A single one is as far from
-    the next as it is from step 0.
-    """
-    if not evaluations:
-        return 0.0
-    first, last = min(evaluations), max(evaluations)
-    apart = (last - first) / (len(evaluations) - 1) if len(evaluations) > 1 else first
-    return steps_left // max(1.0, apart) * sum(evaluations.values()) / len(evaluations)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -8,7 +8,7 @@ import time
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,8 @@ from mtp_lightning.paths import check_writable
 
 SAMPLE_ROWS = 1000
 """Rows whose lengths are looked at."""
-MEASURED_STEPS = 2
+MEASURED_STEPS, MEASURED_SECONDS = 8, 20.0
+"""The most steps that are measured, and the time after which none begins."""
 VALIDATION_ROWS = 60
 """Rows to hold out, of fewer than ten times as many a tenth."""
 VALIDATIONS = 5
@@ -71,7 +72,7 @@ def run_init(options: Any) -> None:
         f"base      {options.base_model}: {facts.parameters / 1e6:,.1f} M parameters, context {facts.context:,}, {template}"
     )
     note(f"data      {train}: {facts.rows:,} rows, 95 % of them of {facts.usual_length:,} tokens or fewer")
-    note(f"machine   {machine}; measuring {MEASURED_STEPS} steps ...")
+    note(f"machine   {machine}; measuring steps, a minute at most for a small base ...")
     seconds = measured(config)
     hours = options.hours if options.hours is not None else (12.0 if facts.cuda else 1.0)
     limit_steps(config, facts, seconds, hours)
@@ -165,24 +166,33 @@ def _callbacks(facts: Facts) -> list[dict[str, Any]]:
 
 
 def measured(config: dict[str, Any]) -> float:
-    """Seconds of a training step, the first apart; halves the batch in the configuration until it fits in memory."""
+    """Seconds of a training step, the first apart; halves the batch in the configuration until it fits in a GPU's memory.
+
+    On a CPU steps of one row are measured: their time grows with the number of rows, and a whole batch may take minutes.
+    """
     while True:
+        data = config["data"]
         try:
-            return _measure(config)
+            if torch.cuda.is_available():
+                return _measure(config)
+            return data["batch_size"] * _measure({**config, "data": {**data, "batch_size": 1}})
         except Exception as error:
-            if not is_out_of_memory(error) or config["data"]["batch_size"] == 1:
+            if not is_out_of_memory(error) or data["batch_size"] == 1:
                 raise
-            config["data"]["batch_size"] //= 2
-            note(f"memory ran out: trying data.batch_size {config['data']['batch_size']} ...")
+            data["batch_size"] //= 2
+            note(f"memory ran out: trying data.batch_size {data['batch_size']} ...")
 
 
 def _measure(config: dict[str, Any]) -> float:
     times: list[float] = []
 
-    def take_time(*_: Any) -> None:
+    def take_time(trainer: Trainer, *_: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter())
+        trainer.should_stop = times[-1] - times[0] > MEASURED_SECONDS
+        if trainer.global_step:
+            note(f"          step {trainer.global_step} of at most {MEASURED_STEPS + 1}: {times[-1] - times[-2]:.1f} s")
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.yaml"
@@ -202,7 +212,7 @@ def _measure(config: dict[str, Any]) -> float:
         )
         trainer.fit(cli.model, datamodule=cli.datamodule)
     seconds = [end - begin for begin, end in pairwise(times)]
-    return median(seconds[1:] or seconds)
+    return mean(seconds[1:] or seconds)
 
 
 def steps_of_epoch(config: dict[str, Any], facts: Facts) -> int:
