@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Checks the vLLM plugin on a CPU, in an environment of its own (4 GB, Python 3.11 or newer): installs vLLM's CPU build and this
-# checkout, trains or takes a demo model, and compares texts with plain vLLM's and steps with our own decoder's.
+# Checks the vLLM plugin on a CPU, in an environment of its own (4 GB, Python 3.11 or newer): installs vLLM's CPU build and
+# this checkout, trains or takes a demo model, and compares texts with plain vLLM's and steps with our own decoder's.
 #
 #   bash scripts/vllm_check.sh                everything, with a demo model, pretrained/smollm2-135m and small random models
-#   bash scripts/vllm_check.sh --quick        texts and steps of the demo model in float32; 2 minutes of one core, once installed
+#   bash scripts/vllm_check.sh --quick        texts and steps of the demo model in float32: 2 minutes of one core
 #   bash scripts/vllm_check.sh --folder DIR   a folder that mtp export wrote, instead of the demo model; may be given again
 #
 # The demo model is trained here for 60 steps (a minute). VLLM_VENV names the environment (default .venv-vllm), PYTHON the
@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=yes ;;
     --folder) folders+=("${2:?--folder needs a folder}") && shift ;;
-    *) sed -n '3,12p' "$0" && exit 2 ;;
+    *) sed -n '3,11p' "$0" && exit 2 ;;
   esac
   shift
 done
