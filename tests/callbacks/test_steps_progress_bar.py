@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from command_line import mtp, write_rows
 from tiny import tiny_model
 from tiny_run import write_config, write_run
@@ -64,7 +65,8 @@ def test_a_run_without_a_limit_of_steps(capsys, monkeypatch: pytest.MonkeyPatch)
     others = {"is_global_zero": True, "log_dir": "run", "datamodule": None, "val_check_batch": 4}
     for precision, has_products in (("32-true", False), ("bf16-mixed", True), ("bf16-mixed", False)):
         monkeypatch.setattr(run_summary, "has_bfloat16_products", lambda has=has_products: has)
-        trainer = SimpleNamespace(**limits, **others, precision=precision)
+        cpu = SimpleNamespace(root_device=torch.device("cpu"))
+        trainer = SimpleNamespace(**limits, **others, precision=precision, strategy=cpu)
         RunSummary().on_train_start(trainer, SimpleNamespace(model=tiny_model()))
         lines = capsys.readouterr().err.splitlines()
         assert not re.search(r"\d", next(line for line in lines if line.startswith("run ")))

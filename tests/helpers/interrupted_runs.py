@@ -106,8 +106,9 @@ def fresh(whole: Path, folder: Path) -> Path:
 
 
 def history(folder: Path) -> list[tuple[str, int]]:
-    """Stage and step of the evaluations in a run's acceptance.json."""
-    entries = json.loads((folder / "run/acceptance.json").read_text())["history"]
+    """Stage and step of the evaluations in a run's acceptance.json, if there is one."""
+    path = folder / "run/acceptance.json"
+    entries = json.loads(path.read_text())["history"] if path.exists() else []
     return [(entry["stage"], entry["step"]) for entry in entries]
 
 

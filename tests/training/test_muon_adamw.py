@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 
-from mtp_lightning.errors import UsageError
 from mtp_lightning.schedules import WarmupConstant
 from mtp_lightning.training import MuonAdamW
 
@@ -61,7 +60,7 @@ def test_resumes_exactly_and_is_scheduled_as_one() -> None:
     assert torch.equal(_weights(whole), _weights(halved))
 
 
-@pytest.mark.parametrize("matrices", ["no_such_part", ""])
-def test_needs_parameters_for_both(matrices: str) -> None:
-    with pytest.raises(UsageError, match="matrices"):
-        MuonAdamW([("sampler_head.a", nn.Parameter(torch.zeros(2, 2)))], matrices=matrices)
+@pytest.mark.parametrize(("matrices", "kind"), [("no such part", AdamW), ("", Muon)])
+def test_one_of_both_is_enough(matrices: str, kind: type[torch.optim.Optimizer]) -> None:
+    optimizer = MuonAdamW([("lora.weight", nn.Parameter(torch.zeros(2, 2)))], matrices=matrices)
+    assert [type(part) for part in optimizer._parts] == [kind]

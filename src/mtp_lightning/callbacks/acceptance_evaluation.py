@@ -22,6 +22,7 @@ from mtp_lightning.evaluation.acceptance_report import print_notes, print_table,
 from mtp_lightning.evaluation.reporting import note, save_json
 from mtp_lightning.training.distributed import gather, run_folder
 from mtp_lightning.training.lightning_private import is_accumulating
+from mtp_lightning.training.random_state import random_state, set_random_state
 
 
 class AcceptanceEvaluation(DecodingCallback):
@@ -143,6 +144,7 @@ class AcceptanceEvaluation(DecodingCallback):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Decode; False if Ctrl-C stopped it, so that there are no figures of this step."""
         model: Any = pl_module.model
+        before = random_state()  # training goes on as without this evaluation, and as with one that was stopped
         try:
             with in_step(model), stops_on_ctrl_c(trainer, ("val/acceptance_length", "val/speed_up")):
                 results = evaluate_prompts(
@@ -159,6 +161,8 @@ class AcceptanceEvaluation(DecodingCallback):
             model.clear_decode_cache()
             note(f"mtp: Ctrl-C: step {trainer.global_step} is left without figures of real decoding")
             return False
+        finally:
+            set_random_state(before)
         self.results = [result for share in gather(results) for result in share]
         model.clear_decode_cache()  # training needs the memory, and changes the weights
         self._evaluated_at = trainer.global_step

@@ -121,9 +121,8 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
     size = model_size(module.model)
     if (share := size.trained_parameters / size.base_parameters) > LARGE_SHARE:
         found.append(f"trained weights are {share:.0%} of the base's: lower model.lora.rank or the head's hidden_size")
-    base = module.model.base
-    in_bfloat16 = base.dtype == torch.bfloat16 or str(trainer.precision).startswith("bf16")
-    if in_bfloat16 and base.device.type == "cpu" and not has_bfloat16_products():
+    in_bfloat16 = module.model.base.dtype == torch.bfloat16 or str(trainer.precision).startswith("bf16")
+    if in_bfloat16 and trainer.strategy.root_device.type == "cpu" and not has_bfloat16_products():
         found.append("bfloat16 is slow on this CPU: use --model.dtype float32 --trainer.precision 32-true")
     steps, interval = planned(trainer)[0], validation_interval(trainer)
     if interval is not None and 2 * interval > steps > 0:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from mtp_lightning.commands.lightning_cli import SettingsCLI
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.data.reading import open_sources
+from mtp_lightning.decoding.packed_linear import has_bfloat16_products
 from mtp_lightning.errors import UsageError
 from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.files import atomic_file
@@ -98,6 +99,7 @@ def facts_of(base_model: str, revision: str | None, train: str) -> Facts:
 def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> dict[str, Any]:
     """The configuration, but for the number of steps."""
     small = facts.parameters < 1_000_000_000
+    bfloat16 = facts.cuda or has_bfloat16_products()
     longest = min(facts.context, 2048 if facts.cuda else 512)
     length = min(longest, 64 * max(1, -(-facts.usual_length // 64)))
     rows = max(1, min(8, (8192 if facts.cuda and small else 1024) // length))
@@ -107,7 +109,7 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
         "model": {
             "base_model": base_model,
             **({"revision": revision} if revision else {}),
-            "dtype": "bfloat16",
+            "dtype": "bfloat16" if bfloat16 else "float32",
             **({} if small else {"gradient_checkpointing": True}),
             "num_masks": 8 if facts.cuda else 4,
             "lora": {"rank": 32 if small else 64 if facts.parameters < 3_000_000_000 else 128},
@@ -136,7 +138,7 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
         "trainer": {
             "accelerator": "auto",
             "devices": 1,
-            "precision": "bf16-mixed",
+            "precision": "bf16-mixed" if bfloat16 else "32-true",
             "max_steps": MEASURED_STEPS + 1,
             "gradient_clip_val": 1.0,
             "check_val_every_n_epoch": None,
@@ -177,7 +179,7 @@ def measured(config: dict[str, Any]) -> float:
                 return _measure(config)
             return data["batch_size"] * _measure({**config, "data": {**data, "batch_size": 1}})
         except Exception as error:
-            if not is_out_of_memory(error) or data["batch_size"] == 1:
+            if not is_out_of_memory(error) or data["batch_size"] == 1 or not torch.cuda.is_available():
                 raise
             data["batch_size"] //= 2
             note(f"memory ran out: trying data.batch_size {data['batch_size']} ...")
@@ -192,7 +194,9 @@ def _measure(config: dict[str, Any]) -> float:
         times.append(time.perf_counter())
         trainer.should_stop = times[-1] - times[0] > MEASURED_SECONDS
         if trainer.global_step:
-            note(f"          step {trainer.global_step} of at most {MEASURED_STEPS + 1}: {times[-1] - times[-2]:.1f} s")
+            rows = config["data"]["batch_size"]
+            took = f"{times[-1] - times[-2]:.1f} s for {rows} row{'s' if rows > 1 else ''}"
+            note(f"          step {trainer.global_step} of at most {MEASURED_STEPS + 1}: {took}")
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "measured.yaml"

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
-from mtp_lightning.errors import UsageError
-
 
 class MuonAdamW(Optimizer):
     """Two optimizers of torch as one: Muon for some matrices, AdamW for all other parameters.
@@ -26,10 +24,7 @@ class MuonAdamW(Optimizer):
         betas: AdamW's coefficients.
         weight_decay: of both.
         momentum: Muon's.
-        matrices: part of a name; parameters of two dimensions whose names contain it are Muon's.
-
-    Raises:
-        UsageError: no matrix has such a name.
+        matrices: part of a name; parameters of two dimensions whose names contain it are Muon's. There may be none.
     """
 
     def __init__(
@@ -43,16 +38,15 @@ class MuonAdamW(Optimizer):
         matrices: str = "sampler_head",
     ) -> None:
         named = list(params)
-        chosen = [(name, parameter) for name, parameter in named if parameter.ndim == 2 and matrices in name]
-        others = [(name, parameter) for name, parameter in named if not (parameter.ndim == 2 and matrices in name)]
-        if not chosen or not others:
-            raise UsageError(
-                f"MuonAdamW: matrices: {'no' if not chosen else 'every'} trained parameter is a matrix with"
-                f" {matrices!r} in its name. Use torch.optim.{'AdamW' if not chosen else 'Muon'}."
-            )
-        adamw = AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay)
-        muon = Muon(chosen, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        self._parts: tuple[Optimizer, Optimizer] = (adamw, muon)
+        is_muons = [parameter.ndim == 2 and matrices in name for name, parameter in named]
+        others = [pair for pair, is_muon in zip(named, is_muons, strict=True) if not is_muon]
+        chosen = [pair for pair, is_muon in zip(named, is_muons, strict=True) if is_muon]
+        self._parts: list[Optimizer] = []
+        if others:
+            self._parts.append(AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay))
+        if chosen:  # a model may have no sampler head
+            scaled = "match_rms_adamw"
+            self._parts.append(Muon(chosen, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=scaled))
         super().__init__([part.param_groups[0] for part in self._parts], {})
 
     @torch.no_grad()
