@@ -46,6 +46,15 @@ def test_csv(write, tmp_path: Path) -> None:
     write("labels.csv", "image,label\na.png,3\n")
     with pytest.warns(UserWarning, match="labels.csv: left out"):
         assert len(rows_of(str(tmp_path))) == 3
+    (tmp_path / "prices.csv").write_bytes("name,price\ncaf\u00e9,1,2\n".encode("latin-1"))
+    (tmp_path / "sizes.csv").write_text("name,size\na,1\n", encoding="utf-16")
+    with pytest.warns(UserWarning) as warned:
+        assert len(rows_of(str(tmp_path))) == 3
+    left_out = "".join(str(each.message) for each in warned)
+    assert all(f"{name}.csv" in left_out for name in ("labels", "prices", "sizes"))
+    (tmp_path / "a.csv").unlink()
+    with pytest.warns(UserWarning), pytest.raises(RunError, match=re.escape(str(tmp_path))):
+        open_source(str(tmp_path))
     with pytest.raises(RunError, match="b.csv, row 2: "):
         rows_of(write("b.csv", "prompt,completion\none,two\nHi,Hello, you\n"))
 

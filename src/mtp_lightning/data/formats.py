@@ -251,16 +251,24 @@ class CsvFile(File):
 
     def rows(self, start: int = 0, wanted: np.ndarray | None = None) -> Iterator[Row]:
         """See ``Part``."""
-        with self.open() as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        with self._reader() as reader:
+            for index, fields in select_rows(reader, start, wanted):
+                if None in fields:
+                    where = f"{self.name}, row {index + 1}"
+                    raise RunError(f"{where}: more values than names in the first line; a text with a comma needs quotes.")
+                yield Row(index + 1, {name.strip().lower(): value or None for name, value in fields.items()})
+
+    def names(self) -> set[str]:
+        """The names of the fields; none in an empty file. Bytes that are not UTF-8 are an error of the rows only."""
+        with self._reader(errors="replace") as reader:
+            return {name.strip().lower() for name in reader.fieldnames or ()}
+
+    @contextmanager
+    def _reader(self, errors: str = "strict") -> Iterator[csv.DictReader[str]]:
+        with self.open() as file, io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="") as text:
             csv.field_size_limit(_MAX_CELL)
             try:
-                for index, fields in select_rows(csv.DictReader(text), start, wanted):
-                    if None in fields:
-                        where = f"{self.name}, row {index + 1}"
-                        raise RunError(
-                            f"{where}: more values than names in the first line; a text with a comma needs quotes."
-                        )
-                    yield Row(index + 1, {name.strip().lower(): value or None for name, value in fields.items()})
+                yield csv.DictReader(text)
             except csv.Error as error:
                 raise RunError(f"{self.name}: expected comma-separated values, {one_line(error)}.") from error
 

@@ -92,7 +92,8 @@ def _open_files(source: str, paths: Iterable[Path]) -> list[Part]:
     files = [_open_file(path) for path in found.values() if not _is_compressed_copy(path, names)]
     files = [file for file in files if not _is_description(file)]
     if not files:
-        raise RunError(f"{source}: expected {_SUFFIXES} files, found none (looked in {Path.cwd()}).")
+        which = "those found hold no rows and were left out" if names else "found none"
+        raise RunError(f"{source}: expected {_SUFFIXES} files of rows, {which} (looked in {Path.cwd()}).")
     return sorted(files, key=lambda file: isinstance(file, TextFile))
 
 
@@ -124,11 +125,15 @@ def _is_shown(name: str) -> bool:
 def _is_description(file: File) -> bool:
     """True for files that describe data and hold none: tables of other fields, and JSON of one object that is no row."""
     if isinstance(file, CsvFile):
-        first = next(file.rows(), None)
-        if first is not None and row_type(first.fields) is None:
-            warnings.warn(f"{file.name}: left out, its fields are none of {ROW_TYPES}", stacklevel=2)
+        try:
+            names = file.names()
+        except RunError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
             return True
-        return False
+        if not names or row_type(names) is not None:
+            return False
+        warnings.warn(f"{file.name}: left out, its fields are none of {ROW_TYPES}", stacklevel=2)
+        return True
     if not isinstance(file, JsonFile) or file_suffix(file.path) != ".json" or not file.is_single_object():
         return False
     if row_type(next(file.rows()).fields) is not None:
