@@ -165,6 +165,10 @@ def test_a_run_that_is_resumed_in_another_folder(zygote: Zygote, whole: Path, tm
     ended = zygote.run(folder, *FIT[:-1], "moved/last.ckpt")
     assert ended.code == 2 and "'run'" in ended.error and "--overwrite" in ended.error
     assert files(folder / "run") == before
+    shutil.copytree(whole / "run", folder / "own")
+    words_lr = ["--overwrite", "--model.optimizer.init_args.lr", "0.1"]
+    ended = zygote.run(folder, *FIT[:-1], LAST.replace("run/", "own/", 1), *words_lr)
+    assert ended.code == 2 and "model.optimizer.init_args.lr" in ended.error and files(folder / "run") == before
     words[words.index("other")] = "third"
     words[words.index(LAST)] = "moved/last.ckpt"
     ended = zygote.run(folder, *words)

@@ -251,8 +251,8 @@ class MTPCLI(LightningCLI):
         if self.subcommand == "fit":
             overwrite = bool(self._get(self.config, "overwrite"))
             appends = appends_metrics(self.trainer, self._run_folder, path, checkpoint, overwrite)
-            if appends:
-                check_same_settings(self.trainer, self._run_folder, path, checkpoint, self._settings())
+            folder = self._run_folder if appends else None
+            check_same_settings(self.trainer, folder, path, checkpoint, self._settings())
             return appends
         if loops := checkpoint.get("loops"):
             self.trainer.fit_loop.load_state_dict(loops["fit_loop"])  # figures are logged at the checkpoint's step

@@ -81,14 +81,15 @@ def last_checkpoint(trainer: Trainer, folder: Path, may_begin: bool) -> str | No
 
 
 def check_same_settings(
-    trainer: Trainer, folder: Path, checkpoint_path: str, checkpoint: dict[str, Any], settings: dict[str, Any]
+    trainer: Trainer, folder: Path | None, checkpoint_path: str, checkpoint: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """Compare ``model`` and ``data`` of a resumed run with its ``config.yaml``, in this folder or that of the checkpoint.
+    """Compare ``model`` and ``data`` of a resumed run with its ``config.yaml``, in its folder or that of the checkpoint.
 
+    ``folder`` is None where this run's folder has the ``config.yaml`` of another run.
     What has no effect, because the checkpoint restores it, is refused; a warning names what else differs.
     """
     run, own = run_of(checkpoint), Path(checkpoint_path).absolute().parents[:2]
-    places = [folder, *(place for place in own if read_run_id(place) == run)]
+    places = [*filter(None, [folder]), *(place for place in own if read_run_id(place) == run)]
     path = next((file for place in places if (file := place / "config.yaml").is_file()), None)
     if path is None:
         reason = f"no config.yaml of the run that wrote {checkpoint_path!r} is in its folder"
