@@ -202,6 +202,12 @@ def test_base_of_a_checkpoint_and_of_a_saved_folder(tmp_path: Path, monkeypatch:
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(RunError, match="adapter_config.json does not name a base_model_name_or_path"):
         base_of(str(tmp_path))
+    assert base_of(str(tmp_path), "moved") == ("moved", None)
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads/mtp_config.json").write_text("{}")
+    hub_snapshot(tmp_path / "hub", "owner/heads", tmp_path / "heads")
+    with pytest.raises(RunError, match="owner/heads"):
+        base_of("owner/heads")
 
 
 def test_shards(monkeypatch: pytest.MonkeyPatch) -> None:

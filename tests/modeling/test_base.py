@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command_line import save_base
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
 from saved import hub_snapshot
 from toy_tokenizers import word_tokenizer
@@ -88,6 +91,17 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, monkeypatch: pytest.
     (folder / "mtp_config.json").write_text("{}")  # a saved folder of this package
     with pytest.raises(RunError, match="adapter"):
         load_base(name)
+
+
+def test_an_adapter_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(name: str, allow_patterns: list[str], **options: Any) -> str:
+        assert not any(fnmatch("checkpoint-500/optimizer.pt", pattern) for pattern in allow_patterns)
+        raise LocalEntryNotFoundError("out of reach")
+
+    monkeypatch.setattr(base_module, "hub_file", lambda name, file, revision: tmp_path if "adapter" in file else None)
+    monkeypatch.setattr(base_module, "snapshot_download", refuse)
+    with pytest.raises(RunError, match="owner/adapter"):
+        load_config("owner/adapter")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gpt_neox", "gemma2"])

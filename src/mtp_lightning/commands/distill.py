@@ -138,8 +138,11 @@ def base_of(model: str, base_model: str | None = None, revision: str | None = No
     try:
         settings = json.loads((adapter or path).read_text(encoding="utf-8"))
         return base_model or settings["base_model_name_or_path"], revision or settings.get("revision")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{adapter} does not name a base_model_name_or_path. Give --base_model.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if base_model:
+            return base_model, revision
+        where = adapter or f"{model} (no adapter_config.json)"
+        raise RunError(f"{where} does not name a base_model_name_or_path. Give --base_model.") from error
 
 
 def _default_device() -> str:

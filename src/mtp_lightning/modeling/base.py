@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -28,6 +28,7 @@ from mtp_lightning.paths import check_exists, is_gguf, resolve
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "mtp_config.json", "tokenizer_config.json"]
 _ADVICE = (
     " Set model.base_model (--base_model) to a folder with config.json and weights, a GGUF file, or a hub id that this"
     " machine can reach."
@@ -138,7 +139,10 @@ def adapter_of(base_model: str, revision: str | None = None) -> Adapter | None:
         # A base has a configuration, which is needed next, so that most names cost no request.
         if hub_file(base_model, "config.json", revision) or not hub_file(base_model, "adapter_config.json", revision):
             return None
-        folder = Path(snapshot_download(base_model, revision=revision))
+        try:  # the repository may hold a whole training run, so only what is read here
+            folder = Path(snapshot_download(base_model, revision=revision, allow_patterns=_ADAPTER_FILES))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise _load_error(base_model, error) from error
     path = folder / "adapter_config.json"
     if not path.is_file() or (folder / "config.json").is_file():
         return None
