@@ -9,6 +9,7 @@ Equal texts alone would prove little: verification repairs whatever is drafted. 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from itertools import zip_longest
@@ -56,8 +57,10 @@ def differences(found: list[list[int]], plain: list[CompletionOutput]) -> list[t
     for ids, answer in zip(found, plain, strict=True):
         pairs = enumerate(zip_longest(ids, answer.token_ids))
         if (at := next((at for at, (a, b) in pairs if a != b), None)) is not None:
-            best = sorted((entry.logprob for entry in answer.logprobs[at].values()), reverse=True)
-            result.append((at, best[0] - best[1]))
+            # Without log-probabilities there, plain vLLM's text ends: no tie.
+            scores = answer.logprobs[at].values() if at < len(answer.logprobs) else ()
+            best = sorted((entry.logprob for entry in scores), reverse=True)
+            result.append((at, best[0] - best[1] if best else math.inf))
     return result
 
 
@@ -214,7 +217,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", choices=TIES, default="float32")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--decoding", choices=KINDS, default="quadratic", help="of the parts features and memory")
     parser.add_argument("--num_masks", type=int, default=8)
