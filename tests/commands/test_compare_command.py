@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 import yaml
 from command_line import error_of, mtp, read_metrics
+from rich.console import Console
 from trained_run import STEPS
 
-from mtp_lightning.commands.compare import wrapped
-from mtp_lightning.evaluation.run_comparison import BEST
+from mtp_lightning.commands.compare import print_table, wrapped
+from mtp_lightning.evaluation.run_comparison import BEST, Run, final_figures, mean_and_deviation
 
 
 def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +87,16 @@ def test_names_are_broken_between_words() -> None:
     assert wrapped("model.sampler_head.hidden_size", 20, "./").split("\n") == ["model.sampler_head.", "hidden_size"]
     assert wrapped("GRUSamplerHead", 10).split("\n") == ["GRUSampler", "Head"]
     assert wrapped("-0.125", 10) == "-0.125"
+
+
+def test_a_very_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(Console(width=8), "Figures", ["one", "two"], {"validation loss": ["1.5", "2.5"]})
+    assert capsys.readouterr().out
+
+
+def test_an_infinite_loss_is_no_figure() -> None:
+    figures = [final_figures(Run(name, {}, [{"step": 1, "train/loss": math.inf}], None)) for name in "ab"]
+    assert figures[0]["last training loss"] is None and mean_and_deviation(figures) == {"steps": (2, 0)}
 
 
 def test_what_a_run_logs(run: Path, here: Path) -> None:

@@ -83,7 +83,7 @@ def print_table(console: Console, title: str, names: Sequence[str], rows: dict[s
     at_once = max(2, (console.width - first) // MIN_COLUMN)
     for start in range(0, len(names), at_once):
         shown = slice(start, start + at_once)
-        width = (console.width - first) // len(names[shown]) - 3
+        width = max(1, (console.width - first) // len(names[shown]) - 3)
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", overflow="fold")
         for name in names[shown]:

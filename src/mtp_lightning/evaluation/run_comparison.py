@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def final_figures(run: Run) -> dict[str, float | None]:
-    """The figures of the best validation, and of the latest evaluation; None: the run has none, or it is NaN."""
+    """The figures of the best validation, and of the latest evaluation; None: the run has none, or it is not finite."""
     steps = [int(line["step"]) + 1 for line in run.metrics if "step" in line]
     best = max((line for line in run.metrics if BEST in line), key=lambda line: line[BEST], default={})
     train = [line["train/loss"] for line in run.metrics if "train/loss" in line]
@@ -137,7 +138,8 @@ def final_figures(run: Run) -> dict[str, float | None]:
         "acceptance length (protocol)": overall.get("acceptance_length"),
         "speed-up by default": speed_up["median"] if speed_up else None,
     }
-    return {name: None if value != value else value for name, value in figures.items()}  # NaN is not valid JSON
+    # NaN and infinity are not valid JSON.
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
 
 
 def seed_groups(runs: Sequence[Run]) -> list[list[int]]:
