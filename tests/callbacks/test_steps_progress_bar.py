@@ -57,7 +57,7 @@ def test_the_time_left_around_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> 
     assert clock.seconds_left(20, 110) == 90 * 2
     assert clock.resume(20) == 100 and clock.resume(20) == 0
     now = 122.0
-    assert clock.seconds_left(21, 110) == 89 * 2 + 4 * 100  # and evaluations in steps 40, 60, 80 and 100
+    assert clock.seconds_left(21, 110) == 89 * 2 + 8 * 100  # and evaluations in steps 30, 40, ... 100
 
 
 def test_a_run_without_a_limit_of_steps(capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_figures_by_a_clock_that_the_test_moves(tmp_path: Path, monkeypatch: pyt
 def test_evaluations_to_come_by_hand() -> None:
     assert evaluation_seconds({}, 100) == 0
     assert evaluation_seconds({10: 6.0}, 95) == 9 * 6
-    assert evaluation_seconds({1000: 6.0}, 5000) == 5 * 6  # the first one of a resumed run
+    assert evaluation_seconds({1100: 6.0}, 5000, first_step=1000) == 50 * 6  # the first one of a resumed run
     assert evaluation_seconds({1000: 6.0, 1050: 2.0, 1100: 4.0}, 120) == 2 * 4
 
 

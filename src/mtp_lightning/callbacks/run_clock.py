@@ -37,17 +37,17 @@ class RunClock:
             return None
         now = time.perf_counter() if self.pause_began is None else self.pause_began
         pace = (now - self.began - sum(self.evaluations.values())) / done
-        return left * pace + evaluation_seconds(self.evaluations, left)
+        return left * pace + evaluation_seconds(self.evaluations, left, self.first_step)
 
 
-def evaluation_seconds(evaluations: dict[int, float], steps_left: float) -> float:
+def evaluation_seconds(evaluations: dict[int, float], steps_left: float, first_step: int = 0) -> float:
     """Seconds for the evaluations to come, if they take as long as those so far and are as far apart.
 
     ``evaluations`` are the seconds of those so far, by the optimizer step that they came after. A single one is as far from
-    the next as it is from step 0.
+    the next as it is from ``first_step``, at which the run began or resumed.
     """
     if not evaluations:
         return 0.0
     first, last = min(evaluations), max(evaluations)
-    apart = (last - first) / (len(evaluations) - 1) if len(evaluations) > 1 else first
+    apart = (last - first) / (len(evaluations) - 1) if len(evaluations) > 1 else first - first_step
     return steps_left // max(1.0, apart) * sum(evaluations.values()) / len(evaluations)
