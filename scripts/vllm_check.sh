@@ -4,7 +4,7 @@
 # this checkout, trains or takes a demo model, and compares texts with plain vLLM's and steps with our own decoder's.
 #
 #   bash scripts/vllm_check.sh                everything, with a demo model, pretrained/smollm2-135m and small random models
-#   bash scripts/vllm_check.sh --quick        texts and steps of the demo model in float32: 2 minutes of one core
+#   bash scripts/vllm_check.sh --quick        texts, steps and memory (chunks, preemption) of the demo model in float32: 2 minutes of one core
 #   bash scripts/vllm_check.sh --folder DIR   a folder that mtp export wrote, instead of the demo model; may be given again
 #
 # The demo model is trained here for 60 steps (a minute). VLLM_VENV names the environment (default .venv-vllm), PYTHON the

@@ -42,7 +42,7 @@ def _curve(seconds: Callable[[int], float]) -> Callable[[int], float]:
 
 @torch.inference_mode()
 def measured_costs(model: Any, vllm_config: Any) -> Cost:
-    """Time parts of a pass of a model of ours whose weights are loaded; some tenths of a second for a small one."""
+    """Time parts of a pass of a model of ours whose weights are loaded; a few seconds."""
     mtp, parameter, width = model.mtp, next(model.parameters()), model.mtp.mask_embeddings.shape[1]
     layers = list(model.model.layers)[: math.ceil(BYTES / (12 * width**2 * parameter.element_size()))]
 
