@@ -5,13 +5,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from command_line import read_metrics
 from interrupted_runs import ACCUMULATED, FIT, fresh, history, signal_at
+from tiny import tiny_model
 from tiny_run import LAST, assert_same_run
 from zygote import Zygote
+
+from mtp_lightning.callbacks import AcceptanceEvaluation, acceptance_evaluation
+from mtp_lightning.callbacks.save_on_signal import EvaluationStopped
 
 WHILE_EVALUATING = """
 import os, signal
@@ -81,6 +88,16 @@ def test_ctrl_c_stops_an_evaluation(zygote: Zygote, whole: Path, tmp_path: Path,
     assert zygote.run(folder, *FIT).code == 0
     same = [line for line in read_metrics(whole / "run") if "train/loss" in line]
     assert [line for line in read_metrics(folder / "run") if "train/loss" in line] == same
+
+
+def test_an_evaluation_is_reported_stopped_once_a_step(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Also where a validation comes after the same step."""
+    evaluation: Any = AcceptanceEvaluation("package://demo/chat_prompts.jsonl")
+    evaluation.loaded = []
+    monkeypatch.setattr(acceptance_evaluation, "stops_on_ctrl_c", Mock(side_effect=EvaluationStopped))
+    for step in (4, 4, 5):
+        assert not evaluation._evaluate(SimpleNamespace(global_step=step), SimpleNamespace(model=tiny_model()))
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ class AcceptanceEvaluation(DecodingCallback):
         self.history: list[dict[str, Any]] = []
         self.results: list[PromptResult] = []
         self._evaluated_at: int | None = None  # optimizer step
-        self._is_stopped = False  # True if Ctrl-C stopped the evaluation of this validation
+        self._stopped_at: int | None = None  # optimizer step of an evaluation that Ctrl-C stopped
         self._printed: list[PromptResult] | None = None  # those of the last table
 
     @property
@@ -95,7 +95,7 @@ class AcceptanceEvaluation(DecodingCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset what an earlier fit measured."""
-        self._evaluated_at = None
+        self._evaluated_at = self._stopped_at = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,16 +120,13 @@ class AcceptanceEvaluation(DecodingCallback):
         """Evaluate, unless this step was evaluated already, and log."""
         if trainer.sanity_checking or not self.at_validation:
             return
-        self._is_stopped = False
-        if trainer.state.fn != TrainerFn.FITTING or self._evaluated_at != trainer.global_step:
-            self._is_stopped = not self._evaluate(trainer, pl_module)
-        if self._is_stopped:
-            return
-        pl_module.log_dict(self._logged("val"), sync_dist=True)
+        is_evaluated = trainer.state.fn == TrainerFn.FITTING and self._evaluated_at == trainer.global_step
+        if is_evaluated or self._evaluate(trainer, pl_module):
+            pl_module.log_dict(self._logged("val"), sync_dist=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report; the module's forced figures are known only now."""
-        if not trainer.sanity_checking and self.at_validation and not self._is_stopped:
+        if not trainer.sanity_checking and self.at_validation and self._stopped_at != trainer.global_step:
             self._report(trainer, "val", forced_figures(trainer, "val"))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,13 +156,15 @@ class AcceptanceEvaluation(DecodingCallback):
                 )
         except EvaluationStopped:
             model.clear_decode_cache()
-            note(f"mtp: Ctrl-C: step {trainer.global_step} is left without figures of real decoding")
+            if self._stopped_at != trainer.global_step:  # not again at the validation of this step
+                note(f"mtp: Ctrl-C: step {trainer.global_step} is left without figures of real decoding")
+            self._stopped_at = trainer.global_step
             return False
         finally:
             set_random_state(before)
         self.results = [result for share in gather(results) for result in share]
         model.clear_decode_cache()  # training needs the memory, and changes the weights
-        self._evaluated_at = trainer.global_step
+        self._evaluated_at, self._stopped_at = trainer.global_step, None
         return True
 
     def _logged(self, prefix: str) -> dict[str, float]:

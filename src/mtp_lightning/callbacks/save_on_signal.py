@@ -33,7 +33,8 @@ class SaveOnSignal(Callback):
     """Saves ``last.ckpt`` at the end of the training batch in which the signal came, and exits with code 143 (Ctrl-C: 130).
 
     A second Ctrl-C ends the run at once.
-    A validation that is running or due is finished first; Ctrl-C leaves out its decoding of prompts.
+    A validation that is running or due is finished first. Ctrl-C leaves out the decoding of ``AcceptanceEvaluation``, in a
+    single process and unless a callback monitors its figures; all other decoding is finished.
 
     Lightning's own handlers broadcast and save inside the signal handler, in the middle of whatever runs, from which no run
     resumes exactly; they are replaced while training. On SLURM the signal is that of Lightning's ``SLURMEnvironment``
