@@ -14,6 +14,7 @@ import torch
 from command_line import mtp, read_metrics
 from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny_run import LAST, write_config, write_run
 from trained_run import NUM_MASKS
 from transformers import AutoModelForCausalLM
@@ -125,8 +126,9 @@ def test_names_that_a_callback_can_monitor(trained: Path) -> None:
     names = {name for line in read_metrics(trained / "run") for name in line}
     assert names == {*module.logged_names, "step", "epoch"}
 
-    def check(name: str, *others: Callback) -> None:
-        check_monitors(cast(Any, SimpleNamespace(callbacks=[EarlyStopping(name), *others])), module)
+    def check(name: str, *others: Callback, strategy: Any = None) -> None:
+        trainer = SimpleNamespace(callbacks=[EarlyStopping(name), *others], strategy=strategy)
+        check_monitors(cast(Any, trainer), module)
 
     evaluation = AcceptanceEvaluation("prompts.txt")
     for name in names:
@@ -139,6 +141,10 @@ def test_names_that_a_callback_can_monitor(trained: Path) -> None:
             check(name)
     with pytest.raises(UsageError, match="val/speed_up"):
         check("val/speed_up", evaluation)
+    timed = AcceptanceEvaluation("prompts.txt", num_speed_pairs=1)
+    check("val/speed_up", timed)
+    with pytest.raises(UsageError, match="val/speed_up"):
+        check("val/speed_up", timed, strategy=ModelParallelStrategy())  # nothing is timed where parameters are sharded
 
 
 def test_disagreement_by_hand() -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -133,7 +134,8 @@ def check_monitors(trainer: Trainer, module: MTPModule) -> None:
     names, beginnings = {"step", "epoch", *module.logged_names}, ["lr-"]
     for callback in callbacks:
         if isinstance(callback, AcceptanceEvaluation):
-            names |= {"val/acceptance_length", *(("val/speed_up",) if callback.num_speed_pairs else ())}
+            is_timed = callback.num_speed_pairs and not isinstance(trainer.strategy, ModelParallelStrategy)  # sharded
+            names |= {"val/acceptance_length", *(("val/speed_up",) if is_timed else ())}
             beginnings.append("val/acceptance_length/")  # and a domain
         elif isinstance(callback, Throughput):
             beginnings.append("train/")
