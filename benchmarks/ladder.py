@@ -97,7 +97,6 @@ FAST = (*TODAY, "--trainer.precision=bf16-mixed")
 SCREEN: dict[str, tuple[str, ...]] = {
     "bf16-mixed": FAST,
     "Muon for the head": (*FAST, muon()),
-    "Muon for the head, of 256": (*FAST, gru(256), muon()),
     "Muon for the head, of 256, normalized": (*FAST, gru(256, normalize=True), muon()),
     "lr 6e-3": (*FAST, adamw(0.006)),
     "lr 1.5e-3": (*FAST, adamw(0.0015)),

@@ -94,7 +94,7 @@ def test_an_evaluation_is_reported_stopped_once_a_step(monkeypatch: pytest.Monke
     """Also where a validation comes after the same step."""
     evaluation: Any = AcceptanceEvaluation("package://demo/chat_prompts.jsonl")
     evaluation.loaded = []
-    monkeypatch.setattr(acceptance_evaluation, "stops_on_ctrl_c", Mock(side_effect=EvaluationStopped))
+    monkeypatch.setattr(acceptance_evaluation, "stop_after_ctrl_c", Mock(side_effect=EvaluationStopped))
     for step in (4, 4, 5):
         assert not evaluation._evaluate(SimpleNamespace(global_step=step), SimpleNamespace(model=tiny_model()))
     assert len(capsys.readouterr().err.splitlines()) == 2

@@ -70,7 +70,7 @@ def test_speed_pairs_are_interleaved_and_of_equal_length(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(acceptance, "decode_batch", decode_batch)
     prompts = [Prompt("", [1], ""), Prompt("", [4], "")]
-    ratios = paired_speed_ups(None, prompts, DecodingOptions(max_new_tokens=50, max_steps=3))  # type: ignore[arg-type]
+    ratios = list(paired_speed_ups(None, prompts, DecodingOptions(max_new_tokens=50, max_steps=3)))  # type: ignore[arg-type]
     assert ratios == [2.0, 0.5]
     warm_up = [(1, "quadratic", 16), (1, "autoregressive", 16)]
     pairs = [(number, *pair) for number in (1, 4) for pair in (("quadratic", 50), ("autoregressive", 6))]

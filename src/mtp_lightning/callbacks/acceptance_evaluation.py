@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mtp_lightning.callbacks.decoding_callback import DecodingCallback, progress_console, show_progress
-from mtp_lightning.callbacks.save_on_signal import EvaluationStopped, stops_on_ctrl_c
+from mtp_lightning.callbacks.save_on_signal import EvaluationStopped, stop_after_ctrl_c
 from mtp_lightning.callbacks.throughput import pause_clocks
 from mtp_lightning.decoding.lockstep import in_step
 from mtp_lightning.decoding.options import Decoding
@@ -23,6 +23,9 @@ from mtp_lightning.evaluation.reporting import note, save_json
 from mtp_lightning.training.distributed import gather, run_folder
 from mtp_lightning.training.lightning_private import is_accumulating
 from mtp_lightning.training.random_state import random_state, set_random_state
+
+FIGURES = ("val/acceptance_length", "val/speed_up")
+"""What it logs, with further names for domains."""
 
 
 class AcceptanceEvaluation(DecodingCallback):
@@ -141,14 +144,20 @@ class AcceptanceEvaluation(DecodingCallback):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Decode; False if Ctrl-C stopped it, so that there are no figures of this step."""
         model: Any = pl_module.model
+
+        def progress(done: int, count: int) -> None:
+            show_progress(trainer, f"acceptance {done}/{count}")
+            stop_after_ctrl_c(trainer, FIGURES)
+
         before = random_state()  # training goes on as without this evaluation, and as with one that was stopped
         try:
-            with in_step(model), stops_on_ctrl_c(trainer, ("val/acceptance_length", "val/speed_up")):
+            stop_after_ctrl_c(trainer, FIGURES)
+            with in_step(model):
                 results = evaluate_prompts(
                     model,
                     self.loaded,
                     self.options,
-                    lambda done, count: show_progress(trainer, f"acceptance {done}/{count}"),
+                    progress,
                     num_lossless=self.num_lossless,
                     num_speed_pairs=0 if model.is_sharded else self.num_speed_pairs,
                     rank=trainer.global_rank,

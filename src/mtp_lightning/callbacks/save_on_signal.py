@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -25,16 +23,16 @@ INTERRUPTED, EXIT_CODE = 130, 143
 """Exit codes of a run that has saved after Ctrl-C, and after another signal, as a shell shows SIGINT and SIGTERM."""
 
 
-class EvaluationStopped(BaseException):
-    """Ctrl-C during an evaluation that ``stops_on_ctrl_c``."""
+class EvaluationStopped(Exception):
+    """Ctrl-C came before or during an evaluation: see ``stop_after_ctrl_c``."""
 
 
 class SaveOnSignal(Callback):
     """Saves ``last.ckpt`` at the end of the training batch in which the signal came, and exits with code 143 (Ctrl-C: 130).
 
     A second Ctrl-C ends the run at once.
-    A validation that is running or due is finished first. Ctrl-C leaves out the decoding of ``AcceptanceEvaluation``, in a
-    single process and unless a callback monitors its figures; all other decoding is finished.
+    A validation that is running or due is finished first. Ctrl-C ends ``AcceptanceEvaluation`` after the prompt that it
+    decodes, in a single process and unless a callback monitors its figures; all other decoding is finished.
 
     Lightning's own handlers broadcast and save inside the signal handler, in the middle of whatever runs, from which no run
     resumes exactly; they are replaced while training. On SLURM the signal is that of Lightning's ``SLURMEnvironment``
@@ -44,7 +42,6 @@ class SaveOnSignal(Callback):
     def __init__(self) -> None:
         self._received: int | None = None
         self._process = os.getpid()
-        self._stops = False  # True within an evaluation that Ctrl-C stops
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers; Lightning restores the previous ones at the end."""
@@ -63,19 +60,11 @@ class SaveOnSignal(Callback):
                 raise KeyboardInterrupt
             os.write(2, b"\nmtp: Ctrl-C: saving after this step; again: end at once\n")  # print may be interrupted itself
         self._received = number
-        if number == signal.SIGINT and self._stops:
-            raise EvaluationStopped
 
-    @contextmanager
-    def stops_on_ctrl_c(self) -> Iterator[None]:
-        """Within the block, Ctrl-C raises ``EvaluationStopped``, at once if it came before."""
-        if self._received == signal.SIGINT:
-            raise EvaluationStopped
-        self._stops = True
-        try:
-            yield
-        finally:
-            self._stops = False
+    @property
+    def is_interrupted(self) -> bool:
+        """True once Ctrl-C has come."""
+        return self._received == signal.SIGINT
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,14 +96,13 @@ class SaveOnSignal(Callback):
         raise SystemExit(0 if started_by_lightning and not trainer.is_global_zero else code)
 
 
-def stops_on_ctrl_c(trainer: Trainer, names: tuple[str, ...]) -> AbstractContextManager[None]:
-    """``SaveOnSignal.stops_on_ctrl_c`` in a single process, unless a callback monitors what begins with these ``names``."""
+def stop_after_ctrl_c(trainer: Trainer, names: tuple[str, ...]) -> None:
+    """Raise ``EvaluationStopped`` after Ctrl-C, in a single process and unless a callback monitors such ``names``."""
     callbacks: list[Any] = cast(Any, trainer).callbacks
+    interrupted = any(isinstance(callback, SaveOnSignal) and callback.is_interrupted for callback in callbacks)
     monitored = any(str(getattr(callback, "monitor", "")).startswith(names) for callback in callbacks)
-    saving = next((callback for callback in callbacks if isinstance(callback, SaveOnSignal)), None)
-    if saving is None or monitored or trainer.world_size > 1 or trainer.state.fn != "fit":
-        return nullcontext()
-    return saving.stops_on_ctrl_c()
+    if interrupted and not monitored and trainer.world_size == 1 and trainer.state.fn == "fit":
+        raise EvaluationStopped
 
 
 def slurm_signal(trainer: Trainer) -> int | None:

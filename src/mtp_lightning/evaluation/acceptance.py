@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ def evaluate_prompts(
 
     ``num_lossless`` prompts of each domain are compared with autoregressive decoding. ``num_speed_pairs``, evenly from the
     domains, are timed against it with what users get by default: as many masks as pay. ``progress`` is called after each
-    prompt.
+    prompt and each timed pair.
     """
     domains = [prompt.domain for prompt in prompts]
     mine = range(rank, len(prompts), world_size)
@@ -88,25 +88,25 @@ def evaluate_prompts(
     ratios = paired_speed_ups(model, [prompts[i] for i in timed], replace(options, num_masks="auto"))
     for index, ratio in zip(timed, ratios, strict=True):
         results[index] = results[index]._replace(speed_up=ratio)
+        if progress is not None:
+            progress(len(mine), len(mine))
     return list(results.values())
 
 
-def paired_speed_ups(model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions) -> list[float]:
-    """Tokens per second over those of autoregressive decoding, one ratio for each prompt.
+def paired_speed_ups(model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions) -> Iterator[float]:
+    """Tokens per second over those of autoregressive decoding, one ratio for each prompt, measured when it is asked for.
 
     Each prompt is decoded speculatively and then autoregressively to the same length, so that both runs of a pair see the
     same machine load. A short warm-up comes first.
     """
-    ratios: list[float] = []
-    for prompt in prompts:
-        if not ratios:
+    for number, prompt in enumerate(prompts):
+        if number == 0:
             warm_up = replace(options, max_new_tokens=min(options.max_new_tokens, WARM_UP_TOKENS))
             decode_batch(model, [prompt], warm_up)
             decode_batch(model, [prompt], autoregressive(warm_up))
         (fast,), fast_seconds = decode_batch(model, [prompt], options)
         (slow,), slow_seconds = decode_batch(model, [prompt], autoregressive(options, len(fast.tokens)))
-        ratios.append(len(fast.tokens) / fast_seconds / (len(slow.tokens) / slow_seconds))
-    return ratios
+        yield len(fast.tokens) / fast_seconds / (len(slow.tokens) / slow_seconds)
 
 
 def summarise(results: Iterable[PromptResult], forced: dict[str, float] | None = None) -> dict[str, Any]:

@@ -174,10 +174,8 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
     """The text, or the messages without an answer at their end, and the tools of a line; empty if it asks nothing."""
     for name in ("prompt", "turns"):
         turns = value.get(name)
-        if (
-            isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
-        ):  # the second turn answers what is not there yet
-            return turns[0], None
+        if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+            return turns[0], None  # later turns would follow answers that are not there yet
     if isinstance(value.get("prompt"), str) and value.get("messages") is None:
         return value["prompt"], None
     is_chat = any(value.get(name) is not None for name in ("messages", "conversations", "conversation", "history", "system"))

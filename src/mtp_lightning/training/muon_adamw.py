@@ -12,10 +12,10 @@ from torch.optim import AdamW, Muon, Optimizer
 
 
 class MuonAdamW(Optimizer):
-    """Two optimizers of torch as one: Muon for some matrices, AdamW for all other parameters.
+    """Two optimizers of torch as one: Muon for the sampler head's matrices, AdamW for all other parameters.
 
     Muon's update of a matrix has equal singular values, so that directions with small gradients are learned as fast as the
-    others. The sampler head, which is trained from nothing, gains by it; the low-rank factors of a LoRA do not.
+    others. The sampler head, which is trained from nothing, gains by it.
 
     Args:
         params: pairs of a name and a parameter, as ``named_parameters()`` gives them.
@@ -24,7 +24,8 @@ class MuonAdamW(Optimizer):
         betas: AdamW's coefficients.
         weight_decay: of both.
         momentum: Muon's.
-        matrices: part of a name; parameters of two dimensions whose names contain it are Muon's. There may be none.
+
+    Without a sampler head it is AdamW.
     """
 
     def __init__(
@@ -35,18 +36,15 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         momentum: float = 0.95,
-        matrices: str = "sampler_head",
     ) -> None:
-        named = list(params)
-        is_muons = [parameter.ndim == 2 and matrices in name for name, parameter in named]
-        others = [pair for pair, is_muon in zip(named, is_muons, strict=True) if not is_muon]
-        chosen = [pair for pair, is_muon in zip(named, is_muons, strict=True) if is_muon]
-        self._parts: list[Optimizer] = []
-        if others:
-            self._parts.append(AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay))
-        if chosen:  # a model may have no sampler head
-            scaled = "match_rms_adamw"
-            self._parts.append(Muon(chosen, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn=scaled))
+        for_muon, for_adamw = list[tuple[str, Tensor]](), list[tuple[str, Tensor]]()
+        for name, parameter in params:
+            is_matrix_of_head = parameter.ndim == 2 and "sampler_head" in name
+            (for_muon if is_matrix_of_head else for_adamw).append((name, parameter))
+        self._parts: list[Optimizer] = [AdamW(for_adamw, lr=lr, betas=betas, weight_decay=weight_decay)]
+        if for_muon:  # a model may have no sampler head
+            scale = "match_rms_adamw"
+            self._parts.append(Muon(for_muon, muon_lr, weight_decay, momentum=momentum, adjust_lr_fn=scale))
         super().__init__([part.param_groups[0] for part in self._parts], {})
 
     @torch.no_grad()
