@@ -102,6 +102,28 @@ def test_validate_and_test_leave_the_run_as_it_is(run: Path, capsys) -> None:
     assert set(after) - set(files) == {"validate/metrics.csv", "test/metrics.csv"}
 
 
+def test_a_run_begins_with_the_weights_of_another(run: Path, capsys) -> None:
+    still = ["--model.optimizer.init_args.lr", "0", "--trainer.val_check_interval", "1"]
+    second = ["--trainer.logger.save_dir", "second"]
+    assert fit("--model.init_from", "run", *still, *second, "--trainer.max_steps", "1") == 0
+    found, expected = weights("second/checkpoints/last.ckpt"), weights("run/checkpoints/best.ckpt")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+    shutil.rmtree("run")
+    resumed = [*still, *second, "--ckpt_path", "second/checkpoints/last.ckpt", "--trainer.max_steps", "2"]
+    assert fit("--model.init_from", "run", *resumed) == 0  # a resumed run does not read it
+
+
+def test_weights_to_begin_with_must_fit(run: Path, capsys) -> None:
+    for key, options in {
+        "model.num_masks": ["--model.num_masks", "2"],
+        "model.lora.rank": ["--model.lora.rank", "4"],
+        "model.sampler_head": ["--model.sampler_head.init_args.hidden_size", "4"],
+        "model.init_from": ["--model.init_from", "nowhere.ckpt"],
+    }.items():
+        assert fit("--model.init_from", "run", "--trainer.logger.save_dir", "second", *options) == 1
+        assert key in capsys.readouterr().err
+
+
 def test_a_standard_lora_without_sampler_head(here: Path) -> None:
     assert fit("--model.lora.gated", "false", "--model.sampler_head", "false") == 0
     assert len({line["val/ntp_loss"] for line in validations(here / "run")}) == STEPS // 2  # it changes the base

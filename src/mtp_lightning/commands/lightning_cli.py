@@ -209,6 +209,7 @@ class MTPCLI(LightningCLI):
             check_monitors(self.trainer, self.model)
         if path:
             append = self._check_checkpoint(path)
+            self.model.init_from = None  # the checkpoint's weights would replace those
         elif self.subcommand == "fit" and asked is None and not self._get(self.config, "overwrite"):
             check_folder_is_free(self.trainer, self._run_folder)
         if self.subcommand != "fit" and not getattr(self.trainer, "fast_dev_run", False):

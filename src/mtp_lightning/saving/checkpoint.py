@@ -71,6 +71,13 @@ def check_settings(
     settings = checkpoint.get(SETTINGS)
     if settings is None:
         raise RunError(f"the checkpoint was not written by mtp fit: it has no entry {SETTINGS!r}.")
+    compare_settings("the checkpoint", settings, expected, base_config)
+
+
+def compare_settings(
+    source: str, settings: dict[str, Any], expected: dict[str, Any], base_config: Callable[[], Any] | None = None
+) -> None:
+    """Refuse trained parts whose settings are not those of a configuration; see ``check_settings``."""
     base, expected_base = settings["base"], expected["base"]
     lora, expected_lora = settings["lora"], expected["lora"]
     heads = [settings["sampler_head"], expected["sampler_head"]]
@@ -89,7 +96,7 @@ def check_settings(
     ]
     for name, value, expected_value, key in pairs:
         if value != expected_value:
-            raise RunError(f"the checkpoint's {name} is {value}, the configuration's {expected_value} ({key}).")
+            raise RunError(f"{source}'s {name} is {value}, the configuration's {expected_value} ({key}).")
     if "base_model" in expected:
         warn_if_other_base(settings["base_model"], settings["revision"], expected["base_model"], expected["revision"])
 

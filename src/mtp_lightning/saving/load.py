@@ -31,21 +31,25 @@ def load_pretrained(
     network_class: type[Network], name: str | Path, trust_remote_code: bool = False, **options: Any
 ) -> Network:
     """Load a trained model; see ``MTPModel.from_pretrained``. The options are those of ``build_network``."""
+    check_placement(options.get("device"), options.get("device_map"), options.get("base"))
+    return build_network(network_class, read_parts(name, trust_remote_code), **options)
+
+
+def read_parts(name: str | Path, trust_remote_code: bool = False) -> TrainedParts:
+    """The trained parts of a checkpoint file, the folder of a run, a saved folder or a hub id; RunError if it is none."""
     name = resolve(str(name))
     path = Path(name)
-    check_placement(options.get("device"), options.get("device_map"), options.get("base"))
     if is_gguf(name):
         raise RunError(f"{name!r} is a base model: give a trained model, and this file as its base_model (--base_model).")
     if path.is_file() or (path.suffix == ".ckpt" and not path.is_dir()):
-        parts = checkpoint_parts(read_checkpoint(path), path)
-    elif (run := run_checkpoint(path)) is not None:
+        return checkpoint_parts(read_checkpoint(path), path)
+    if (run := run_checkpoint(path)) is not None:
         print(f"model: {run}", file=sys.stderr)
-        parts = checkpoint_parts(read_checkpoint(run), run)
-    else:
-        parts = read_folder(find_folder(name))
-        if not trust_remote_code:
-            check_head(parts.sampler_head, path if path.is_dir() else None)
-    return build_network(network_class, parts, **options)
+        return checkpoint_parts(read_checkpoint(run), run)
+    parts = read_folder(find_folder(name))
+    if not trust_remote_code:
+        check_head(parts.sampler_head, path if path.is_dir() else None)
+    return parts
 
 
 def run_checkpoint(folder: Path) -> Path | None:
@@ -98,7 +102,7 @@ def build_network(
     if base is None:
         base = load_base(name, revision, dtype, attention, quantization, device if device_map is None else device_map)
     model = network_class(base, parts.num_masks, lora, head, tokenizer, cast(MaskTokens, parts.mask_tokens))
-    _load_weights(model, parts)
+    load_weights(model, parts)
     model.base_model, model.revision = name, revision
     model.acceptance, model.lineage = parts.acceptance, parts.lineage
     return _prepare_for_decoding(model)
@@ -117,7 +121,8 @@ def _tokenizer(parts: TrainedParts, base_model: str, revision: str | None) -> An
         return load_tokenizer(str(parts.folder)) if copied else None
 
 
-def _load_weights(model: MTPNetwork, parts: TrainedParts) -> None:
+def load_weights(model: MTPNetwork, parts: TrainedParts) -> None:
+    """Copy trained weights into a network, in its dtypes; RunError if names or shapes differ."""
     expected: dict[str, Tensor] = dict(model.trained_parameters())
     if model.sampler_head is not None:  # its buffers too
         expected |= {f"sampler_head.{name}": value for name, value in model.sampler_head.state_dict().items()}

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from mtp_lightning.errors import UsageError
+from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.losses import BaseCrossEntropy, LatentConsistency, LossTerm, SamplerCrossEntropy, TokenLoss, term_value
 from mtp_lightning.metrics import ForcedAcceptance, TermMean
 from mtp_lightning.metrics.functional import share_of_reference
@@ -22,7 +22,15 @@ from mtp_lightning.modeling.decoder import context_length, text_config
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.network import ForwardOutput, MaskTokens
 from mtp_lightning.sampler_heads import MLPSamplerHead, SamplerHead, check_head
-from mtp_lightning.saving.checkpoint import check_complete, check_settings, checkpoint_settings, trained_state
+from mtp_lightning.saving.checkpoint import (
+    check_complete,
+    check_settings,
+    checkpoint_settings,
+    compare_settings,
+    trained_state,
+)
+from mtp_lightning.saving.load import load_weights, read_parts
+from mtp_lightning.saving.trained_parts import TrainedParts
 from mtp_lightning.schedules import Ramp, WarmupConstant, WarmupCosine
 from mtp_lightning.training.distributed import all_reduce
 from mtp_lightning.training.fully_sharded import FullyShardedStrategy
@@ -53,6 +61,9 @@ class MTPModule(LightningModule):
         lora: settings of the gated LoRA.
         sampler_head: a class of ``mtp_lightning.sampler_heads`` or your own; false: draft from the base head. Not given: the
             paper's ``MLPSamplerHead``, and none with ``mask_tokens: noise``.
+        init_from: trained model whose weights a new run begins with, to go on with other data: a checkpoint, the folder of a
+            run, a saved folder or a hub id. Its masks, LoRA and sampler head must be the configuration's. ``mtp fit``
+            does not read it to resume a run.
         losses: name -> loss term. Empty: the paper's three.
         loss_schedules: name of a loss term -> factor of its weight in training, from ``start`` to ``end``. In evaluation the
             weight alone counts.
@@ -76,6 +87,7 @@ class MTPModule(LightningModule):
         mask_tokens: MaskTokens = "learned",
         lora: LoRA = LoRA(),  # noqa: B008 - never changed in place
         sampler_head: SamplerHead | Literal[False] | None = None,
+        init_from: str | None = None,
         losses: dict[str, LossTerm] = {},  # noqa: B006 - never changed in place
         loss_schedules: dict[str, Ramp] = {},  # noqa: B006 - never changed in place
         num_masks_schedule: Ramp | None = None,
@@ -98,6 +110,7 @@ class MTPModule(LightningModule):
         self.num_masks = num_masks
         self.mask_tokens: MaskTokens = mask_tokens
         self.lora = lora
+        self.init_from = init_from
         # In a tuple, so that the head is registered once: as a part of the model.
         default_head = MLPSamplerHead() if mask_tokens == "learned" else None
         self._head = (default_head if sampler_head is None else (sampler_head or None),)
@@ -194,9 +207,12 @@ class MTPModule(LightningModule):
 
     def _build(self, device: Any, strategy: Any) -> None:
         """Load the base and add the trained parts."""
+        start = self._start()
         base = load_base(self.base_model, self.revision, self.dtype_name, self.attention, self.quantization, device)
         parts = self.lora, self.sampler_head, self.tokenizer, self.mask_tokens
         self.model = MTPModel(base, self.num_masks, *parts)
+        if start is not None:
+            load_weights(self.model, start)
         if self.sampler_head is not None and not type(self.sampler_head).__module__.startswith("mtp_lightning."):
             check_head(self.sampler_head, int(self.base_config.hidden_size))
         if self.gradient_checkpointing:
@@ -204,6 +220,18 @@ class MTPModule(LightningModule):
         self.model.train()  # from_pretrained gives evaluation mode, where dropout and checkpointing are silently off
         if isinstance(strategy, FullyShardedStrategy):
             shard_model(self.model, strategy.mesh, strategy.cpu_offload)
+
+    def _start(self) -> TrainedParts | None:
+        """The weights to begin with, checked before the base is loaded; None: new ones."""
+        if self.init_from is None:
+            return None
+        try:
+            parts = read_parts(self.init_from)
+        except RunError as error:
+            raise RunError(f"model.init_from: {error}") from error
+        settings = {**parts._asdict(), "base": parts.base_shape}
+        compare_settings(f"model.init_from {self.init_from}", settings, checkpoint_settings(self), self.full_config)
+        return parts
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the trained parameters and its schedule."""
