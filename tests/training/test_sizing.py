@@ -22,6 +22,7 @@ from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.training.sizing import StepSize, advice, estimate, gigabytes, model_size, step_flops
 
 K, LENGTH, ROWS = 4, 48, 2
+_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 STEP = StepSize(rows=ROWS, length=LENGTH, num_masks=K)
 
 
@@ -131,6 +132,24 @@ def test_a_mixture_of_experts_counts_the_experts_that_a_token_visits() -> None:
     )
     experts = 3 * 32 * 24 * 4 * 2  # three products, width, inner width, experts, layers
     assert whole - part == pytest.approx(experts * 3 / 4, abs=2)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gptj", "falcon"])
+def test_configurations_without_grouped_heads(architecture: str) -> None:
+    """Every ``mtp fit`` asks for the size: Pythia's configuration names no key heads, GPT-J's layers are called ``h``."""
+    names = ("n_embd", "n_layer", "n_head") if architecture == "gptj" else _NAMES
+    settings = dict(zip(names, (32, 2, 4), strict=True)) | ({"rotary_dim": 8} if architecture == "gptj" else {})
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, vocab_size=97, **settings))
+    size = model_size(model := MTPModel(base, K, LoRA(rank=2)))
+    assert (size.layers, size.query_width, size.key_width) == (2, 32, 32)
+    in_layers = [
+        p.numel() for name, p in base.named_parameters() if (".layers." in name or ".h." in name) and "lora" not in name
+    ]
+    assert size.active_parameters == sum(in_layers)
+    assert estimate(size, STEP).total > 0 and step_flops(size, STEP) > 0
+    (total,) = model(batch(), {"base": BaseCrossEntropy()}).sums["base"]
+    total.total.backward()
+    assert all(p.grad is not None for _, p in model.trained_parameters())
 
 
 def test_advice_makes_the_step_fit() -> None:

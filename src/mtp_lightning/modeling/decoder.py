@@ -19,6 +19,12 @@ def text_config(base: PreTrainedModel) -> Any:
     return base.config.get_text_config(decoder=True)
 
 
+def decoder_layers(base: PreTrainedModel) -> Any:
+    """The base's decoder layers, a ``ModuleList``."""
+    decoder: Any = base.get_decoder()
+    return decoder.layers if hasattr(decoder, "layers") else decoder.h  # GPT-J and Falcon
+
+
 def num_experts(config: Any) -> int:
     """Experts of each layer; 0 or 1: not a mixture of experts."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from mtp_lightning.modeling.decoder import decoder_layers
 from mtp_lightning.modeling.network import MTPNetwork
 
 
@@ -23,7 +24,7 @@ def shard_model(model: MTPNetwork, mesh: DeviceMesh, cpu_offload: bool = False) 
     options: dict[str, Any] = {"mesh": mesh}
     if cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    for layer in model.base.get_decoder().layers:
+    for layer in decoder_layers(model.base):
         fully_shard(layer, **options)
     fully_shard(model, **options)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.losses.chunked import LOGITS_PER_CHUNK
-from mtp_lightning.modeling.decoder import num_experts, text_config
+from mtp_lightning.modeling.decoder import decoder_layers, num_experts, text_config
 
 if TYPE_CHECKING:
     from mtp_lightning.modeling.network import MTPNetwork
@@ -113,19 +113,20 @@ def gigabytes(number: float) -> str:
 def model_size(model: MTPNetwork) -> ModelSize:
     """The sizes of a model, sharded or not; it may be on the ``meta`` device."""
     config: Any = text_config(model.base)
+    heads = int(config.num_attention_heads)
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
     frozen = [p for p in model.parameters() if id(p) not in trained]
-    in_layers = sum(p.numel() for p in model.base.get_decoder().layers.parameters() if id(p) not in trained)
+    in_layers = sum(p.numel() for p in decoder_layers(model.base).parameters() if id(p) not in trained)
     intermediate, active_share = _active_experts(config, in_layers)
-    head_width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head_width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     head = model.sampler_head
     return ModelSize(
         hidden=int(config.hidden_size),
         intermediate=intermediate,
         layers=int(config.num_hidden_layers),
-        query_width=int(config.num_attention_heads) * head_width,
-        key_width=int(config.num_key_value_heads) * head_width,
-        heads=int(config.num_attention_heads),
+        query_width=heads * head_width,
+        key_width=int(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+        heads=heads,
         vocab=int(config.vocab_size),
         base_parameters=sum(p.numel() for p in frozen),
         active_parameters=round(in_layers * active_share),
@@ -142,7 +143,7 @@ def model_size(model: MTPNetwork) -> ModelSize:
 def _active_experts(config: Any, in_layers: int) -> tuple[int, float]:
     """Width of the MLP that a token visits, and the share of the layers' parameters that it passes through."""
     if (experts := num_experts(config)) <= 1:
-        return int(config.intermediate_size), 1.0
+        return int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size), 1.0  # GPT-J does not name it
     visited = int(config.num_experts_per_tok)
     width = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
     expert_parameters = 3 * int(config.hidden_size) * width * experts * int(config.num_hidden_layers)
