@@ -68,6 +68,7 @@ NINES = b"9" * 5_000  # Python reads no number of so many digits
         (lines({"input_ids": [1, 5, 6, 1, 5], "position_ids": [0, 1, 2, 0, 1]}), ", line 1: position_ids "),
         (lines({"messages": [says("user", "one"), {**says("assistant", "two"), "weight": 0.5}]}), ", line 1: weight "),
         (lines({"instruction": "one", "output": "two", "history": ["six"]}), ", line 1: history "),
+        (lines({"instruction": "one", "output": "two", "history": 6}), ", line 1: history "),
         (lines({"instruction": 5, "output": 3}), ", line 1: instruction.* 5"),
         (lines({"question": "one"}), ", line 1: .*mtp distill"),
         (lines({"text": "one", "domain": "\ud800"}), ", line 1: domain "),

@@ -69,6 +69,27 @@ def test_an_answer_at_the_end_is_dropped(write) -> None:
     assert answered == unanswered
 
 
+def test_a_question_with_a_system_message_earlier_turns_or_tools_is_a_conversation(write) -> None:
+    """As in training rows of the same fields, whose system message was left out here, or which were refused."""
+    system, asked, tools = {"role": "system", "content": "two"}, chat("one"), [{"name": "f"}]
+    rows = [
+        {"prompt": asked, "system": "two"},
+        {"prompt": json.dumps(asked), "system": "two"},
+        {"prompt": "one", "system": "two", "response": "x"},
+        {"question": "one", "system": "two"},
+        {"instruction": "one", "system": "", "history": [], "tools": "[]"},
+        {"instruction": "one", "history": [["x", "y"]]},
+        {"prompt": "one", "tools": tools},
+    ]
+    read = [(row.content, row.tools) for row in read_prompt_rows(write("p.jsonl", rows))]
+    with_system = ([system, *asked], None)
+    assert read == [*[with_system] * 4, ("one", None), (chat("x", "y", "one"), None), (asked, tools)]
+
+
+def test_a_suffix_in_capitals(write) -> None:
+    assert [row.content for row in read_prompt_rows(write("P.JSONL", '{"prompt": "one"}'))] == ["one"]
+
+
 def test_line_separators_inside_json_strings_do_not_split(write) -> None:
     text = "one\u2028two\x85"
     assert [p.text for p in read_prompts(write("p.jsonl", f'{{"prompt": "{text}"}}'), word_tokenizer(), raw=True)] == [text]

@@ -108,9 +108,10 @@ def _text_of(row: Mapping[str, Any], name: str) -> str:
 def _of_question(row: Mapping[str, Any], question: str, answer: str) -> list[Message]:
     """Question and answer, after the ``history`` of earlier ones."""
     asked = question_of({question: row[question], "input": row.get("input")})
-    turns = [*(row.get("history") or []), [asked, _text_of(row, answer)]]
-    if not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
-        raise RunError(f"history must be a list of questions with answers, got {one_line(repr(row['history']), 80)}.")
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        raise RunError(f"history must be a list of questions with answers, got {one_line(repr(history), 80)}.")
+    turns = [*history, [asked, _text_of(row, answer)]]
     return [
         {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
     ]

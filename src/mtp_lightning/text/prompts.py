@@ -4,8 +4,8 @@
 * ``.txt``: one prompt per line; empty lines are skipped.
 * ``.jsonl``, ``.json``, ``.parquet``, ``.csv``: rows with ``prompt`` (text, or a list of messages), ``instruction`` (+
   ``input``), ``question``, ``messages`` (rendered with the tokenizer's chat template; an assistant's answer at the end is
-  dropped) or ``turns`` (MT-bench's list of texts, of which the first is read), and optionally ``tools``, ``raw`` and
-  ``domain`` (or ``category``).
+  dropped) or ``turns`` (MT-bench's list of texts, of which the first is read), and optionally ``system``, ``tools``,
+  ``raw`` and ``domain`` (or ``category``).
 * ``-``: standard input, one of the two: JSON where the first line begins with ``{``.
 
 Where the base has a chat template, a text is a user's turn, unless it is raw.
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from mtp_lightning.data.chat import render_chat_prompt
 from mtp_lightning.data.formats import CsvFile, JsonFile
-from mtp_lightning.data.messages import chat_of, clean_messages, question_of
+from mtp_lightning.data.messages import Chat, chat_of, clean_messages, clean_tools, question_of, with_parsed_chats
 from mtp_lightning.data.tables import ParquetFile
 from mtp_lightning.data.tokenizing import is_utf8, tokenize
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
@@ -135,7 +135,7 @@ def _read_text(source: str) -> tuple[str, str, bool]:
     path = Path(resolve(source))
     try:
         content = path.read_bytes()
-        return source, content.decode("utf-8-sig"), path.suffix == ".jsonl"
+        return source, content.decode("utf-8-sig"), path.suffix.lower() == ".jsonl"
     except OSError as error:
         raise RunError(f"{source}: it can't be read: {os_reason(error)}.") from error
     except UnicodeDecodeError as error:
@@ -172,17 +172,15 @@ def _parse_fields(value: Any, location: str, number: int) -> PromptRow:
 
 def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], list[dict[str, Any]] | None]:
     """The text, or the messages without an answer at their end, and the tools of a line; empty if it asks nothing."""
+    value = dict(with_parsed_chats(value))
     for name in ("prompt", "turns"):
         turns = value.get(name)
         if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
             return turns[0], None  # later turns would follow answers that are not there yet
-    if isinstance(value.get("prompt"), str) and value.get("messages") is None:
-        return value["prompt"], None
-    is_chat = any(value.get(name) is not None for name in ("messages", "conversations", "conversation", "history", "system"))
     try:
-        if not is_chat and value.get("prompt") is None and (question := question_of(value)) is not None:
-            return question, None
-        chat = chat_of({**value, "messages": value.get("prompt")} if isinstance(value.get("prompt"), list) else value)
+        chat = _chat(value)
+        if isinstance(chat, str):
+            return chat, None
         if chat is not None:
             messages = drop_final_answer(clean_messages(chat.messages) if chat.messages != [] else [])
             is_asked = any(message["role"] != "assistant" for message in messages)
@@ -193,6 +191,26 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
         return "", None
     fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
     raise RunError(f"{location}: expected one of {', '.join(_FIELDS)}, got the fields: {fields}.")
+
+
+def _chat(value: dict[str, Any]) -> str | Chat | None:
+    """The text or the conversation in the fields of a line, None if it has neither; a RunError if they can't be read.
+
+    A question with a system message, earlier turns or tools is a conversation, as in a row with its answer.
+    """
+    prompt = value.get("prompt")
+    if isinstance(prompt, list):
+        return chat_of({**value, "messages": None, "conversations": prompt})
+    if isinstance(prompt, str) and value.get("messages") is None:
+        question: str | None = prompt
+    elif any(value.get(name) is not None for name in ("prompt", "messages", "conversations", "conversation")):
+        return chat_of(value)
+    else:
+        question = question_of(value)
+    more = {"system": value.get("system"), "history": value.get("history"), "tools": clean_tools(value.get("tools"))}
+    if question is None or not any(more.values()):
+        return question
+    return chat_of({"instruction": question, "output": "", **more})
 
 
 def encode_prompt(text: str, tokenizer: Any, raw: bool = False) -> Prompt:
