@@ -12,9 +12,9 @@ from mtp_lightning.metrics import AcceptanceLength, ForcedAcceptance, TermMean
 from mtp_lightning.types import ANCHOR, MTP, NTP, LossSum
 
 K = 3
-CASES = ("acceptance", "forced", "term", "joint", "one_sided")
+CASES = ("acceptance", "forced", "term", "joint", "three", "one_sided")
 """The last one has no first batch, so that one of two processes has none."""
-DENOMINATORS = {"term": (MTP, NTP), "joint": ((NTP, MTP),), "one_sided": (ANCHOR,)}
+DENOMINATORS = {"term": (MTP, NTP), "joint": ((NTP, MTP),), "three": (MTP, NTP, ANCHOR), "one_sided": (ANCHOR,)}
 
 
 def new_metric(case: str) -> Metric:

@@ -16,7 +16,7 @@ from mtp_lightning.types import LossSum
 class TermMean(Metric):
     """The value of one loss term over everything it was updated with.
 
-    As input to ``update``: ``sums`` of the term (one or two, always of the same kind) and ``counts`` [3] of the same batch.
+    As input to ``update``: ``sums`` of the term and ``counts`` [3] of the same batch.
     As output of ``compute``: a scalar, NaN before any update.
 
     Example:
@@ -30,28 +30,26 @@ class TermMean(Metric):
     full_state_update = False
     totals: Tensor
     counts: Tensor
-    divisors: Tensor
+    updates: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        # A term has at most two sums (NTP and MTP).
-        self.add_state("totals", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        # By the counts that a sum is divided by, a bit for each: NTP and MTP together are number 0b011.
+        self.add_state("totals", torch.zeros(8, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
-        # 1 where a sum is divided by a count. A state, so that a process without a batch gets it from the others.
-        self.add_state("divisors", torch.zeros(2, 3, dtype=torch.float64), dist_reduce_fx="max")
+        self.add_state("updates", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, sums: Sequence[LossSum], counts: Tensor) -> None:
         """Add a batch."""
-        for index, part in enumerate(sums):
-            self.totals[index] += part.total.detach().double()
-            self.divisors[index, [part.denominator] if isinstance(part.denominator, int) else list(part.denominator)] = 1.0
+        for total, denominator in sums:
+            indices = (denominator,) if isinstance(denominator, int) else denominator
+            self.totals[sum(1 << index for index in set(indices))] += total.detach().double()
         self.counts += counts
+        self.updates += 1
 
     def compute(self) -> Tensor:
         """The term's value."""
-        parts = []
-        for total, divisor in zip(self.totals, self.divisors, strict=True):
-            indices = tuple(divisor.nonzero().flatten().tolist())
-            if indices:
-                parts.append(LossSum(total, indices))
-        return term_value(parts, self.counts) if parts else torch.full((), float("nan"), dtype=torch.float64)
+        if not self.updates:
+            return torch.full((), float("nan"), dtype=torch.float64)
+        indices = (tuple(index for index in range(3) if bits >> index & 1) for bits in range(1, 8))
+        return term_value(list(map(LossSum, self.totals[1:], indices)), self.counts)
