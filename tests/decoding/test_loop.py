@@ -112,6 +112,17 @@ def test_a_paused_reader_holds_nothing_of_the_model() -> None:
     assert tokens == list(text[:G])
 
 
+def test_greedy_decoding_draws_no_random_number() -> None:
+    """Sample texts at a validation would change the dropout of the steps after it."""
+    model, (prompt, _) = shared_model("llama"), prompt_and_text("llama")
+    before = torch.get_rng_state()
+    list(decode(model, prompt, DecodingOptions(max_new_tokens=2, num_masks=1)))
+    model.generate(prompt[None], max_new_tokens=2, num_masks=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    model.generate(prompt[None], max_new_tokens=2, num_masks=1, temperature=1.0)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 def test_threads_take_turns() -> None:
     model, (prompt, text) = tiny_model("llama", 2, sampler_head=MLPSamplerHead()).train(), prompt_and_text("llama")
     with ThreadPoolExecutor(4) as pool:

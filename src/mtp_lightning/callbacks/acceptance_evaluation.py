@@ -22,7 +22,6 @@ from mtp_lightning.evaluation.acceptance_report import print_notes, print_table,
 from mtp_lightning.evaluation.reporting import note, save_json
 from mtp_lightning.training.distributed import gather, run_folder
 from mtp_lightning.training.lightning_private import is_accumulating
-from mtp_lightning.training.random_state import random_state, set_random_state
 
 FIGURES = ("val/acceptance_length", "val/speed_up")
 """What it logs, with further names for domains."""
@@ -149,7 +148,6 @@ class AcceptanceEvaluation(DecodingCallback):
             show_progress(trainer, f"acceptance {done}/{count}")
             stop_after_ctrl_c(trainer, FIGURES)
 
-        before = random_state()  # training goes on as without this evaluation, and as with one that was stopped
         try:
             stop_after_ctrl_c(trainer, FIGURES)
             with in_step(model):
@@ -169,8 +167,6 @@ class AcceptanceEvaluation(DecodingCallback):
                 note(f"mtp: Ctrl-C: step {trainer.global_step} is left without figures of real decoding")
             self._stopped_at = trainer.global_step
             return False
-        finally:
-            set_random_state(before)
         self.results = [result for share in gather(results) for result in share]
         model.clear_decode_cache()  # training needs the memory, and changes the weights
         self._evaluated_at, self._stopped_at = trainer.global_step, None

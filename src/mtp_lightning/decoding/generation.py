@@ -61,7 +61,7 @@ def generate(
     settings = DecodingOptions.from_kwargs(options)
     check_input_ids(input_ids, attention_mask, model.unembed.vocab_size)
     stop, B = end_tokens(model, settings), input_ids.shape[0]
-    seeds = row_seeds(settings.seed, B)
+    seeds = row_seeds(settings.drawing_seed, B)
     settings = replace(settings, seed=seeds)
     prompts = [
         input_ids[r] if attention_mask is None else input_ids[r][attention_mask[r].bool().to(input_ids.device)]

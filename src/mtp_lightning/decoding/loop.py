@@ -72,7 +72,7 @@ def decode_rows(
     A ``cache`` goes with a single prompt.
     """
     resolve_num_masks(model, options)  # raises for a wrong number
-    seeds = row_seeds(options.seed, len(prompts))
+    seeds = row_seeds(options.drawing_seed, len(prompts))
     if len(seeds) != len(prompts):
         raise UsageError(f"seed must be an int or one for each of the {len(prompts)} rows, got {len(seeds)}.")
     for prompt in prompts:

@@ -76,6 +76,11 @@ class DecodingOptions:
         """True if the text depends on prompt and seed alone, so that plans may depend on the drafts."""
         return self.temperature == 0 or self.verification == "coupled"
 
+    @property
+    def drawing_seed(self) -> int | Sequence[int] | None:
+        """``seed``, or 0 for greedy decoding, which reads none: a seed of None is drawn from torch's generator."""
+        return 0 if self.temperature == 0 and self.seed is None else self.seed
+
     def __post_init__(self) -> None:
         for name, (is_valid, valid) in _CHECKS.items():
             value = _to_python(getattr(self, name))

@@ -165,7 +165,7 @@ def _one_by_one(
     mtp: MTPNetwork, input_ids: Tensor, prompts: list[Tensor], options: DecodingOptions, stopped: Set[int]
 ) -> Iterator[tuple[int, list[int], bool]]:
     """The same one row after another, for processors that must see each row's padding."""
-    seeds = row_seeds(options.seed, len(prompts))
+    seeds = row_seeds(options.drawing_seed, len(prompts))
     for r, prompt in enumerate(prompts):
         padding = input_ids[r : r + 1, : input_ids.shape[1] - len(prompt)]
         processors = [_Padded(processor, padding) for processor in options.logits_processor]

@@ -71,7 +71,7 @@ def top_two_gap(model: MTPNetwork, tokens: list[int], options: DecodingOptions) 
     with DecodingMode(model, fused=False).active(), model.gate.over_last(0 if model.lora.gated else len(tokens)):
         ids = torch.tensor([tokens], device=model.base.device)
         hidden = model.base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    choice = TokenChoice(options, row_seeds(options.seed, 1), ids.device)
+    choice = TokenChoice(options, row_seeds(options.drawing_seed, 1), ids.device)
     scores = choice.target(model.unembed(hidden[:, -1:]), Prefixes(ids, [len(tokens)]))
     noisy = choice.noisy(scores, torch.tensor([[len(tokens)]], device=ids.device))
     first, second = noisy[0, 0].double().topk(2).values.tolist()
