@@ -95,6 +95,17 @@ def test_resume_from_any_position(folder: str, write, kind: str, packing: bool) 
         assert [ids(resumed.take(amount)) for amount in amounts[place:]] == expected[place:], place
 
 
+def test_other_sources_than_at_the_checkpoint_are_refused(folder: str, write) -> None:
+    """The position counts sources, and files in each."""
+    other = write("f.jsonl", texts(5, 100))
+    state = stream([folder, other]).state()
+    with pytest.raises(RunError, match="^data.train had 2 sources at the checkpoint and has 1 now"):
+        stream(folder).load(state)
+    write("d/0.jsonl", texts(3))
+    with pytest.raises(RunError, match=f"^{folder} had 5 files at the checkpoint and has 6 now"):
+        stream([folder, other]).load(state)
+
+
 def test_sources_one_after_another(write) -> None:
     a, b = write("a.jsonl", texts(10)), write("b.jsonl", texts(4, 50))
     found = ids(stream([a, b]).take(28))

@@ -28,6 +28,7 @@ from mtp_lightning.types import MaskedInput
 
 READ_ROWS = WINDOW
 """Rows that are read, encoded and packed together."""
+_CHANGED = "resume with the same, or start a new run"
 
 
 class _Source:
@@ -69,12 +70,14 @@ class _Source:
         inside = self._inside
         if isinstance(part, HubStream) and self._rows is not None:
             inside = copy.deepcopy(part.stream.state_dict())
-        return {"part": self.part, "row": self.row, "cycle": self.cycle, "inside": inside}
+        return {"part": self.part, "parts": len(self.parts), "row": self.row, "cycle": self.cycle, "inside": inside}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a position."""
         if "row" not in state:
             raise RunError(f"{self.name}: the checkpoint's position in the stream is an earlier version's: start a new run.")
+        if (before := state.get("parts", len(self.parts))) != len(self.parts):
+            raise RunError(f"{self.name} had {before} files at the checkpoint and has {len(self.parts)} now: {_CHANGED}.")
         self.part, self.row, self.cycle, self._rows = state["part"], state["row"], state["cycle"], None
         self._inside = state["inside"]
 
@@ -113,6 +116,10 @@ class RowStream:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a position that ``state`` gave."""
         position = state["sources"]
+        if (before := len(position["sources"])) != len(self.sources):
+            raise RunError(
+                f"{self.name} had {before} sources at the checkpoint and has {len(self.sources)} now: {_CHANGED}."
+            )
         self.taken = list(position["taken"])
         for source, inside in zip(self.sources, position["sources"], strict=True):
             source.load(inside)
