@@ -156,8 +156,13 @@ class WindowedLoader:
         self.delivered = batches_delivered(state, self.row_sampler().order_settings(), self.num_batches)
         self.epoch, self._advanced = state["epoch"], False
 
+    @property
+    def is_over(self) -> bool:
+        """True if the next iterator begins another epoch."""
+        return self._advanced or self.delivered >= self.num_batches
+
     def __iter__(self) -> Iterator[MaskedInput]:
-        if self._advanced or self.delivered >= self.num_batches:
+        if self.is_over:
             self.epoch, self.delivered = self.epoch + 1, 0
         if self.constant:
             self.epoch, self.delivered = 0, 0

@@ -215,46 +215,38 @@ class StreamingLoader:
         self.length = -(-rows // batch_rows)
         self._order = {"data.streaming_rows": rows, ROWS_IN_A_BATCH: batch_rows}
         self.open_epoch = open_epoch
-        self.epoch = self.delivered = 0
         self._epoch_begin = stream.state()
-        self._windows: WindowedLoader | None = None
-        self._advanced = False  # True once a batch has been delivered since the position was last set
+        self._begin = 0, 0  # epoch, and batches of it delivered before
+        self._windows: WindowedLoader | None = None  # the loader of the epoch from there on, once its rows are read
 
     def __len__(self) -> int:
         return self.length
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, number of batches delivered, and the stream's position at the epoch's beginning."""
-        state = {"epoch": self.epoch, "delivered": self.delivered, "stream": copy.deepcopy(self._epoch_begin)}
-        return state | {"order": self._order, "batches": self._num_batches()}
+        (epoch, delivered), num_batches = self._begin, self.length
+        if self._windows is not None:  # under ``limit_train_batches`` an epoch has fewer batches than its length
+            epoch, delivered, num_batches = self._windows.epoch, self._windows.delivered, self._windows.num_batches
+        state = {"epoch": epoch, "delivered": delivered, "stream": copy.deepcopy(self._epoch_begin)}
+        return state | {"order": self._order, "batches": num_batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state, taken on any rank; UsageError if an epoch that had begun would have other batches."""
-        self.delivered = batches_delivered(state, self._order, self.length)
-        self.epoch, self._epoch_begin = state["epoch"], copy.deepcopy(state["stream"])
+        self._begin = state["epoch"], batches_delivered(state, self._order, self.length)
+        self._epoch_begin = copy.deepcopy(state["stream"])
         self.stream.load(self._epoch_begin)
-        self._windows, self._advanced = None, False
+        self._windows = None
 
     def __iter__(self) -> Iterator[MaskedInput]:
         windows = self._open()
-        if self._advanced or self.delivered >= windows.num_batches:
-            self.epoch, self.delivered, self._windows = self.epoch + 1, 0, None
-            self._epoch_begin = self.stream.state()
+        if windows.is_over:
+            self._begin, self._epoch_begin, self._windows = (windows.epoch + 1, 0), self.stream.state(), None
             windows = self._open()
-        self._advanced = False
-        windows.load_state_dict({"epoch": self.epoch, "delivered": self.delivered})
-        return self._deliver(windows)
-
-    def _num_batches(self) -> int:
-        """Batches used of the epoch; fewer than its length under ``limit_train_batches``."""
-        return self.length if self._windows is None else self._windows.num_batches
+        return iter(windows)
 
     def _open(self) -> WindowedLoader:
         if self._windows is None:
-            self._windows = self.open_epoch(self.epoch, self.stream.take(self.rows))
+            epoch, delivered = self._begin
+            self._windows = self.open_epoch(epoch, self.stream.take(self.rows))
+            self._windows.load_state_dict({"epoch": epoch, "delivered": delivered})
         return self._windows
-
-    def _deliver(self, windows: WindowedLoader) -> Iterator[MaskedInput]:
-        for batch in windows:
-            self.delivered, self._advanced = self.delivered + 1, True
-            yield batch
