@@ -46,11 +46,13 @@ def main() -> None:
     for name, (recipe, decoding) in BARS.items():
         group = groups[recipe]
         bars[name] = mean_and_spread([row[decoding]["acceptance_length"] for row in group])
-        steady = mean_and_spread([row[decoding]["not_repeating"]["acceptance_length"] for row in group])
+        lengths = [row[decoding]["not_repeating"]["acceptance_length"] for row in group]
+        # With few prompts all texts of a seed may repeat themselves.
+        steady = "-" if None in lengths else "{:.2f} ± {:.2f}".format(*mean_and_spread(lengths))
         share = mean_and_spread([row["history"][-1]["share_of_reference"] for row in group])
         seconds = mean_and_spread([row["cpu_seconds"] for row in group])
         print(
-            f"| {name} | {PAPER[name]} | {bars[name][0]:.2f} ± {bars[name][1]:.2f} | {steady[0]:.2f} ± {steady[1]:.2f}"
+            f"| {name} | {PAPER[name]} | {bars[name][0]:.2f} ± {bars[name][1]:.2f} | {steady}"
             f" | {share[0]:.3f} ± {share[1]:.3f} | {seconds[0]:.0f} |"
         )
     figure = Figure(figsize=(5.5, 3.4), layout="constrained")
