@@ -66,7 +66,6 @@ def test_a_run_logs_prints_and_writes(
     latest = written["latest"]
     overall = latest["overall"]
     assert (latest["stage"], latest["step"]) == ("val", 4)
-    assert [(entry["stage"], entry["step"]) for entry in written["history"]] == [("val", 2), ("val", 4)]
     assert overall["lossless"] == {"equal": 2, "checked": 2, "differences": []}
     assert overall["num_tokens"] == 48 and overall["acceptance_length"] > 1
     assert list(latest["domains"]) == DOMAINS and [latest["domains"][d]["num_prompts"] for d in DOMAINS] == [2, 2]
@@ -110,9 +109,7 @@ def test_every_n_steps_in_training_below_a_progress_bar(
     assert (out.count("Acceptance by real decoding"), out.count("Teacher-forced: ")) == (4, 2)
     # Lightning's own log interval is 50 steps: it would have dropped these.
     assert set(logged(tmp_path, "val/acceptance_length")) == {0, 1, 2, 3}
-    written = read(tmp_path)
-    assert [entry["step"] for entry in written["history"]] == [1, 2, 3, 4]
-    assert [entry["forced"] is None for entry in written["history"]] == [True, False, True, False]
+    assert read(tmp_path)["latest"]["step"] == 4
 
 
 def test_validate_and_test(
@@ -131,9 +128,10 @@ def test_validate_and_test(
     assert latest["forced"]["acceptance_length"] == values["test/forced_acceptance_length"]
 
 
-def test_several_with_different_settings_have_their_own_state() -> None:
-    one, same, other = (AcceptanceEvaluation("p.txt", max_new_tokens=n) for n in (6, 6, 7))
-    assert one.state_key == same.state_key != other.state_key
+def test_several_may_be_in_one_run() -> None:
+    """Lightning refuses two callbacks of a class that both keep a state in checkpoints."""
+    callbacks = [AcceptanceEvaluation("p.txt", max_new_tokens=n) for n in (6, 7)]
+    Trainer(callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False)
 
 
 def test_fast_dev_run_writes_nothing(fit: Fit, module: MTPModule, prompts: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from interrupted_runs import ACCUMULATED, FIT, fresh, history
+from interrupted_runs import ACCUMULATED, FIT, evaluated, fresh
 from tiny_run import CONFIG, LAST, assert_same_run, write_config
 from zygote import Zygote
 
@@ -58,7 +58,7 @@ def test_a_run_that_is_stopped_resumes(
     assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
     assert zygote.run(folder, *FIT, *words).code == 0
     assert_same_run(folder, uninterrupted)
-    assert history(folder) == history(uninterrupted)
+    assert evaluated(folder) == evaluated(uninterrupted)
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_a_run_that_is_stopped_at_the_end_of_an_epoch_resumes(zygote: Zygote, wh
         if options:
             assert torch.load(folder / LAST, weights_only=True)["global_step"] == 11
     assert_same_run(folder, uninterrupted)
-    assert history(folder) == history(uninterrupted)
+    assert evaluated(folder) == evaluated(uninterrupted)
     callbacks = [torch.load(at / LAST, weights_only=True)["callbacks"] for at in (uninterrupted, folder)]
     one, other = (state for states in callbacks for name, state in states.items() if "EarlyStopping" in name)
     assert (one["wait_count"], one["best_score"]) == (other["wait_count"], other["best_score"])

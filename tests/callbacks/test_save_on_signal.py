@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from command_line import read_metrics
-from interrupted_runs import ACCUMULATED, FIT, fresh, history, signal_at
+from interrupted_runs import ACCUMULATED, FIT, evaluated, fresh, signal_at
 from tiny import tiny_model
 from tiny_run import LAST, assert_same_run
 from zygote import Zygote
@@ -55,10 +55,10 @@ def test_sigterm_saves_and_exits(zygote: Zygote, whole: Path, tmp_path: Path, st
         assert ended.code == 143, ended.err
         assert f"mtp: SIGTERM: saved '{LAST}' after step {step}." in ended.err.splitlines()[-1]
         assert torch.load(folder / LAST, weights_only=True)["global_step"] == step
-        assert [at for _, at in history(folder)] == [at for _, at in history(whole) if at <= step] if step >= 5 else True
+        assert evaluated(folder) == [at for at in evaluated(whole) if at <= step] if step >= 5 else True
     assert zygote.run(folder, *FIT).code == 0
     assert_same_run(folder, whole)
-    assert history(folder) == history(whole) and ("val", 5) in history(whole)
+    assert evaluated(folder) == evaluated(whole) and 5 in evaluated(whole)
 
 
 TWICE = signal_at(3, "SIGINT").replace("os.kill(", "os.kill(os.getpid(), signal.SIGINT); os.kill(", 1)
@@ -81,7 +81,7 @@ def test_ctrl_c_stops_an_evaluation(zygote: Zygote, whole: Path, tmp_path: Path,
     ended = zygote.run(folder, *FIT, prelude=prelude)
     assert ended.code == 130 and f"saved '{LAST}' after step {saved}." in ended.err, ended.err
     assert torch.load(folder / LAST, weights_only=True)["global_step"] == saved
-    assert ("val", step) not in history(folder) and ("val", step) in history(whole)
+    assert step not in evaluated(folder) and step in evaluated(whole)
     lines = [line for line in read_metrics(folder / "run") if int(line["step"]) == step - 1]
     assert not [line for line in lines if "val/acceptance_length" in line]
     assert [line for line in lines if "val/loss" in line] if step == 6 else True  # the validation itself is finished

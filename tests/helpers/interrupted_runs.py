@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import shutil
 from pathlib import Path
 
@@ -105,11 +105,11 @@ def fresh(whole: Path, folder: Path) -> Path:
     return folder
 
 
-def history(folder: Path) -> list[tuple[str, int]]:
-    """Stage and step of the evaluations in a run's acceptance.json, if there is one."""
-    path = folder / "run/acceptance.json"
-    entries = json.loads(path.read_text())["history"] if path.exists() else []
-    return [(entry["stage"], entry["step"]) for entry in entries]
+def evaluated(folder: Path) -> list[int]:
+    """The optimizer steps with figures of real decoding in a run's metrics.csv, if there is one."""
+    path = folder / "run/metrics.csv"
+    lines = csv.DictReader(path.read_text().splitlines()) if path.exists() else ()
+    return [int(line["step"]) + 1 for line in lines if line.get("val/acceptance_length")]
 
 
 def run_name(folder: Path) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,24 +75,10 @@ class AcceptanceEvaluation(DecodingCallback):
         self.at_validation = at_validation
         self.num_lossless = num_lossless
         self.num_speed_pairs = num_speed_pairs
-        self.history: list[dict[str, Any]] = []
         self.results: list[PromptResult] = []
         self._evaluated_at: int | None = None  # optimizer step
         self._stopped_at: int | None = None  # optimizer step of an evaluation that Ctrl-C stopped
         self._printed: list[PromptResult] | None = None  # those of the last table
-
-    @property
-    def state_key(self) -> str:
-        """Two of these with different settings may be in one run."""
-        return self._generate_state_key(prompts=self.prompts, options=str(self.configured))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history, so that a resumed run continues it."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a run's history."""
-        self.history = list(state_dict["history"])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset what an earlier fit measured."""
@@ -182,16 +167,11 @@ class AcceptanceEvaluation(DecodingCallback):
         return values
 
     def _report(self, trainer: Trainer, prefix: str, forced: dict[str, float] | None) -> None:
-        folder = run_folder(trainer)
-        summary = summarise(self.results, forced)
-        step = trainer.global_step or None  # unknown where no checkpoint is evaluated
-        if trainer.state.fn != TrainerFn.FITTING:  # Lightning restores the state of callbacks for training alone
-            self.history = saved_history(folder / "acceptance.json") or self.history
-        entry = history_entry(summary, prefix, step)
-        # A validation right after an evaluation in training replaces it: the same weights, and more figures.
-        self.history = [old for old in self.history if (old["stage"], old["step"]) != (prefix, step)] + [entry]
+        folder = run_folder(trainer)  # all processes must ask
         if not trainer.is_global_zero:
             return
+        summary = summarise(self.results, forced)
+        step = trainer.global_step or None  # unknown where no checkpoint is evaluated
         after = "" if step is None else f", after {step} training steps"
         if self.results is self._printed:
             print_notes(summary, progress_console(trainer))
@@ -202,7 +182,7 @@ class AcceptanceEvaluation(DecodingCallback):
             return
         options = {"options": vars(self.options), "speed_num_masks": "auto"}  # those of the acceptance length, of the speed
         latest = {"stage": prefix, "step": step, **options, "prompts": self.prompts, **summary}
-        save_json({"latest": latest, "history": self.history}, folder / "acceptance.json")
+        save_json({"latest": latest}, folder / "acceptance.json")
         count = summary["overall"]["num_prompts"]
         title = f"Tokens gained per step: {count} held-out prompts, greedy{after}"
         save_plot(summary, folder / "acceptance.png", title, self.protocol)
@@ -233,26 +213,3 @@ def forced_figures(trainer: Trainer, prefix: str) -> dict[str, float] | None:
     if not all(name in logged for name in names.values()):
         return None
     return {key: logged[name].item() for key, name in names.items()}
-
-
-def saved_history(path: Path) -> list[dict[str, Any]]:
-    """The history in an ``acceptance.json``; empty if the file is missing or can't be read."""
-    try:
-        return list(json.loads(path.read_text())["history"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def history_entry(summary: dict[str, Any], stage: str, step: int | None) -> dict[str, Any]:
-    """The main figures of a ``val`` or ``test`` summary after an optimizer step, for a run's history."""
-    overall = summary["overall"]
-    return {
-        "stage": stage,
-        "step": step,
-        "acceptance_length": overall["acceptance_length"],
-        "non_repeating_acceptance_length": overall["non_repeating"]["acceptance_length"],
-        "repeated_8grams": overall["repeated_8grams"],
-        "domains": {name: figures["acceptance_length"] for name, figures in summary["domains"].items()},
-        "speed_up": overall["speed_up"] and overall["speed_up"]["median"],
-        "forced": summary["forced"],
-    }
