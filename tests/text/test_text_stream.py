@@ -114,6 +114,8 @@ def test_wrong_stream_arguments(model: MTPModel) -> None:
         model.stream("one", num_masks=4)  # before the first piece is asked for
     with pytest.raises(UsageError, match="streaming text needs a tokenizer"):
         tiny_model().stream("one")
+    with pytest.raises(UsageError, match="token ids .* got 999"):
+        list(model.stream([999]))
     bare = worded_model()
     bare.tokenizer.chat_template = None
     with pytest.raises(RunError, match="no chat template"):

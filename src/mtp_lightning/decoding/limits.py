@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +28,14 @@ def check_prompt(length: int, context: int) -> None:
         raise UsageError(
             f"the prompt has {length} tokens and the model's context is {context}: shorten it to {context - 1} or less."
         )
+
+
+def check_tokens(prompt: Tensor, vocab_size: int) -> None:
+    """Refuse token ids that the base has no embedding for; a tokenizer may have more tokens than the base."""
+    smallest, largest = torch.stack(prompt.aminmax()).tolist()
+    if smallest < 0 or largest >= vocab_size:
+        wrong = smallest if smallest < 0 else largest
+        raise UsageError(f"token ids must be from 0 to {vocab_size - 1}, the model's vocabulary, got {wrong}.")
 
 
 def resolve_num_masks(model: MTPNetwork, options: DecodingOptions) -> int:

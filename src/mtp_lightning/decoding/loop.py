@@ -16,7 +16,7 @@ from mtp_lightning.decoding.compiled_executor import CompiledExecutor, can_compi
 from mtp_lightning.decoding.exact_executor import ExactExecutor
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
 from mtp_lightning.decoding.executor import EagerExecutor, token_choice
-from mtp_lightning.decoding.limits import check_prompt, end_tokens, resolve_num_masks
+from mtp_lightning.decoding.limits import check_prompt, check_tokens, end_tokens, resolve_num_masks
 from mtp_lightning.decoding.noise import row_seeds
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import make_planner
@@ -77,6 +77,7 @@ def decode_rows(
         raise UsageError(f"seed must be an int or one for each of the {len(prompts)} rows, got {len(seeds)}.")
     for prompt in prompts:
         check_prompt(len(prompt), model.context)
+        check_tokens(prompt, model.unembed.vocab_size)
     limits = [min(len(prompt) + options.max_new_tokens, model.context) for prompt in prompts]
     decode_cache(model).prepare(model)
     choice = token_choice(model, options, seeds)
