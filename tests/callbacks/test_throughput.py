@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,14 @@ def test_figures_by_a_clock_that_the_test_moves(tmp_path: Path, monkeypatch: pyt
     # Two steps of 8 s are done, and two and an evaluation are left; then none are.
     assert float(lines[0]["train/hours_left"]) == pytest.approx((16 + 50) / 3600)
     assert float(lines[1]["train/hours_left"]) == 0
+
+
+def test_the_time_left_ends_with_the_last_epoch() -> None:
+    """Not with ``max_steps`` where ``max_epochs`` ends the run before; Lightning's estimate knows both."""
+    callback = Throughput()
+    callback.clock.began -= 10
+    trainer: Any = SimpleNamespace(global_step=2, max_steps=100, estimated_stepping_batches=4)
+    assert callback._hours_left(trainer)["hours_left"] == pytest.approx(10 / 3600, rel=0.1)  # the test takes time itself
 
 
 def test_evaluations_to_come_by_hand() -> None:

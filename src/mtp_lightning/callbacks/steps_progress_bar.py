@@ -102,8 +102,7 @@ class StepsProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the bar of the run."""
-        total = trainer.max_steps if trainer.max_steps > 0 else float("inf")
-        self._start("step", min(total, float(trainer.estimated_stepping_batches)), trainer.global_step)
+        self._start("step", float(trainer.estimated_stepping_batches), trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count time as that of steps again, after an evaluation."""

@@ -132,8 +132,7 @@ class Throughput(Callback):
         return {"model_flop_utilization": flops / seconds / (peak * 1e12)}
 
     def _hours_left(self, trainer: Trainer) -> dict[str, float]:
-        total = trainer.max_steps if trainer.max_steps > 0 else float(trainer.estimated_stepping_batches)
-        left = self.clock.seconds_left(trainer.global_step, total)
+        left = self.clock.seconds_left(trainer.global_step, float(trainer.estimated_stepping_batches))
         return {} if left is None else {"hours_left": left / 3600}
 
     def peak(self, device: torch.device) -> float | None:
