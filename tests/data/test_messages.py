@@ -172,7 +172,7 @@ def test_what_is_no_call_is_refused(calls: object) -> None:
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 @pytest.mark.parametrize("call", [{"tool_calls": [{"name": "two"}]}, {"function_call": {"name": "two"}}])
-@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}])
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": None}, {}, {"role": None, "from": "gpt"}])
 def test_calls_that_the_template_does_not_write(template: str, call: dict, content: dict) -> None:
     """An answer of nothing else is not trained: it would teach to say nothing."""
     calling = {"role": "assistant", **content, **call}

@@ -152,7 +152,8 @@ def _clean_message(message: Any) -> Message:
     fields = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
     if "role" not in fields and isinstance(fields.get("from"), str):
         speaker = fields.pop("from")
-        fields = {"role": _SPEAKERS.get(speaker, speaker), "content": fields.pop("value", None)} | fields
+        said = {"content": fields.pop("value")} if "value" in fields else {}
+        fields = {"role": _SPEAKERS.get(speaker, speaker)} | said | fields
     for name in CALLS:
         if name in fields:
             calls = _objects(fields.pop(name), f"{name} of a message")
