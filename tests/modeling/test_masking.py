@@ -118,11 +118,11 @@ def test_a_row_by_hand(name: str) -> None:
 
 def test_rows_of_a_batch_are_padded() -> None:
     rows = [token_row([10, 11, 12, 13], row_id=5), token_row([20, 21, 22], row_id=7)]
-    batch = build_masked_input(rows, 2, pad_to_multiple_of=3)
-    assert batch.input_ids.tolist() == [[10, 11, 12, 13, 0, 0], [20, 21, 22, 0, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 0], [0, 1, 2, 0, 0, 0]]
-    assert batch.document_ids.tolist() == [[0, 0, 0, 0, -1, -1], [0, 0, 0, -1, -1, -1]]
-    assert batch.ntp_labels.tolist() == [[11, 12, 13, X, X, X], [21, 22, X, X, X, X]]
+    batch = build_masked_input(rows, 2)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 13], [20, 21, 22, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
+    assert batch.document_ids.tolist() == [[0, 0, 0, 0], [0, 0, 0, -1]]
+    assert batch.ntp_labels.tolist() == [[11, 12, 13, X], [21, 22, X, X]]
     assert batch.starts.tolist() == [[0, 1], [0, -1]]
     assert batch.mtp_labels.tolist() == [[[12, 13], [13, X]], [[22, X], [X, X]]]
     assert batch.anchor_weights.tolist() == [[[1, H], [H, 0]], [[1, 0], [0, 0]]]

@@ -125,7 +125,6 @@ def build_masked_input(
     seed: int = 0,
     epoch: int = 0,
     context: int | None = None,
-    pad_to_multiple_of: int = 1,
 ) -> MaskedInput:
     """Place blocks in every row and pad the rows to one batch.
 
@@ -139,7 +138,6 @@ def build_masked_input(
         seed: seed of the starts and the noise.
         epoch: changes them from epoch to epoch; give a constant for validation.
         context: the model's context length; MTP positions at or past it are dropped. None: no limit.
-        pad_to_multiple_of: L is padded to a multiple of this, so that shapes repeat.
 
     Returns:
         The batch. P is at least 1: a batch without any block has one empty block, so that every trained parameter
@@ -156,8 +154,7 @@ def build_masked_input(
         generator = torch.Generator().manual_seed(int(state) >> 1)
         blocks.append(_row_blocks(row, num_masks, num_blocks, generator, context))
 
-    longest = max(len(row.input_ids) for row in rows)
-    L = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    L = max(len(row.input_ids) for row in rows)
     P = max(1, max(len(b.starts) for b in blocks))
     return MaskedInput(
         input_ids=_pad_and_stack([row.input_ids for row in rows], L, 0),
