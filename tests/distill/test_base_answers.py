@@ -10,7 +10,7 @@ import torch
 from tiny import CONTEXT, greedy_text, tiny_base
 from transformers import GenerationConfig
 
-from mtp_lightning.distill.base_answers import NamedPrompt, SeededNoise, base_answers, base_batches
+from mtp_lightning.distill.base_answers import NamedPrompt, SeededDraw, base_answers, base_batches
 from mtp_lightning.distill.options import AnswerOptions
 from mtp_lightning.errors import UsageError
 from mtp_lightning.text.prompts import Prompt
@@ -79,7 +79,7 @@ def test_noise_draws_from_the_distribution() -> None:
     """20,000 rows of the same logits: each share within 4.5 standard errors; a token of probability 0 never comes."""
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, -torch.inf, 0.5])
     n = 20_000
-    drawn = SeededNoise(list(range(n)), torch.device("cpu"))(torch.empty(0), logits.expand(n, -1)).argmax(-1)
+    drawn = SeededDraw(list(range(n)), torch.device("cpu"))(torch.empty(0), logits.expand(n, -1)).argmax(-1)
     counts = Counter(drawn.tolist())
     for token, p in enumerate(logits.softmax(-1).tolist()):
         assert abs(counts[token] / n - p) <= 4.5 * (p * (1 - p) / n) ** 0.5, token

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base model answers prompts: batched, greedy or sampled, by transformers' own ``generate``. No mask, no adapter.
 
-The noise of a sampled answer comes from the row's own seed, and the batches are the same in every run over the same
+The random numbers of a sampled answer come from the row's own seed, and the batches are the same in every run over the same
 prompts, so an interrupted and resumed run writes what an uninterrupted one would have written.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mtp_lightning.decoding.limits import base_end_tokens
+from mtp_lightning.decoding.noise import TOKEN_STREAM, noise_keys, uniform_noise
 from mtp_lightning.distill.options import AnswerOptions
 from mtp_lightning.errors import RunError
 from mtp_lightning.modeling.decoder import context_length, text_config
@@ -45,18 +47,23 @@ class Answer(NamedTuple):
     ended: bool  # True if it ends in an end token, False if it was cut at the limit
 
 
-class SeededNoise(LogitsProcessor):
-    """Gumbel noise from one generator per row: the argmax of the sum is a sample from the row's distribution."""
+class SeededDraw(LogitsProcessor):
+    """Draws a token from each row's distribution, by one random number that depends on the row's seed and the step alone.
+
+    Where cumulated probabilities pass it, the token lies (Devroye 1986, section III.2): one number a row, not one a token.
+    """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.seeds, self.step = torch.tensor(seeds, device=device), 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits with noise, [B, V]."""
-        noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() - noise.clamp_min_(torch.finfo(torch.float32).tiny).log()
+        """Scores [B, V] that are 0 for the token drawn from the logits, and minus infinity elsewhere."""
+        cumulated = scores.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        steps = torch.full((len(self.seeds), 1), self.step, device=scores.device)
+        number = uniform_noise(noise_keys(self.seeds, steps, TOKEN_STREAM)) * cumulated[:, -1:]
+        self.step += 1
+        tokens = torch.searchsorted(cumulated, number, right=True).clamp_max_(scores.shape[-1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(-1, tokens, 0.0)
 
 
 def base_batches(prompts: Sequence[NamedPrompt], batch_size: int, context: int, new_tokens: int) -> list[list[NamedPrompt]]:
@@ -132,4 +139,4 @@ def _processors(options: AnswerOptions, row_ids: list[str | int], device: torch.
     chain: list[Any] = [TemperatureLogitsWarper(float(options.temperature))]
     chain += [TopKLogitsWarper(options.top_k)] if options.top_k is not None else []
     chain += [TopPLogitsWarper(options.top_p)] if options.top_p is not None else []
-    return LogitsProcessorList([*chain, SeededNoise([options.row_seed(row_id) for row_id in row_ids], device)])
+    return LogitsProcessorList([*chain, SeededDraw([options.row_seed(row_id) for row_id in row_ids], device)])
