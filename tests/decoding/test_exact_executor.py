@@ -92,6 +92,9 @@ def test_a_kept_cache_that_other_passes_filled_is_not_used() -> None:
     steps.clear()
     list(decode(model, prompt, DecodingOptions(exact=True, **options), cache))
     assert type(steps[0]).__name__ == "StepInput"  # what passes of the same shape computed is used
+    steps.clear()
+    list(decode(model, prompt, DecodingOptions(exact=True, num_masks=2, **options), cache))
+    assert type(steps[0]).__name__ == "PromptChunk"  # what passes of another shape computed is not
 
 
 def test_what_cannot_be_exact_is_refused() -> None:

@@ -48,7 +48,7 @@ class CompiledExecutor(EagerExecutor):
             else:
                 cache = kept
                 cache.rewind(prompts[0].tolist())
-                cache.exact = False
+                cache.exact = 0
             self._max_slots = rounded_slots(max_slots)
             cache.reserve(self._max_slots, self._max_slots)
             cache.wipe()

@@ -70,10 +70,10 @@ class ExactExecutor(EagerExecutor):
     @contextlib.contextmanager
     def open_cache(self, prompts: Sequence[Tensor], max_length: int, kept: RowCache | None) -> Iterator[RowCache]:
         """See ``EagerExecutor``. The cache has all its slots from the beginning."""
-        if kept is not None and not kept.exact:  # what it holds was computed by passes of other shapes
+        if kept is not None and kept.exact != self._layout.size:  # what it holds was computed by passes of other shapes
             kept.lengths = [0]
         with super().open_cache(prompts, max_length, kept) as cache:
-            cache.exact = True
+            cache.exact = self._layout.size
             slots = -(-max(self._max_slots, cache.capacity) // SLOTS) * SLOTS
             cache.reserve(slots, slots)
             cache.wipe()

@@ -76,7 +76,7 @@ class EagerExecutor:
         self._max_slots = max_length + self.max_positions
         cache = RowCache(self.model.base, len(prompts)) if kept is None else kept
         cache.rewind(prompts[0].tolist())
-        cache.exact = False
+        cache.exact = 0
         yield cache
 
     def run(self, plan: Plan, state: DecodeState) -> StepResult:

@@ -124,7 +124,7 @@ class RowCache(Cache):
 
     Attributes:
         fixed: True if steps read all slots, whatever the lengths of rows, so that their shapes never change.
-        exact: True if all that it holds was computed by passes of one shape (``ExactExecutor``).
+        exact: positions of each pass if all that it holds was computed by passes of one shape (``ExactExecutor``); else 0.
         graphs: graphs of steps over these buffers, by what they feed; dropped when the buffers grow.
         lengths: tokens of each row that count.
         tokens: those tokens, and behind them what the last step fed, [B, capacity] int64.
@@ -136,7 +136,8 @@ class RowCache(Cache):
         self.windows = set(windows)
         self._place = _Place()
         self._place.rows = num_rows
-        self.fixed = self.exact = False
+        self.fixed = False
+        self.exact = 0
         self.graphs: dict[Any, Any] = {}
         self.lengths = [0] * num_rows
         self.tokens = torch.zeros(num_rows, 0, dtype=torch.int64, device=base.device)
