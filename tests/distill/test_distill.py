@@ -69,8 +69,9 @@ def test_a_file_that_a_kill_left_is_completed(tmp_path: Path, base: str) -> None
     lines = whole.read_bytes().splitlines(keepends=True)
     killed.write_bytes(b"".join(lines[:5]) + lines[5][:30])
     assert mtp(*words, "--batch_size", 3, "--output", killed) == 0
-    # Of 12 answers one is nothing but white space.
-    assert len(read(killed)) == 11 and {row["id"]: row for row in read(killed)} == {row["id"]: row for row in read(whole)}
+    assert len(read(killed)) == len(read(whole)) and {row["id"]: row for row in read(killed)} == {
+        row["id"]: row for row in read(whole)
+    }
     # Training reads exactly those tokens, with a loss on the answer.
     rows = prepare(str(whole), word_tokenizer(bos=False), max_length=64)[0].rows
     for number, row in enumerate(read(whole)):
