@@ -151,11 +151,15 @@ class GRUSamplerHead(SamplerHead):
         self.read_hidden = read_hidden
         self.normalize = normalize
 
+    def state_size(self, width: int) -> int:
+        """The width w on a base of hidden size ``width``."""
+        if self.hidden_size is None:
+            return width
+        return 8 * max(1, round(self.hidden_size * width / 8)) if self.hidden_size <= MAX_SHARE else int(self.hidden_size)
+
     def build(self, width: int) -> None:
         """Create the layers."""
-        w = width if self.hidden_size is None else int(self.hidden_size)
-        if self.hidden_size is not None and self.hidden_size <= MAX_SHARE:
-            w = 8 * max(1, round(self.hidden_size * width / 8))
+        w = self.state_size(width)
         self.previous_norm = nn.LayerNorm(width) if self.normalize else nn.Identity()
         self.hidden_norm = nn.LayerNorm(width) if self.normalize else nn.Identity()
         self.output_scale = w**-0.5 if self.normalize else 1.0

@@ -100,6 +100,7 @@ def test_validate_and_test_leave_the_run_as_it_is(run: Path, capsys) -> None:
     after = files_of(run)
     assert {name: after[name] for name in files} == files
     assert set(after) - set(files) == {"validate/metrics.csv", "test/metrics.csv"}
+    assert mtp("validate", "--config", "config.yaml", "--ckpt_path", "run") == 0  # the folder of a run: its best checkpoint
 
 
 def test_a_run_begins_with_the_weights_of_another(run: Path, capsys) -> None:
@@ -117,11 +118,13 @@ def test_weights_to_begin_with_must_fit(run: Path, capsys) -> None:
     for key, options in {
         "model.num_masks": ["--model.num_masks", "2"],
         "model.lora.rank": ["--model.lora.rank", "4"],
-        "model.sampler_head": ["--model.sampler_head.init_args.hidden_size", "4"],
+        "model.sampler_head.init_args.hidden_size": ["--model.sampler_head.init_args.hidden_size", "16"],
         "model.init_from": ["--model.init_from", "nowhere.ckpt"],
     }.items():
         assert fit("--model.init_from", "run", "--trainer.logger.save_dir", "second", *options) == 1
         assert key in capsys.readouterr().err
+    share = ["--model.sampler_head.init_args.hidden_size", "0.25"]  # of 32: the 8 of the other run
+    assert fit("--model.init_from", "run", "--trainer.logger.save_dir", "second", *share) == 0
 
 
 def test_a_standard_lora_without_sampler_head(here: Path) -> None:

@@ -36,6 +36,7 @@ from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.paths import check_writable
 from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import run_of
+from mtp_lightning.saving.load import run_checkpoint
 from mtp_lightning.trainer import AtomicCheckpointIO, MetricsWriter
 from mtp_lightning.trainer.earlier_run import (
     appends_metrics,
@@ -231,15 +232,17 @@ class MTPCLI(LightningCLI):
         self.trainer.loggers = [CSVLogger(self._run_folder / str(self.subcommand), name="", version=""), *others]
 
     def _checkpoint_path(self) -> str | None:
-        """``ckpt_path``, with ``last`` replaced by the file that it stands for."""
+        """``ckpt_path``, with ``last`` and, but in ``fit``, the folder of a run replaced by the file that it stands for."""
         path: str | None = self._get(self.config, "ckpt_path")
         may_begin = path == "auto" and self.subcommand == "fit"
         if path in ("", "best", "hpc", "registry"):  # Lightning's words, which need a trainer that has trained
             raise UsageError(f"ckpt_path must be the path of a .ckpt file, last or auto, got {path!r}.")
         if path == "last" or may_begin:
             path = last_checkpoint(self.trainer, self._run_folder, may_begin)
-            for config in (self.config, self.config_init):
-                config[self.subcommand].ckpt_path = path
+        elif path and self.subcommand != "fit" and (best := run_checkpoint(Path(path))) is not None:
+            path = str(best)
+        for config in (self.config, self.config_init):
+            config[self.subcommand].ckpt_path = path
         return path
 
     def _check_checkpoint(self, path: str) -> bool:

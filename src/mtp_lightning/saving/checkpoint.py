@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from mtp_lightning.errors import RunError, os_reason
 from mtp_lightning.modeling.gated_lora import LoRA, adapted_layers
 from mtp_lightning.paths import absolute_name, is_on_disk
+from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.saving.base_identity import hub_commit, layer_shape, warn_if_other_base
 from mtp_lightning.saving.trained_parts import TrainedParts, build_head, head_settings, shape_mismatch
 
@@ -80,9 +81,6 @@ def compare_settings(
     """Refuse trained parts whose settings are not those of a configuration; see ``check_settings``."""
     base, expected_base = settings["base"], expected["base"]
     lora, expected_lora = settings["lora"], expected["lora"]
-    heads = [settings["sampler_head"], expected["sampler_head"]]
-    if all(heads) and heads[0]["class_path"] == heads[1]["class_path"]:
-        heads = [head_settings(build_head(head)) for head in heads]  # with arguments that the class did not have then
     pairs = [
         *((f"base {k}", base[k], expected_base[k], "model.base_model") for k in base if k in expected_base),
         ("num_masks", settings["num_masks"], expected["num_masks"], "model.num_masks"),
@@ -92,13 +90,30 @@ def compare_settings(
             for k in LORA_WEIGHT_SETTINGS
             if not _same_lora(k, lora, expected_lora, base_config)
         ),
-        ("sampler head", *heads, "model.sampler_head"),
+        *_head_pairs(settings["sampler_head"], expected["sampler_head"], base.get("hidden_size")),
     ]
     for name, value, expected_value, key in pairs:
         if value != expected_value:
-            raise RunError(f"{source}'s {name} is {value}, the configuration's {expected_value} ({key}).")
+            raise RunError(f"{source}: {name} is {value}, the configuration's {expected_value} ({key}).")
     if "base_model" in expected:
         warn_if_other_base(settings["base_model"], settings["revision"], expected["base_model"], expected["revision"])
+
+
+def _head_pairs(head: Any, expected: Any, width: int | None) -> Iterator[tuple[str, Any, Any, str]]:
+    """What two sampler heads on a base of this width are compared by: name, value, expected value and key."""
+    if not (head and expected and head["class_path"] == expected["class_path"]):
+        yield "sampler head", head, expected, "model.sampler_head"
+        return
+    arguments = []
+    for settings in (head, expected):
+        built = build_head(settings)
+        found = head_settings(built)  # with arguments that the class did not have then
+        assert found is not None
+        if isinstance(built, GRUSamplerHead) and width is not None:  # a share, or the number that it stands for
+            found["init_args"]["hidden_size"] = built.state_size(width)
+        arguments.append(found["init_args"])
+    for name, value in arguments[0].items():
+        yield f"the sampler head's {name}", value, arguments[1][name], f"model.sampler_head.init_args.{name}"
 
 
 def _same_lora(key: str, a: dict[str, Any], b: dict[str, Any], base_config: Callable[[], Any] | None) -> bool:
