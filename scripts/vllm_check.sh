@@ -59,7 +59,7 @@ for folder in "${folders[@]}"; do
   check benchmarks/vllm/check.py "$folder" --parts texts --dtype bfloat16
   check benchmarks/vllm/check.py "$folder" --parts features memory --decoding linear
   check benchmarks/vllm/check.py "$folder" --parts memory --decoding alternating
-  check benchmarks/vllm/sampling.py "$folder" --texts 300
+  check benchmarks/vllm/sampling.py "$folder" --texts 150
   check benchmarks/vllm/stress.py "$folder"
   check benchmarks/vllm/server.py "$folder"
 done
