@@ -113,6 +113,16 @@ def test_batches_are_sorted_and_full_prompts_go_alone() -> None:
     ]
 
 
+def test_each_step_of_a_batch_is_reported() -> None:
+    """The last batch has less room than asked for; a batch that is done is not answered, and reports nothing."""
+    base, items, steps = tiny_base("llama"), prompts([3, 4, CONTEXT - 2, 5, 5]), []
+    batches = base_answers(
+        base, None, items, AnswerOptions(max_new_tokens=3), 2, ("r1", "r3", "r4"), lambda *step: steps.append(step)
+    )
+    assert len(list(batches)) == 2
+    assert steps == [(1, 3, 0), (1, 3, 1), (1, 3, 2), (1, 2, 0), (1, 2, 1)]
+
+
 def test_row_seeds() -> None:
     options = AnswerOptions(seed=1)
     seeds = [options.row_seed(name) for name in (1, "1", 2, "x")]

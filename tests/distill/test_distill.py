@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,18 @@ def test_rows_hold_prompt_answer_and_their_tokens(tmp_path: Path, base: str, cap
         assert row["completion"] == decode_behind(tokenizer, prompt, expected)
         assert row["finish_reason"] == ("stop" if expected[-1] in (2, 4) else "length")
         assert row.get("domain") == question.get("domain") and row["seed"] is None
+
+
+def test_progress_within_a_batch(tmp_path: Path, base: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of the work is said first, and the first lines come before the first batch is done."""
+    monkeypatch.setattr("mtp_lightning.commands.progress.SECONDS_BETWEEN_LINES", 0.0)
+    write_rows(tmp_path / "q.jsonl", questions(4))
+    words = ["--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl", "--max_new_tokens", 6, "--batch_size", 3]
+    assert mtp("distill", base, *words, "--temperature", 0.7) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "prompts" in line]
+    assert lines[0] == "distill: 4 prompts, at most 6 new tokens each (--max_new_tokens), in batches of 3"
+    assert re.fullmatch(r"\[ +\d+ s\] prompts: 0 of 4, batch of 3 at token 1 of 6, 0:\d\d:\d\d left", lines[1])
+    assert re.fullmatch(r"\[ +\d+ s\] prompts: 3 of 4, batch of 1 at token 1 of 6, 0:\d\d:\d\d left", lines[7])
 
 
 def test_a_file_that_a_kill_left_is_completed(tmp_path: Path, base: str) -> None:

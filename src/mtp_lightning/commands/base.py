@@ -57,7 +57,9 @@ def run_base(options: Any) -> None:
             print("converting ...", flush=True)
             _convert(gguf, license_file, folder)
         print(f"saved SmolLM2-135M-Instruct to {folder}")
-    print(f"next: mtp distill {folder} --prompts prompts.jsonl --output answers.jsonl --temperature 0.7")
+    print(
+        f"next: mtp distill {folder} --prompts prompts.jsonl --output answers.jsonl --temperature 0.7 --max_new_tokens 256"
+    )
 
 
 def _is_ours(folder: Path) -> bool:

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
 from mtp_lightning.distill.reply_tokens import reply_tokens
 from mtp_lightning.distill.tasks import LeftOut, Task, check_ids, tasks_of
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.modeling.base import hub_file, load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import check_exists, resolve
@@ -60,8 +61,7 @@ def run_distill(config: Any) -> None:
         num_done = len(file.done)
         for row_id in file.empty:
             job.left_out.add(EMPTY, row_id)
-        answers = _server_answers(job, file) if server else _base_answers(job, file, config)
-        summary = _write(answers, file, len(job.tasks))
+        summary = _write(job, file, config)
         if job.left_out.counts and not file.done:
             raise RunError(f"no row was answered; {job.left_out}.")
     left_out = f"; {job.left_out}" if job.left_out.counts else ""
@@ -88,16 +88,26 @@ def _read_job(config: Any, shard: int, num_shards: int) -> Job:
     return Job(tasks, left_out, context, base_config.vocab_size, tokenizer, base_model, revision, answers, endpoint)
 
 
-def _write(answers: Iterable[list[dict[str, Any]]], file: AnswerFile, total: int) -> str:
+def _write(job: Job, file: AnswerFile, config: Any) -> str:
     """Write rows as they come and report progress; returns the last report."""
-    began, num_tokens, before = time.monotonic(), 0, len(file.done) + len(file.empty)
+    server, before, limit = job.endpoint.endpoint, len(file.done) + len(file.empty), job.answers.max_new_tokens
+    total = len(job.tasks) - before
+    together = f"{job.endpoint.concurrency} at once" if server else f"in batches of {config.batch_size}"
+    note(f"distill: {total:,} prompts, at most {limit:,} new tokens each (--max_new_tokens), {together}")
+    began, num_tokens = time.monotonic(), 0
     with counted("prompts") as progress:
-        for rows in answers:
+
+        def in_batch(answers: int, limit: int, tokens: int) -> None:
+            if tokens:
+                done = len(file.done) + len(file.empty) - before + answers * tokens / limit
+                progress(done, total, f"batch of {answers} at token {tokens} of {limit}")
+
+        for rows in _server_answers(job, file) if server else _base_answers(job, file, config, in_batch):
             file.append(rows)
             num_tokens += sum(len(row["completion_ids"]) for row in rows)
-            progress(len(file.done) + len(file.empty) - before, total - before)
+            progress(len(file.done) + len(file.empty) - before, total)
     rate = num_tokens / max(time.monotonic() - began, 1e-9)
-    return f"distill: {len(file.done):,} of {total:,} rows, {num_tokens:,} tokens, {rate:,.0f} tokens/s"
+    return f"distill: {len(file.done):,} of {len(job.tasks):,} rows, {num_tokens:,} tokens, {rate:,.0f} tokens/s"
 
 
 def chosen_shard(text: str | None) -> tuple[int, int]:
@@ -160,14 +170,16 @@ def _check_prompts(file: AnswerFile, job: Job) -> None:
             )
 
 
-def _base_answers(job: Job, file: AnswerFile, config: Any) -> Iterator[list[dict[str, Any]]]:
+def _base_answers(
+    job: Job, file: AnswerFile, config: Any, on_step: Callable[[int, int, int], None]
+) -> Iterator[list[dict[str, Any]]]:
     """Rows answered by the base model, a batch at a time."""
     done = {*file.done, *file.empty}
     if job.tasks.keys() <= done:
         return
     base = load_base(job.base_model, job.revision, config.dtype, device=config.device or _default_device())
     prompts = [NamedPrompt(row_id, task.prompt) for row_id, task in job.tasks.items()]
-    for answers in base_answers(base, job.tokenizer, prompts, job.answers, config.batch_size, done):
+    for answers in base_answers(base, job.tokenizer, prompts, job.answers, config.batch_size, done, on_step):
         rows, empty = [], []
         for answer in answers:
             task = job.tasks[answer.row_id]

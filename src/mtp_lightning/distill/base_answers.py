@@ -8,7 +8,8 @@ prompts, so an interrupted and resumed run writes what an uninterrupted one woul
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,18 @@ class SeededDraw(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter_(-1, tokens, 0.0)
 
 
+class TokenCount(LogitsProcessor):
+    """Leaves the scores as they are, and says at each step how many tokens the answers of a batch have."""
+
+    def __init__(self, prompt_length: int, report: Callable[[int], None]) -> None:
+        self.prompt_length, self.report = prompt_length, report
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores [B, V]."""
+        self.report(input_ids.shape[1] - self.prompt_length)
+        return scores
+
+
 def base_batches(prompts: Sequence[NamedPrompt], batch_size: int, context: int, new_tokens: int) -> list[list[NamedPrompt]]:
     """Batches of prompts of similar length, the same in every run; each prompt leaves room for at least one token.
 
@@ -88,18 +101,21 @@ def base_answers(
     options: AnswerOptions,
     batch_size: int,
     done: Collection[str | int] = (),
+    on_step: Callable[[int, int, int], None] = lambda answers, limit, tokens: None,
 ) -> Iterator[list[Answer]]:
     """The base model's answers, batch by batch, without those of the row ids in ``done``.
 
-    ``prompts`` are all of this process, in the same order in every run; each leaves room for at least one token. RunError if
-    a batch does not fit in memory.
+    ``prompts`` are all of this process, in the same order in every run; each leaves room for at least one token.
+    ``on_step`` is called at each step of a batch with the number of its answers, the limit of their tokens, and their
+    tokens so far.
+    RunError if a batch does not fit in memory.
     """
     context, ends = context_length(text_config(base)), base_end_tokens(base, tokenizer)
     # Some configurations say -1 where there is no padding token.
     pad = next((token for token in (text_config(base).pad_token_id, *ends) if token is not None and token >= 0), 0)
     base.generation_config = GenerationConfig()  # the base's own may hold a temperature or a penalty
     for batch in base_batches(prompts, batch_size, context, options.max_new_tokens):
-        if all(prompt.row_id in done for prompt in batch):
+        if not (num_answers := sum(prompt.row_id not in done for prompt in batch)):
             continue
         longest = max(prompt.length for prompt in batch)
         ids = torch.full((len(batch), longest), pad)
@@ -107,9 +123,11 @@ def base_answers(
         for row, prompt in enumerate(batch):  # padding on the left: all answers begin at the same position
             ids[row, longest - prompt.length :] = torch.tensor(prompt.prompt.input_ids)
             mask[row, longest - prompt.length :] = 1
+        limit = min(options.max_new_tokens, context - longest)
+        count = TokenCount(longest, partial(on_step, num_answers, limit))
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=min(options.max_new_tokens, context - longest),
+            max_new_tokens=limit,
             eos_token_id=sorted(ends) or None,
             pad_token_id=pad,
         )
@@ -118,7 +136,7 @@ def base_answers(
                 ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 generation_config=config,
-                logits_processor=_processors(options, [prompt.row_id for prompt in batch], base.device),
+                logits_processor=_processors(options, [prompt.row_id for prompt in batch], base.device, count),
             )
         except torch.OutOfMemoryError as error:
             remedy = f"lower --batch_size ({batch_size}) and run the command again to resume"
@@ -133,10 +151,12 @@ def _answer(row_id: str | int, tokens: list[int], ends: set[int]) -> Answer:
     return Answer(row_id, tokens if end is None else tokens[: end + 1], end is not None)
 
 
-def _processors(options: AnswerOptions, row_ids: list[str | int], device: torch.device) -> LogitsProcessorList:
+def _processors(
+    options: AnswerOptions, row_ids: list[str | int], device: torch.device, count: TokenCount
+) -> LogitsProcessorList:
     if options.temperature == 0:
-        return LogitsProcessorList()
-    chain: list[Any] = [TemperatureLogitsWarper(float(options.temperature))]
+        return LogitsProcessorList([count])
+    chain: list[Any] = [count, TemperatureLogitsWarper(float(options.temperature))]
     chain += [TopKLogitsWarper(options.top_k)] if options.top_k is not None else []
     chain += [TopPLogitsWarper(options.top_p)] if options.top_p is not None else []
     return LogitsProcessorList([*chain, SeededDraw([options.row_seed(row_id) for row_id in row_ids], device)])
