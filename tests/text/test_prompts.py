@@ -22,6 +22,7 @@ from mtp_lightning.text.prompts import (
     UnusablePrompt,
     encode_prompt,
     encode_prompt_row,
+    fields_line,
     read_prompt_rows,
     read_prompts,
 )
@@ -208,6 +209,43 @@ def test_rows_of_every_format_and_field(tmp_path: Path, write) -> None:
     assert [(row.content, row.domain) for row in read_prompt_rows(source)] == [('one, "two"', "a"), ("three", "b")]
     with pytest.raises(RunError, match="p.json, row 1: .*question.* rounds"):
         read_prompt_rows(write("p.json", json.dumps([{"rounds": ["one"]}], indent=1)))
+
+
+def test_the_input_of_self_instruct(tmp_path: Path, write) -> None:
+    rows = [
+        {"id": "s0", "instruction": "one", "input": None, "instances": [{"input": "two", "output": "x"}]},
+        {"instruction": "one", "input": "three", "instances": [{"input": "two"}]},
+        {"instruction": "one", "instances": [{"input": "", "output": "x"}]},
+        {"instruction": "one", "instances": []},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    for source in (write("p.jsonl", rows), str(tmp_path / "p.parquet")):
+        assert [row.content for row in read_prompt_rows(source)] == ["one\n\ntwo", "one\n\nthree", "one", "one"]
+    with pytest.raises(RunError, match="line 1: input must be text"):
+        read_prompt_rows(write("p.jsonl", [{"instruction": "one", "instances": [{"input": 3}]}]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        (
+            [{"prompt": "one", "question": "two", "id": 3, "x": None}],
+            "prompts from 'prompt'; not used: question",
+        ),
+        ([{"prompt": chat("one"), "turns": ["two"]}], "prompts from 'turns'; not used: prompt"),
+        ([{"prompt": "one", "messages": chat("two")}, {"prompt": "one"}], "prompts from 'messages' and 'prompt'"),
+        ([{"conversations": chat("one")}, {"prompt": ["one"]}], "prompts from 'conversations' and 'prompt'"),
+        ([{"turns": ["one"], "question": "two"}], "prompts from 'turns'; not used: question"),
+        (
+            [{"instruction": "one", "instances": [{"input": "two"}], **dict.fromkeys("abcdef", 1)}],
+            "prompts from 'instruction' and 'instances'; not used: a, b, c, d and 2 more",
+        ),
+        ([{"instruction": "one", "instances": [{"output": "two"}]}], "prompts from 'instruction'; not used: instances"),
+        ("one", ""),
+    ],
+)
+def test_the_fields_are_named(write, rows: list[dict] | str, line: str) -> None:
+    assert fields_line(read_prompt_rows(write("p.txt" if rows == "one" else "p.jsonl", rows))) == line
 
 
 @pytest.mark.parametrize("name", ["turns", "prompt"])

@@ -29,7 +29,7 @@ from mtp_lightning.paths import check_exists, resolve
 from mtp_lightning.saving.checkpoint import SETTINGS, named_base, read_checkpoint
 from mtp_lightning.saving.load import check_device, run_checkpoint
 from mtp_lightning.text.detokenizer import decode_behind
-from mtp_lightning.text.prompts import read_prompt_rows
+from mtp_lightning.text.prompts import fields_line, read_prompt_rows
 
 
 class Job(NamedTuple):
@@ -77,6 +77,8 @@ def _read_job(config: Any, shard: int, num_shards: int) -> Job:
         check_device(config.device)
     rows = read_prompt_rows(config.prompts, config.raw)
     check_ids(rows)
+    if line := fields_line(rows):
+        note(f"{config.prompts}: {line}")
     base_config = load_config(base_model, revision).get_text_config(decoder=True)
     context = context_length(base_config)
     tokenizer = load_tokenizer(base_model, revision)

@@ -90,12 +90,24 @@ def _is_message(value: Any) -> bool:
 
 
 def question_of(row: Mapping[str, Any]) -> str | None:
-    """The question in the fields of a row, with its ``input``; None if it has none. A RunError if it is not text."""
+    """The question in the fields of a row, with its ``input``; None if it has none. A RunError if it is not text.
+
+    The input may be in the first of ``instances``, as self-instruct has it.
+    """
     name = next((name for name, _ in QUESTIONS if row.get(name) is not None), None)
     if name is None:
         return None
-    names = (name, "input") if name == "instruction" else (name,)
-    return "\n\n".join(filter(None, (_text_of(row, part) for part in names)))
+    parts = [_text_of(row, name)]
+    if name == "instruction":
+        parts.append(_text_of(row, "input") or _text_of(first_instance(row), "input"))
+    return "\n\n".join(filter(None, parts))
+
+
+def first_instance(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first of a row's ``instances``, empty if it has none."""
+    instances = row.get("instances")
+    first = instances[0] if isinstance(instances, list) and instances else None
+    return first if isinstance(first, dict) else {}
 
 
 def _text_of(row: Mapping[str, Any], name: str) -> str:

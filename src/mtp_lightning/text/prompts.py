@@ -3,9 +3,10 @@
 
 * ``.txt``: one prompt per line; empty lines are skipped.
 * ``.jsonl``, ``.json``, ``.parquet``, ``.csv``: rows with ``prompt`` (text, or a list of messages), ``instruction`` (+
-  ``input``), ``question``, ``messages`` (rendered with the tokenizer's chat template; an assistant's answer at the end is
-  dropped) or ``turns`` (MT-bench's list of texts, of which the first is read), and optionally ``system``, ``tools``,
-  ``raw`` and ``domain`` (or ``category``).
+  ``input``, or self-instruct's ``instances``, of which the first one's ``input`` is read), ``question``, ``messages`` or
+  ``conversations`` (rendered with the tokenizer's chat template; an assistant's answer at the end is dropped) or ``turns``
+  (MT-bench's list of texts, of which the first is read), and optionally ``system``, ``tools``, ``raw`` and ``domain`` (or
+  ``category``).
 * ``-``: standard input, one of the two: JSON where the first line begins with ``{``.
 
 Where the base has a chat template, a text is a user's turn, unless it is raw.
@@ -21,7 +22,15 @@ from typing import Any, NamedTuple
 
 from mtp_lightning.data.chat import render_chat_prompt
 from mtp_lightning.data.formats import CsvFile, JsonFile
-from mtp_lightning.data.messages import Chat, chat_of, clean_messages, clean_tools, question_of, with_parsed_chats
+from mtp_lightning.data.messages import (
+    Chat,
+    chat_of,
+    clean_messages,
+    clean_tools,
+    first_instance,
+    question_of,
+    with_parsed_chats,
+)
 from mtp_lightning.data.tables import ParquetFile
 from mtp_lightning.data.tokenizing import is_utf8, tokenize
 from mtp_lightning.errors import RunError, UsageError, one_line, os_reason
@@ -31,6 +40,9 @@ from mtp_lightning.text.prompt_source import check_source
 
 _FIELDS = ("prompt", "instruction", "question", "messages", "conversations", "conversation", "turns")
 """The fields of a line that hold its prompt."""
+_MORE = {"id", "domain", "category", "tools", "system", "history", "raw"}
+"""The fields that are read beside it."""
+_SHOWN = 4  # of the fields that are not used
 
 
 class UnusablePrompt(RunError):
@@ -60,6 +72,8 @@ class PromptRow(NamedTuple):
     row_id: str | int  # the row's ``id``, or its line number
     tools: list[dict[str, Any]] | None = None  # functions that the assistant may call
     raw: bool = False  # a text that the base continues as it is, without its chat template
+    read: tuple[str, ...] = ()  # the fields that hold the prompt; none in a file of text
+    unused: tuple[str, ...] = ()  # other fields with a value, except those that are read beside it
 
 
 def read_prompts(
@@ -92,7 +106,7 @@ def read_prompt_rows(source: str, raw: bool = False) -> list[PromptRow]:
     """
     suffix = check_source(source)
     if suffix in (".json", ".ndjson", ".csv", ".parquet"):
-        name, path, more = source, Path(resolve(source)), ("id", "category", "raw", "turns")
+        name, path, more = source, Path(resolve(source)), ("id", "category", "raw", "turns", "instances")
         part = CsvFile(path) if suffix == ".csv" else ParquetFile(path, more) if suffix == ".parquet" else JsonFile(path)
         rows = [_parse_fields(row.fields, f"{source}, {part.unit} {row.place}", row.place) for row in part.rows()]
     else:
@@ -167,16 +181,39 @@ def _parse_fields(value: Any, location: str, number: int) -> PromptRow:
         row_id = int(row_id)
     if not isinstance(row_id, str | int) or not is_utf8(str(row_id)):
         raise RunError(f"{location}: expected id as UTF-8 text or a number, got {row_id!r}.")
-    return PromptRow(location, content, domain or "", row_id, tools, raw)
+    read = _fields_read(value)
+    unused = (name for name in value if value[name] is not None and name not in _MORE and name not in read)
+    return PromptRow(location, content, domain or "", row_id, tools, raw, read, tuple(unused))
+
+
+def fields_line(rows: Sequence[PromptRow]) -> str:
+    """Which fields the prompts of a file were read from, and which ones are not used; empty for a file of text."""
+    read = list(dict.fromkeys(name for row in rows for name in row.read))
+    unused = [name for name in dict.fromkeys(name for row in rows for name in row.unused) if name not in read]
+    shown = ", ".join(unused[:_SHOWN]) + (f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else "")
+    line = f"prompts from {' and '.join(map(repr, read))}" + (f"; not used: {one_line(shown, 120)}" if unused else "")
+    return line if read else ""
+
+
+def _fields_read(value: dict[str, Any]) -> tuple[str, ...]:
+    """The fields of a line that ``_content`` reads its prompt from."""
+    if name := _field_of_turns(value):
+        return (name,)
+    given = {name for name in _FIELDS if value.get(name) is not None}
+    if "prompt" in given and (isinstance(value["prompt"], list) or "messages" not in given):
+        return ("prompt",)
+    name = next((name for name in ("messages", "conversations", "conversation", *_FIELDS) if name in given), None)
+    if name != "instruction":
+        return (name,) if name else ()
+    inputs = ("input",) if value.get("input") else ("instances",) if first_instance(value).get("input") else ()
+    return (name, *inputs)
 
 
 def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], list[dict[str, Any]] | None]:
     """The text, or the messages without an answer at their end, and the tools of a line; empty if it asks nothing."""
     value = dict(with_parsed_chats(value))
-    for name in ("prompt", "turns"):
-        turns = value.get(name)
-        if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
-            return turns[0], None  # later turns would follow answers that are not there yet
+    if name := _field_of_turns(value):
+        return value[name][0], None  # later turns would follow answers that are not there yet
     try:
         chat = _chat(value)
         if isinstance(chat, str):
@@ -191,6 +228,12 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
         return "", None
     fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
     raise RunError(f"{location}: expected one of {', '.join(_FIELDS)}, got the fields: {fields}.")
+
+
+def _field_of_turns(value: dict[str, Any]) -> str | None:
+    """The field of a line that is a list of texts, or None."""
+    lists = {name: value[name] for name in ("prompt", "turns") if isinstance(value.get(name), list) and value[name]}
+    return next((name for name, turns in lists.items() if all(isinstance(turn, str) for turn in turns)), None)
 
 
 def _chat(value: dict[str, Any]) -> str | Chat | None:
