@@ -36,7 +36,8 @@ def decode_json(text: str, begin: int = 0) -> tuple[Any, int]:
 def not_json(error: Exception, source: str, line: int = 1) -> RunError:
     """The error for text that begins at a line of the source and that ``decode_json`` failed on."""
     if isinstance(error, json.JSONDecodeError):
-        problem = f"line {line - 1 + error.lineno}: expected JSON, got {error.msg} at column {error.colno}"
+        what = error.msg.removesuffix(" at").removesuffix(" starting")  # some end like this, others do not
+        problem = f"line {line - 1 + error.lineno}: expected JSON, got {what} at column {error.colno}"
         return RunError(f"{source}, {problem}. Correct or delete the line.")
     return RunError(f"{source}, line {line}: expected JSON, got what Python does not read: {one_line(error)}.")
 

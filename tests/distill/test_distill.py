@@ -164,11 +164,12 @@ def test_prompts_without_room_are_counted(tmp_path: Path, base: str, capsys) -> 
 
 def test_rows_without_a_prompt_are_left_out_and_counted(tmp_path: Path, base: str, capsys) -> None:
     empty = [{"prompt": None}, {"prompt": ""}, {"messages": []}, {"messages": [{"role": "assistant", "content": "one"}]}]
+    empty += [{"messages": [{"role": "user", "content": None}]}, {"messages": [{"role": "system", "content": "one"}]}]
     write_rows(tmp_path / "q.jsonl", [*questions(2), *({"id": f"e{n}"} | row for n, row in enumerate(empty))])
     assert mtp("distill", base, "--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl") == 0
     assert {row["id"] for row in read(tmp_path / "a.jsonl")} == {0, "q1"}
     shown = capsys.readouterr().err
-    assert "4 without a usable prompt" in shown and "line 5: " in shown and "line 6: " not in shown
+    assert "6 without a usable prompt" in shown and "line 5: " in shown and "line 6: " not in shown
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def appending_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def chat(*contents: str) -> list[dict[str, str]]:
+def chat(*contents: str | None) -> list[dict[str, str | None]]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
@@ -137,6 +137,7 @@ def user(content: object) -> str:
     [
         ("\n\n", ": .* is empty"),
         ('{"prompt": "one"}\n\n{"prompt"\n', ", line 3: .* JSON"),
+        ('{"prompt": "one', ", line 1: expected JSON, got Unterminated string at column 12"),
         ("[1]\n", ", line 1: .* list"),
         ('{"text": "one", "domain": null}\n', r", line 1: .* text, domain \(null\)"),
         ('{"prompt": 3}\n', ", line 1: .* fields: prompt"),
@@ -171,6 +172,11 @@ def test_rejected_lines_are_named(write, content: str, named: str) -> None:
         {"messages": chat("one", "two")[1:]},
         {"messages": chat("one", "two")[1:] * 2},
         {"messages": chat(" ")},
+        {"messages": chat(None)},
+        {"messages": chat("one", "two", None)},
+        {"messages": [{"role": "user"}]},
+        {"conversations": [{"from": "human", "value": None}]},
+        {"messages": [{"role": "system", "content": "one"}]},
         {"prompt": "\ud800"},
     ],
 )

@@ -219,8 +219,9 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
         if isinstance(chat, str):
             return chat, None
         if chat is not None:
-            messages = drop_final_answer(clean_messages(chat.messages) if chat.messages != [] else [])
-            is_asked = any(message["role"] != "assistant" for message in messages)
+            given = _with_null_as_empty(chat.messages)
+            messages = drop_final_answer(clean_messages(given) if given != [] else [])
+            is_asked = any(message["role"] not in ("assistant", "system") for message in messages)
             return messages if is_asked else [], chat.tools
     except RunError as error:
         raise RunError(f"{location}: {error}") from error
@@ -228,6 +229,21 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
         return "", None
     fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
     raise RunError(f"{location}: expected one of {', '.join(_FIELDS)}, got the fields: {fields}.")
+
+
+def _with_null_as_empty(messages: Any) -> Any:
+    """The messages, a user's that say nothing as empty ones: the row is left out and does not end the command."""
+    if not isinstance(messages, list):
+        return messages
+    return [{"role": "user", "content": ""} if _is_null_question(message) else message for message in messages]
+
+
+def _is_null_question(message: Any) -> bool:
+    """True for a user's message whose content is null, or missing with all else: Parquet drops what is null in an object."""
+    if not isinstance(message, dict):
+        return False
+    given = {name: value for name, value in message.items() if value is not None}
+    return given in ({"role": "user"}, {"from": "human"}, {"from": "user"})
 
 
 def _field_of_turns(value: dict[str, Any]) -> str | None:
