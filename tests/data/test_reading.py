@@ -14,6 +14,7 @@ import pytest
 
 from mtp_lightning.data.reading import open_source
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.text.prompts import read_prompt_rows
 
 
 def rows_of(source: str) -> list[dict]:
@@ -57,6 +58,19 @@ def test_csv(write, tmp_path: Path) -> None:
         open_source(str(tmp_path))
     with pytest.raises(RunError, match="b.csv, row 2: "):
         rows_of(write("b.csv", "prompt,completion\none,two\nHi,Hello, you\n"))
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolon"), ("\t", "tab")])
+def test_csv_of_excel_in_other_languages(write, tmp_path: Path, separator: str, name: str) -> None:
+    lines = ["Prompt|completion|domain, topic", '"one| two, ""three"""|four, five|', "six, seven|one|two"]
+    content = "\ufeff" + "\r\n".join(lines).replace("|", separator) + "\r\n"
+    expected = [(f'one{separator} two, "three"', "four, five"), ("six, seven", "one")]
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(content.encode()))
+    for source in (write("a.csv", content), str(tmp_path / "b.csv.gz")):
+        assert [(row["prompt"], row["completion"]) for row in rows_of(source)] == expected
+    assert [row.content for row in read_prompt_rows(str(tmp_path / "a.csv"))] == [prompt for prompt, _ in expected]
+    with pytest.raises(RunError, match=f"row 1: more values .* a text with a {name} needs quotes"):
+        rows_of(write("c.csv", f"prompt{separator}completion\none{separator}two{separator}three\n"))
 
 
 def test_text_with_and_without_separators(write) -> None:

@@ -17,7 +17,7 @@ import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -50,6 +50,7 @@ ROW_TYPES = (
 )
 """The types of rows, for error messages."""
 
+_SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _MAX_CELL = 1 << 30  # characters
 _CHUNK = 1 << 20  # characters read at once from a file that is not read by lines
 _BZIP2 = (b"1AY&SY", b"\x17rE8P\x90")  # behind the first four bytes: a block, or the end of an empty file
@@ -247,7 +248,10 @@ class TextFile(File):
 
 
 class CsvFile(File):
-    """A table of text with the names of the fields in its first line, read in lower case. An empty cell is null."""
+    """A table of text with the names of the fields in its first line, read in lower case. An empty cell is null.
+
+    The first line also says what separates values: a comma; semicolons or tabs, which Excel writes in some languages.
+    """
 
     def rows(self, start: int = 0, wanted: np.ndarray | None = None) -> Iterator[Row]:
         """See ``Part``."""
@@ -255,7 +259,9 @@ class CsvFile(File):
             for index, fields in select_rows(reader, start, wanted):
                 if None in fields:
                     where = f"{self.name}, row {index + 1}"
-                    raise RunError(f"{where}: more values than names in the first line; a text with a comma needs quotes.")
+                    separator = _SEPARATORS[reader.reader.dialect.delimiter]
+                    problem = f"more values than names in the first line; a text with a {separator} needs quotes"
+                    raise RunError(f"{where}: {problem}.")
                 yield Row(index + 1, {name.strip().lower(): value or None for name, value in fields.items()})
 
     def names(self) -> set[str]:
@@ -268,7 +274,10 @@ class CsvFile(File):
         with self.open() as file, io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="") as text:
             csv.field_size_limit(_MAX_CELL)
             try:
-                yield csv.DictReader(text)
+                first_line = text.readline()  # a compressed file can't be rewound
+                names = {separator: next(csv.reader([first_line], delimiter=separator), []) for separator in _SEPARATORS}
+                separator = max(names, key=lambda separator: len(names[separator]))  # the comma if there is one name
+                yield csv.DictReader(chain([first_line], text), delimiter=separator)
             except csv.Error as error:
                 raise RunError(f"{self.name}: expected comma-separated values, {one_line(error)}.") from error
 
