@@ -29,15 +29,20 @@ def test_report_by_hand(write, tokenizer) -> None:
             {"prompt": "one ", "completion": "two three four five"},  # 2 + 5 tokens: the last 2 are dropped, 3 carry loss
             {"prompt": "one two three four ", "completion": "five"},  # 5 + 2 tokens: nothing of the answer is left
             {"input_ids": [9, 10, 11], "labels": [-100, 10, -100]},
+            {"input_ids": [9, 10, 11, 12, 13, 14], "labels": [-100] * 6},
         ],
     )
     rows, _ = prepare(path, tokenizer, max_length=5)
     assert asdict(rows.report) == {
-        "rows_read": 7,
-        "skipped": {"shorter than two tokens": 1, "no token with loss after the first": 1},
+        "rows_read": 8,
+        "skipped": {
+            "shorter than two tokens": 1,
+            "no token with loss after the first": 1,
+            "with a prompt that alone fills data.max_length: raise it": 1,
+        },
         "cut": 2,
         "truncated": 1,
-        "tokens_lost": 5,
+        "tokens_lost": 6,
         "documents": 6,
         "rows": 6,
         "tokens": 4 + 5 + 2 + 5 + 5 + 3,
@@ -51,8 +56,9 @@ def test_report_by_hand(write, tokenizer) -> None:
     line, unusual = str(rows.report).splitlines()
     assert path in unusual  # the tokenizer has a chat template
     assert line == (
-        "7 rows read, 1 left out (shorter than two tokens), 1 left out (no token with loss after the first),"
-        " 2 cut into pieces, 1 truncated, 5 tokens lost; 6 documents in 6 rows an epoch, 24 tokens, 16 eligible starts,"
+        "8 rows read, 1 left out (shorter than two tokens), 1 left out (no token with loss after the first),"
+        " 1 left out (with a prompt that alone fills data.max_length: raise it),"
+        " 2 cut into pieces, 1 truncated, 6 tokens lost; 6 documents in 6 rows an epoch, 24 tokens, 16 eligible starts,"
         " 0.0% padding"
     )
     assert [rows.rows.row(number).input_ids.tolist() for number in range(6)] == [
@@ -100,7 +106,9 @@ def test_token_columns_give_the_same_rows(write, tmp_path: Path, tokenizer) -> N
 
 def test_no_usable_row(write, tokenizer) -> None:
     path = write("a.jsonl", [{"text": ""}, {"text": ""}, {"prompt": "one two three ", "completion": "four"}])
-    with pytest.raises(RunError, match="^data.validation: none of the 3 rows .*: 2 shorter .*, 1 no token with loss"):
+    with pytest.raises(
+        RunError, match="^data.validation: none of the 3 rows .*: 2 shorter .*, 1 with a prompt .* data.max_length: raise it"
+    ):
         prepare(path, tokenizer, max_length=3, name="data.validation")
 
 

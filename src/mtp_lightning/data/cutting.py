@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-FITS, SPLIT, TRUNCATED, PIECE, SHORT, NO_LOSS, NULL, REFUSED = range(8)
+FITS, SPLIT, TRUNCATED, PIECE, SHORT, NO_LOSS, LOSS_CUT, NULL, REFUSED = range(9)
 """Outcome of a row: it fits; it was split (its first piece) or truncated; a further piece of a row that was split; skipped,
-because it has fewer than two tokens, no token after the first carries loss, its fields are null, or the chat template
-refuses it. All from ``SHORT`` on are skipped."""
+because it has fewer than two tokens, no token after the first carries loss or all that do were cut off, its fields are null,
+or the chat template refuses it. All from ``SHORT`` on are skipped."""
 
 
 class Tokens(NamedTuple):
@@ -71,5 +71,8 @@ def cut_rows(tokens: Tokens, max_length: int) -> Documents:
     outcomes[too_long] = np.where(tokens.splittable[rows[too_long]], SPLIT, TRUNCATED)
     outcomes[piece > 0] = PIECE
     outcomes[eligible_starts == 0] = NO_LOSS
+    whole = np.concatenate([[0], np.cumsum(tokens.loss)])[np.cumsum(lengths)]  # tokens with loss up to each row's end
+    is_cut = np.diff(whole, prepend=0)[rows] > loss_tokens
+    outcomes[(eligible_starts == 0) & is_cut & ~tokens.splittable[rows]] = LOSS_CUT
     outcomes[kept < 2] = SHORT
     return Documents(ids, loss, kept, rows, outcomes, tokens_lost, loss_tokens, eligible_starts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mtp_lightning.data.cutting import NO_LOSS, NULL, REFUSED, SHORT, SPLIT, TRUNCATED
+from mtp_lightning.data.cutting import LOSS_CUT, NO_LOSS, NULL, REFUSED, SHORT, SPLIT, TRUNCATED
 from mtp_lightning.data.documents import Documents, Encoder, encode_part
 from mtp_lightning.data.encoding import is_plain_text
 from mtp_lightning.data.formats import Part
@@ -36,6 +36,7 @@ PLAIN_TEXT = (
 _SKIP_REASONS = {
     SHORT: "shorter than two tokens",
     NO_LOSS: "no token with loss after the first",
+    LOSS_CUT: "with a prompt that alone fills data.max_length: raise it",
     NULL: "null instead of text",
     REFUSED: "refused by the chat template",
 }
