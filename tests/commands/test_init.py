@@ -11,7 +11,17 @@ import yaml
 from command_line import ParseOnly, error_of, mtp, save_base, write_rows
 from toy_tokenizers import word_tokenizer
 
-from mtp_lightning.commands.init import VALIDATION_ROWS, Facts, chosen
+from mtp_lightning.commands.init import (
+    EVALUATION_SHARE,
+    EVALUATIONS,
+    VALIDATION_ROWS,
+    Facts,
+    chosen,
+    expectation,
+    limit_steps,
+    summary,
+)
+from mtp_lightning.commands.run_costs import Costs
 
 WORDS = ("init", "--base_model", "base", "--data.train", "train.jsonl", "--hours", 0.0001)
 
@@ -31,7 +41,8 @@ def test_a_configuration_is_written_and_understood(here: Path, capsys) -> None:
     settings = ParseOnly("--config", "mtp.yaml").settings
     assert settings.data.max_length == 32  # the context
     assert settings.data.validation_fraction == 0.1  # of fewer than 600 rows
-    assert settings.trainer.max_steps >= 5 * settings.trainer.val_check_interval > 0 and settings.trainer.max_epochs == 10
+    assert settings.trainer.max_steps == settings.trainer.val_check_interval == 1 and settings.trainer.max_epochs == 10
+    assert "1 validation of" in shown.err and "this run has 1. It needs more rows" in shown.err
     assert settings.trainer.default_root_dir == "runs/base"
     written = Path("mtp.yaml").read_text()
     assert "mtp.yaml" in error_of(capsys, 2, *WORDS) and Path("mtp.yaml").read_text() == written
@@ -42,6 +53,35 @@ def test_a_configuration_is_written_and_understood(here: Path, capsys) -> None:
 def test_rows_are_held_out_of_the_largest_data() -> None:
     facts = Facts(10**9, 4096, True, rows=20_000_000, usual_length=500, cuda=True)
     assert round(facts.rows * chosen(facts, "base", None, "train")["data"]["validation_fraction"]) == VALIDATION_ROWS
+
+
+@pytest.mark.parametrize("hours", [0.25, 0.5, 1, 4, 24, 1000])
+def test_the_hours_hold_the_validations(hours: float) -> None:
+    facts, costs = Facts(10**8, 8192, True, rows=20_000, usual_length=300, cuda=False), Costs(8.5, 2.0, 0.5, 0.2)
+    config = chosen(facts, "base", None, "train")
+    evaluation = limit_steps(config, facts, costs, hours)
+    trainer, decoding = config["trainer"], config["trainer"]["callbacks+"][-1]["init_args"]
+    training, evaluating = trainer["max_steps"] * costs.step, evaluation.times * evaluation.seconds(costs)
+    assert trainer["max_steps"] == evaluation.times * trainer["val_check_interval"]  # the last step is validated
+    assert training + evaluating <= hours * 3600 and evaluating <= EVALUATION_SHARE * 1.05 * (training + evaluating)
+    assert decoding["num_prompts"] == evaluation.prompts and config["data"]["eval_max_rows"] == evaluation.rows
+    assert (evaluation == EVALUATIONS[0]) == (hours >= 24)
+    (text,) = [line for line in summary(config, facts, costs, evaluation, hours, "mtp.yaml") if "take about" in line]
+    assert ("limited by" in text) == (hours < 1000)
+
+
+def test_a_run_that_is_too_short_says_what_helps() -> None:
+    facts, costs = Facts(10**8, 8192, True, rows=20_000, usual_length=300, cuda=False), Costs(8.5, 2.0, 0.5, 0.2)
+    config = chosen(facts, "base", None, "train")
+    seconds = limit_steps(config, facts, costs, 0.2).seconds(costs)
+    text = expectation(config, facts, costs, seconds)
+    limit_steps(config, facts, costs, float(text.partition("--hours ")[2].split()[0]))
+    assert 200 <= config["trainer"]["max_steps"] < 250
+    few = facts._replace(rows=20)
+    config = chosen(few, "base", None, "train")
+    limit_steps(config, few, costs, 10)
+    text = expectation(config, few, costs, seconds)
+    assert "more rows" in text and "--hours" not in text
 
 
 def test_wrong_input(here: Path, capsys) -> None:

@@ -3,43 +3,36 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
-from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
-from lightning import Trainer
-from lightning.pytorch.callbacks import LambdaCallback
 from transformers import AutoModelForCausalLM
 
-from mtp_lightning.commands.lightning_cli import SettingsCLI
+from mtp_lightning.commands.run_costs import MEASURED_STEPS, Costs, measured
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.data.reading import open_sources
 from mtp_lightning.decoding.packed_linear import has_bfloat16_products
 from mtp_lightning.errors import UsageError
 from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.files import atomic_file
-from mtp_lightning.modeling.base import is_out_of_memory, load_config, load_tokenizer
+from mtp_lightning.modeling.base import load_config, load_tokenizer
 from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import check_writable
 
 SAMPLE_ROWS = 1000
 """Rows whose lengths are looked at."""
-MEASURED_STEPS, MEASURED_SECONDS = 8, 20.0
-"""The most steps that are measured, and the time after which none begins."""
 VALIDATION_ROWS = 60
 """Rows to hold out, of fewer than ten times as many a tenth."""
-VALIDATIONS = 5
-"""Validations in a run."""
+EVALUATION_SHARE = 0.2
+"""The largest share of a run's time that its validations may take."""
 ENOUGH_STEPS = 1000
 """Steps for which a small data set is repeated, up to ``MAX_EPOCHS`` times."""
 MIN_EPOCHS, MAX_EPOCHS = 3, 10
+FIRST_SIGNS = 100
+"""Steps within which acceptance begins to rise; a run of twice as many shows something."""
 HEADER = """\
 # Written by mtp init for {base_model} and {train} on {machine}.
 # Train: mtp fit {output}   Resume: mtp fit {output} --ckpt_path last   All keys: mtp fit --help
@@ -55,6 +48,35 @@ class Facts(NamedTuple):
     rows: int  # of the data
     usual_length: int  # tokens that 95 % of the rows do not exceed
     cuda: bool  # True if there is a GPU
+
+
+class Evaluation(NamedTuple):
+    """What a run is validated by."""
+
+    times: int  # validations in the run, the last one at its end
+    rows: int  # held-out rows
+    prompts: int  # prompts that are decoded
+    tokens: int  # of each text
+    speed_pairs: int  # texts that are timed against plain decoding
+
+    def seconds(self, costs: Costs) -> float:
+        """The longest that one validation takes: drafts that are accepted make it shorter, ends of texts too."""
+        plain = min(self.prompts, NUM_DOMAINS) + 2 * self.speed_pairs  # the texts that are compared, and the pairs
+        return self.rows * costs.row + self.tokens * (self.prompts * costs.drafted_token + plain * costs.plain_token)
+
+
+NUM_DOMAINS = 4
+"""Domains of the prompts; a text of each is compared with plain decoding."""
+EVALUATIONS = (
+    Evaluation(5, VALIDATION_ROWS, 12, 96, 4),
+    Evaluation(5, 40, 8, 64, 2),
+    Evaluation(3, 40, 8, 64, 1),
+    Evaluation(3, 24, 4, 48, 0),
+    Evaluation(2, 24, 4, 48, 0),
+    Evaluation(1, 24, 4, 32, 0),
+    Evaluation(1, 8, 2, 16, 0),
+)
+"""From the one that tells most to the shortest; a run has the first that its time allows."""
 
 
 def run_init(options: Any) -> None:
@@ -73,14 +95,14 @@ def run_init(options: Any) -> None:
         f"base      {options.base_model}: {facts.parameters / 1e6:,.1f} M parameters, context {facts.context:,}, {template}"
     )
     note(f"data      {train}: {facts.rows:,} rows, 95 % of them of {facts.usual_length:,} tokens or fewer")
-    note(f"machine   {machine}; measuring steps, a minute at most for a small base ...")
-    seconds = measured(config)
+    note(f"machine   {machine}; measuring steps and decoding, about a minute for a small base ...")
+    costs = measured(config)
     hours = options.hours if options.hours is not None else (12.0 if facts.cuda else 1.0)
-    limit_steps(config, facts, seconds, hours)
+    evaluation = limit_steps(config, facts, costs, hours)
     text = HEADER.format(base_model=options.base_model, train=train, machine=machine, output=options.output)
     with atomic_file(output) as file:
         file.write((text + yaml.safe_dump(config, sort_keys=False, width=120)).encode())
-    note("\n".join(summary(config, facts, seconds, hours, options.output)))
+    note("\n".join(summary(config, facts, costs, evaluation, hours, options.output)))
 
 
 def facts_of(base_model: str, revision: str | None, train: str) -> Facts:
@@ -130,7 +152,7 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
         "data": {
             "train": train,
             "validation_fraction": float(f"{min(0.1, VALIDATION_ROWS / max(1, facts.rows)):.2g}"),
-            "eval_max_rows": 200,
+            "eval_max_rows": VALIDATION_ROWS,
             "max_length": length,
             "batch_size": rows,
             "max_blocks_per_row": max(8, length // 8),
@@ -144,79 +166,20 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
             "check_val_every_n_epoch": None,
             "log_every_n_steps": 10,
             "default_root_dir": f"runs/{Path(base_model).name.removesuffix('.gguf')}",
-            "callbacks+": _callbacks(facts),
+            "callbacks+": _callbacks(),
         },
     }
 
 
-def _callbacks(facts: Facts) -> list[dict[str, Any]]:
-    """The best checkpoint, the last one, and the evaluation by decoding."""
+def _callbacks() -> list[dict[str, Any]]:
+    """The best checkpoint, the last one, and the evaluation by decoding, but for its length."""
     best = {"monitor": "val/forced_acceptance_length", "mode": "max", "filename": "best", "enable_version_counter": False}
-    evaluation = {
-        "prompts": "package://demo/chat_prompts.jsonl",
-        "num_prompts": 12,
-        "max_new_tokens": 96,
-        "num_speed_pairs": 4,
-    }
-    # Steps that a CPU can afford; a GPU is measured by the paper's protocol.
-    evaluation |= {} if facts.cuda else {"num_lossless": 1}
+    decoding = {"prompts": "package://demo/chat_prompts.jsonl", "num_lossless": 1}
     return [
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best},
         {"class_path": "mtp_lightning.callbacks.LastCheckpoint", "init_args": {"every_n_steps": 50}},
-        {"class_path": "mtp_lightning.callbacks.AcceptanceEvaluation", "init_args": evaluation},
+        {"class_path": "mtp_lightning.callbacks.AcceptanceEvaluation", "init_args": decoding},
     ]
-
-
-def measured(config: dict[str, Any]) -> float:
-    """Seconds of a training step, the first apart; halves the batch in the configuration until it fits in a GPU's memory.
-
-    On a CPU steps of one row are measured: their time grows with the number of rows, and a whole batch may take minutes.
-    """
-    while True:
-        data = config["data"]
-        try:
-            if torch.cuda.is_available():
-                return _measure(config)
-            return data["batch_size"] * _measure({**config, "data": {**data, "batch_size": 1}})
-        except Exception as error:
-            if not is_out_of_memory(error) or data["batch_size"] == 1 or not torch.cuda.is_available():
-                raise
-            data["batch_size"] //= 2
-            note(f"memory ran out: trying data.batch_size {data['batch_size']} ...")
-
-
-def _measure(config: dict[str, Any]) -> float:
-    times: list[float] = []
-
-    def take_time(trainer: Trainer, *_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-        trainer.should_stop = times[-1] - times[0] > MEASURED_SECONDS
-        if trainer.global_step:
-            rows = config["data"]["batch_size"]
-            took = f"{times[-1] - times[-2]:.1f} s for {rows} row{'s' if rows > 1 else ''}"
-            note(f"          step {trainer.global_step} of at most {MEASURED_STEPS + 1}: {took}")
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measured.yaml"
-        few = {"max_rows": 256, "validation_fraction": 0.0}
-        path.write_text(yaml.safe_dump({**config, "data": {**config["data"], **few}}), encoding="utf-8")
-        cli = SettingsCLI(["--config", str(path)])
-        kept = ("accelerator", "devices", "precision", "max_steps", "gradient_clip_val")
-        trainer = Trainer(
-            **{name: config["trainer"][name] for name in kept},
-            callbacks=[LambdaCallback(on_train_start=take_time, on_train_batch_end=take_time)],
-            logger=False,
-            enable_checkpointing=False,
-            limit_val_batches=0,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
-        trainer.fit(cli.model, datamodule=cli.datamodule)
-    seconds = [end - begin for begin, end in pairwise(times)]
-    return mean(seconds[1:] or seconds)
 
 
 def steps_of_epoch(config: dict[str, Any], facts: Facts) -> int:
@@ -225,27 +188,85 @@ def steps_of_epoch(config: dict[str, Any], facts: Facts) -> int:
     return max(1, -(-rows // config["data"]["batch_size"]))
 
 
-def limit_steps(config: dict[str, Any], facts: Facts, seconds: float, hours: float) -> None:
-    """Set steps, epochs, warm-up and the interval of validations: what comes first, enough epochs or the hours."""
-    trainer, an_epoch = config["trainer"], steps_of_epoch(config, facts)
-    epochs = min(MAX_EPOCHS, max(MIN_EPOCHS, -(-ENOUGH_STEPS // an_epoch)))
-    steps = max(VALIDATIONS, min(an_epoch * epochs, int(hours * 3600 / seconds)))
-    trainer |= {"max_steps": steps, "max_epochs": epochs, "val_check_interval": max(1, steps // VALIDATIONS)}
+def epochs_of(config: dict[str, Any], facts: Facts) -> int:
+    """Epochs of a run that no limit of time ends."""
+    return min(MAX_EPOCHS, max(MIN_EPOCHS, -(-ENOUGH_STEPS // steps_of_epoch(config, facts))))
+
+
+def most_steps(config: dict[str, Any], facts: Facts) -> int:
+    """Optimizer steps of such a run."""
+    return epochs_of(config, facts) * steps_of_epoch(config, facts)
+
+
+def limit_steps(config: dict[str, Any], facts: Facts, costs: Costs, hours: float) -> Evaluation:
+    """Set steps, epochs, warm-up and validations: what comes first, enough epochs or the hours."""
+    enough, limit = most_steps(config, facts), hours * 3600
+    share = EVALUATION_SHARE * min(limit, enough * costs.step / (1 - EVALUATION_SHARE))
+    fitting = [each for each in EVALUATIONS if each.times * each.seconds(costs) <= share]
+    evaluation = (fitting or EVALUATIONS[-1:])[0]
+    steps = min(enough, int((limit - evaluation.times * evaluation.seconds(costs)) / costs.step))
+    interval = max(1, steps // evaluation.times)
+    # Whole intervals, so that the last step is validated.
+    config["trainer"] |= {"max_steps": interval * evaluation.times, "val_check_interval": interval}
+    config["trainer"]["max_epochs"] = epochs_of(config, facts)
     config["model"]["lr_scheduler"]["init_args"]["warmup_steps"] = max(1, min(500, steps // 20))
+    config["data"]["eval_max_rows"] = evaluation.rows
+    config["trainer"]["callbacks+"][-1]["init_args"] |= {
+        "num_prompts": evaluation.prompts,
+        "max_new_tokens": evaluation.tokens,
+        "num_speed_pairs": evaluation.speed_pairs,
+    }
+    return evaluation
 
 
-def summary(config: dict[str, Any], facts: Facts, seconds: float, hours: float, output: str) -> list[str]:
+def summary(
+    config: dict[str, Any], facts: Facts, costs: Costs, evaluation: Evaluation, hours: float, output: str
+) -> list[str]:
     """What was chosen, how long it takes, and what to expect."""
     trainer, data, model = config["trainer"], config["data"], config["model"]
-    steps, an_epoch = trainer["max_steps"], steps_of_epoch(config, facts)
-    limited = f" (limited by --hours {hours:g})" if steps < an_epoch * trainer["max_epochs"] else ""
+    steps, seconds = trainer["max_steps"], evaluation.seconds(costs)
     masks = data["batch_size"] * data["max_blocks_per_row"] * model["num_masks"]
+    held_out = min(evaluation.rows, max(1, round(facts.rows * data["validation_fraction"])))
+    total = steps * costs.step + evaluation.times * seconds
+    limited = f" (limited by --hours {hours:g})" if steps + evaluation.times <= most_steps(config, facts) else ""
+    if total > hours * 3600:
+        limited = f" (the least; --hours {hours:g} is less)"
+    pairs = f", {evaluation.speed_pairs} of them timed" if evaluation.speed_pairs else ""
     return [
         f"chosen    LoRA rank {model['lora']['rank']}, {data['batch_size']} rows of up to {data['max_length']} tokens and"
-        f" {masks:,} masks a step, {round(facts.rows * data['validation_fraction']):,} rows held out",
-        f"time      {seconds:.1f} s a step: {steps:,} steps ({steps / an_epoch:.1f} epochs) take about"
-        f" {timedelta(seconds=round(seconds * steps))} here{limited}, and {VALIDATIONS} validations in addition",
-        "expect    the forced acceptance length to leave 1 within 100 steps and to rise with every validation. For"
-        " orientation:\n          SmolLM2-135M had 1.53 of 3.08 after 200 steps of 512 masks",
+        f" {masks:,} masks a step",
+        f"validate  {held_out} held-out rows, and {evaluation.prompts} prompts decoded to {evaluation.tokens} tokens{pairs}",
+        f"time      {counted(steps, 'step')} ({steps / steps_of_epoch(config, facts):.1f} epochs) of {costs.step:.1f} s and"
+        f" {counted(evaluation.times, 'validation')} of {seconds:.0f} s take about {in_words(total)}{limited};\n"
+        "          from a few steps on the machine as it is now: busier, it takes longer",
+        expectation(config, facts, costs, seconds),
         f"wrote {output}. Next: mtp fit {output}",
     ]
+
+
+def expectation(config: dict[str, Any], facts: Facts, costs: Costs, seconds: float) -> str:
+    """What the run will show, or what it needs to show anything; ``seconds``: of a validation."""
+    steps, most = config["trainer"]["max_steps"], most_steps(config, facts)
+    if steps >= FIRST_SIGNS:
+        return (
+            f"expect    the forced acceptance length to leave 1 within {FIRST_SIGNS} steps and to rise with every"
+            " validation. For orientation:\n          SmolLM2-135M had 1.53 of 3.08 after 200 steps of 512 masks"
+        )
+    short = f"expect    little: acceptance begins to rise within about {FIRST_SIGNS} steps, and this run has {steps}."
+    if most < FIRST_SIGNS:
+        return f"{short} It needs more rows:\n          {MAX_EPOCHS} epochs of these are {counted(most, 'step')}"
+    enough = min(2 * FIRST_SIGNS, most)
+    hours = max(enough * costs.step / (1 - EVALUATION_SHARE), enough * costs.step + seconds) / 3600
+    return f"{short}\n          --hours {float(f'{1.05 * hours:.2g}'):g} gives about {enough}"
+
+
+def counted(number: int, name: str) -> str:
+    """``1 step``, ``1,000 steps``."""
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
+def in_words(seconds: float) -> str:
+    """A time that is known roughly: ``45 s``, ``12 minutes``, ``3.5 hours``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

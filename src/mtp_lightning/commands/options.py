@@ -165,7 +165,7 @@ def init_parser() -> CommandParser:
     """``mtp init``."""
     parser = CommandParser(
         prog="mtp init",
-        description="Writes a configuration for mtp fit, sized for a base, data and this machine; measures two steps.",
+        description="Writes a configuration for mtp fit, sized for a base, data and this machine; measures a few steps.",
     )
     parser.add_argument("--base_model", type=str, required=True, help="folder, GGUF file or hub id of the base")
     parser.add_argument("--data.train", type=str, required=True, help="the rows to train on: a file, glob, folder or hub id")
