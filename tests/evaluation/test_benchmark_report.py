@@ -61,7 +61,7 @@ def test_tables() -> None:
     overall, lengths, ratios, linear, _ = tables(whole)
     assert [row[0] for row in overall.rows] == ["plain", "1", "2", "auto", "2"]
     # Each text has 3 steps: 3 + 1 + 0 or 1 tokens with one mask, one more with two.
-    assert overall.rows[2] == ["2", "1.78", "5.3", "2.00x", "2.00 to 2.00", "3/3"]
+    assert overall.rows[2] == ["2", "1.78", "5.3", "2.00x", "-", "3/3"]  # quartiles need four pairs
     assert overall.rows[0][3:] == ["-", "-", "-"]
     assert lengths.header == ratios.header == ("domain", "1", "2", "auto") and linear.header == ("domain", "2")
     assert lengths.rows == [

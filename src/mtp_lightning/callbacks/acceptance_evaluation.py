@@ -171,17 +171,20 @@ class AcceptanceEvaluation(DecodingCallback):
         if not trainer.is_global_zero:
             return
         summary = summarise(self.results, forced)
+        module: Any = trainer.lightning_module
+        dtype = str(module.model.base.dtype).removeprefix("torch.")
         step = trainer.global_step or None  # unknown where no checkpoint is evaluated
         after = "" if step is None else f", after {step} training steps"
         if self.results is self._printed:
-            print_notes(summary, progress_console(trainer))
+            print_notes(summary, progress_console(trainer), dtype)
         else:
-            print_table(summary, progress_console(trainer), f"Acceptance by real decoding, greedy{after}", self.protocol)
+            title = f"Acceptance by real decoding, greedy{after}"
+            print_table(summary, progress_console(trainer), title, self.protocol, dtype)
         self._printed = self.results
         if getattr(trainer, "fast_dev_run", False):
             return
         options = {"options": vars(self.options), "speed_num_masks": "auto"}  # those of the acceptance length, of the speed
-        latest = {"stage": prefix, "step": step, **options, "prompts": self.prompts, **summary}
+        latest = {"stage": prefix, "step": step, **options, "prompts": self.prompts, "dtype": dtype, **summary}
         save_json({"latest": latest}, folder / "acceptance.json")
         count = summary["overall"]["num_prompts"]
         title = f"Tokens gained per step: {count} held-out prompts, greedy{after}"

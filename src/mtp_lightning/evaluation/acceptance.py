@@ -162,6 +162,13 @@ def _acceptance_length(results: Sequence[PromptResult]) -> float | None:
     return sum(result.num_tokens for result in results) / steps if steps else None
 
 
+def largest_gap(figures: dict[str, Any]) -> float | None:
+    """The largest gap between the two best tokens where a text of these figures first differs; None: none is known."""
+    differences = figures["lossless"].get("differences", ())  # those that earlier versions saved are without
+    gaps = [difference["gap"] for difference in differences]
+    return max((gap for gap in gaps if gap is not None), default=None)
+
+
 def spread(ratios: list[float]) -> dict[str, Any] | None:
     """Median and quartiles of paired ratios, or None without any."""
     if not ratios:

@@ -11,17 +11,28 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mtp_lightning.evaluation.reporting import DARK, GREY, LIGHT, decimals, new_figure, save_figure
+from mtp_lightning.evaluation.acceptance import largest_gap
+from mtp_lightning.evaluation.reporting import (
+    DARK,
+    GREY,
+    LIGHT,
+    QUARTILE_PAIRS,
+    decimals,
+    new_figure,
+    rounding_note,
+    save_figure,
+)
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def print_table(summary: dict[str, Any], console: Console, title: str, protocol: str) -> None:
+def print_table(summary: dict[str, Any], console: Console, title: str, protocol: str, dtype: str) -> None:
     """Print what ``acceptance.summarise`` returns: a row for each domain and one for all prompts, then the notes.
 
-    ``protocol`` says in words how the acceptance length was measured; the speed-up is that of the default plan.
+    ``protocol`` says in words how the acceptance length was measured; the speed-up is that of the default plan. ``dtype``
+    is the base's.
     """
     caption = f"not repeating: over the (n) texts with under {REPETITION_THRESHOLD:.0%} repeated 8-grams"
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_style="bold", collapse_padding=True, pad_edge=False)
@@ -36,16 +47,16 @@ def print_table(summary: dict[str, Any], console: Console, title: str, protocol:
     table.add_row("overall", *_cells(summary["overall"]), style="bold")
     console.print(table)
     console.print(f"Acceptance: {protocol}.", highlight=False, soft_wrap=True)
-    print_notes(summary, console)
+    print_notes(summary, console, dtype)
 
 
-def print_notes(summary: dict[str, Any], console: Console) -> None:
-    """Print what does not fit the table: forced figures, spread of the speed-up, where texts first differ."""
-    for line in _notes(summary):
+def print_notes(summary: dict[str, Any], console: Console, dtype: str) -> None:
+    """Print what does not fit the table: forced figures, spread of the speed-up, where texts first differ and why."""
+    for line in _notes(summary, dtype):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _notes(summary: dict[str, Any]) -> Iterator[str]:
+def _notes(summary: dict[str, Any], dtype: str) -> Iterator[str]:
     forced, speed_up = summary["forced"], summary["overall"]["speed_up"]
     if forced is not None:
         yield (
@@ -55,15 +66,18 @@ def _notes(summary: dict[str, Any]) -> Iterator[str]:
     if speed_up is not None:
         low, high = speed_up["quartiles"]
         pairs = "1 pair" if speed_up["num_pairs"] == 1 else f"{speed_up['num_pairs']} pairs"
+        quartiles = f" quartiles {low:.2f}x and {high:.2f}x," if speed_up["num_pairs"] >= QUARTILE_PAIRS else ""
         yield (
             f"Speed-up of mtp generate by default (--num_masks auto): median {speed_up['median']:.2f}x of {pairs},"
-            f" quartiles {low:.2f}x and {high:.2f}x, drafts from repetitions in the text included."
+            f"{quartiles} drafts from repetitions in the text included."
         )
     for difference in summary["overall"]["lossless"]["differences"]:
         gap = difference["gap"]
         near = "" if gap is None else f" (the base's two largest logits there are {gap:.2g} apart)"
         place = f"prompt {difference['prompt']}, token {difference['position']}"
         yield f"Differs from autoregressive decoding: {place} onward{near}."
+    if rounding := rounding_note(largest_gap(summary["overall"]), dtype):
+        yield rounding
 
 
 def _cells(figures: dict[str, Any]) -> list[str]:

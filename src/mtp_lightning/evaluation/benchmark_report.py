@@ -11,8 +11,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from mtp_lightning.evaluation.acceptance import largest_gap
 from mtp_lightning.evaluation.benchmark import PLAIN, Setting
-from mtp_lightning.evaluation.reporting import GREY, decimals, markdown_table, new_figure, save_figure
+from mtp_lightning.evaluation.reporting import (
+    GREY,
+    QUARTILE_PAIRS,
+    decimals,
+    markdown_table,
+    new_figure,
+    rounding_note,
+    save_figure,
+)
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
 
 if TYPE_CHECKING:
@@ -73,7 +82,8 @@ def _options(figures: Figures) -> str:
 def _spread(spread: dict[str, Any]) -> str:
     """A speed-up with its spread, in words."""
     (low, high), count = spread["quartiles"], spread["num_pairs"]
-    pairs = "1 pair" if count == 1 else f"{count} pairs, quartiles {low:.2f} and {high:.2f}"
+    pairs = "1 pair" if count == 1 else f"{count} pairs"
+    pairs += f", quartiles {low:.2f} and {high:.2f}" if count >= QUARTILE_PAIRS else ""
     return f"{spread['median']:.2f}x ({pairs}) as fast as"
 
 
@@ -140,7 +150,8 @@ def _group(figures: Figures, domain: str) -> Figures:
 def _system_row(figures: Figures) -> list[str]:
     overall = figures["overall"]
     spread, lossless = overall["speed_up"], overall["lossless"]
-    quartiles = "-" if spread is None else "{:.2f} to {:.2f}".format(*spread["quartiles"])
+    is_spread = spread is not None and spread["num_pairs"] >= QUARTILE_PAIRS
+    quartiles = "{:.2f} to {:.2f}".format(*spread["quartiles"]) if is_spread else "-"
     same = f"{lossless['equal']}/{lossless['checked']}" if lossless["checked"] else "-"
     rate = f"{overall['tokens_per_second']:.1f}"
     return [figures["name"], decimals(overall["acceptance_length"]), rate, _ratio(spread), quartiles, same]
@@ -165,13 +176,9 @@ def notes(report: dict[str, Any]) -> Iterator[str]:
         f"Not repeating: texts with under {REPETITION_THRESHOLD:.0%} repeated 8-grams, because repetition inflates the"
         " tokens per step."
     )
-    counts = [figures["overall"]["lossless"] for figures in report["settings"]]
-    gaps = [gap for count in counts for difference in count["differences"] if (gap := difference["gap"]) is not None]
-    if gaps:
-        yield (
-            f"Where a text first differs, the two best tokens are at most {max(gaps):.2g} apart: {report['dtype']} rounds"
-            " differently for different shapes (--exact removes this)."
-        )
+    gaps = [largest_gap(figures["overall"]) for figures in report["settings"]]
+    if rounding := rounding_note(max((gap for gap in gaps if gap is not None), default=None), report["dtype"]):
+        yield rounding
     for name, shares in report["order"].items():
         yield f"Share of prompts where {name}: {', '.join(decimals(share) for share in shares)}."
 

@@ -14,6 +14,8 @@ from mtp_lightning.files import atomic_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+QUARTILE_PAIRS = 4
+"""The fewest pairs whose quartiles are shown."""
 DARK, LIGHT, GREY = "#1f4e79", "#9dc3e6", "#7f7f7f"
 
 
@@ -25,6 +27,16 @@ def note(text: str) -> None:
 def decimals(value: float | None) -> str:
     """Two decimals, or a dash for a missing value."""
     return "-" if value is None else f"{value:.2f}"
+
+
+def rounding_note(gap: float | None, dtype: str | None) -> str | None:
+    """Why texts differ, by the largest gap between the two best tokens where they do; None: it is not known."""
+    if gap is None:
+        return None
+    return (
+        f"Where a text first differs, the two best tokens are at most {gap:.2g} apart: {dtype or 'floating point'} rounds"
+        " differently for different shapes (--exact removes this)."
+    )
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mtp_lightning.errors import RunError, one_line
+from mtp_lightning.evaluation.acceptance import largest_gap
 from mtp_lightning.evaluation.acceptance_report import protocol_text
-from mtp_lightning.evaluation.reporting import decimals
+from mtp_lightning.evaluation.reporting import decimals, rounding_note
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD
 from mtp_lightning.saving.lineage import public_name
 
@@ -141,6 +142,8 @@ def acceptance_text(figures: dict[str, Any] | None) -> str:
             f" | {f'{equal}/{checked}' if checked else '-'} | {_times(group['speed_up'])} |"
         )
     lines += ["", "Acceptance length: tokens generated over forward passes of the base, the free token included."]
+    if rounding := rounding_note(figures.get("gap"), figures.get("dtype")):
+        lines += ["", rounding]
     return "\n".join(lines)
 
 
@@ -163,6 +166,8 @@ def card_figures(latest: dict[str, Any], checkpoint_step: int | None = None) -> 
         "prompts": public_name(latest["prompts"]),
         "options": kept,
         "device": latest.get("device"),
+        "dtype": latest.get("dtype"),  # earlier versions of acceptance.json do not hold it
+        "gap": largest_gap(latest["overall"]),
         "measured_step": latest.get("step"),
         "checkpoint_step": checkpoint_step,
         "overall": _card_row(latest["overall"], is_default),
@@ -202,7 +207,7 @@ def benchmark_figures(file: Path) -> dict[str, Any]:
         chosen = {name: protocol[name] for name in ("decoding", "sampler_head")}
         automatic = [figures for figures in report["settings"] if figures["num_masks"] == "auto"]
         default = next(f for f in automatic if {name: f[name] for name in chosen} == chosen)
-        latest = {name: report[name] for name in ("prompts", "device")} | {"speed_num_masks": "auto"}
+        latest = {name: report[name] for name in ("prompts", "device", "dtype")} | {"speed_num_masks": "auto"}
         latest["options"] = {**report["options"], **chosen, "num_masks": protocol["num_masks"]}
         latest["overall"] = {**protocol["overall"], "speed_up": default["overall"]["speed_up"]}
         latest["domains"] = {
