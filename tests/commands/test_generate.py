@@ -45,7 +45,7 @@ def test_generate_streams_what_the_model_generates(run: Path, monkeypatch: pytes
     ids = model.tokenizer("one two", return_tensors="pt").input_ids
     expected = model.generate(ids, max_new_tokens=16, eos_token_id=[2, 4])
     text = decode_behind(model.tokenizer, ids[0].tolist(), expected.sequences[0, 3:].tolist())
-    assert output.getvalue() == f"one two{text}"
+    assert output.getvalue() == f"one two{text}\n"
     assert len([piece for piece in output.pieces if piece.strip()]) > 3  # in pieces, not at the end
 
 

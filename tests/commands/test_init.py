@@ -85,6 +85,7 @@ def test_a_run_that_is_too_short_says_what_helps() -> None:
 
 
 def test_wrong_input(here: Path, capsys) -> None:
+    assert "required: --base_model, --data.train" in error_of(capsys, 2, "init")
     assert "none.jsonl" in error_of(capsys, 1, "init", "--base_model", "base", "--data.train", "none.jsonl")
     assert "nothing" in error_of(capsys, 1, "init", "--base_model", "./nothing", "--data.train", "train.jsonl")
     assert "output" in error_of(capsys, 2, *WORDS, "--output", "mtp.txt")

@@ -44,7 +44,7 @@ def print_generations(
         texts = [GeneratedText(model, prompt, batch_options, stops) for prompt in batch]
         streamed = not as_json and len(batch) == 1  # several texts at a time can't be shown as they grow
         if streamed:
-            writer.write(("\n\n" if begin else "") + batch[0].shown)
+            writer.write(("\n" if begin else "") + batch[0].shown)
         for _ in decode_texts(texts):
             if streamed:
                 writer.write_step(texts[0])
@@ -54,10 +54,11 @@ def print_generations(
                 print(line, end="", flush=True)  # in one write, so that Ctrl-C leaves whole lines
                 continue
             if not streamed:
-                writer.write(("\n\n" if number else "") + text.prompt.shown)
+                writer.write(("\n" if number else "") + text.prompt.shown)
                 for step in range(len(text.steps)):
                     writer.write_step(text, step)
-            print(f"\n{text.summary()}", file=sys.stderr)
+            writer.write("\n")
+            print(text.summary(), file=sys.stderr)
         all_texts += texts
     return all_texts
 

@@ -64,6 +64,10 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is wrong with the command line or the configuration."""
+        start, colon, missing = str(message).partition("arguments are required: ")
+        if colon:  # named by their keys, where what is typed has dashes
+            typed = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+            message = start + colon + ", ".join(typed.get(name, name) for name in missing.split(", "))
         raise UsageError(_in_one_line(str(message), list(_keys(self)))) from ex
 
 
