@@ -67,9 +67,10 @@ def test_progress_within_a_batch(tmp_path: Path, base: str, capsys, monkeypatch:
     words = ["--prompts", tmp_path / "q.jsonl", "--output", tmp_path / "a.jsonl", "--max_new_tokens", 6, "--batch_size", 3]
     assert mtp("distill", base, *words, "--temperature", 0.7) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "prompts" in line]
-    assert lines.pop(0) == f"{tmp_path / 'q.jsonl'}: prompts from 'messages' and 'prompt'"
+    assert lines.pop(0) == f"{tmp_path / 'q.jsonl'}: prompts from 'messages', 'prompt'"
     assert lines[0] == "distill: 4 prompts, at most 6 new tokens each (--max_new_tokens), in batches of 3"
     assert re.fullmatch(r"\[ +\d+ s\] prompts: 0 of 4, batch of 3 at token 1 of 6, 0:\d\d:\d\d left", lines[1])
+    assert re.fullmatch(r"\[ +\d+ s\] prompts: 0 of 4, batch of 3 at token 5 of 6, 0:\d\d:\d\d left", lines[5])
     assert re.fullmatch(r"\[ +\d+ s\] prompts: 3 of 4, batch of 1 at token 1 of 6, 0:\d\d:\d\d left", lines[7])
 
 

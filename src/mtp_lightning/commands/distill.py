@@ -101,8 +101,8 @@ def _write(job: Job, file: AnswerFile, config: Any) -> str:
 
         def in_batch(answers: int, limit: int, tokens: int) -> None:
             if tokens:
-                done = len(file.done) + len(file.empty) - before + answers * tokens / limit
-                progress(done, total, f"batch of {answers} at token {tokens} of {limit}")
+                done, part = len(file.done) + len(file.empty) - before, answers * tokens / limit
+                progress(done, total, part, f"batch of {answers} at token {tokens} of {limit}")
 
         for rows in _server_answers(job, file) if server else _base_answers(job, file, config, in_batch):
             file.append(rows)

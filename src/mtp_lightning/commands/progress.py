@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mtp_lightning.evaluation.reporting import note
 
@@ -19,10 +19,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Report(Protocol):
-    """Shows how many of all are done, above 0 and a fraction where one is half done, and a detail of those under way."""
+    """Shows how many of all are done, and of those under way a detail; they count for the time left as so many."""
 
-    def __call__(self, done: float, count: int, detail: str = "") -> None:
-        """Show it."""
+    def __call__(self, done: int, count: int, under_way: float = 0.0, detail: str = "") -> None:
+        """Show it; something is done or under way."""
 
 
 @contextmanager
@@ -33,23 +33,25 @@ def counted(what: str) -> Iterator[Report]:
     """
     if sys.stderr.isatty():
         left = (TimeRemainingColumn(), TextColumn("left{task.fields[detail]}"))
-        with Progress(TextColumn(what), BarColumn(None), MofNCompleteColumn(), *left, console=Console(stderr=True)) as bar:
-            task = bar.add_task(what, total=None, detail="")
+        columns = (TextColumn(what), BarColumn(None), TextColumn("{task.fields[number]}"), *left)
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=None, number="", detail="")
 
-            def update(done: float, count: int, detail: str = "") -> None:
-                bar.update(task, completed=done, total=count, detail=detail and f", {detail}")
+            def update(done: int, count: int, under_way: float = 0.0, detail: str = "") -> None:
+                number, more = f"{done}/{count}", detail and f", {detail}"
+                bar.update(task, completed=done + under_way, total=count, number=number, detail=more)
 
             yield update
         return
     start = last = time.monotonic()
 
-    def line(done: float, count: int, detail: str = "") -> None:
+    def line(done: int, count: int, under_way: float = 0.0, detail: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if done == count or now - last >= SECONDS_BETWEEN_LINES:
-            last = now
-            left = timedelta(seconds=round((now - start) / done * (count - done)))
+            last, progress = now, done + under_way
+            left = timedelta(seconds=round((now - start) / progress * (count - progress)))
             more = (detail and f", {detail}") + (f", {left} left" if done < count else "")
-            note(f"[{now - start:6.0f} s] {what}: {int(done)} of {count}{more}")
+            note(f"[{now - start:6.0f} s] {what}: {done} of {count}{more}")
 
     yield line

@@ -191,7 +191,7 @@ def fields_line(rows: Sequence[PromptRow]) -> str:
     read = list(dict.fromkeys(name for row in rows for name in row.read))
     unused = [name for name in dict.fromkeys(name for row in rows for name in row.unused) if name not in read]
     shown = ", ".join(unused[:_SHOWN]) + (f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else "")
-    line = f"prompts from {' and '.join(map(repr, read))}" + (f"; not used: {one_line(shown, 120)}" if unused else "")
+    line = f"prompts from {', '.join(map(repr, read))}" + (f"; not used: {one_line(shown, 120)}" if unused else "")
     return line if read else ""
 
 
