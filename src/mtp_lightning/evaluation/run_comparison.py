@@ -29,6 +29,8 @@ CURVES = {
 }
 PARTS = ("val/loss/", "val/accuracy/")
 """What the best validation is also shown by: each loss term, and the share of right drafts at each offset."""
+LATEST_SHARE, LATEST_VALUES = 10, 10
+"""The training loss is the mean over the last 1/10 of its logged values, at least 10 of them: one step is noise."""
 BEST = "val/forced_acceptance_length"
 """What the best checkpoint is chosen by."""
 
@@ -123,12 +125,13 @@ def final_figures(run: Run) -> dict[str, float | None]:
     steps = [int(line["step"]) + 1 for line in run.metrics if "step" in line]
     best = max((line for line in run.metrics if BEST in line), key=lambda line: line[BEST], default={})
     train = [line["train/loss"] for line in run.metrics if "train/loss" in line]
+    latest = train[-max(LATEST_VALUES, len(train) // LATEST_SHARE) :]
     overall = run.acceptance["overall"] if run.acceptance else {}
     is_default = run.acceptance is not None and run.acceptance.get("speed_num_masks") == "auto"
     speed_up = overall.get("speed_up") if is_default else None
     figures = {
         "steps": max(steps, default=None),
-        "last training loss": train[-1] if train else None,
+        "training loss, last tenth": mean(latest) if latest else None,
         "best forced acceptance length": best.get(BEST),
         "  at step": int(best["step"]) + 1 if "step" in best else None,
         "  share of reference": best.get("val/share_of_reference"),
