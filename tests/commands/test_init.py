@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command_line import ParseOnly, error_of, mtp, save_base, write_rows
+from command_line import ParseOnly, error_of, mtp, read_metrics, save_base, write_rows
 from toy_tokenizers import word_tokenizer
 
 from mtp_lightning.commands.init import (
@@ -48,6 +48,15 @@ def test_a_configuration_is_written_and_understood(here: Path, capsys) -> None:
     assert "mtp.yaml" in error_of(capsys, 2, *WORDS) and Path("mtp.yaml").read_text() == written
     assert mtp(*WORDS, "--overwrite", "--output", "mtp.yaml", "--revision", "main") == 0
     assert yaml.safe_load(Path("mtp.yaml").read_text())["model"]["revision"] == "main"
+
+
+def test_the_run_is_validated_at_its_end(here: Path) -> None:
+    assert mtp(*WORDS[:-1], 0.003) == 0
+    settings = yaml.safe_load(Path("mtp.yaml").read_text())["trainer"]
+    assert mtp("fit", "mtp.yaml") == 0
+    validated = [int(line["step"]) + 1 for line in read_metrics(Path("runs/base")) if line.get("val/acceptance_length")]
+    interval = settings["val_check_interval"]
+    assert validated == list(range(interval, settings["max_steps"] + 1, interval)) and validated[-1] == settings["max_steps"]
 
 
 def test_rows_are_held_out_of_the_largest_data() -> None:
