@@ -97,7 +97,8 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
         for domain, lengths in row["lengths"].items():
             equal = f"{row['texts_equal']} of {row['texts']}" if domain == row["name"] else ""
-            print(f"| {domain} | " + " | ".join(f"{length:.2f}" for length in lengths) + f" | {equal} |", flush=True)
+            cells = [f"{length:.2f}" for length in lengths] + ["-"] * (8 - len(lengths))  # a model has 8 masks at most here
+            print(f"| {domain} | " + " | ".join(cells) + f" | {equal} |", flush=True)
         if row["name"] in PAPER:
             print(f"| {row['name']}, the paper | " + " | ".join(f"{x:.2f}" for x in PAPER[row["name"]]) + " | |", flush=True)
 
