@@ -169,6 +169,32 @@ def live_bytes() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("gemma3", "quadratic"), ("llama", "linear"), ("llama", "autoregressive")]
+)
+def test_reading_whole_chunks_changes_no_text(architecture: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in bfloat16 on a CPU; in float64 texts, kept drafts and reasons are those of exactly the slots that count."""
+    model, options = shared_model(architecture), {"decoding": kind, "num_masks": K, "max_new_tokens": G}
+    expected = together(model, prompts(), **options)
+    monkeypatch.setattr(row_cache, "reads_whole_chunks", lambda base: True)
+    assert RowCache(model.base, 1).reach(3)[1] == row_cache.CHUNK
+    assert together(model, prompts(), **options) == expected
+
+
+@pytest.mark.skipif(not getattr(torch.cpu, "_is_amx_tile_supported", bool)(), reason="a CPU without AMX")
+@pytest.mark.parametrize("kind", ["quadratic", "linear"])
+def test_with_matrix_units_bfloat16_text_is_that_of_plain_decoding(kind: str) -> None:
+    """Steps of at most 25 positions; above 31 the products may round in another way."""
+    model = tiny_model("llama", 4, GRUSamplerHead(8), dtype=torch.bfloat16).eval()
+    for row in prompts(16):
+        options = {"max_new_tokens": G, "eos_token_id": []}
+        plain, fast = (
+            [t for s in decode(model, row, DecodingOptions(d, 4, **options)) for t in s.tokens]
+            for d in ("autoregressive", kind)
+        )
+        assert fast == plain
+
+
 @pytest.mark.parametrize("num_tokens", [300, pytest.param(4000, marks=pytest.mark.slow)])
 def test_memory_of_long_texts_is_the_caches(num_tokens: int) -> None:
     """Between steps nothing is held that grows with their number, but the cache and the masks of the layouts."""

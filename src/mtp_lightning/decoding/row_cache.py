@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from mtp_lightning.modeling.attention import layer_windows
 
 CHUNK = 32
-"""Slots are allocated in multiples of this."""
+"""Slots are allocated in multiples of this, and in bfloat16 on a CPU read so."""
 
 
 class _Place:
@@ -88,7 +88,7 @@ class RowLayer(CacheLayerMixin):
         place = self.place
         keys, values = self.keys, self.values
         if place.begin is not None:
-            size = place.end - place.begin
+            size = key_states.shape[2]
             keys.narrow(2, place.begin, size).copy_(key_states)
             values.narrow(2, place.begin, size).copy_(value_states)
         elif place.columns is not None:
@@ -125,6 +125,7 @@ class RowCache(Cache):
     Attributes:
         fixed: True if steps read all slots, whatever the lengths of rows, so that their shapes never change.
         exact: positions of each pass if all that it holds was computed by passes of one shape (``ExactExecutor``); else 0.
+        whole_chunks: True if steps read slots in multiples of ``CHUNK``, so that steps of other sizes round alike.
         graphs: graphs of steps over these buffers, by what they feed; dropped when the buffers grow.
         lengths: tokens of each row that count.
         tokens: those tokens, and behind them what the last step fed, [B, capacity] int64.
@@ -137,6 +138,7 @@ class RowCache(Cache):
         self._place = _Place()
         self._place.rows = num_rows
         self.fixed = False
+        self.whole_chunks = reads_whole_chunks(base)
         self.exact = 0
         self.graphs: dict[Any, Any] = {}
         self.lengths = [0] * num_rows
@@ -175,7 +177,8 @@ class RowCache(Cache):
             return dict.fromkeys(self.windows, 0), self.capacity
         shortest = min(self.lengths)
         first = {window: 0 if window is None else max(0, shortest - window + 1) for window in self.windows}
-        return first, max(self.lengths) + num_positions
+        end = max(self.lengths) + num_positions
+        return first, -(-end // CHUNK) * CHUNK if self.whole_chunks else end
 
     def begin_step(self, num_positions: int, fed: Tensor, slots: Tensor | None) -> None:
         """Set where the next forward pass, of Q positions, writes, after the tokens that count; record its tokens [B, T].
@@ -227,6 +230,15 @@ class RowCache(Cache):
         self.tokens = self.tokens[: len(sources)]
         for layer in self.layers:
             layer.hold(layer.keys[: len(sources)], layer.values[: len(sources)])
+
+
+def reads_whole_chunks(base: PreTrainedModel) -> bool:
+    """True where attention over a multiple of ``CHUNK`` slots rounds alike for every number of them, masked ones included.
+
+    So it is on a CPU in bfloat16, while the kernel sums an odd number of keys in another order. With matrix units (AMX) a
+    row of a product has the same bits beside up to 31 others too; then plain and speculative text are the same.
+    """
+    return base.device.type == "cpu" and base.dtype == torch.bfloat16
 
 
 def _grown(buffer: Tensor, dim: int, size: int) -> Tensor:
