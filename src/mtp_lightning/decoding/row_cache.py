@@ -236,7 +236,7 @@ def reads_whole_chunks(base: PreTrainedModel) -> bool:
     """True where attention over a multiple of ``CHUNK`` slots rounds alike for every number of them, masked ones included.
 
     So it is on a CPU in bfloat16, while the kernel sums an odd number of keys in another order. With matrix units (AMX) a
-    row of a product has the same bits beside up to 31 others too; then plain and speculative text are the same.
+    row of a product has the same bits with up to 31 other rows too; then plain and speculative text are the same.
     """
     return base.device.type == "cpu" and base.dtype == torch.bfloat16
 

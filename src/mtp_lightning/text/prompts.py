@@ -41,7 +41,7 @@ from mtp_lightning.text.prompt_source import check_source
 _FIELDS = ("prompt", "instruction", "question", "messages", "conversations", "conversation", "turns")
 """The fields of a line that hold its prompt."""
 _MORE = {"id", "domain", "category", "tools", "system", "history", "raw"}
-"""The fields that are read beside it."""
+"""Other fields that are read."""
 _SHOWN = 4  # of the fields that are not used
 
 
@@ -73,7 +73,7 @@ class PromptRow(NamedTuple):
     tools: list[dict[str, Any]] | None = None  # functions that the assistant may call
     raw: bool = False  # a text that the base continues as it is, without its chat template
     read: tuple[str, ...] = ()  # the fields that hold the prompt; none in a file of text
-    unused: tuple[str, ...] = ()  # other fields with a value, except those that are read beside it
+    unused: tuple[str, ...] = ()  # other fields with a value that nothing reads
 
 
 def read_prompts(
