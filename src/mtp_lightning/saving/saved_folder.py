@@ -156,4 +156,7 @@ def check_head(settings: dict[str, Any] | None, local_folder: Path | None) -> No
     in_current_directory = (here / f"{top}.py").is_file() or (here / top / "__init__.py").is_file()
     if local_folder is not None and in_current_directory and not here.is_relative_to(local_folder.resolve()):
         return
-    raise UsageError(f"importing the sampler head {path} would run its code: import it first, or give trust_remote_code.")
+    raise UsageError(
+        f"importing the sampler head {path} would run its code: start in the folder of {top}.py, import it first, or give"
+        " trust_remote_code."
+    )
