@@ -185,7 +185,7 @@ def test_reading_whole_chunks_changes_no_text(architecture: str, kind: str, monk
 @pytest.mark.skipif(not has_matrix_units(), reason="a CPU without AMX")
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
 def test_with_matrix_units_bfloat16_text_is_that_of_plain_decoding(kind: str) -> None:
-    """Steps of at most 25 positions; above 31 the products may round in another way."""
+    """Steps of at most 25 positions; above 32 the products round in another way."""
     model = tiny_model("llama", 4, GRUSamplerHead(8), dtype=torch.bfloat16).eval()
     for row in prompts(16):
         options = {"max_new_tokens": G, "eos_token_id": []}
