@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import ARCHITECTURES, EXPERTS, FEW, in_one_pass, tiny_base, tiny_batch, tiny_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from mtp_lightning.errors import UsageError
 from mtp_lightning.losses import BaseCrossEntropy, term_value
@@ -190,6 +191,13 @@ def test_dropout_acts_in_training_only_and_only_on_the_adapter() -> None:
     model.train()
     noisy = model.hidden_states(batch)
     assert torch.equal(noisy.ntp, calm.ntp) and not torch.allclose(noisy.mtp, calm.mtp)
+
+
+def test_a_layer_with_flattened_input_is_named() -> None:
+    config = OPTConfig(hidden_size=32, num_hidden_layers=1, ffn_dim=16, num_attention_heads=1, word_embed_proj_dim=32)
+    model = MTPModel(AutoModelForCausalLM.from_config(config), 1, LoRA(rank=1))
+    with pytest.raises(UsageError, match=r"target_modules: model\.decoder\.layers\.0\.fc1 "):
+        model(tiny_batch(num_masks=1))
 
 
 def test_merging_is_refused() -> None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mtp_lightning.errors import UsageError
 from mtp_lightning.modeling.decoder import num_experts, text_config
-from mtp_lightning.modeling.peft_private import ADAPTER, LoraLayer, LoraVariant, lora_layers, set_variant
+from mtp_lightning.modeling.peft_private import ADAPTER, LoraLayer, LoraVariant, set_variant
 from mtp_lightning.modeling.transformers_private import offload_hook
 from mtp_lightning.types import compute_dtype
 
@@ -113,10 +113,16 @@ class _AddLowRank(torch.autograd.Function):
 
 
 class GatedVariant(LoraVariant):
-    """PEFT's hook for another form of LoRA forward: the update is computed for the last positions only."""
+    """PEFT's hook for another form of LoRA forward: the update is computed for the last positions only.
 
-    def __init__(self, gate: Gate) -> None:
+    Args:
+        gate: says how many positions these are.
+        name: full name of the layer, for errors.
+    """
+
+    def __init__(self, gate: Gate, name: str) -> None:
         self.gate = gate
+        self.name = name
 
     def supports_lora_conversion(self) -> bool:
         """False: a gated update is not a plain weight update."""
@@ -137,7 +143,7 @@ class GatedVariant(LoraVariant):
         """The base layer's output plus the update at the last ``num_mtp`` positions: [B, S, out], the dtype of ``result``.
 
         ``x`` is the layer's input, [B, S, in], ``result`` the base layer's output. RuntimeError if no
-        gate is open in a training forward pass, or the input has no position dimension.
+        gate is open in a training forward pass, UsageError if the input has another form, as in experts and in OPT's MLPs.
         """
         num_mtp = self.gate.num_mtp
         if num_mtp is None and module.training and torch.is_grad_enabled():
@@ -145,7 +151,10 @@ class GatedVariant(LoraVariant):
         if not num_mtp:
             return result
         if x.ndim != 3:
-            raise RuntimeError(f"expected [B, S, in], got {tuple(x.shape)}: no experts in model.lora.target_modules.")
+            raise UsageError(
+                f"model.lora.target_modules: {self.name} can have no gated LoRA, because its input is {list(x.shape)} instead of"
+                " [batch, positions, features]. Name the layers that get one, without it."
+            )
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         scaling, num_ntp = module.scaling[active_adapter], result.shape[1] - num_mtp
         tail = module.lora_dropout[active_adapter](x[:, num_ntp:])
@@ -183,11 +192,10 @@ def add_gated_lora(base: PreTrainedModel, lora: LoRA, gate: Gate) -> LoraConfig:
         inject_adapter_in_model(config, base, adapter_name=ADAPTER)
     except ValueError as error:
         raise UsageError(f"model.lora.target_modules {targets!r} fits no layer of the base model: {error}") from error
-    variant = GatedVariant(gate)
     dtype = compute_dtype(base.dtype)
-    for layer in lora_layers(base):
+    for name, layer in _named_lora_layers(base):
         _materialize(layer)
-        set_variant(layer, variant)
+        set_variant(layer, GatedVariant(gate, name))
         layer.cast_input_dtype_enabled = False  # the variant casts, and only the positions that it needs
         layer.lora_A[ADAPTER].to(dtype)
         layer.lora_B[ADAPTER].to(dtype)
@@ -199,7 +207,11 @@ def adapted_layers(config: Any, lora: LoRA) -> list[str]:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
         add_gated_lora(base, lora, Gate())
-    return [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    return [name for name, _ in _named_lora_layers(base)]
+
+
+def _named_lora_layers(base: PreTrainedModel) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer)]
 
 
 def _default_targets(base: PreTrainedModel) -> list[str]:
