@@ -4,13 +4,13 @@
     python benchmarks/training_step.py --base FOLDER [--rows 4] [--length 247] [--blocks 32] [--naive]
     python benchmarks/training_step.py --check
     python benchmarks/training_step.py --plot docs/images/training_step.png
-    python benchmarks/training_step.py --steady 1000 [--naive]
+    python benchmarks/training_step.py --steady 1000 [--every_shape] [--naive]
 
 Bfloat16 base, bf16-mixed, rank 32, GRU head of the base's width that reads z, distillation of both heads and latent
 consistency, AdamW. Both steps alternate in one process, the first two of each are not counted; the peak is resident memory
 above what was resident before the step. ``--check`` compares losses and gradients in float64. ``--plot`` times a random base
 of 4 layers of width 256 against row length, masks, blocks and batch. ``--steady`` trains it on batches of mixed lengths and
-prints the resident memory.
+prints the resident memory, padded as the collator pads them, or with ``--every_shape`` not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import torch
 from naive_step import naive_sums, total
 from shapes import random_base
 
-from mtp_lightning.losses import AnchorDistillation, LatentConsistency, LossTerm
+from mtp_lightning.data.collator import BLOCK_MULTIPLE, ROW_MULTIPLE
+from mtp_lightning.losses import AnchorDistillation, LatentConsistency, LossTerm, tiles
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import load_base
 from mtp_lightning.modeling.gated_lora import LoRA
@@ -147,13 +148,16 @@ def small_base() -> Any:
     return random_base("tiny", torch.bfloat16, "cpu", **sizes)
 
 
-def steady(num_steps: int, sums: Sums) -> None:
+def steady(num_steps: int, sums: Sums, every_shape: bool) -> None:
     """Print the resident memory over steps on batches of one or two rows of 40 to 200 tokens."""
+    padding = {} if every_shape else {"row_multiple": ROW_MULTIPLE, "block_multiple": BLOCK_MULTIPLE}
+    if every_shape:
+        tiles.ROW_MULTIPLE = 1
     model, draw = make_model(small_base()), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=1e-4)
     for number in range(1, num_steps + 1):
         rows, length = (int(torch.randint(low, high, (), generator=draw)) for low, high in ((1, 3), (40, 201)))
-        step(model, make_batch(rows, length, 8, VOCAB, max_blocks_per_row=16), sums, optimizer)
+        step(model, make_batch(rows, length, 8, VOCAB, max_blocks_per_row=16, **padding), sums, optimizer)
         if number % max(1, num_steps // 10) == 0:
             print(json.dumps({"step": number, "resident_mb": round(status("VmRSS") / 1e6)}), flush=True)
 
@@ -212,6 +216,7 @@ def run() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--plot", type=Path, default=None)
     parser.add_argument("--steady", type=int, default=0)
+    parser.add_argument("--every_shape", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -220,7 +225,7 @@ def run() -> None:
     if arguments.plot is not None:
         plot(arguments.plot)
     if arguments.steady:
-        steady(arguments.steady, naive_sums if arguments.naive else our_sums)
+        steady(arguments.steady, naive_sums if arguments.naive else our_sums, arguments.every_shape)
     if arguments.base is not None:
         compare(arguments)
 

@@ -131,6 +131,15 @@ def test_rows_of_a_batch_are_padded() -> None:
     assert batch.row_ids.tolist() == [5, 7]
 
 
+def test_rows_and_blocks_are_padded_to_multiples() -> None:
+    rows = [token_row([10, 11, 12, 13], row_id=5), token_row([20, 21, 22], row_id=7)]
+    plain, padded = build_masked_input(rows, 2), build_masked_input(rows, 2, row_multiple=8, block_multiple=3)
+    assert padded.input_ids.shape == (2, 8) and padded.mtp_labels.shape == (2, 3, 2)
+    assert padded.document_ids[:, 4:].eq(-1).all() and padded.starts[:, 2:].eq(-1).all()
+    assert padded.input_ids[:, :4].equal(plain.input_ids) and padded.mtp_labels[:, :2].equal(plain.mtp_labels)
+    assert padded.counts.equal(plain.counts)
+
+
 # ---------------------------------------------------------------------------------------------- attention
 
 

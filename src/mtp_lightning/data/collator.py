@@ -10,6 +10,9 @@ from mtp_lightning.data.rows import DrawnRow
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.types import MaskedInput
 
+ROW_MULTIPLE, BLOCK_MULTIPLE = 32, 8
+"""Rows and blocks are padded to these, so that shapes repeat: on a CPU each shape of a product that occurs keeps memory."""
+
 
 @dataclass(frozen=True)
 class MaskedInputCollator:
@@ -35,4 +38,6 @@ class MaskedInputCollator:
             seed=self.seed,
             epoch=epoch,
             context=self.context,
+            row_multiple=ROW_MULTIPLE,
+            block_multiple=BLOCK_MULTIPLE,
         )

@@ -6,12 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_lightning.losses.chunked import chunk_size
 
 TILE = 2048
 """Tokens of the vocabulary whose logits exist at once."""
+ROW_MULTIPLE = 128
+"""States are padded to this: their number differs from batch to batch, and on a CPU each shape of a product keeps memory."""
 
 
 class LogSumExp(torch.autograd.Function):
@@ -20,10 +23,11 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """States are float32 or float64, as are the outputs; products have W's dtype, or autocast's."""
-        weight = _for_products(weight)
+        weight, N = _for_products(weight), len(hidden)
+        padded = F.pad(hidden.detach(), (0, 0, 0, -N % ROW_MULTIPLE))
         with torch.autocast(hidden.device.type, enabled=False):
-            parts = [_over_tiles(chunk, weight) for chunk in hidden.detach().split(chunk_size(hidden, TILE))]
-        log_sums, rows = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            parts = [_over_tiles(chunk, weight) for chunk in padded.split(chunk_size(hidden, TILE))]
+        log_sums, rows = (torch.cat(tensors)[:N] for tensors in zip(*parts, strict=True))
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(rows)
         return log_sums, rows

@@ -152,7 +152,7 @@ class GatedVariant(LoraVariant):
             return result
         if x.ndim != 3:
             raise UsageError(
-                f"model.lora.target_modules: {self.name} can have no gated LoRA, because its input is {list(x.shape)} instead of"
+                f"model.lora.target_modules: {self.name} can have no gated LoRA, because its input is {list(x.shape)}, not"
                 " [batch, positions, features]. Name the layers that get one, without it."
             )
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]

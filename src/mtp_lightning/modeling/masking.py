@@ -125,6 +125,8 @@ def build_masked_input(
     seed: int = 0,
     epoch: int = 0,
     context: int | None = None,
+    row_multiple: int = 1,
+    block_multiple: int = 1,
 ) -> MaskedInput:
     """Place blocks in every row and pad the rows to one batch.
 
@@ -138,6 +140,8 @@ def build_masked_input(
         seed: seed of the starts and the noise.
         epoch: changes them from epoch to epoch; give a constant for validation.
         context: the model's context length; MTP positions at or past it are dropped. None: no limit.
+        row_multiple: L is padded to a multiple of this.
+        block_multiple: P is padded to a multiple of this, with empty blocks.
 
     Returns:
         The batch. P is at least 1: a batch without any block has one empty block, so that every trained parameter
@@ -154,8 +158,9 @@ def build_masked_input(
         generator = torch.Generator().manual_seed(int(state) >> 1)
         blocks.append(_row_blocks(row, num_masks, num_blocks, generator, context))
 
-    L = max(len(row.input_ids) for row in rows)
-    P = max(1, max(len(b.starts) for b in blocks))
+    longest, most_blocks = max(len(row.input_ids) for row in rows), max(1, max(len(b.starts) for b in blocks))
+    L = -(-longest // row_multiple) * row_multiple
+    P = -(-most_blocks // block_multiple) * block_multiple
     return MaskedInput(
         input_ids=_pad_and_stack([row.input_ids for row in rows], L, 0),
         position_ids=_pad_and_stack([document_positions(row.document_ids) for row in rows], L, 0),
