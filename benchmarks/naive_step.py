@@ -40,7 +40,7 @@ class _EverywhereVariant(GatedVariant):
 def _lora_everywhere(model: MTPModel, gate: Tensor) -> Iterator[None]:
     layers = lora_layers(model.base)
     before = [get_variant(layer) for layer in layers]
-    variant = _EverywhereVariant(model.gate)
+    variant = _EverywhereVariant(model.gate, "every layer")
     variant.values = gate
     try:
         for layer in layers:
