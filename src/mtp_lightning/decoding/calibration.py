@@ -96,8 +96,11 @@ def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[
             if executor.fixed_shapes:  # compiled after some steps
                 seconds(plan, EAGER_RUNS[model.base.device.type] + 1)
             found[plan] = seconds(plan)
-            if plan.num_drafts == plan.masks and found[plan] > (1 + plan.masks) * found[PLAIN]:
-                break
+            too_long = (1 + plan.masks) * found[PLAIN]
+            if plan.num_drafts == plan.masks and found[plan] > too_long:
+                found[plan] = min(found[plan], seconds(plan))  # on a busy machine once is not enough
+                if found[plan] > too_long:
+                    break
         for _ in range(ROUNDS - 1):
             if time.perf_counter() - begin < SECONDS:
                 found = {plan: min(least, seconds(plan)) for plan, least in found.items()}
