@@ -150,6 +150,8 @@ def test_costs_of_other_plans_follow_from_those_measured() -> None:
         assert costs.seconds(plan) == pytest.approx(seconds(plan))
     noisy = StepCosts({PLAIN: 3.0, Plan(1, 0, "last"): 9.0, Plan(8, 0, "last"): 5.0, Plan(0, 1, "last"): 1.0}, 8)
     assert [noisy.seconds(Plan(c, 0, "last")) for c in (0, 1, 2, 7)] == [3.0, 5.0, 5.0, 5.0]  # a measured 9.0 too
+    alike = StepCosts({PLAIN: 1.0, Plan(7, 1, "all"): 9.0, Plan(7, 8, "last"): 5.0}, 8)
+    assert alike.seconds(Plan(7, 1, "all")) == 5.0  # 16 positions, both
     assert noisy.seconds(Plan(8, 8, "all")) > 40  # far beyond what was measured
 
 

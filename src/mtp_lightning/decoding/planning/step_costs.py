@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,11 +29,13 @@ class StepCosts:
         self.per_draft = max(0.0, all_tokens - one) / max(1, num_masks - 1)  # of each token after the first
         self._curves = {}  # without masks and with, for one drafted token
         for masked in (False, True):
-            points = [
-                (_positions(plan), s - self._drafting(plan)) for plan, s in measured.items() if bool(plan.masks) == masked
-            ]
-            positions, seconds = map(np.array, zip(*sorted(points), strict=True))
-            # Noise only adds, so no step takes longer than one of more positions.
+            points: dict[int, float] = {}
+            for plan, s in measured.items():
+                if bool(plan.masks) == masked:
+                    at = _positions(plan)
+                    points[at] = min(s - self._drafting(plan), points.get(at, math.inf))
+            positions, seconds = map(np.array, zip(*sorted(points.items()), strict=True))
+            # Noise only adds, so no step takes longer than one of as many positions or more.
             self._curves[masked] = positions, np.minimum.accumulate(seconds[::-1])[::-1]
 
     def _drafting(self, plan: Plan) -> float:
