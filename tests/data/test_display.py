@@ -63,7 +63,7 @@ def test_command(config: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[begin + 1 : begin + 3] == ["losstwo▮three▮four<|im_end|>", "noloss⏎"]
     assert out.count("carry loss, ") == 2  # one row, and the shares of all
     # 8 rows for training: one global batch of 4 devices with 2 rows each, an epoch of one step
-    assert "a step on 4 devices: 8 rows, 112 tokens, 24 blocks, 160 positions (masks and padding included); 1 steps" in out
+    assert "a step on 4 devices: 8 rows, 112 tokens, 24 blocks, 384 positions (masks and padding included); 1 steps" in out
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     assert mtp("data", "--config", config, "--split", "validation") == 0
