@@ -5,12 +5,13 @@
     python benchmarks/reproduce/table1.py MODEL spec_bench=question.jsonl --num_prompts 60
 
 MODEL is what ``mtp benchmark`` takes, sets are those of ``prompt_sets.py``. A set that has its row in the results is not
-measured again. Each text is compared with autoregressive decoding by the same model.
+measured again unless the model's weights have changed. Each text is compared with autoregressive decoding by the same model.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -70,8 +71,16 @@ def measure(model: MTPModel, name: str, args: argparse.Namespace) -> dict[str, A
 
 def identity(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a row is the result of."""
-    model = Path(args.model).name
-    return {"name": name.partition("=")[0], "model": model, "prompts": args.num_prompts, "tokens": args.max_new_tokens}
+    path = Path(args.model)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    weights = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] if files else None
+    return {
+        "name": name.partition("=")[0],
+        "model": path.name,
+        "weights": weights,
+        "prompts": args.num_prompts,
+        "tokens": args.max_new_tokens,
+    }
 
 
 def main() -> None:

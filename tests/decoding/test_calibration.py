@@ -155,6 +155,15 @@ def test_costs_of_other_plans_follow_from_those_measured() -> None:
     assert noisy.seconds(Plan(8, 8, "all")) > 40  # far beyond what was measured
 
 
+def test_a_slow_measurement_of_drafting_makes_no_step_shorter_than_a_plain_one() -> None:
+    measured = {PLAIN: 20.0, Plan(0, 1, "last"): 21.0, Plan(0, 4, "last"): 26.0, Plan(4, 4, "all"): 50.0}
+    costs = StepCosts({**measured, Plan(3, 1, "all"): 29.0, Plan(3, 4, "last"): 64.0}, 4)
+    assert costs.seconds(Plan(0, 1, "last")) == 20.0
+    assert costs.seconds(Plan(1, 1, "all")) >= 20.0
+    assert costs.seconds(Plan(0, 4, "last")) == pytest.approx(26.0)
+    assert StepCosts({PLAIN: 20.0, Plan(0, 1, "last"): 19.0}, 1).seconds(Plan(0, 1, "last")) == 20.0
+
+
 def test_costs_rise_evenly_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", 2)
     monkeypatch.setattr(calibration, "measure", lambda model, options, rows: {PLAIN: rows, Plan(0, 1, "last"): 2.0 * rows})

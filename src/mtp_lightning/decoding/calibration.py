@@ -36,6 +36,8 @@ FOLDER_VARIABLE = "MTP_CACHE"
 """The environment variable with the folder where calibrations are kept."""
 UNRELATED = {"_name_or_path", "transformers_version"}
 """Entries of a configuration that say nothing about shapes."""
+STEPS_VERSION = 2
+"""To be raised by changes of the code that change what steps take."""
 CONTEXT = 128
 """Tokens in the cache while measuring."""
 ROUNDS, SECONDS = 5, 2.5
@@ -63,8 +65,8 @@ def measured_plans(model: MTPNetwork, options: DecodingOptions) -> list[Plan]:
 def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[Plan, float]:
     """Seconds of whole steps of a batch; the model is prepared for decoding.
 
-    The shortest time of a plan counts: a busy machine only adds. Plans are left out from the first one on that takes longer
-    than all its drafts could ever save.
+    The shortest time of a plan counts: a busy machine only adds. Plans after the first one that takes longer than all its
+    drafts could ever save are left out.
     """
     # Both depend on whether steps compile, and these options decide that too.
     executor_type, plans = (
@@ -121,6 +123,7 @@ def _settings(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dic
     """What costs depend on, apart from the model."""
     device = model.base.device
     return {
+        "steps": STEPS_VERSION,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from mtp_lightning.decoding.planning.draft_plan import Plan
+from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan
 
 
 def pair(num_masks: int) -> tuple[Plan, Plan]:
@@ -26,8 +27,10 @@ class StepCosts:
     def __init__(self, measured: Mapping[Plan, float], num_masks: int) -> None:
         self.measured = dict(measured)
         one, all_tokens = (measured.get(plan, 0.0) for plan in pair(num_masks))
-        self.per_draft = max(0.0, all_tokens - one) / max(1, num_masks - 1)  # of each token after the first
-        self._curves = {}  # without masks and with, for one drafted token
+        # Of each token after the first; in no step is it more than what that takes longer than a plain one.
+        estimates = [(s - measured[PLAIN]) / (plan.masks - 1) for plan, s in measured.items() if plan.masks > 1]
+        self.per_draft = max(0.0, min([(all_tokens - one) / max(1, num_masks - 1), *estimates]))
+        self._curves: dict[bool, tuple[Any, Any]] = {}  # without masks and with, for one drafted token
         for masked in (False, True):
             points: dict[int, float] = {}
             for plan, s in measured.items():
@@ -35,8 +38,9 @@ class StepCosts:
                     at = _positions(plan)
                     points[at] = min(s - self._drafting(plan), points.get(at, math.inf))
             positions, seconds = map(np.array, zip(*sorted(points.items()), strict=True))
-            # Noise only adds, so no step takes longer than one of as many positions or more.
-            self._curves[masked] = positions, np.minimum.accumulate(seconds[::-1])[::-1]
+            # Noise only adds, so no step takes longer than one of as many positions or more; nor less than a plain one.
+            least = self._curves[False][1][0] if masked else 0.0
+            self._curves[masked] = positions, np.maximum(np.minimum.accumulate(seconds[::-1])[::-1], least)
 
     def _drafting(self, plan: Plan) -> float:
         return max(0, plan.masks - 1) * self.per_draft
