@@ -67,11 +67,6 @@ def packed_dtypes() -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.bfloat16} if has_bfloat16_products() else {torch.float32})
 
 
-def can_pack(weight: Tensor) -> bool:
-    """True if a weight on this device and of this dtype can be packed, and that is known to pay."""
-    return weight.device.type == "cpu" and weight.dtype in packed_dtypes()
-
-
 class PackedLinear:
     """A linear layer of weight [N, D] and bias [N], without gradients.
 
@@ -79,22 +74,20 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: bool = True) -> None:
-        self.width, self.bias = len(weight), bias
+        self.weight, self.bias = weight.detach(), bias
         self.packed: Tensor | None = None
-        if pack and can_pack(weight):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), TYPICAL_ROWS)
-        # Packing gains nothing for a vector of float32, so that has both.
-        self.weight = weight.detach() if self.packed is None or weight.dtype == torch.float32 else None
+        if pack and weight.device.type == "cpu" and weight.dtype in packed_dtypes():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), TYPICAL_ROWS)
         self.id = next(_ids)
         _by_id[self.id] = self
 
     def __call__(self, x: Tensor) -> Tensor:
         """The products [..., N] of rows [..., D]."""
         is_single = x.numel() == x.shape[-1]
-        if self.packed is None or (is_single and self.weight is not None):
-            return F.linear(x, self.weight, self.bias)  # type: ignore[arg-type]
+        if self.packed is None or (is_single and x.dtype == torch.float32):  # a single row of float32 gains nothing from packing
+            return F.linear(x, self.weight, self.bias)
         if _as_operators:
-            return torch.ops.mtp_lightning.packed_linear(x, self.id, self.width)
+            return torch.ops.mtp_lightning.packed_linear(x, self.id, len(self.weight))
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:

@@ -50,34 +50,6 @@ def test_packed_layers_compute_what_pefts_do(max_copy_bytes: int, monkeypatch: p
         torch.testing.assert_close(logits, model.unembed(expected).detach(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(torch.float32 not in packed_dtypes(), reason="weights are not packed on this CPU")
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # without and with biases
-def test_joined_layers_compute_what_pefts_do(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_lora, "JOINED_DTYPE", torch.float32)
-    products: list[int] = []
-    forward = fused_lora._Product.__call__
-
-    def count(self: fused_lora._Product, index: int, x: torch.Tensor) -> torch.Tensor:
-        products.append(len(self.widths))
-        return forward(self, index, x)
-
-    monkeypatch.setattr(fused_lora._Product, "__call__", count)
-    model = tiny_model(architecture, 4, dtype=torch.float32)
-    expected = hidden_states(model, 4, 2)
-    with fused(model), torch.inference_mode():
-        torch.testing.assert_close(hidden_states(model, 4, 2), expected, rtol=1e-4, atol=1e-4)
-        assert sorted(set(products)) == [1, 2, 3]
-        # In any order, and one alone.
-        attention = model.base.get_decoder().layers[0].self_attn
-        x = torch.randn(1, 9, model.base.config.hidden_size)
-        with model.gate.over_last(4):
-            for layer in (attention.v_proj, attention.q_proj, attention.q_proj, attention.v_proj, attention.k_proj):
-                torch.testing.assert_close(layer(x), type(layer).forward(layer, x), rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(
-                attention.k_proj(2 * x), type(attention.k_proj).forward(attention.k_proj, 2 * x), rtol=1e-4, atol=1e-4
-            )
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_keep_the_bits_of_the_base(dtype: torch.dtype) -> None:
     model = tiny_model("llama", 4, dtype=dtype)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mtp_lightning.decoding.acceptance import VerifiedStep, base_tokens, num_accepted
 from mtp_lightning.decoding.candidates import Candidates
-from mtp_lightning.decoding.packed_linear import has_matrix_units
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.decoding.step_masks import StepLayout
 from mtp_lightning.decoding.token_choice import Prefixes, TokenChoice
@@ -61,8 +60,6 @@ MAX_JOINT_MASKS = {"cpu": 16, "cuda": 128}
 
 With more the product is no longer bound by reading it; then the logits of the block that drafts are a product of their own.
 """
-MAX_JOINT_MASKS_MATRIX_UNITS = 24
-"""The same in bfloat16 on a CPU with AMX."""
 
 
 class StepOutput(NamedTuple):
@@ -225,14 +222,7 @@ def _logits(model: MTPNetwork, step: StepInput, states: Tensor, mask_states: Ten
     """Logits of the verified positions, and of all masks where the base head is needed there and they come nearly free."""
     num_masks = mask_states.shape[0] * mask_states.shape[1]
     uses_base_head = not step.sampler_head or model.sampler_head is None or step.choice.num_candidates is not None
-    if not step.joint_logits or not uses_base_head or not 0 < num_masks <= _max_joint_masks(states):
+    if not step.joint_logits or not uses_base_head or not 0 < num_masks <= MAX_JOINT_MASKS.get(states.device.type, 0):
         return model.unembed(states), None
     logits = model.unembed(torch.cat([states, mask_states], dim=1))
     return logits[:, : states.shape[1]], logits[:, states.shape[1] :]
-
-
-def _max_joint_masks(states: Tensor) -> int:
-    """Masks of all rows up to which their logits are worth a joint product."""
-    if states.device.type == "cpu" and states.dtype == torch.bfloat16 and has_matrix_units():
-        return MAX_JOINT_MASKS_MATRIX_UNITS
-    return MAX_JOINT_MASKS.get(states.device.type, 0)

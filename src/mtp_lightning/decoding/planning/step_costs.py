@@ -27,7 +27,7 @@ class StepCosts:
     def __init__(self, measured: Mapping[Plan, float], num_masks: int) -> None:
         self.measured = dict(measured)
         one, all_tokens = (measured.get(plan, 0.0) for plan in pair(num_masks))
-        # Of each token after the first; in no step is it more than what that takes longer than a plain one.
+        # Of each token after the first. No step with several drafted tokens may come out shorter than a plain one by it.
         estimates = [(s - measured[PLAIN]) / (plan.masks - 1) for plan, s in measured.items() if plan.masks > 1]
         self.per_draft = max(0.0, min([(all_tokens - one) / max(1, num_masks - 1), *estimates]))
         self._curves: dict[bool, tuple[Any, Any]] = {}  # without masks and with, for one drafted token
