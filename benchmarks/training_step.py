@@ -29,12 +29,11 @@ import torch
 from naive_step import naive_sums, total
 from shapes import random_base
 
-from mtp_lightning.data.collator import BLOCK_MULTIPLE, ROW_MULTIPLE
 from mtp_lightning.losses import AnchorDistillation, LatentConsistency, LossTerm, tiles
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import load_base
 from mtp_lightning.modeling.gated_lora import LoRA
-from mtp_lightning.modeling.masking import build_masked_input
+from mtp_lightning.modeling.masking import BLOCK_MULTIPLE, ROW_MULTIPLE, build_masked_input
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.types import MaskedInput, TokenRow
 
@@ -153,7 +152,7 @@ def steady(num_steps: int, sums: Sums, every_shape: bool) -> None:
     """Print the resident memory over steps on batches of one or two rows of 40 to 200 tokens."""
     padding = {} if every_shape else {"row_multiple": ROW_MULTIPLE, "block_multiple": BLOCK_MULTIPLE}
     if every_shape:
-        tiles.ROW_MULTIPLE = 1
+        tiles.STATE_MULTIPLE = 1
     model, draw = make_model(small_base()), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW([p for _, p in model.trained_parameters()], lr=1e-4)
     for number in range(1, num_steps + 1):

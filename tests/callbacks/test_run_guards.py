@@ -101,11 +101,11 @@ def test_the_estimate_is_printed_and_memory_that_runs_out_gets_advice(here: dict
     spoil(here, "memory")
     assert mtp(*FIT) == 1
     err = capsys.readouterr().err
-    # 2 rows of 12 tokens, blocks after half of the 10 starts, 2 masks each.
-    assert "memory: up to 44 positions per step (24 tokens and 20 masks); base 0." in err
+    # 2 rows of 12 tokens, padded to 32; blocks after half of the 10 starts, padded to 8, 2 masks each.
+    assert "memory: up to 96 positions per step (64 tokens and 32 masks); base 0." in err
     last = err.splitlines()[-1]
-    assert "memory ran out in step 6 (" in last and "up to 44 positions" in last
-    assert "Lower data.batch_size from 2 to 1, or data.block_fraction from 0.5 to 0." in last
+    assert "memory ran out in step 6 (" in last and "up to 96 positions" in last
+    assert "Lower data.batch_size from 2 to 1." in last  # fewer blocks would be padded to as many
     assert torch.load(LAST, weights_only=True)["global_step"] == 4
 
 

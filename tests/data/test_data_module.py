@@ -118,7 +118,7 @@ def test_training_and_validation_batches(write, capsys) -> None:
         assert all(torch.equal(x, y) for a, b in zip(once, others, strict=True) for x, y in zip(a, b, strict=True))
     report = "data.train: 10 rows read; 10 documents in 10 rows an epoch, 109 tokens, 99 eligible starts, "
     assert report in capsys.readouterr().err
-    assert data.report["validation"]["rows"] == 4 and 0 < data.report["train"]["padding_share"] < 0.3
+    assert data.report["validation"]["rows"] == 4 and 0.6 < data.report["train"]["padding_share"] < 0.7  # 10.9 of 32
 
 
 def test_ranks_come_from_the_strategy(write) -> None:

@@ -103,7 +103,7 @@ def test_order_depends_on_seed_and_epoch_only() -> None:
 def test_batches_hold_rows_of_similar_length() -> None:
     lengths = np.random.default_rng(0).integers(2, 500, 8 * MAX_BUCKET_BATCHES * 3)
     bucketed, plain = RowSampler(lengths, 8), RowSampler(lengths, 8, bucketed=False)
-    assert bucketed.padding_share() < 0.03 and plain.padding_share() > 0.3
+    assert bucketed.padding_share() < 0.1 and plain.padding_share() > 0.3
     means = [lengths[rows].mean() for rows in bucketed.global_batches(0)]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2  # the batches themselves are shuffled
 

@@ -85,7 +85,6 @@ def test_an_override_of_the_weights_counts() -> None:
 def test_masks_that_share_an_anchor_share_its_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = tiny_model(num_masks=K), build_masked_input(tiny_rows(), K)
     states, passes = model.hidden_states(batch), []
-    monkeypatch.setattr(tiles, "ROW_MULTIPLE", 1)
     monkeypatch.setattr(tiles, "_over_tiles", lambda h, w, over=tiles._over_tiles: passes.append(len(h)) or over(h, w))
     loss_sums({"x": AnchorDistillation(head="base")}, states, batch, model.unembed)
     assert passes == batch.counts[1:].tolist()  # under full coverage: MTP positions, and anchors

@@ -17,7 +17,7 @@ from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.base import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
-from mtp_lightning.modeling.masking import build_masked_input
+from mtp_lightning.modeling.masking import BLOCK_MULTIPLE, ROW_MULTIPLE, build_masked_input
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.training.sizing import StepSize, advice, estimate, gigabytes, model_size, step_flops
 
@@ -37,7 +37,8 @@ def model_of(dtype: torch.dtype, head: bool = True, **options: Any) -> MTPModel:
 
 
 def batch() -> Any:
-    return build_masked_input([token_row([LENGTH], (), row, 0) for row in range(ROWS)], K)
+    rows = [token_row([LENGTH], (), row, 0) for row in range(ROWS)]
+    return build_masked_input(rows, K, row_multiple=ROW_MULTIPLE, block_multiple=BLOCK_MULTIPLE)
 
 
 def kept_bytes(model: MTPModel, autocast: bool = False) -> int:
@@ -70,7 +71,7 @@ def test_the_estimate_is_near_what_autograd_keeps(dtype: torch.dtype, autocast: 
         4 * size.element_bytes + 2 * size.trained_element_bytes
     )
     if gated:  # the cache is not part of the graph once it is concatenated
-        decoder -= STEP.rows * STEP.length * 2 * size.key_width * size.layers * size.element_bytes
+        decoder -= STEP.rows * STEP.ntp * 2 * size.key_width * size.layers * size.element_bytes
     kept = kept_bytes(model, autocast)
     # Small tensors (cosines, norms' scales) are left out; a term that is wrong by a factor of 2 is more than this.
     assert 0.9 < (decoder + found.mask) / kept < 1.1
@@ -80,7 +81,7 @@ def test_positions_and_bytes_by_hand() -> None:
     model = model_of(torch.bfloat16)
     size = model_size(model)
     found = estimate(size, StepSize(rows=3, length=10, num_masks=2, block_fraction=0.5))
-    assert (found.ntp_positions, found.mtp_positions) == (30, 3 * 4 * 2)
+    assert (found.ntp_positions, found.mtp_positions) == (3 * 32, 3 * 8 * 2)  # 10 tokens and 4 blocks, padded
     assert found.base == 2 * size.base_parameters == 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
     assert found.trained == 16 * sum(p.numel() for _, p in model.trained_parameters())
     assert estimate(size, StepSize(3, 10, num_masks=2, max_blocks=1)).mtp_positions == 6

@@ -56,8 +56,9 @@ class Throughput(Callback):
         """Begin a new interval between two logged steps."""
         self._interval_began = time.perf_counter()
         self._waited = self._paused = 0.0  # seconds
-        self._tokens: torch.Tensor | int = 0
-        self._ntp = self._mtp = self._rows = 0
+        self._tokens: torch.Tensor | int = 0  # without padding, as are the masks
+        self._masks: torch.Tensor | int = 0
+        self._positions = self._rows = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and measure the loop's waits for batches."""
@@ -99,16 +100,17 @@ class Throughput(Callback):
     ) -> None:
         """Count a batch, and log when Lightning does."""
         self.resume(trainer)
-        self._tokens = self._tokens + (batch.document_ids >= 0).sum()  # on the device: nothing waits for it yet
-        self._ntp += batch.input_ids.numel()
-        self._mtp += batch.mtp_labels.numel()
+        # On the device: nothing waits for them yet.
+        self._tokens = self._tokens + (batch.document_ids >= 0).sum()
+        self._masks = self._masks + (batch.starts >= 0).sum() * batch.mtp_labels.shape[2]
+        self._positions += batch.input_ids.numel() + batch.mtp_labels.numel()
         self._rows += batch.input_ids.shape[0]
         if is_accumulating(trainer) or not is_logging_step(trainer):
             return
         device = trainer.strategy.root_device
         _synchronize(device)  # count what was computed, not what was queued
         seconds = time.perf_counter() - self._interval_began - self._paused
-        sums = torch.tensor([float(self._tokens), self._ntp + self._mtp], dtype=torch.float64, device=device)
+        sums = torch.tensor([float(self._tokens), self._positions], dtype=torch.float64, device=device)
         maxima = torch.tensor([peak_memory(device), self._waited / seconds], dtype=torch.float64, device=device)
         tokens, positions = all_reduce(sums, "sum").tolist()
         memory, wait_share = all_reduce(maxima, "max").tolist()
@@ -127,8 +129,9 @@ class Throughput(Callback):
         peak = self.peak(device)
         if peak is None or self._size is None or self._step is None:
             return {}
-        step = replace(self._step, length=max(1, self._ntp // self._rows))
-        flops = step_flops(self._size, step, self._ntp, self._mtp)
+        tokens, masks = float(self._tokens), float(self._masks)  # without padding
+        step = replace(self._step, length=max(1, round(tokens / self._rows)))
+        flops = step_flops(self._size, step, tokens, masks)
         return {"model_flop_utilization": flops / seconds / (peak * 1e12)}
 
     def _hours_left(self, trainer: Trainer) -> dict[str, float]:

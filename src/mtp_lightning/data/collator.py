@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mtp_lightning.data.rows import DrawnRow
-from mtp_lightning.modeling.masking import build_masked_input
+from mtp_lightning.modeling.masking import ROW_MULTIPLE, block_multiple, build_masked_input
 from mtp_lightning.types import MaskedInput
-
-ROW_MULTIPLE, BLOCK_MULTIPLE = 32, 8
-"""Rows and blocks are padded to these, so that shapes repeat: on a CPU each shape of a product that occurs keeps memory."""
 
 
 @dataclass(frozen=True)
@@ -39,5 +36,5 @@ class MaskedInputCollator:
             epoch=epoch,
             context=self.context,
             row_multiple=ROW_MULTIPLE,
-            block_multiple=BLOCK_MULTIPLE,
+            block_multiple=block_multiple(self.max_blocks_per_row),
         )

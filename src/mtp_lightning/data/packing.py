@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mtp_lightning.modeling.masking import ROW_MULTIPLE, round_up
+
 WINDOW = 1024
 """Documents that are packed together: with lengths spread evenly up to ``max_length`` they fill 97 % of their rows."""
 
@@ -36,7 +38,7 @@ def pack(lengths: np.ndarray, max_length: int, window: int = WINDOW) -> tuple[np
 
 
 def padding_share(batches: Sequence[np.ndarray]) -> float:
-    """The share of positions that is padding, from the row lengths of each batch: ``[[3, 1], [2, 2]] -> 0.2``."""
+    """The share of positions that is padding, from the row lengths of each batch: ``[[32, 16], [32, 32]] -> 0.125``."""
     tokens = sum(int(lengths.sum()) for lengths in batches)
-    positions = sum(int(lengths.max()) * len(lengths) for lengths in batches)
+    positions = sum(round_up(int(lengths.max()), ROW_MULTIPLE) * len(lengths) for lengths in batches)
     return 1 - tokens / positions if positions else 0.0

@@ -84,7 +84,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """The products [..., N] of rows [..., D]."""
         is_single = x.numel() == x.shape[-1]
-        if self.packed is None or (is_single and x.dtype == torch.float32):  # a single row of float32 gains nothing from packing
+        if self.packed is None or (is_single and x.dtype == torch.float32):  # packing gains nothing for a vector of float32
             return F.linear(x, self.weight, self.bias)
         if _as_operators:
             return torch.ops.mtp_lightning.packed_linear(x, self.id, len(self.weight))

@@ -13,7 +13,7 @@ from mtp_lightning.losses.chunked import chunk_size
 
 TILE = 2048
 """Tokens of the vocabulary whose logits exist at once."""
-ROW_MULTIPLE = 128
+STATE_MULTIPLE = 128
 """States are padded to this: their number differs from batch to batch, and on a CPU each shape of a product keeps memory."""
 
 
@@ -23,11 +23,10 @@ class LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """States are float32 or float64, as are the outputs; products have W's dtype, or autocast's."""
-        weight, N = _for_products(weight), len(hidden)
-        padded = F.pad(hidden.detach(), (0, 0, 0, -N % ROW_MULTIPLE))
+        weight = _for_products(weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            parts = [_over_tiles(chunk, weight) for chunk in padded.split(chunk_size(hidden, TILE))]
-        log_sums, rows = (torch.cat(tensors)[:N] for tensors in zip(*parts, strict=True))
+            parts = [_over_tiles(chunk, weight) for chunk in hidden.detach().split(chunk_size(hidden, TILE))]
+        log_sums, rows = map(torch.cat, zip(*parts, strict=True))
         ctx.mark_non_differentiable(rows)
         ctx.save_for_backward(rows)
         return log_sums, rows
@@ -40,6 +39,9 @@ class LogSumExp(torch.autograd.Function):
 
 def _over_tiles(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """One chunk of states; sums over the tiles so far are relative to the largest logit so far."""
+    num_states = len(hidden)
+    if padding := -num_states % STATE_MULTIPLE:
+        hidden = F.pad(hidden, (0, 0, 0, padding))
     states = hidden.to(weight.dtype)
     largest = hidden.new_full((len(hidden), 1), -torch.inf)
     total, rows = torch.zeros_like(largest), torch.zeros_like(hidden)
@@ -58,7 +60,7 @@ def _over_tiles(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total.mul_(shrink).add_(e.sum(1, keepdim=True))
         torch.mm(tile_logits.copy_(e), tile, out=product)
         rows.mul_(shrink).add_(product)
-    return (largest + total.log()).squeeze(1), rows.div_(total)
+    return (largest + total.log()).squeeze(1)[:num_states], rows.div_(total)[:num_states]
 
 
 class Overlap(torch.autograd.Function):

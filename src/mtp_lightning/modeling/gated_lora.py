@@ -153,7 +153,7 @@ class GatedVariant(LoraVariant):
         if x.ndim != 3:
             raise UsageError(
                 f"model.lora.target_modules: {self.name} can have no gated LoRA, because its input is {list(x.shape)}, not"
-                " [batch, positions, features]. Name the layers that get one, without it."
+                " [batch, positions, features]. List the layers that get one, without it (null is all linear layers)."
             )
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         scaling, num_ntp = module.scaling[active_adapter], result.shape[1] - num_mtp

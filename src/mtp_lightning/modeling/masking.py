@@ -116,6 +116,20 @@ def _pad_and_stack(tensors: Sequence[Tensor], length: int, value: int) -> Tensor
     return out
 
 
+ROW_MULTIPLE, BLOCK_MULTIPLE = 32, 8
+"""Training pads rows and blocks to these, so that shapes repeat: on a CPU each shape of a product keeps memory."""
+
+
+def block_multiple(max_blocks_per_row: int | None) -> int:
+    """What the blocks of a row are padded to a multiple of: no more than its most blocks."""
+    return BLOCK_MULTIPLE if max_blocks_per_row is None else min(BLOCK_MULTIPLE, max_blocks_per_row)
+
+
+def round_up(count: int, multiple: int) -> int:
+    """The next multiple: ``round_up(33, 32) -> 64``."""
+    return -(-count // multiple) * multiple
+
+
 def build_masked_input(
     rows: Sequence[TokenRow],
     num_masks: int,
@@ -159,8 +173,7 @@ def build_masked_input(
         blocks.append(_row_blocks(row, num_masks, num_blocks, generator, context))
 
     longest, most_blocks = max(len(row.input_ids) for row in rows), max(1, max(len(b.starts) for b in blocks))
-    L = -(-longest // row_multiple) * row_multiple
-    P = -(-most_blocks // block_multiple) * block_multiple
+    L, P = round_up(longest, row_multiple), round_up(most_blocks, block_multiple)
     return MaskedInput(
         input_ids=_pad_and_stack([row.input_ids for row in rows], L, 0),
         position_ids=_pad_and_stack([document_positions(row.document_ids) for row in rows], L, 0),

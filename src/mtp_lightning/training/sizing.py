@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_lightning.losses.chunked import LOGITS_PER_CHUNK
 from mtp_lightning.modeling.decoder import decoder_layers, num_experts, text_config
+from mtp_lightning.modeling.masking import ROW_MULTIPLE, block_multiple, round_up
 
 if TYPE_CHECKING:
     from mtp_lightning.modeling.network import MTPNetwork
@@ -67,9 +68,14 @@ class StepSize:
         return wanted if self.max_blocks is None else min(wanted, self.max_blocks)
 
     @property
+    def ntp(self) -> int:
+        """NTP positions in a row, padding included."""
+        return round_up(self.length, ROW_MULTIPLE)
+
+    @property
     def mtp(self) -> int:
-        """MTP positions in a row."""
-        return self.blocks * self.num_masks
+        """MTP positions in a row, padding included."""
+        return round_up(self.blocks, block_multiple(self.max_blocks)) * self.num_masks
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def estimate(size: ModelSize, step: StepSize) -> Estimate:
     activations of one layer and the inputs of all.
     """
     two_passes = size.gated and not step.checkpointing
-    keys = step.length + step.mtp
+    keys = step.ntp + step.mtp
     queries = step.mtp if two_passes else keys
     kept_layers = 1 if step.checkpointing else size.layers
 
@@ -168,12 +174,12 @@ def estimate(size: ModelSize, step: StepSize) -> Estimate:
     if step.checkpointing:
         activations += size.layers * step.rows * queries * size.hidden * size.element_bytes
     if two_passes:  # cached keys and values of NTP positions
-        activations += step.rows * step.length * 2 * size.key_width * size.layers * size.element_bytes
+        activations += step.rows * step.ntp * 2 * size.key_width * size.layers * size.element_bytes
 
     # After it: states and their gradients for each head's losses, and what the sampler head keeps.
     activations += step.rows * step.mtp * size.hidden * (4 * size.element_bytes + 2 * size.trained_element_bytes)
     if size.head_at_ntp is not None:
-        head_positions = step.rows * (step.mtp + (step.length if size.head_at_ntp else 0))
+        head_positions = step.rows * (step.mtp + (step.ntp if size.head_at_ntp else 0))
         activations += head_positions * size.hidden * 10 * size.trained_element_bytes
 
     # The mask once as booleans, and in the kernel's own form, numbers to add, in each layer whose activations are kept.
@@ -187,7 +193,7 @@ def estimate(size: ModelSize, step: StepSize) -> Estimate:
     weights_here = 0 if step.offloaded else 1
     trained_bytes = size.trained_parameters * size.trained_element_bytes * (2 + ADAM_STATES)
     return Estimate(
-        ntp_positions=step.rows * step.length,
+        ntp_positions=step.rows * step.ntp,
         mtp_positions=step.rows * step.mtp,
         base=weights_here * size.base_bytes // step.shards,
         trained=weights_here * trained_bytes // step.shards,
@@ -218,7 +224,7 @@ def step_flops(size: ModelSize, step: StepSize, ntp: float | None = None, mtp: f
     ``ntp`` and ``mtp`` are its positions, by default the most there can be. NTP positions only go forward. At MTP positions
     the gradient also goes back through the frozen weights, which get none themselves, and through the adapters, which do.
     """
-    ntp = step.rows * step.length if ntp is None else ntp
+    ntp = step.rows * step.ntp if ntp is None else ntp
     mtp = step.rows * step.mtp if mtp is None else mtp
     backward = mtp if size.gated else ntp + mtp  # positions with a backward pass
     weights = 2 * size.active_parameters * (ntp + mtp + backward)
