@@ -36,9 +36,6 @@ from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.transformers_private import cache_keyword
 from mtp_lightning.sampler_heads import GRUSamplerHead
 
-MANY = 1 << 20
-"""Tokens that a text may have: more than steps are timed."""
-
 
 def seconds(call: Callable[[], object]) -> float:
     """The time of a call."""
@@ -79,10 +76,11 @@ class Forward:
         self.cache.crop(-self.tokens.shape[1])
 
 
-def steps(model: MTPModel, prompts: torch.Tensor, masks: int, warm_up: int, **options: Any) -> Iterator[object]:
-    """Full steps with this number of masks; 0: plain ones."""
+def steps(model: MTPModel, prompts: torch.Tensor, masks: int, warm_up: int, rounds: int, **options: Any) -> Iterator[object]:
+    """Full steps with this number of masks; 0: plain ones. After ``warm_up`` of them ``rounds`` are left."""
     kind = {"decoding": "autoregressive"} if masks == 0 else {"num_masks": masks}
-    made = decode_rows(model, list(prompts), DecodingOptions(eos_token_id=[], max_new_tokens=MANY, **kind, **options))
+    most = (warm_up + rounds) * (masks + 1)  # no more: compiled steps read the slots of all tokens that there may be
+    made = decode_rows(model, list(prompts), DecodingOptions(eos_token_id=[], max_new_tokens=most, **kind, **options))
     for _ in range(warm_up):
         next(made)
     return made
@@ -97,12 +95,12 @@ def measure(model: MTPModel, plain: PreTrainedModel, args: argparse.Namespace) -
     for masks in args.masks:
         calls: dict[str, Callable[[], object]] = {
             "forward": Forward(plain, prompts, (masks + 1) ** 2, masks + 1),
-            "step": steps(model, prompts, masks, 4).__next__,
+            "step": steps(model, prompts, masks, 4, args.rounds).__next__,
         }
         if masks:
-            calls["without head"] = steps(model, prompts, masks, 4, sampler_head=False).__next__
+            calls["without head"] = steps(model, prompts, masks, 4, args.rounds, sampler_head=False).__next__
         if args.compile:
-            calls["compiled"] = steps(model, prompts, masks, 12, compile=True).__next__
+            calls["compiled"] = steps(model, prompts, masks, 12, args.rounds, compile=True).__next__
         calls["forward"]()
         times = {name: [] for name in calls}
         for _ in range(args.rounds):
