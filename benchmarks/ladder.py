@@ -203,15 +203,16 @@ def print_table(lines: list[tuple[str, int, dict[str, tuple[float, float]]]]) ->
 
 
 def draw(lines: list[tuple[str, int, dict[str, tuple[float, float]]]], path: Path) -> None:
-    """Share of reference of each rung, with the spread over seeds, and CPU seconds."""
+    """Share of reference of each rung, the best first, with the spread over seeds, and CPU seconds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(lines)), layout="constrained")
+    lines = sorted(lines, key=lambda line: -line[2]["share"][0])
+    figure = Figure(figsize=(9, 1 + 0.22 * len(lines)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     places = range(len(lines), 0, -1)
     shares = [means["share"] for _, _, means in lines]
     left.errorbar([m for m, _ in shares], places, xerr=[s for _, s in shares], fmt="o", capsize=3)
-    left.set(xlabel="share of reference")
+    left.set(xlabel="share of reference", ylim=(0.5, len(lines) + 0.5))
     left.set_yticks(list(places), [f"{name}, {means['steps'][0]:.0f} steps ({seeds})" for name, seeds, means in lines])
     left.grid(axis="x", alpha=0.3)
     right.barh(list(places), [means["cpu_seconds"][0] for _, _, means in lines], color="0.7")
