@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The whole run: base, prompts, the base's answers, training, export. pretrained/smollm2-135m was trained so, in several parts that its
-# README.md lists. Run again after an interruption: each
+# The whole run: base, prompts, the base's answers, training, export. pretrained/smollm2-135m was trained this way, in the parts that
+# its README.md lists. Run again after an interruption: each
 # part finds or resumes what is there. Arguments go to prompts.py, which names the files that it reads:
 #   bash scripts/smollm2/train.sh --maths train.jsonl --code codegen-instruct.json --chat roleplay.json seed_tasks.jsonl
 set -euo pipefail
