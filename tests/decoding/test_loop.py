@@ -63,6 +63,14 @@ def test_greedy_text_is_the_bases_with_its_own_drafts(architecture: str, head: s
         assert new_tokens(model, prompt, max_new_tokens=12, **options) == list(text[:12])
 
 
+def test_a_base_whose_layers_all_have_a_window() -> None:
+    """Its configuration lists layer types, and none of them is full attention."""
+    model = tiny_model("gemma3", num_masks=3, layer_types=["sliding_attention"] * 3)
+    prompt = token_row([N]).input_ids
+    text = greedy_text(model.base, prompt, 12)
+    assert new_tokens(model, prompt, max_new_tokens=12) == list(text)
+
+
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
 def test_a_standard_lora_decodes_its_own_text(kind: str, inject: Callable[..., InjectedDrafts]) -> None:
     """The gate always on: the text is that of the adapted model."""

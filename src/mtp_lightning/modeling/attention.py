@@ -35,9 +35,9 @@ def per_layer_type(base: PreTrainedModel, make_mask: Callable[[int | None], Any]
     Architectures whose configuration lists layer types take a dict; Mistral and Phi-3 reject one and take a single
     windowed mask.
     """
-    config = text_config(base)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        return {"full_attention": make_mask(None), "sliding_attention": make_mask(config.sliding_window)}
+    layer_types = getattr(text_config(base), "layer_types", None) or []
+    if "sliding_attention" in layer_types:
+        return {name: make_mask(window) for name, window in dict(zip(layer_types, layer_windows(base), strict=True)).items()}
     return make_mask(layer_windows(base)[0])
 
 
