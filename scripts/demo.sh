@@ -7,10 +7,10 @@ cd "$(dirname "$0")/.."
 echo '1 of 5: installing into .venv (minutes, the first time)'
 source scripts/environment.sh ""
 
-steps=44 precision=()
+steps=36 precision=()
 fast='from mtp_lightning.decoding.packed_linear import has_bfloat16_products as fast; raise SystemExit(not fast())'
 if ! python -c "$fast"; then
-  steps=16 precision=(--trainer.precision 32-true --model.dtype float32) # this CPU is slow in bfloat16
+  steps=14 precision=(--trainer.precision 32-true --model.dtype float32) # this CPU is slow in bfloat16
 fi
 decode=float32 # near ties, where texts may differ, are rare
 amx='from mtp_lightning.decoding.packed_linear import has_matrix_units as amx; raise SystemExit(not amx())'
@@ -34,5 +34,5 @@ mtp fit --config configs/smollm2.yaml --data.train package://demo/smollm2_answer
   --trainer.callbacks.max_new_tokens 48 --trainer.callbacks.num_speed_pairs 0 ${precision[@]+"${precision[@]}"} "$@"
 
 echo '5 of 5: the shipped adapter by domain'
-mtp benchmark pretrained/smollm2-135m --base_model $base --prompts $prompts --num_prompts 8 --max_new_tokens 64 --dtype $decode \
+mtp benchmark pretrained/smollm2-135m --base_model $base --prompts $prompts --num_prompts 6 --max_new_tokens 64 --dtype $decode \
   --output runs/smollm2-demo/benchmark --overwrite
