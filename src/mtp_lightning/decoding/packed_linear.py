@@ -92,4 +92,4 @@ class PackedLinear:
 
     def product(self, x: Tensor) -> Tensor:
         """The products with the packed weight."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")

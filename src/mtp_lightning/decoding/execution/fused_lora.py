@@ -74,7 +74,7 @@ def _fused_forward(layer: Any, gate: Gate, pack: bool) -> Forward:
         out = base_product(x)
         if gate.num_mtp:
             num_ntp = x.shape[1] - gate.num_mtp
-            out[:, num_ntp:] += up_product(down_product(x[:, num_ntp:]))
+            out[:, num_ntp:].add_(up_product(down_product(x[:, num_ntp:])))  # += would copy the tail onto itself
         return out
 
     return forward

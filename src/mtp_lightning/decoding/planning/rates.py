@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-PRIOR_WEIGHT, MEMORY = 4.0, 40.0
+PRIOR_WEIGHT, MEMORY = 8.0, 40.0
 """Observations that a prior counts for, and about how many are remembered."""
 
 
