@@ -27,7 +27,7 @@ fi
 echo '3 of 5: one answer, plain and with the adapter in pretrained/smollm2-135m'
 python scripts/smollm2/side_by_side.py pretrained/smollm2-135m --base_model $base --dtype $decode
 
-echo '4 of 5: an adapter of your own, from scratch: a few minutes on answers of the base, with its acceptance before and after'
+echo '4 of 5: an adapter of your own, from scratch: a few minutes on answers of the base, with its acceptance at the end'
 mtp fit --config configs/smollm2.yaml --data.train package://demo/smollm2_answers.jsonl --trainer.default_root_dir runs/smollm2-demo \
   --overwrite --trainer.max_steps $steps --trainer.val_check_interval $((steps / 2)) --trainer.limit_val_batches 6 \
   --trainer.callbacks.every_n_steps $steps --trainer.callbacks.at_validation false --trainer.callbacks.num_prompts 4 \
@@ -35,4 +35,6 @@ mtp fit --config configs/smollm2.yaml --data.train package://demo/smollm2_answer
 
 echo '5 of 5: the shipped adapter by domain'
 mtp benchmark pretrained/smollm2-135m --base_model $base --prompts $prompts --num_prompts 6 --max_new_tokens 64 --dtype $decode \
-  --output runs/smollm2-demo/benchmark --overwrite
+  --output runs/demo-benchmark --overwrite
+
+echo "next: mtp chat pretrained/smollm2-135m --base_model $base   (after: source .venv/bin/activate)"

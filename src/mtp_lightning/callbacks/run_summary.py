@@ -56,8 +56,9 @@ class RunSummary(Callback):
         if trainer.is_global_zero and not self._trains and (limit := reached_limit(trainer)):
             note(f"nothing to train: the run is complete at step {trainer.global_step:,}. Raise {limit} to train longer.")
         best = next((path for each in trainer.checkpoint_callbacks if (path := getattr(each, "best_model_path", ""))), "")
-        if trainer.is_global_zero and best and not trainer.interrupted:
-            print("\n" + "\n".join(ending(trainer, folder, Path(best))), flush=True)
+        checkpoint = Path(best or folder / "checkpoints" / "last.ckpt")  # without a validation none is the best
+        if trainer.is_global_zero and (best or checkpoint.exists()) and not trainer.interrupted:
+            print("\n" + "\n".join(ending(trainer, folder, checkpoint, "best" if best else "last")), flush=True)
 
 
 def millions(number: int) -> str:
@@ -131,10 +132,10 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
     return found
 
 
-def ending(trainer: Trainer, folder: Path, best: Path) -> list[str]:
-    """The lines at the end of a run."""
+def ending(trainer: Trainer, folder: Path, checkpoint: Path, which: str) -> list[str]:
+    """The lines at the end of a run, whose best or last checkpoint this is."""
     figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    lines = [f"best checkpoint: {relative(best)}"]
+    lines = [f"{which} checkpoint: {relative(checkpoint)}"]
     for callback in trainer.checkpoint_callbacks:
         score, monitor = getattr(callback, "best_model_score", None), getattr(callback, "monitor", None)
         if score is not None and monitor:
@@ -153,7 +154,7 @@ def ending(trainer: Trainer, folder: Path, best: Path) -> list[str]:
         *lines,
         f"next: mtp generate {run} --prompt TEXT",
         f"      mtp benchmark {run} --prompts FILE",
-        f"      mtp export --ckpt_path {relative(best)} --output FOLDER",
+        f"      mtp export --ckpt_path {relative(checkpoint)} --output FOLDER",
     ]
 
 

@@ -67,6 +67,8 @@ class CommandParser(ArgumentParser):
         start, colon, missing = str(message).partition("arguments are required: ")
         if colon:  # named by their keys, where what is typed has dashes
             typed = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+            commands = [name for action in self._actions if isinstance(action.choices, dict) for name in action.choices]
+            typed |= {f"{command}.{dest}": f"--{dest}" for command in commands for dest in _keys(self)}
             message = start + colon + ", ".join(typed.get(name, name) for name in missing.split(", "))
         raise UsageError(_in_one_line(str(message), list(_keys(self)))) from ex
 

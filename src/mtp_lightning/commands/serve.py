@@ -59,11 +59,11 @@ def _parser() -> argparse.ArgumentParser:
 def run_serve(args: list[str]) -> None:
     """``mtp serve FOLDER [options of vLLM]``."""
     _parser().parse_known_args(args)  # its help and errors come without vLLM
+    command, metrics = server_command(args)  # before vLLM is asked for: what is wrong here is wrong with it too
     try:
         check_version(_vllm_version())
     except PackageNotFoundError:
         raise RunError(f"vLLM is not installed: {INSTALL}.") from None
-    command, metrics = server_command(args)
     # In its own session: Ctrl-C must reach this process first, which asks for the figures before the server ends.
     server = subprocess.Popen(command, start_new_session=True)
     ended: list[int] = []

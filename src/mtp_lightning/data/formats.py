@@ -273,13 +273,18 @@ class CsvFile(File):
     def _reader(self, errors: str = "strict") -> Iterator[csv.DictReader[str]]:
         with self.open() as file, io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="") as text:
             csv.field_size_limit(_MAX_CELL)
+            table = None
             try:
                 first_line = text.readline()  # a compressed file can't be rewound
                 names = {separator: next(csv.reader([first_line], delimiter=separator), []) for separator in _SEPARATORS}
                 separator = max(names, key=lambda separator: len(names[separator]))  # the comma if there is one name
-                yield csv.DictReader(chain([first_line], text), delimiter=separator)
+                # Strict: a stray quote would else change a text, or swallow all rows up to the next quote.
+                table = csv.DictReader(chain([first_line], text), delimiter=separator, strict=True)
+                yield table
             except csv.Error as error:
-                raise RunError(f"{self.name}: expected comma-separated values, {one_line(error)}.") from error
+                where = "" if table is None else f", line {table.line_num}"
+                hint = "a text that begins with a quote ends with one, and quotes in it are doubled"
+                raise RunError(f"{self.name}{where}: {one_line(error)}: {hint}.") from error
 
 
 def _document(piece: str) -> str:

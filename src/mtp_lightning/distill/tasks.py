@@ -49,7 +49,10 @@ def check_ids(rows: Sequence[PromptRow]) -> None:
     locations: dict[str | int, str] = {}
     for row in rows:
         if row.row_id in locations:
-            raise RunError(f"{row.location}: id {row.row_id!r} is that of {locations[row.row_id]} too.")
+            other = locations[row.row_id]
+            raise RunError(
+                f"{row.location}: id {row.row_id!r} is that of {other} too; a row without an id has its line number."
+            )
         locations[row.row_id] = row.location
 
 

@@ -52,9 +52,10 @@ def read_runs(names: Sequence[str]) -> list[Run]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    for needed in ("config.yaml", "metrics.csv"):
-        if not (folder / needed).is_file():
-            raise RunError(f"{folder} is not the folder of a run: it has no {needed}.")
+    if not (folder / "config.yaml").is_file():
+        raise RunError(f"{folder} is not the folder of a run: it has no config.yaml.")
+    if not (folder / "metrics.csv").is_file():
+        raise RunError(f"{folder} has no metrics.csv: the run ended before it logged any (trainer.log_every_n_steps).")
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         versions = {f"version of {name}": version for name, version in re.findall(r"^# (\w+)==(\S+)$", text, re.MULTILINE)}

@@ -28,4 +28,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_file(path) as file:
                 torch.save(checkpoint, file)
         except RunError as error:
-            raise RunError(f"{error} Then resume with --ckpt_path last.") from error
+            raise RunError(f"{error} When there is room, --ckpt_path auto resumes, or starts again.") from error
