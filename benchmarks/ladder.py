@@ -94,12 +94,21 @@ LADDER: dict[str, tuple[str, ...]] = {
 FAST = (*TODAY, "--trainer.precision=bf16-mixed")
 """Today's recipe with products in bfloat16: a third less time a step on a CPU that has instructions for it."""
 NOISE = "--model.mask_tokens=noise"
+MUON = (*FAST, gru(256, normalize=True), muon())
+"""``configs/demo.yaml``."""
 
 SCREEN: dict[str, tuple[str, ...]] = {
     "bf16-mixed": FAST,
     "Muon for the head": (*FAST, muon()),
-    "Muon for the head, of 256, normalized": (*FAST, gru(256, normalize=True), muon()),
-    "noise tokens": (*FAST, gru(256, normalize=True), muon(), NOISE),
+    "Muon for the head, of 256, normalized": MUON,
+    "Muon, head of 512": (*MUON, gru(512, normalize=True)),
+    "Muon, muon_lr 0.02": (*MUON, muon(muon_lr=0.02)),
+    "Muon, lr 6e-3": (*MUON, muon(lr=0.006)),
+    "Muon, base loss 0.2, LCM 0.2": (*MUON, losses(anchors("base", 0.2), anchors("sampler"), lcm(0.2))),
+    "Muon, masks 2 to 8": (*MUON, "--model.num_masks_schedule={start: 2, end: 8}"),
+    "Muon, masks 4 to 8": (*MUON, "--model.num_masks_schedule={start: 4, end: 8}"),
+    "Muon, head of 512, masks 2 to 8": (*MUON, gru(512, normalize=True), "--model.num_masks_schedule={start: 2, end: 8}"),
+    "noise tokens": (*MUON, NOISE),
     "noise tokens, no head": (*FAST, NOISE, "--model.sampler_head=false", f"--model.losses={{base: {anchors('base')}}}"),
     "lr 6e-3": (*FAST, adamw(0.006)),
     "lr 1.5e-3": (*FAST, adamw(0.0015)),

@@ -41,8 +41,9 @@ FILES = {
     "broken.jsonl": '{"text": "one two"}\n{text: 1}\n',
 }
 COMMANDS = [
-    ("fit", 2, "model.base_model"),
+    ("fit", 2, "--model.base_model"),
     ("fit --config no.yaml", 1, "no.yaml"),
+    ("serve nowhere", 1, "nowhere"),
     ("fit --config base", 1, "'base'"),
     ("fit --confi config.yaml", 2, "--confi"),
     ("test --config config.yaml", 2, "data.test"),
