@@ -27,7 +27,7 @@ fi
 echo '3 of 5: one answer, plain and with the adapter in pretrained/smollm2-135m'
 python scripts/smollm2/side_by_side.py pretrained/smollm2-135m --base_model $base --dtype $decode
 
-echo '4 of 5: an adapter of your own, from scratch: a few minutes on answers of the base, with its acceptance at the end'
+echo '4 of 5: an adapter of your own, from scratch: a few minutes on answers of the base; at the end its acceptance'
 mtp fit --config configs/smollm2.yaml --data.train package://demo/smollm2_answers.jsonl --trainer.default_root_dir runs/smollm2-demo \
   --overwrite --trainer.max_steps $steps --trainer.val_check_interval $((steps / 2)) --trainer.limit_val_batches 6 \
   --trainer.callbacks.every_n_steps $steps --trainer.callbacks.at_validation false --trainer.callbacks.num_prompts 4 \

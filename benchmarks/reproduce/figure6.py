@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 import torch
-from common import OUTPUT, arguments, curves, save
+from common import MLP, OUTPUT, arguments, curves, save
 from recipe_runs import Run, mean_and_spread, run_all, train
 
 from mtp_lightning.modeling.masking import build_masked_input
@@ -76,7 +76,7 @@ def main() -> None:
             f"{name} LoRA",
             seed,
             args.steps,
-            (LOSSES, f"--model.lora.gated={str(name == 'gated').lower()}", *args.options),
+            (MLP, LOSSES, f"--model.lora.gated={str(name == 'gated').lower()}", *args.options),
             6,
         )
         for name in ("gated", "standard")

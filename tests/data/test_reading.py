@@ -59,9 +59,9 @@ def test_csv(write, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="b.csv, row 2: "):
         rows_of(write("b.csv", "prompt,completion\none,two\nHi,Hello, you\n"))
     # A quote that is not closed would swallow the rows behind it; one in the middle would be dropped from the text.
-    for number, row in ((3, '"three,four'), (3, '"three" four,five')):
-        with pytest.raises(RunError, match=f"b.csv, line {number}: "):
-            rows_of(write("b.csv", f"prompt,completion\none,two\n{row}\n"))
+    for row in ('"three,four', '"three" four,five'):
+        with pytest.raises(RunError, match="b.csv, line 3: "):
+            rows_of(write("b.csv", f"prompt,completion\none,two\n{row}\nsix,seven\n"))
 
 
 @pytest.mark.parametrize(("separator", "name"), [(";", "semicolon"), ("\t", "tab")])

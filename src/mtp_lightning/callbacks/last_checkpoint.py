@@ -34,6 +34,7 @@ class LastCheckpoint(Checkpoint):
             raise UsageError(f"every_n_steps of LastCheckpoint must be 1 or more, got {every_n_steps}.")
         self.every_n_steps = every_n_steps
         self.dirpath = dirpath
+        self.last_path: Path | None = None  # what was written last
         self._folder: Path | None = None
         self._saved_at = 0  # optimizer step of the last write
         self._save_due = False  # a validation came between the batches of an optimizer step: write after the last of them
@@ -91,7 +92,8 @@ class LastCheckpoint(Checkpoint):
         if getattr(trainer, "fast_dev_run", False):
             return
         assert self._folder is not None
-        trainer.save_checkpoint(self._folder / LAST, weights_only=False)
+        self.last_path = self._folder / LAST
+        trainer.save_checkpoint(self.last_path, weights_only=False)
         self._saved_at, self._save_due = trainer.global_step, False
 
 

@@ -56,9 +56,11 @@ class RunSummary(Callback):
         if trainer.is_global_zero and not self._trains and (limit := reached_limit(trainer)):
             note(f"nothing to train: the run is complete at step {trainer.global_step:,}. Raise {limit} to train longer.")
         best = next((path for each in trainer.checkpoint_callbacks if (path := getattr(each, "best_model_path", ""))), "")
-        checkpoint = Path(best or folder / "checkpoints" / "last.ckpt")  # without a validation none is the best
-        if trainer.is_global_zero and (best or checkpoint.exists()) and not trainer.interrupted:
-            print("\n" + "\n".join(ending(trainer, folder, checkpoint, "best" if best else "last")), flush=True)
+        last = next((path for each in trainer.callbacks if (path := getattr(each, "last_path", None))), None)
+        checkpoint = best or last  # without a validation none is the best
+        if trainer.is_global_zero and checkpoint and not trainer.interrupted:
+            lines = ending(trainer, folder, Path(checkpoint), "best" if best else "last")
+            print("\n" + "\n".join(lines), flush=True)
 
 
 def millions(number: int) -> str:

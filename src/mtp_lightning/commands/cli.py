@@ -127,7 +127,7 @@ def _silence_libraries() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # of a run that is resumed
     warnings.filterwarnings("ignore", message=".*intended to run from within Python.*")  # main() passes the arguments on
     warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")  # as it should be
-    warnings.filterwarnings("ignore", message="Total length of .* is zero")  # a run without validation
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # a run without validation
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # Lightning's own use of torch
     warnings.showwarning = _show_warning
     for name in (

@@ -278,13 +278,14 @@ class CsvFile(File):
                 first_line = text.readline()  # a compressed file can't be rewound
                 names = {separator: next(csv.reader([first_line], delimiter=separator), []) for separator in _SEPARATORS}
                 separator = max(names, key=lambda separator: len(names[separator]))  # the comma if there is one name
-                # Strict: a stray quote would else change a text, or swallow all rows up to the next quote.
+                # Strict: a stray quote would otherwise change a text, or swallow the rows up to the next quote.
                 table = csv.DictReader(chain([first_line], text), delimiter=separator, strict=True)
                 yield table
             except csv.Error as error:
-                where = "" if table is None else f", line {table.line_num}"
-                hint = "a text that begins with a quote ends with one, and quotes in it are doubled"
-                raise RunError(f"{self.name}{where}: {one_line(error)}: {hint}.") from error
+                where = "" if table is None else f", line {table.line_num + 1}"  # where the row begins
+                is_quote = "expected after" in str(error) or "end of data" in str(error)
+                hint = ": a text that begins with a quote ends with one, and quotes in it are doubled" if is_quote else ""
+                raise RunError(f"{self.name}{where}: {one_line(error)}{hint}.") from error
 
 
 def _document(piece: str) -> str:
