@@ -6,7 +6,8 @@ models of four layers:
 
 * masks: the states of the masks of a training batch are those of each prompt alone with the masks behind it, as
   transformers computes them without a cache, and the states of the tokens are the base's;
-* text: trained on its own greedy text for 60 steps, so that drafts are accepted, it decodes the text of transformers' ``generate``.
+* text: trained on its own greedy text for 60 steps, so that drafts are accepted, it decodes the text of transformers'
+  ``generate``.
 """
 
 from __future__ import annotations
@@ -56,7 +57,6 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
-    "sliding_window": 5,
     "moe_intermediate_size": 24,
     "num_experts_per_tok": 2,
     "initializer_range": 0.3,  # at the usual 0.02 the greedy text is one token repeated
@@ -64,13 +64,15 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-MASKS, TOKENS = 2, 16
+MASKS, TOKENS, WINDOW = 2, 16, 5
 
 
 def tiny(model_type: str) -> PreTrainedModel:
-    """A random model of a type, in float64."""
+    """A random model of a type, in float64, with a short window where it knows any."""
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | MORE.get(model_type, {})))
+    window = {"sliding_window": WINDOW} if hasattr(type(AutoConfig.for_model(model_type)), "sliding_window") else {}
+    settings = SIZES | window | MORE.get(model_type, {})
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     if hasattr(base, "set_experts_implementation"):
         base.set_experts_implementation("eager")  # the default has no float64
     return base.double().eval()
