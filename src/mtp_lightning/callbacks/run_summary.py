@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -56,7 +56,8 @@ class RunSummary(Callback):
         if trainer.is_global_zero and not self._trains and (limit := reached_limit(trainer)):
             note(f"nothing to train: the run is complete at step {trainer.global_step:,}. Raise {limit} to train longer.")
         best = next((path for each in trainer.checkpoint_callbacks if (path := getattr(each, "best_model_path", ""))), "")
-        last = next((path for each in trainer.callbacks if (path := getattr(each, "last_path", None))), None)
+        callbacks: list[Any] = cast(Any, trainer).callbacks
+        last = next((path for each in callbacks if (path := getattr(each, "last_path", None))), None)
         checkpoint = best or last  # without a validation none is the best
         if trainer.is_global_zero and checkpoint and not trainer.interrupted:
             lines = ending(trainer, folder, Path(checkpoint), "best" if best else "last")
