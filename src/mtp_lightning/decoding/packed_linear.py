@@ -67,6 +67,11 @@ def packed_dtypes() -> frozenset[torch.dtype]:
     return frozenset({torch.float32, torch.bfloat16} if has_bfloat16_products() else {torch.float32})
 
 
+def can_pack(weight: Tensor) -> bool:
+    """True if products with this weight are faster packed."""
+    return weight.device.type == "cpu" and weight.dtype in packed_dtypes()
+
+
 class PackedLinear:
     """A linear layer of weight [N, D] and bias [N], without gradients.
 
@@ -74,20 +79,23 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: bool = True) -> None:
-        self.weight, self.bias = weight.detach(), bias
+        self.width, self.bias = len(weight), bias
+        self.weight: Tensor | None = weight.detach()
         self.packed: Tensor | None = None
-        if pack and weight.device.type == "cpu" and weight.dtype in packed_dtypes():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), TYPICAL_ROWS)
+        if pack and can_pack(weight):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), TYPICAL_ROWS)
+            if weight.dtype != torch.float32:
+                self.weight = None  # never read again
         self.id = next(_ids)
         _by_id[self.id] = self
 
     def __call__(self, x: Tensor) -> Tensor:
         """The products [..., N] of rows [..., D]."""
         is_single = x.numel() == x.shape[-1]
-        if self.packed is None or (is_single and x.dtype == torch.float32):  # packing gains nothing for a vector of float32
+        if self.packed is None or (is_single and self.weight is not None):  # packing gains nothing for a vector of float32
             return F.linear(x, self.weight, self.bias)
         if _as_operators:
-            return torch.ops.mtp_lightning.packed_linear(x, self.id, len(self.weight))
+            return torch.ops.mtp_lightning.packed_linear(x, self.id, self.width)
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:

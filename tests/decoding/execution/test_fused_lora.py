@@ -13,7 +13,7 @@ from torch import nn
 
 from mtp_lightning.decoding.execution import fused_lora
 from mtp_lightning.decoding.execution.fused_lora import can_fuse
-from mtp_lightning.decoding.packed_linear import packed_dtypes
+from mtp_lightning.decoding.packed_linear import PackedLinear, packed_dtypes
 from mtp_lightning.model import MTPModel
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.peft_private import lora_layers
@@ -48,6 +48,38 @@ def test_packed_layers_compute_what_pefts_do(max_copy_bytes: int, monkeypatch: p
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             logits = model.unembed(found)
         torch.testing.assert_close(logits, model.unembed(expected).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", FEW)
+def test_joined_layers_compute_what_pefts_do(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, where nothing is packed, so that only the order of sums differs."""
+    monkeypatch.setattr(fused_lora, "joining_pays", lambda weight: True)
+    model = tiny_model(architecture, 4)
+    products: list[tuple[int, ...]] = []
+    product = PackedLinear.__call__
+    monkeypatch.setattr(PackedLinear, "__call__", lambda self, x: products.append(tuple(x.shape)) or product(self, x))
+    for rows, num_mtp in ((1, 4), (2, 13), (2, 0)):
+        expected = hidden_states(model, num_mtp, rows)
+        with fused(model):
+            products.clear()
+            torch.testing.assert_close(hidden_states(model, num_mtp, rows), expected, **EXACT)
+            if architecture == "llama":  # q, k and v; o; gate and up; down
+                assert len(products) == model.base.config.num_hidden_layers * (4 + (6 if num_mtp else 0))
+
+
+def test_joined_layers_of_other_inputs_and_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_lora, "joining_pays", lambda weight: True)
+    model = tiny_model("qwen2", 4)  # with biases
+    attention = model.base.get_decoder().layers[0].self_attn
+    q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+    x, y = torch.randn(2, 2, 6, q.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    calls = ((q, x), (k, y), (v, x), (v, y), (q, y), (q, y), (k, x))
+    with torch.inference_mode(), model.gate.over_last(2):
+        expected = [layer(each) for layer, each in calls]
+        with fused(model):
+            found = [layer(each).add_(0) for layer, each in calls]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -104,7 +104,7 @@ class DecodeCache:
             return
 
         self.clear()  # first: both may not fit into memory
-        forwards = fused_forwards(layers, self.output, model.gate)
+        forwards = fused_forwards(base, layers, self.output, model.gate)
         self._forwards = [(vars(layer), forward) for layer, forward in forwards]
         self._fingerprint = fingerprint
 
