@@ -95,7 +95,10 @@ def encode_row(
         return _encode_ids(row)
     fields = one_line(", ".join(map(str, row)), 120) or "none"
     if any(row.get(question) is not None for question, _ in QUESTIONS):
-        raise RunError(f"prompts without answers: run mtp distill on them first. Got the fields {fields}, no {ROW_TYPES}.")
+        raise RunError(
+            "prompts without answers: run mtp distill on them first, or rename the field that holds their answers."
+            f" Got the fields {fields}, no {ROW_TYPES}."
+        )
     raise RunError(f"expected rows with {ROW_TYPES}, got the fields {fields}.")
 
 

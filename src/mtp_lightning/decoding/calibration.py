@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,11 +37,11 @@ FOLDER_VARIABLE = "MTP_CACHE"
 """The environment variable with the folder where calibrations are kept."""
 UNRELATED = {"_name_or_path", "transformers_version"}
 """Entries of a configuration that say nothing about shapes."""
-STEPS_VERSION = 1
+STEPS_VERSION = 2
 """To be raised by changes of the code that change what steps take."""
 CONTEXT = 128
 """Tokens in the cache while measuring."""
-ROUNDS, SECONDS = 5, 2.5
+ROUNDS, SECONDS = 9, 8.0
 """Rounds of measurements, and the time after which no further one starts."""
 
 StepSeconds = Callable[[Plan, int], float]
@@ -65,8 +66,8 @@ def measured_plans(model: MTPNetwork, options: DecodingOptions) -> list[Plan]:
 def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[Plan, float]:
     """Seconds of whole steps of a batch; the model is prepared for decoding.
 
-    The shortest time of a plan counts: a busy machine only adds. Plans after the first one that takes longer than all its
-    drafts could ever save are left out.
+    Each is timed between two plain ones, and the median of these ratios counts: a busy machine slows both. Plans after the
+    first one that takes longer than all its drafts could ever save are left out.
     """
     # Both depend on whether steps compile, and these options decide that too.
     executor_type, plans = (
@@ -84,7 +85,7 @@ def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[
         state.commit(PLAIN, prompt_step)
         state.drafts = prompt_step.output.drafts
 
-        def seconds(plan: Plan, runs: int = 2) -> float:
+        def seconds(plan: Plan, runs: int = 1) -> float:
             for row in state.rows:
                 row.num_drafts = plan.num_drafts
             times = [time.perf_counter()]
@@ -93,19 +94,28 @@ def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[
                 times.append(time.perf_counter())
             return min(end - begin for begin, end in itertools.pairwise(times))
 
+        # 1. The first runs allocate and compile; of a slow model they are all there is time for.
         begin = time.perf_counter()
         for plan in plans:
             if executor.fixed_shapes:  # compiled after some steps
                 seconds(plan, EAGER_RUNS[model.base.device.type] + 1)
-            found[plan] = seconds(plan)
+            found[plan] = seconds(plan, 2)
             too_long = (1 + plan.masks) * found[PLAIN]
             if plan.num_drafts == plan.masks and found[plan] > too_long:
-                found[plan] = min(found[plan], seconds(plan))  # on a busy machine once is not enough
+                found[plan] = min(found[plan], seconds(plan, 2))  # on a busy machine once is not enough
                 if found[plan] > too_long:
                     break
-        for _ in range(ROUNDS - 1):
-            if time.perf_counter() - begin < SECONDS:
-                found = {plan: min(least, seconds(plan)) for plan, least in found.items()}
+        # 2. Each between two plain steps.
+        plain, ratios = [seconds(PLAIN)], {plan: list[float]() for plan in found if plan != PLAIN}
+        for _ in range(ROUNDS):
+            if time.perf_counter() - begin > SECONDS:
+                break
+            for plan, of_plan in ratios.items():
+                step = seconds(plan)
+                plain.append(seconds(PLAIN))
+                of_plan.append(2 * step / (plain[-2] + plain[-1]))
+        found[PLAIN] = min(found[PLAIN], *plain)
+        found.update({plan: found[PLAIN] * statistics.median(of_plan) for plan, of_plan in ratios.items() if of_plan})
     return found
 
 
