@@ -123,11 +123,13 @@ def test_what_a_run_logs(run: Path, here: Path) -> None:
         ("run run2 --output x.txt", 2, "x.txt"),
         ("run run2 --output config.yaml/x.png", 1, "config.yaml"),
         ("run broken", 1, "broken"),
+        ("run unlogged", 1, "trainer.log_every_n_steps"),
     ],
 )
 def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: int, named: str) -> None:
     shutil.copytree("run", "run2")
     shutil.copytree("run", "broken")
+    shutil.copytree("run", "unlogged", ignore=shutil.ignore_patterns("metrics.csv"))
     Path("broken/metrics.csv").write_text("step,train/loss\n1,x\n")
     assert named in error_of(capsys, code, "compare", *words.split())
     assert not Path("compare.png").exists()

@@ -103,6 +103,13 @@ def test_validate_and_test_leave_the_run_as_it_is(run: Path, capsys) -> None:
     assert mtp("validate", "--config", "config.yaml", "--ckpt_path", "run") == 0  # the folder of a run: its best checkpoint
 
 
+def test_a_run_without_a_validation_leaves_its_last_checkpoint(here: Path, capsys) -> None:
+    assert fit("--trainer.max_steps", 1, "--trainer.limit_val_batches", 0) == 0
+    out = capsys.readouterr().out
+    assert f"--ckpt_path {LAST}" in out and not list(Path("run").rglob("best*.ckpt"))
+    assert mtp("export", "--ckpt_path", "run", "--output", "saved") == 0  # what it says comes next
+
+
 def test_a_run_begins_with_the_weights_of_another(run: Path, capsys) -> None:
     still = ["--model.optimizer.init_args.lr", "0", "--trainer.val_check_interval", "1"]
     second = ["--trainer.logger.save_dir", "second"]
