@@ -13,6 +13,7 @@ from tiny import CONTEXT, tiny_model, token_row
 from mtp_lightning.decoding import calibration
 from mtp_lightning.decoding.calibration import measure, measured_plans, step_costs, step_seconds
 from mtp_lightning.decoding.execution.decode_cache import decode_cache
+from mtp_lightning.decoding.executor import EagerExecutor
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planner import calibrate
@@ -129,6 +130,31 @@ def test_whole_steps_are_measured(num_masks: int) -> None:
         assert {PLAIN, Plan(0, 1, "last"), Plan(0, num_masks, "last")} <= set(found) and min(found.values()) > 0
         StepCosts(found, num_masks)
     assert CONTEXT < calibration.CONTEXT + (num_masks + 1) ** 2  # the context is no limit
+
+
+@pytest.mark.parametrize("num_rounds", [1, 9])
+def test_a_machine_whose_speed_changes_is_measured_right(num_rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of 1 s for a plain step and 2 s with masks, times 3 now and then; with few rounds the least time counts."""
+    model = tiny_model("llama", 2)
+    decode_cache(model).prepare(model)
+    clock, steps, run = [0.0], [0], EagerExecutor.run
+
+    def timed(executor: EagerExecutor, plan: Plan, state: Any) -> Any:
+        steps[0] += 1
+        slow = steps[0] // 37 % 2  # for that many steps
+        clock[0] += (2.0 if plan.masks else 1.0) * (3 if slow else 1)
+        return run(executor, plan, state)
+
+    monkeypatch.setattr(EagerExecutor, "run", timed)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(calibration, "ROUNDS", num_rounds)
+    monkeypatch.setattr(calibration, "SECONDS", 1e9)
+    found = measure(model, DecodingOptions(), 1)
+    expected = {plan: 2.0 if plan.masks else 1.0 for plan in found}
+    if num_rounds >= calibration.MIN_ROUNDS:
+        assert found == pytest.approx(expected)
+    else:
+        assert all(found[plan] in (seconds, 3 * seconds) for plan, seconds in expected.items())
 
 
 def test_steps_that_will_not_be_compiled_are_not_measured_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

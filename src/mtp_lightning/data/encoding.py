@@ -96,8 +96,8 @@ def encode_row(
     fields = one_line(", ".join(map(str, row)), 120) or "none"
     if any(row.get(question) is not None for question, _ in QUESTIONS):
         raise RunError(
-            "prompts without answers: run mtp distill on them first, or rename the field that holds their answers."
-            f" Got the fields {fields}, no {ROW_TYPES}."
+            "prompts without answers: run mtp distill on them first, or rename the field that holds their answers:"
+            f" expected rows with {ROW_TYPES}, got the fields {fields}."
         )
     raise RunError(f"expected rows with {ROW_TYPES}, got the fields {fields}.")
 

@@ -41,8 +41,8 @@ STEPS_VERSION = 2
 """To be raised by changes of the code that change what steps take."""
 CONTEXT = 128
 """Tokens in the cache while measuring."""
-ROUNDS, SECONDS = 9, 8.0
-"""Rounds of measurements, and the time after which no further one starts."""
+ROUNDS, MIN_ROUNDS, SECONDS = 9, 3, 8.0
+"""Rounds of measurements, how many a median needs, and the time after which no further round starts."""
 
 StepSeconds = Callable[[Plan, int], float]
 """Seconds of a step by its plan and the number of rows."""
@@ -66,8 +66,8 @@ def measured_plans(model: MTPNetwork, options: DecodingOptions) -> list[Plan]:
 def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[Plan, float]:
     """Seconds of whole steps of a batch; the model is prepared for decoding.
 
-    Each is timed between two plain ones, and the median of these ratios counts: a busy machine slows both. Plans after the
-    first one that takes longer than all its drafts could ever save are left out.
+    Each is timed between two plain ones, and the median of these ratios counts, if there are ``MIN_ROUNDS``: a busy machine
+    slows both. Plans after the first one that takes longer than all its drafts could ever save are left out.
     """
     # Both depend on whether steps compile, and these options decide that too.
     executor_type, plans = (
@@ -94,11 +94,13 @@ def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[
                 times.append(time.perf_counter())
             return min(end - begin for begin, end in itertools.pairwise(times))
 
-        # 1. The first runs allocate and compile; of a slow model they are all there is time for.
+        # 1. The first runs allocate and compile; for a slow model they are all there is time for.
         begin = time.perf_counter()
         for plan in plans:
-            if executor.fixed_shapes:  # compiled after some steps
+            if executor.fixed_shapes:  # compiled after some steps, which is no part of the time that measuring may take
+                compiling = time.perf_counter()
                 seconds(plan, EAGER_RUNS[model.base.device.type] + 1)
+                begin += time.perf_counter() - compiling
             found[plan] = seconds(plan, 2)
             too_long = (1 + plan.masks) * found[PLAIN]
             if plan.num_drafts == plan.masks and found[plan] > too_long:
@@ -115,7 +117,9 @@ def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[
                 plain.append(seconds(PLAIN))
                 of_plan.append(2 * step / (plain[-2] + plain[-1]))
         found[PLAIN] = min(found[PLAIN], *plain)
-        found.update({plan: found[PLAIN] * statistics.median(of_plan) for plan, of_plan in ratios.items() if of_plan})
+        for plan, of_plan in ratios.items():
+            if len(of_plan) >= MIN_ROUNDS:
+                found[plan] = found[PLAIN] * max(1.0, statistics.median(of_plan))
     return found
 
 

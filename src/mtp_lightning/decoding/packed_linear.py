@@ -92,7 +92,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """The products [..., N] of rows [..., D]."""
         is_single = x.numel() == x.shape[-1]
-        if self.packed is None or (is_single and self.weight is not None):  # packing gains nothing for a vector of float32
+        if self.weight is not None and (self.packed is None or is_single):  # packing gains nothing for a vector of float32
             return F.linear(x, self.weight, self.bias)
         if _as_operators:
             return torch.ops.mtp_lightning.packed_linear(x, self.id, self.width)

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from hidden import fused, hidden_states
+from hidden import fused, hidden_states, join_layers
 from tiny import FEW, tiny_model
 from torch import nn
 
@@ -53,7 +54,7 @@ def test_packed_layers_compute_what_pefts_do(max_copy_bytes: int, monkeypatch: p
 @pytest.mark.parametrize("architecture", FEW)
 def test_joined_layers_compute_what_pefts_do(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64, where nothing is packed, so that only the order of sums differs."""
-    monkeypatch.setattr(fused_lora, "joining_pays", lambda weight: True)
+    join_layers(monkeypatch)
     model = tiny_model(architecture, 4)
     products: list[tuple[int, ...]] = []
     product = PackedLinear.__call__
@@ -68,18 +69,34 @@ def test_joined_layers_compute_what_pefts_do(architecture: str, monkeypatch: pyt
 
 
 def test_joined_layers_of_other_inputs_and_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_lora, "joining_pays", lambda weight: True)
+    join_layers(monkeypatch)
     model = tiny_model("qwen2", 4)  # with biases
     attention = model.base.get_decoder().layers[0].self_attn
     q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
     x, y = torch.randn(2, 2, 6, q.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     calls = ((q, x), (k, y), (v, x), (v, y), (q, y), (q, y), (k, x))
     with torch.inference_mode(), model.gate.over_last(2):
-        expected = [layer(each) for layer, each in calls]
+        expected = [layer(each) + 1 for layer, each in calls]
         with fused(model):
-            found = [layer(each).add_(0) for layer, each in calls]
+            found = [layer(each).add_(1) for layer, each in calls]  # what a caller changes is its own
+            assert isinstance(vars(q)["forward"], functools.partial)  # joined
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_what_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_lora, "joining_pays", lambda weight: True)
+
+    def num_joined(rank: int, bias_of_v: bool = True) -> list[int]:
+        model = tiny_model("qwen2", 4, lora=LoRA(rank=rank))
+        if not bias_of_v:
+            model.base.get_decoder().layers[0].self_attn.v_proj.base_layer.bias = None
+        return [len(group) for group in fused_lora._joined(model.base, lora_layers(model.base))]
+
+    layers = tiny_model("qwen2", 4).base.config.num_hidden_layers
+    assert num_joined(1) == [3, 2] * layers
+    assert num_joined(1, bias_of_v=False) == [2, *[3, 2] * (layers - 1)]
+    assert num_joined(32) == []  # the matrices A would be as large as the weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from hidden import join_layers
 from random_plans import use_random_plans
 from tiny import greedy_text, tiny_base, tiny_model, token_row
 from torch import Tensor
@@ -87,8 +88,9 @@ def graphs_of(cache: RowCache) -> list[StepGraph]:
 @pytest.mark.parametrize(
     ("architecture", "kind"), [("llama", "linear"), ("gemma3", "quadratic"), ("mistral-window", "autoregressive")]
 )
-def test_same_text(architecture: str, kind: str, recordings: list[Any]) -> None:
-    """Rows that finish early, against transformers' own text; a second call records nothing."""
+def test_same_text(architecture: str, kind: str, recordings: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that finish early, against transformers' own text, layers joined; a second call records nothing."""
+    join_layers(monkeypatch)
     model, base, rows = model_of(architecture), tiny_base(architecture), prompts()
     stop = greedy_text(base, rows[1], G)[7]
     expected = [greedy_text(base, row, G, eos_token_id=stop) for row in rows]

@@ -38,7 +38,7 @@ class StepCosts:
                     at = _positions(plan)
                     points[at] = min(s - self._drafting(plan), points.get(at, math.inf))
             positions, seconds = map(np.array, zip(*sorted(points.items()), strict=True))
-            # Noise only adds, so no step takes longer than one of as many positions or more; nor less than a plain one.
+            # Against noise: no step takes longer than one of as many positions or more, nor less than a plain one.
             least = self._curves[False][1][0] if masked else 0.0
             self._curves[masked] = positions, np.maximum(np.minimum.accumulate(seconds[::-1])[::-1], least)
 
