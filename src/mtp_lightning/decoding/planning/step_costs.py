@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,24 +31,37 @@ class StepCosts:
         self.per_draft = max(0.0, min([(all_tokens - one) / max(1, num_masks - 1), *estimates]))
         self._curves: dict[bool, tuple[Any, Any]] = {}  # without masks and with, for one drafted token
         for masked in (False, True):
-            points: dict[int, float] = {}
+            points: dict[int, list[float]] = {}
             for plan, s in measured.items():
                 if bool(plan.masks) == masked:
-                    at = _positions(plan)
-                    points[at] = min(s - self._drafting(plan), points.get(at, math.inf))
-            positions, seconds = map(np.array, zip(*sorted(points.items()), strict=True))
-            # Against noise: no step takes longer than one of as many positions or more, nor less than a plain one.
+                    points.setdefault(_positions(plan), []).append(s - self._drafting(plan))
+            if not points:
+                raise ValueError("no step with masks was measured")
+            positions = sorted(points)
+            # Against noise: no step takes longer than one of more positions, nor less than a plain one.
             least = self._curves[False][1][0] if masked else 0.0
-            self._curves[masked] = positions, np.maximum(np.minimum.accumulate(seconds[::-1])[::-1], least)
+            seconds = _rising([sum(points[at]) / len(points[at]) for at in positions])
+            self._curves[masked] = np.array(positions), np.maximum(seconds, least)
 
     def _drafting(self, plan: Plan) -> float:
         return max(0, plan.masks - 1) * self.per_draft
 
     def seconds(self, plan: Plan) -> float:
-        """What a step takes; a measured one too is bounded by those of more positions."""
+        """What a step takes; a measured one too is smoothed by those of more positions."""
         at, (positions, seconds) = _positions(plan), self._curves[bool(plan.masks)]
         beyond = max(1.0, at / positions[-1])
         return float(np.interp(at, positions, seconds)) * beyond + self._drafting(plan)
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    """The rising numbers nearest to the values: where these fall, the mean of the neighbours that do."""
+    groups: list[tuple[float, int]] = []  # mean and count
+    for value in values:
+        groups.append((value, 1))
+        while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
+            (before, n), (last, m) = groups[-2:]
+            groups[-2:] = [((n * before + m * last) / (n + m), n + m)]
+    return [mean for mean, count in groups for _ in range(count)]
 
 
 def _positions(plan: Plan) -> int:
