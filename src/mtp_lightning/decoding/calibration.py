@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -94,33 +94,37 @@ def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[
                 times.append(time.perf_counter())
             return min(end - begin for begin, end in itertools.pairwise(times))
 
-        # 1. The first runs allocate and compile; for a slow model they are all there is time for.
+        warm_up = EAGER_RUNS[model.base.device.type] + 1 if executor.fixed_shapes else 0  # compiled after some steps
         begin = time.perf_counter()
         for plan in plans:
-            if executor.fixed_shapes:  # compiled after some steps, which is no part of the time that measuring may take
+            if warm_up:  # no part of the time that measuring may take
                 compiling = time.perf_counter()
-                seconds(plan, EAGER_RUNS[model.base.device.type] + 1)
+                seconds(plan, warm_up)
                 begin += time.perf_counter() - compiling
-            found[plan] = seconds(plan, 2)
+            found[plan] = seconds(plan, 2)  # for a slow model there is no time for more
             too_long = (1 + plan.masks) * found[PLAIN]
             if plan.num_drafts == plan.masks and found[plan] > too_long:
                 found[plan] = min(found[plan], seconds(plan, 2))  # on a busy machine once is not enough
                 if found[plan] > too_long:
                     break
-        # 2. Each between two plain steps.
-        plain, ratios = [seconds(PLAIN)], {plan: list[float]() for plan in found if plan != PLAIN}
-        for _ in range(ROUNDS):
-            if time.perf_counter() - begin > SECONDS:
-                break
-            for plan, of_plan in ratios.items():
-                step = seconds(plan)
-                plain.append(seconds(PLAIN))
-                of_plan.append(2 * step / (plain[-2] + plain[-1]))
-        found[PLAIN] = min(found[PLAIN], *plain)
+        return _between_plain_steps(found, seconds, begin + SECONDS)
+
+
+def _between_plain_steps(
+    found: Mapping[Plan, float], seconds: Callable[[Plan], float], deadline: float
+) -> dict[Plan, float]:
+    """Seconds of the plans, each timed between two plain steps; those ``found`` before where the time is too short."""
+    plain, ratios = [seconds(PLAIN)], {plan: list[float]() for plan in found if plan != PLAIN}
+    for _ in range(ROUNDS):
+        if time.perf_counter() > deadline:
+            break
         for plan, of_plan in ratios.items():
-            if len(of_plan) >= MIN_ROUNDS:
-                found[plan] = found[PLAIN] * max(1.0, statistics.median(of_plan))
-    return found
+            step = seconds(plan)
+            plain.append(seconds(PLAIN))
+            of_plan.append(2 * step / (plain[-2] + plain[-1]))
+    least = min(found[PLAIN], *plain)
+    medians = {plan: statistics.median(r) for plan, r in ratios.items() if len(r) >= MIN_ROUNDS}
+    return {**found, PLAIN: least, **{plan: least * max(1.0, ratio) for plan, ratio in medians.items()}}
 
 
 @functools.cache

@@ -47,7 +47,7 @@ class StepCosts:
         return max(0, plan.masks - 1) * self.per_draft
 
     def seconds(self, plan: Plan) -> float:
-        """What a step takes; a measured one too is smoothed by those of more positions."""
+        """What a step takes; a measured one too is smoothed by its neighbours."""
         at, (positions, seconds) = _positions(plan), self._curves[bool(plan.masks)]
         beyond = max(1.0, at / positions[-1])
         return float(np.interp(at, positions, seconds)) * beyond + self._drafting(plan)
