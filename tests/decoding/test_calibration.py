@@ -132,7 +132,7 @@ def test_whole_steps_are_measured(num_masks: int) -> None:
     assert CONTEXT < calibration.CONTEXT + (num_masks + 1) ** 2  # the context is no limit
 
 
-@pytest.mark.parametrize(("num_rounds", "period"), [(1, 20), (9, 37)])
+@pytest.mark.parametrize(("num_rounds", "period"), [(1, 23), (9, 37)])
 def test_a_machine_whose_speed_changes_is_measured_right(
     num_rounds: int, period: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
