@@ -21,6 +21,7 @@ from mtp_lightning.data.chat import RefusedByTemplate
 from mtp_lightning.data.cutting import NULL, REFUSED, Tokens, cut_rows
 from mtp_lightning.data.encoding import EncodedRow, encode_row
 from mtp_lightning.data.formats import Part, Row
+from mtp_lightning.data.messages import NullContent
 from mtp_lightning.data.tokenizing import is_utf8
 from mtp_lightning.errors import RunError, one_line
 
@@ -156,6 +157,8 @@ def encode_batch(rows: Sequence[Row], first: int, name: str, unit: str, encoder:
             outcomes[index] = NULL if result is None else 0
         except RefusedByTemplate as error:
             outcomes[index], notes[index] = REFUSED, f"{where}: {error}".encode(errors="replace").decode()
+        except NullContent:
+            outcomes[index] = NULL
         except RunError as error:
             raise RunError(f"{where}: {error}") from error
         encoded.append(result or EncodedRow([], [], splittable=False))

@@ -44,6 +44,10 @@ _SWITCHES = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # as te
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
+class NullContent(RunError):
+    """A message that has a role and nothing else: there is no text to train on or to answer."""
+
+
 class Chat(NamedTuple):
     """A conversation as it is in a row; see ``clean_messages`` and ``trained_messages``."""
 
@@ -149,7 +153,7 @@ def _objects(value: Any, name: str) -> list[dict[str, Any]] | None:
 
 
 def clean_messages(messages: Any) -> list[Message]:
-    """The messages as {role, content, ..}, contents as text; a RunError if they are malformed.
+    """The messages as {role, content, ..}, contents as text; a RunError if they are malformed, ``NullContent`` if one is null.
 
     Fields that are null or empty lists are left out, tool calls are lists of objects, also where they came as JSON text.
 
@@ -175,6 +179,8 @@ def _clean_message(message: Any) -> Message:
     role, content = fields.get("role"), fields.get("content")
     calls_tool = role == "assistant" and (fields.get("tool_calls") or fields.get("function_call"))
     has_content = isinstance(content, str | list) or (content is None and calls_tool)
+    if isinstance(role, str) and not calls_tool and not fields.keys() - {"role", *_TRAINED}:
+        raise NullContent(f"the content of a message is null: {one_line(repr(message), 80)}.")
     if not isinstance(role, str) or not has_content:
         raise RunError(f"each of messages must be {{role, content}} with text in both, got {one_line(repr(message), 80)}.")
     parts = _from_json(content)

@@ -232,18 +232,18 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
 
 
 def _with_null_as_empty(messages: Any) -> Any:
-    """The messages, a user's that say nothing as empty ones: the row is left out and does not end the command."""
+    """The messages, those whose content is null as empty ones: a question that is null does not end the command.
+
+    In Parquet the content is missing then: what is null in an object is dropped.
+    """
     if not isinstance(messages, list):
         return messages
-    return [{"role": "user", "content": ""} if _is_null_question(message) else message for message in messages]
+    return [{**message, "content": ""} if _is_null(message) else message for message in messages]
 
 
-def _is_null_question(message: Any) -> bool:
-    """True for a user's message whose content is null, or missing with all else: Parquet drops what is null in an object."""
-    if not isinstance(message, dict):
-        return False
-    given = {name: value for name, value in message.items() if value is not None}
-    return given in ({"role": "user"}, {"from": "human"}, {"from": "user"})
+def _is_null(message: Any) -> bool:
+    given = [name for name, value in message.items() if value is not None] if isinstance(message, dict) else []
+    return given in (["role"], ["from"])
 
 
 def _field_of_turns(value: dict[str, Any]) -> str | None:
