@@ -10,6 +10,7 @@ import torch
 from tiny import CONTEXT, greedy_text, tiny_base
 from transformers import GenerationConfig
 
+from mtp_lightning.decoding.packed_linear import can_pack
 from mtp_lightning.distill.base_answers import NamedPrompt, SeededDraw, base_answers, base_batches
 from mtp_lightning.distill.options import AnswerOptions
 from mtp_lightning.errors import UsageError
@@ -133,3 +134,21 @@ def test_row_seeds() -> None:
 def test_greedy_answers_take_no_top_p() -> None:
     with pytest.raises(UsageError, match="temperature"):
         AnswerOptions(top_p=0.9)
+
+
+def test_weights_are_packed_while_the_base_answers_and_not_afterwards() -> None:
+    base = tiny_base("llama", dtype=torch.float32)
+    layers = [layer for layer in base.modules() if type(layer) is torch.nn.Linear]
+    packed = []
+
+    def look(*_: int) -> None:
+        packed.append(sum("forward" in vars(layer) for layer in layers))
+
+    texts = [
+        answer.token_ids
+        for batch in base_answers(base, None, prompts([3, 5]), AnswerOptions(4), 2, (), look)
+        for answer in batch
+    ]
+    assert packed == [len(layers) if can_pack(layers[0].weight) else 0] * 4
+    assert not any("forward" in vars(layer) for layer in layers)
+    assert texts == [greedy_text(base, torch.tensor(item.prompt.input_ids), 4) for item in prompts([3, 5])]

@@ -153,7 +153,9 @@ def _objects(value: Any, name: str) -> list[dict[str, Any]] | None:
 
 
 def clean_messages(messages: Any) -> list[Message]:
-    """The messages as {role, content, ..}, contents as text; a RunError if they are malformed, ``NullContent`` if one is null.
+    """The messages as {role, content, ..}, contents as text; a RunError if they are malformed.
+
+    ``NullContent``, a RunError too, if a message has no content.
 
     Fields that are null or empty lists are left out, tool calls are lists of objects, also where they came as JSON text.
 
