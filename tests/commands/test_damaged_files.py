@@ -122,6 +122,8 @@ def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[
             "`val_check_interval`",  # found while the schedule is built
         ),
         ("--model.optimizer.lr -1", "model.optimizer"),
+        ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val"),
+        ("--seed_everything -5", "seed_everything"),
     ],
 )
 def test_a_start_that_fails_leaves_the_run_as_it_was(run: Path, here: Path, capsys, option: str, name: str) -> None:

@@ -157,6 +157,13 @@ class MTPCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: settings stored in a checkpoint must not override the YAML and the command line."""
 
+    def _set_seed(self) -> None:
+        """Lightning's; an error names the key."""
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UsageError(f"seed_everything: {one_line(error)}.") from error
+
     def before_instantiate_classes(self) -> None:
         """Refuse a folder that can't be written, and ``null`` where a class needs a value: the parser accepts it."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -186,6 +193,8 @@ class MTPCLI(LightningCLI):
             kwargs["logger"] = with_own_loggers(loggers, given.get("default_root_dir"))
         if given.get("val_check_interval") == 0:
             raise UsageError("trainer.val_check_interval must be above 0, got 0.")
+        if (clip := given.get("gradient_clip_val")) is not None and clip < 0:  # it would turn the gradient around
+            raise UsageError(f"trainer.gradient_clip_val must be 0 or more, or null, got {clip}.")
         callbacks = given.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         silent = given.get("enable_progress_bar") is False or given.get("barebones")

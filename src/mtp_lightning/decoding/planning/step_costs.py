@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,53 +17,65 @@ def pair(num_masks: int) -> tuple[Plan, Plan]:
     return Plan(num_masks - 1, 1, "all"), Plan(num_masks - 1, num_masks, "last")
 
 
-class StepCosts:
-    """Seconds of steps: those measured, and others by the positions that they feed for a row and the tokens they draft.
+class _Line(NamedTuple):
+    """Seconds of a step: the same up to ``bend`` positions of a row, then rising evenly, and more for each further draft."""
 
-    Among the measured are the plain step and one with masks, and, where other plans than these are asked for, both of
-    ``pair(num_masks)``: without these, drafting tokens after the first takes no time.
+    bend: int
+    base: float  # seconds of a step that drafts one token or none
+    per_position: float  # after the bend
+    per_draft: float  # after the first
+    last: int  # positions of the largest step that was measured
+
+    def at(self, plan: Plan) -> float:
+        """Seconds of a step by this plan."""
+        positions = _positions(plan)
+        rise = self.per_position * max(0, positions - self.bend)
+        # Beyond what was measured no position is free.
+        return (self.base + rise) * max(1.0, positions / self.last) + self.per_draft * _further_drafts(plan)
+
+
+class StepCosts:
+    """Seconds of steps by the positions that they feed for a row and the tokens they draft, fitted to those measured.
+
+    Reading the weights takes the same time for few positions as for one, and beyond some number the arithmetic decides: so
+    steps with masks, and steps that only verify, each lie on a line with one bend. A few numbers from all measurements err
+    less than each measurement by itself does on a busy machine. Among the measured are the plain step, which counts as it
+    is, and one with masks; without both of ``pair(num_masks)`` drafting tokens after the first may come out free.
     """
 
     def __init__(self, measured: Mapping[Plan, float], num_masks: int) -> None:
         self.measured = dict(measured)
-        one, all_tokens = (measured.get(plan, 0.0) for plan in pair(num_masks))
-        # Of each token after the first. No step with several drafted tokens may come out shorter than a plain one by it.
-        estimates = [(s - measured[PLAIN]) / (plan.masks - 1) for plan, s in measured.items() if plan.masks > 1]
-        self.per_draft = max(0.0, min([(all_tokens - one) / max(1, num_masks - 1), *estimates]))
-        self._curves: dict[bool, tuple[Any, Any]] = {}  # without masks and with, for one drafted token
-        for masked in (False, True):
-            points: dict[int, list[float]] = {}
-            for plan, s in measured.items():
-                if bool(plan.masks) == masked:
-                    points.setdefault(_positions(plan), []).append(s - self._drafting(plan))
-            if not points:
-                raise ValueError("no step with masks was measured")
-            positions = sorted(points)
-            # Against noise: no step takes longer than one of more positions, nor less than a plain one.
-            least = self._curves[False][1][0] if masked else 0.0
-            seconds = _rising([sum(points[at]) / len(points[at]) for at in positions])
-            self._curves[masked] = np.array(positions), np.maximum(seconds, least)
-
-    def _drafting(self, plan: Plan) -> float:
-        return max(0, plan.masks - 1) * self.per_draft
+        masked = [plan for plan in measured if plan.masks]
+        if not masked:
+            raise ValueError("no step with masks was measured")
+        verifying = [plan for plan in measured if not plan.masks and plan != PLAIN]
+        self._lines = {True: self._fit(masked), False: self._fit(verifying if len(verifying) > 1 else [PLAIN, *verifying])}
 
     def seconds(self, plan: Plan) -> float:
-        """What a step takes; a measured one too is smoothed by its neighbours."""
-        at, (positions, seconds) = _positions(plan), self._curves[bool(plan.masks)]
-        beyond = max(1.0, at / positions[-1])
-        return float(np.interp(at, positions, seconds)) * beyond + self._drafting(plan)
+        """What a step takes; at least what a plain one does."""
+        plain = self.measured[PLAIN]
+        return plain if plan == PLAIN else max(plain, self._lines[bool(plan.masks)].at(plan))
 
-
-def _rising(values: Sequence[float]) -> list[float]:
-    """The rising numbers nearest to the values: where these fall, the mean of the neighbours that do."""
-    groups: list[tuple[float, int]] = []  # mean and count
-    for value in values:
-        groups.append((value, 1))
-        while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
-            (before, n), (last, m) = groups[-2:]
-            groups[-2:] = [((n * before + m * last) / (n + m), n + m)]
-    return [mean for mean, count in groups for _ in range(count)]
+    def _fit(self, plans: Sequence[Plan]) -> _Line:
+        """The line through steps of these plans with the least squares of errors whose slopes are not negative."""
+        positions, further = (np.array([count(plan) for plan in plans]) for count in (_positions, _further_drafts))
+        seconds = np.array([self.measured[plan] for plan in plans])
+        mean = float(seconds.mean())
+        best, least = _Line(1, mean, 0.0, 0.0, int(positions.max())), float(np.square(seconds - mean).sum())
+        for bend, has_rise, has_drafts in itertools.product(positions.tolist(), (0, 1), (0, 1)):
+            rise = np.maximum(0, positions - bend)
+            columns = np.stack([np.ones(len(plans)), has_rise * rise, has_drafts * further], axis=1)
+            found = np.linalg.lstsq(columns, seconds, rcond=None)[0]
+            error = float(np.square(columns @ found - seconds).sum())
+            if error < least and (found >= 0).all():
+                base, per_position, per_draft = found.tolist()
+                best, least = _Line(bend, base, per_position, per_draft, best.last), error
+        return best
 
 
 def _positions(plan: Plan) -> int:
     return 1 + plan.num_drafts + sum(masks for _, masks in plan.blocks())
+
+
+def _further_drafts(plan: Plan) -> int:
+    return max(0, plan.masks - 1)
