@@ -179,13 +179,16 @@ def test_rows_of_nulls_are_counted(write) -> None:
     assert (report.rows_read, report.skipped, report.rows) == (4, {"null instead of text": 3}, 1)
 
 
+NULLS = ({"content": None}, {}, {"weight": 1}, {"content": None, "tool_calls": [], "refusal": "no"})
+
+
 def test_conversations_with_null_contents_are_counted(write) -> None:
     asked = {"role": "user", "content": "one"}
-    unanswered = [{"messages": [asked, {"role": "assistant", **more}]} for more in ({"content": None}, {}, {"weight": 1})]
+    unanswered = [{"messages": [asked, {"role": "assistant", **more}]} for more in NULLS]
     unasked = {"conversations": [{"from": "human", "value": None}, {"from": "gpt", "value": "two"}]}
     path = write("a.jsonl", [*unanswered, unasked, {"messages": [asked, {"role": "assistant", "content": "two"}]}])
     report = both(path, CHATML).report
-    assert (report.rows_read, report.skipped, report.rows) == (5, {"null instead of text": 4}, 1)
+    assert (report.rows_read, report.skipped, report.rows) == (6, {"null instead of text": 5}, 1)
 
 
 def test_text_stays_text(write) -> None:

@@ -64,10 +64,10 @@ def test_jsonl_with_prompts_and_messages(write) -> None:
 
 
 def test_an_answer_at_the_end_is_dropped(write) -> None:
-    answered, unanswered = read_prompts(
-        write("p.jsonl", [{"messages": chat("one", "two")}, {"messages": chat("one")}]), word_tokenizer()
-    )
-    assert answered == unanswered
+    null = {"conversations": [{"from": "human", "value": "one"}, {"from": "gpt", "value": None}]}
+    rows = [{"messages": chat("one", "two")}, {"messages": chat("one", None)}, null, {"messages": chat("one")}]
+    *answered, unanswered = read_prompts(write("p.jsonl", rows), word_tokenizer())
+    assert answered == [unanswered] * 3
 
 
 def test_a_question_with_a_system_message_earlier_turns_or_tools_is_a_conversation(write) -> None:
@@ -174,6 +174,8 @@ def test_rejected_lines_are_named(write, content: str, named: str) -> None:
         {"messages": chat(" ")},
         {"messages": chat(None)},
         {"messages": chat("one", "two", None)},
+        {"messages": chat("one", None, "two")},
+        {"messages": [{"role": "user", "content": None, "weight": 1}]},
         {"messages": [{"role": "user"}]},
         {"conversations": [{"from": "human", "value": None}]},
         {"messages": [{"role": "system", "content": "one"}]},

@@ -181,7 +181,7 @@ def _clean_message(message: Any) -> Message:
     role, content = fields.get("role"), fields.get("content")
     calls_tool = role == "assistant" and (fields.get("tool_calls") or fields.get("function_call"))
     has_content = isinstance(content, str | list) or (content is None and calls_tool)
-    if isinstance(role, str) and not calls_tool and not fields.keys() - {"role", *_TRAINED}:
+    if isinstance(role, str) and content is None and not calls_tool and _is_null(message, fields):
         raise NullContent(f"the content of a message is null: {one_line(repr(message), 80)}.")
     if not isinstance(role, str) or not has_content:
         raise RunError(f"each of messages must be {{role, content}} with text in both, got {one_line(repr(message), 80)}.")
@@ -189,6 +189,20 @@ def _clean_message(message: Any) -> Message:
     if isinstance(content, list) or _is_parts(parts):
         fields["content"] = _joined(parts)
     return {key: value for key, value in fields.items() if key not in _TRAINED}
+
+
+def _is_null(message: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
+    """True if the content is null, or missing with all else: Parquet drops what is null in an object."""
+    return "content" in message or "value" in message or not fields.keys() - {"role", *_TRAINED}
+
+
+def without_null_answer(messages: Any) -> Any:
+    """The messages without an answer at their end that has neither text nor calls."""
+    last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
+    if not isinstance(last, dict) or any(last.get(name) for name in ("content", "value", *CALLS)):
+        return messages
+    speaker = last.get("role", last.get("from"))
+    return messages[:-1] if speaker == "assistant" or _SPEAKERS.get(str(speaker)) == "assistant" else messages
 
 
 def trained_messages(messages: Sequence[Message]) -> list[bool]:

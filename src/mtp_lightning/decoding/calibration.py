@@ -171,13 +171,13 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mtp-lightning"
 
 
-def _read(path: Path, key: Any, num_masks: int) -> StepCosts | None:
+def _read(path: Path, key: Any) -> StepCosts | None:
     """Stored costs; None if the file is missing, damaged or about something else."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         stored = json.loads(path.read_bytes())
         found = {Plan(c, m, where): float(seconds) for c, m, where, seconds in stored["seconds"]}
         if stored["key"] == key and PLAIN in found and all(0 < seconds < math.inf for seconds in found.values()):
-            return StepCosts(found, num_masks)
+            return StepCosts(found)
     return None
 
 
@@ -190,12 +190,12 @@ def step_costs(
     if kind not in known:
         key = json.loads(json.dumps({"model": _digest(model), **settings}))
         path = folder() / f"steps-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-        costs = _read(path, key, model.num_masks)
+        costs = _read(path, key)
         if costs is None:
             if notify is not None:
                 notify(f"measuring what decoding steps take on this machine, once; kept in {str(path)!r}")
-            costs = StepCosts(measure(model, options, num_rows), model.num_masks)
-            if (others := _read(path, key, model.num_masks)) is not None:
+            costs = StepCosts(measure(model, options, num_rows))
+            if (others := _read(path, key)) is not None:
                 costs = others  # another process was faster: both go by the same
             else:
                 stored = {"key": key, "seconds": [[*plan, seconds] for plan, seconds in costs.measured.items()]}

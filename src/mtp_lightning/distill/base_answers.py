@@ -115,36 +115,36 @@ def base_answers(
     # Some configurations say -1 where there is no padding token.
     pad = next((token for token in (text_config(base).pad_token_id, *ends) if token is not None and token >= 0), 0)
     base.generation_config = GenerationConfig()  # the base's own may hold a temperature or a penalty
-    with packed_layers(base):
-        for batch in base_batches(prompts, batch_size, context, options.max_new_tokens):
-            if not (num_answers := sum(prompt.row_id not in done for prompt in batch)):
-                continue
-            longest = max(prompt.length for prompt in batch)
-            ids = torch.full((len(batch), longest), pad)
-            mask = torch.zeros_like(ids)
-            for row, prompt in enumerate(batch):  # padding on the left: all answers begin at the same position
-                ids[row, longest - prompt.length :] = torch.tensor(prompt.prompt.input_ids)
-                mask[row, longest - prompt.length :] = 1
-            limit = min(options.max_new_tokens, context - longest)
-            count = TokenCount(longest, partial(on_step, num_answers, limit))
-            config = GenerationConfig(
-                do_sample=False,
-                max_new_tokens=limit,
-                eos_token_id=sorted(ends) or None,
-                pad_token_id=pad,
-            )
-            try:
+    for batch in base_batches(prompts, batch_size, context, options.max_new_tokens):
+        if not (num_answers := sum(prompt.row_id not in done for prompt in batch)):
+            continue
+        longest = max(prompt.length for prompt in batch)
+        ids = torch.full((len(batch), longest), pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(batch):  # padding on the left: all answers begin at the same position
+            ids[row, longest - prompt.length :] = torch.tensor(prompt.prompt.input_ids)
+            mask[row, longest - prompt.length :] = 1
+        limit = min(options.max_new_tokens, context - longest)
+        count = TokenCount(longest, partial(on_step, num_answers, limit))
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=limit,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=pad,
+        )
+        try:
+            with packed_layers(base):
                 out = base.generate(
                     ids.to(base.device),
                     attention_mask=mask.to(base.device),
                     generation_config=config,
                     logits_processor=_processors(options, [prompt.row_id for prompt in batch], base.device, count),
                 )
-            except torch.OutOfMemoryError as error:
-                remedy = f"lower --batch_size ({batch_size}) and run the command again to resume"
-                raise RunError(f"a batch of {len(batch)} prompts does not fit in memory: {remedy}.") from error
-            texts = zip(batch, out[:, longest:].tolist(), strict=True)
-            yield [_answer(prompt.row_id, tokens, ends) for prompt, tokens in texts if prompt.row_id not in done]
+        except torch.OutOfMemoryError as error:
+            remedy = f"lower --batch_size ({batch_size}) and run the command again to resume"
+            raise RunError(f"a batch of {len(batch)} prompts does not fit in memory: {remedy}.") from error
+        texts = zip(batch, out[:, longest:].tolist(), strict=True)
+        yield [_answer(prompt.row_id, tokens, ends) for prompt, tokens in texts if prompt.row_id not in done]
 
 
 def _answer(row_id: str | int, tokens: list[int], ends: set[int]) -> Answer:

@@ -24,12 +24,14 @@ from mtp_lightning.data.chat import render_chat_prompt
 from mtp_lightning.data.formats import CsvFile, JsonFile
 from mtp_lightning.data.messages import (
     Chat,
+    NullContent,
     chat_of,
     clean_messages,
     clean_tools,
     first_instance,
     question_of,
     with_parsed_chats,
+    without_null_answer,
 )
 from mtp_lightning.data.tables import ParquetFile
 from mtp_lightning.data.tokenizing import is_utf8, tokenize
@@ -219,31 +221,17 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
         if isinstance(chat, str):
             return chat, None
         if chat is not None:
-            given = _with_null_as_empty(chat.messages)
-            messages = drop_final_answer(clean_messages(given) if given != [] else [])
+            messages = drop_final_answer(clean_messages(without_null_answer(chat.messages)) if chat.messages != [] else [])
             is_asked = any(message["role"] not in ("assistant", "system") for message in messages)
             return messages if is_asked else [], chat.tools
+    except NullContent:
+        return "", None
     except RunError as error:
         raise RunError(f"{location}: {error}") from error
     if any(name in value for name in _FIELDS) and all(value.get(name) is None for name in _FIELDS):
         return "", None
     fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
     raise RunError(f"{location}: expected one of {', '.join(_FIELDS)}, got the fields: {fields}.")
-
-
-def _with_null_as_empty(messages: Any) -> Any:
-    """The messages, those whose content is null as empty ones: a question that is null does not end the command.
-
-    In Parquet the content is missing then: what is null in an object is dropped.
-    """
-    if not isinstance(messages, list):
-        return messages
-    return [{**message, "content": ""} if _is_null(message) else message for message in messages]
-
-
-def _is_null(message: Any) -> bool:
-    given = [name for name, value in message.items() if value is not None] if isinstance(message, dict) else []
-    return given in (["role"], ["from"])
 
 
 def _field_of_turns(value: dict[str, Any]) -> str | None:

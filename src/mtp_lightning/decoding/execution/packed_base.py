@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from transformers import PreTrainedModel
 
 from mtp_lightning.decoding.execution.fused_lora import MAX_COPY_BYTES, is_plain_linear
-from mtp_lightning.decoding.packed_linear import PackedLinear, can_pack
+from mtp_lightning.decoding.packed_linear import PackedLinear, can_pack, is_autocast
 
 
 @contextlib.contextmanager
 def packed_layers(base: PreTrainedModel) -> Iterator[None]:
     """Within the ``with`` block plain linear layers multiply with packed copies of their weights, where that is faster.
 
-    The copies are of at most ``MAX_COPY_BYTES``; a larger base stays as it is. No gradients.
+    The copies are of at most ``MAX_COPY_BYTES``; a larger base stays as it is, and so does one under autocast. No gradients.
     """
     layers = [layer for layer in base.modules() if is_plain_linear(layer) and can_pack(layer.weight)]
-    if sum(layer.weight.numel() * layer.weight.element_size() for layer in layers) > MAX_COPY_BYTES:
+    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    if size > MAX_COPY_BYTES or is_autocast(base.device):
         layers = []
     try:
         for layer in layers:

@@ -29,9 +29,12 @@ class _Line(NamedTuple):
     def at(self, plan: Plan) -> float:
         """Seconds of a step by this plan."""
         positions = _positions(plan)
-        rise = self.per_position * max(0, positions - self.bend)
+        drafting = self.per_draft * _further_drafts(plan)
         # Beyond what was measured no position is free.
-        return (self.base + rise) * max(1.0, positions / self.last) + self.per_draft * _further_drafts(plan)
+        return max(self._rise(positions), self._rise(self.last) * positions / self.last) + drafting
+
+    def _rise(self, positions: int) -> float:
+        return self.base + self.per_position * max(0, positions - self.bend)
 
 
 class StepCosts:
@@ -40,10 +43,10 @@ class StepCosts:
     Reading the weights takes the same time for few positions as for one, and beyond some number the arithmetic decides: so
     steps with masks, and steps that only verify, each lie on a line with one bend. A few numbers from all measurements err
     less than each measurement by itself does on a busy machine. Among the measured are the plain step, which counts as it
-    is, and one with masks; without both of ``pair(num_masks)`` drafting tokens after the first may come out free.
+    is, and one with masks; ``pair`` tells what drafts cost from what positions do.
     """
 
-    def __init__(self, measured: Mapping[Plan, float], num_masks: int) -> None:
+    def __init__(self, measured: Mapping[Plan, float]) -> None:
         self.measured = dict(measured)
         masked = [plan for plan in measured if plan.masks]
         if not masked:
@@ -57,16 +60,15 @@ class StepCosts:
         return plain if plan == PLAIN else max(plain, self._lines[bool(plan.masks)].at(plan))
 
     def _fit(self, plans: Sequence[Plan]) -> _Line:
-        """The line through steps of these plans with the least squares of errors whose slopes are not negative."""
+        """The line nearest to what steps of these plans took, by relative errors; none of its slopes is negative."""
         positions, further = (np.array([count(plan) for plan in plans]) for count in (_positions, _further_drafts))
         seconds = np.array([self.measured[plan] for plan in plans])
-        mean = float(seconds.mean())
-        best, least = _Line(1, mean, 0.0, 0.0, int(positions.max())), float(np.square(seconds - mean).sum())
+        best, least = _Line(1, float(seconds.mean()), 0.0, 0.0, int(positions.max())), np.inf
         for bend, has_rise, has_drafts in itertools.product(positions.tolist(), (0, 1), (0, 1)):
             rise = np.maximum(0, positions - bend)
             columns = np.stack([np.ones(len(plans)), has_rise * rise, has_drafts * further], axis=1)
-            found = np.linalg.lstsq(columns, seconds, rcond=None)[0]
-            error = float(np.square(columns @ found - seconds).sum())
+            found = np.linalg.lstsq(columns / seconds[:, None], np.ones(len(plans)), rcond=None)[0]
+            error = float(np.square(columns @ found / seconds - 1).sum())
             if error < least and (found >= 0).all():
                 base, per_position, per_draft = found.tolist()
                 best, least = _Line(bend, base, per_position, per_draft, best.last), error
