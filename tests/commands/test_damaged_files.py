@@ -123,6 +123,7 @@ def test_a_damaged_base(run: Path, here: Path, capsys, name: str, content: dict[
         ),
         ("--model.optimizer.lr -1", "model.optimizer"),
         ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val"),
+        ("--trainer.gradient_clip_val .nan", "trainer.gradient_clip_val"),
         ("--seed_everything -5", "seed_everything"),
     ],
 )

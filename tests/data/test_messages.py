@@ -9,6 +9,7 @@ import pytest
 from toy_tokenizers import CHATML, byte_tokenizer, word_tokenizer
 
 from mtp_lightning.data.encoding import encode_row
+from mtp_lightning.data.messages import NullContent, clean_messages
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.errors import RunError
 
@@ -202,3 +203,10 @@ def test_other_json_text_is_text(text: str) -> None:
     for row in ({"prompt": text, "completion": text}, {"messages": [says("user", text), says("assistant", text)]}):
         encoded = encode_row(row, tokenizer, CHATML)
         assert tokenizer.decode(encoded.input_ids).count(text) == 2
+
+
+def test_text_under_another_name_is_no_null_content() -> None:
+    for name in ("value", "text", "contents"):
+        with pytest.raises(RunError) as raised:
+            clean_messages([{"role": "user", name: "one"}])
+        assert not isinstance(raised.value, NullContent)

@@ -45,7 +45,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class NullContent(RunError):
-    """A message that has a role and nothing else: there is no text to train on or to answer."""
+    """The content of a message is null: there is no text to train on or to answer."""
 
 
 class Chat(NamedTuple):
@@ -155,7 +155,7 @@ def _objects(value: Any, name: str) -> list[dict[str, Any]] | None:
 def clean_messages(messages: Any) -> list[Message]:
     """The messages as {role, content, ..}, contents as text; a RunError if they are malformed.
 
-    ``NullContent``, a RunError too, if a message has no content.
+    ``NullContent``, which is a RunError too, if the content of one is null.
 
     Fields that are null or empty lists are left out, tool calls are lists of objects, also where they came as JSON text.
 
@@ -193,6 +193,8 @@ def _clean_message(message: Any) -> Message:
 
 def _is_null(message: Mapping[str, Any], fields: Mapping[str, Any]) -> bool:
     """True if the content is null, or missing with all else: Parquet drops what is null in an object."""
+    if "value" in fields:  # text under the name that goes with ``from``
+        return False
     return "content" in message or "value" in message or not fields.keys() - {"role", *_TRAINED}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from mtp_lightning.decoding.execution.packed_base import packed_layers
+from mtp_lightning.decoding.execution.packed_base import PackedBase
 from mtp_lightning.decoding.limits import base_end_tokens
 from mtp_lightning.decoding.noise import TOKEN_STREAM, noise_keys, uniform_noise
 from mtp_lightning.distill.options import AnswerOptions
@@ -114,6 +114,7 @@ def base_answers(
     context, ends = context_length(text_config(base)), base_end_tokens(base, tokenizer)
     # Some configurations say -1 where there is no padding token.
     pad = next((token for token in (text_config(base).pad_token_id, *ends) if token is not None and token >= 0), 0)
+    packed = PackedBase(base)
     base.generation_config = GenerationConfig()  # the base's own may hold a temperature or a penalty
     for batch in base_batches(prompts, batch_size, context, options.max_new_tokens):
         if not (num_answers := sum(prompt.row_id not in done for prompt in batch)):
@@ -133,7 +134,7 @@ def base_answers(
             pad_token_id=pad,
         )
         try:
-            with packed_layers(base):
+            with packed.active():
                 out = base.generate(
                     ids.to(base.device),
                     attention_mask=mask.to(base.device),

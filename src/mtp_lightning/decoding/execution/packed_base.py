@@ -12,20 +12,26 @@ from mtp_lightning.decoding.execution.fused_lora import MAX_COPY_BYTES, is_plain
 from mtp_lightning.decoding.packed_linear import PackedLinear, can_pack, is_autocast
 
 
-@contextlib.contextmanager
-def packed_layers(base: PreTrainedModel) -> Iterator[None]:
-    """Within the ``with`` block plain linear layers multiply with packed copies of their weights, where that is faster.
+class PackedBase:
+    """Packed copies of the weights of a base's plain linear layers, where products with them are faster.
 
-    The copies are of at most ``MAX_COPY_BYTES``; a larger base stays as it is, and so does one under autocast. No gradients.
+    The copies are of at most ``MAX_COPY_BYTES``; a larger base stays as it is. No gradients.
     """
-    layers = [layer for layer in base.modules() if is_plain_linear(layer) and can_pack(layer.weight)]
-    size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
-    if size > MAX_COPY_BYTES or is_autocast(base.device):
-        layers = []
-    try:
-        for layer in layers:
-            vars(layer)["forward"] = PackedLinear(layer.weight, layer.bias)
-        yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        layers = [layer for layer in base.modules() if is_plain_linear(layer) and can_pack(layer.weight)]
+        size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+        layers = layers if size <= MAX_COPY_BYTES else []
+        self._device = base.device
+        self._products = [(vars(layer), PackedLinear(layer.weight, layer.bias)) for layer in layers]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Multiply with the copies within the ``with`` block, unless under autocast."""
+        try:
+            for attributes, product in [] if is_autocast(self._device) else self._products:
+                attributes["forward"] = product
+            yield
+        finally:
+            for attributes, _ in self._products:
+                attributes.pop("forward", None)
