@@ -34,7 +34,7 @@ mtp fit --config configs/smollm2.yaml --data.train package://demo/smollm2_answer
   --trainer.callbacks.max_new_tokens 48 --trainer.callbacks.num_speed_pairs 0 ${precision[@]+"${precision[@]}"} "$@"
 
 echo '5 of 5: the shipped adapter by domain'
-mtp benchmark pretrained/smollm2-135m --base_model $base --prompts $prompts --num_prompts 6 --max_new_tokens 64 --dtype $decode \
-  --output runs/demo-benchmark --overwrite
+mtp benchmark pretrained/smollm2-135m --base_model $base --prompts $prompts --num_prompts 12 --max_new_tokens 64 --dtype $decode \
+  --num_masks auto --output runs/demo-benchmark --overwrite
 
 echo "next: mtp chat pretrained/smollm2-135m --base_model $base   (after: source .venv/bin/activate)"

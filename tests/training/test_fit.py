@@ -121,9 +121,21 @@ def test_a_run_begins_with_the_weights_of_another(run: Path, capsys) -> None:
     assert fit("--model.init_from", "run", *resumed) == 0  # a resumed run does not read it
 
 
+@pytest.mark.parametrize("num_masks", [2, 5])
+def test_a_run_may_have_fewer_or_more_masks_than_the_weights_it_begins_with(run: Path, num_masks: int) -> None:
+    options = ["--model.num_masks", num_masks, "--model.optimizer.init_args.lr", "0", "--trainer.max_steps", "1"]
+    options += ["--trainer.val_check_interval", "1", "--trainer.logger.save_dir", "second"]
+    assert fit("--model.init_from", "run", *options) == 0
+    name = "model.mask_embeddings"
+    found, first = weights("second/checkpoints/last.ckpt"), weights("run/checkpoints/best.ckpt")
+    k = len(first[name])
+    expected = {**first, name: torch.stack([first[name][min(j, k - 1)] for j in range(num_masks)])}
+    assert 2 < k < 5 and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_weights_to_begin_with_must_fit(run: Path, capsys) -> None:
     for key, options in {
-        "model.num_masks": ["--model.num_masks", "2"],
         "model.lora.rank": ["--model.lora.rank", "4"],
         "model.sampler_head.init_args.hidden_size": ["--model.sampler_head.init_args.hidden_size", "16"],
         "model.init_from": ["--model.init_from", "nowhere.ckpt"],

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mtp_lightning.errors import RunError, UsageError, one_line
@@ -29,6 +30,13 @@ class TrainedParts(NamedTuple):
     lineage: dict[str, Any] | None = None  # the training and the licence, for the model card
     mask_tokens: str = "learned"  # or noise; files of earlier versions do not say
     folder: Path | None = None  # the saved folder; None: a checkpoint
+
+    def with_num_masks(self, num_masks: int) -> TrainedParts:
+        """The same with the first masks of these, or with more, which begin as copies of the last one."""
+        weights = dict(self.weights)
+        if (embeddings := weights.get("mask_embeddings")) is not None:  # [k, D]
+            weights["mask_embeddings"] = embeddings[torch.arange(num_masks).clamp(max=len(embeddings) - 1)]
+        return self._replace(num_masks=num_masks, weights=weights)
 
 
 def shape_mismatch(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> str | None:
