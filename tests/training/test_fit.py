@@ -134,6 +134,15 @@ def test_a_run_may_have_fewer_or_more_masks_than_the_weights_it_begins_with(run:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_damaged_masks_to_begin_with_are_refused(run: Path, capsys) -> None:
+    checkpoint = torch.load("run/checkpoints/best.ckpt", weights_only=True)
+    checkpoint["state_dict"]["model.mask_embeddings"] = torch.empty(0, 32)
+    torch.save(checkpoint, "damaged.ckpt")
+    options = ["--model.num_masks", "5", "--trainer.logger.save_dir", "second"]
+    assert fit("--model.init_from", "damaged.ckpt", *options) == 1
+    assert "mask_embeddings" in capsys.readouterr().err
+
+
 def test_weights_to_begin_with_must_fit(run: Path, capsys) -> None:
     for key, options in {
         "model.lora.rank": ["--model.lora.rank", "4"],

@@ -193,9 +193,8 @@ class MTPCLI(LightningCLI):
             kwargs["logger"] = with_own_loggers(loggers, given.get("default_root_dir"))
         if given.get("val_check_interval") == 0:
             raise UsageError("trainer.val_check_interval must be above 0, got 0.")
-        if (
-            clip := given.get("gradient_clip_val")
-        ) is not None and not clip >= 0:  # NaN too; below 0 it reverses the gradient
+        # Below 0 it would reverse the gradient; NaN is refused too.
+        if (clip := given.get("gradient_clip_val")) is not None and not clip >= 0:
             raise UsageError(f"trainer.gradient_clip_val must be 0 or more, or null, got {clip}.")
         callbacks = given.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]

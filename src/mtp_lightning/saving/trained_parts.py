@@ -33,8 +33,8 @@ class TrainedParts(NamedTuple):
 
     def with_num_masks(self, num_masks: int) -> TrainedParts:
         """The same with the first masks of these, or with more, which begin as copies of the last one."""
-        weights = dict(self.weights)
-        if (embeddings := weights.get("mask_embeddings")) is not None:  # [k, D]
+        weights, embeddings = dict(self.weights), self.weights.get("mask_embeddings")  # [k, D]
+        if embeddings is not None and embeddings.shape[:1] == (self.num_masks,):  # else damaged: ``load_weights`` says so
             weights["mask_embeddings"] = embeddings[torch.arange(num_masks).clamp(max=len(embeddings) - 1)]
         return self._replace(num_masks=num_masks, weights=weights)
 
