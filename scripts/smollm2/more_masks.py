@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=0.004)
     parser.add_argument("--output", default="runs/more_masks")
     options = parser.parse_args()
+    num_kept = read_parts(options.adapter).num_masks
+    if options.num_masks <= num_kept:
+        parser.error(f"--num_masks must be above {num_kept}, the number that {options.adapter} has")
 
     seed_everything(0)
     module = NewMasks(
@@ -67,7 +70,7 @@ def main() -> None:
         optimizer=lambda named: torch.optim.AdamW([p for _, p in named], lr=options.learning_rate, weight_decay=0.0),
         lr_scheduler=lambda optimizer: WarmupCosine(optimizer, warmup_steps=5, floor=0.05),
     )
-    module.num_kept = read_parts(options.adapter).num_masks
+    module.num_kept = num_kept
     data = MTPDataModule(
         train=options.train,
         validation=options.validation,
