@@ -32,7 +32,7 @@ class TrainedParts(NamedTuple):
     folder: Path | None = None  # the saved folder; None: a checkpoint
 
     def with_num_masks(self, num_masks: int) -> TrainedParts:
-        """The same with the first masks of these, or with more, which begin as copies of the last one."""
+        """The same parts with only the first masks, or with further ones that start as copies of the last."""
         weights, embeddings = dict(self.weights), self.weights.get("mask_embeddings")  # [k, D]
         if embeddings is not None and embeddings.shape[:1] == (self.num_masks,):  # else damaged: ``load_weights`` says so
             weights["mask_embeddings"] = embeddings[torch.arange(num_masks).clamp(max=len(embeddings) - 1)]

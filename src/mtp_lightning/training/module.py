@@ -62,8 +62,8 @@ class MTPModule(LightningModule):
         sampler_head: a class of ``mtp_lightning.sampler_heads`` or your own; false: draft from the base head. Not given: the
             paper's ``MLPSamplerHead``, and none with ``mask_tokens: noise``.
         init_from: trained model whose weights a new run begins with, to go on with other data: a checkpoint, the folder of a
-            run, a saved folder or a hub id. Its LoRA and sampler head must be the configuration's; of more masks the
-            first are taken, and further ones begin as its last. ``mtp fit`` does not read it to resume a run.
+            run, a saved folder or a hub id. Its LoRA and sampler head must be the configuration's. With fewer masks
+            the first ones are taken; with more, the new ones start as copies of the last. Not read when a run is resumed.
         losses: name -> loss term. Empty: the paper's three.
         loss_schedules: name of a loss term -> factor of its weight in training, from ``start`` to ``end``. In evaluation the
             weight alone counts.
