@@ -11,6 +11,8 @@ from pathlib import Path
 from mtp_lightning.errors import RunError
 
 PACKAGE = "package://"
+SMOLLM2 = "bases/smollm2-135m"
+"""Where ``mtp base smollm2`` writes."""
 OWN_FOLDERS = ("bases/", "runs/", "pretrained/")
 """Where commands and documentation put bases, runs and adapters: no owner on the hub has such a name."""
 
@@ -40,7 +42,8 @@ def check_exists(name: str, advice: str = "") -> None:
     """RunError for a name of nothing here that can't be a hub id, or that begins like our own folders."""
     is_path = name.startswith((PACKAGE, ".", "/", "~", *OWN_FOLDERS)) or name.endswith("/") or name.count("/") > 1
     if is_path and not Path(resolve(name)).exists():
-        raise RunError(f"no folder {name} here.{advice}")
+        download = "" if Path(name) != Path(SMOLLM2) else " mtp base smollm2 writes it here."
+        raise RunError(f"no folder {name} here.{download}{advice}")
 
 
 def absolute_name(name: str) -> str:

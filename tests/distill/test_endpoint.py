@@ -426,7 +426,16 @@ def test_no_server_answers(tmp_path: Path, base: str, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("concurrency", 0), ("retries", -1), ("timeout", 0), ("endpoint", "localhost:8000"), ("top_p", 1.5)]
+    ("name", "value"),
+    [
+        ("concurrency", 0),
+        ("retries", -1),
+        ("timeout", 0),
+        ("endpoint", "localhost:8000"),
+        ("top_p", 1.5),
+        ("top_p", 0),
+        ("temperature", 1e-9),
+    ],
 )
 def test_wrong_options(tmp_path: Path, base: str, capsys, name: str, value: object) -> None:
     options = {"temperature": 1, name: value}

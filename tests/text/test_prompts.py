@@ -87,6 +87,11 @@ def test_a_question_with_a_system_message_earlier_turns_or_tools_is_a_conversati
     assert read == [*[with_system] * 4, ("one", None), (chat("x", "y", "one"), None), (asked, tools)]
 
 
+def test_texts_alone(write) -> None:
+    for name, content in (("p.json", '["one", "two"]'), ("p.jsonl", '"one"\n"two"\n')):
+        assert [row.content for row in read_prompt_rows(write(name, content))] == ["one", "two"]
+
+
 def test_a_suffix_in_capitals(write) -> None:
     assert [row.content for row in read_prompt_rows(write("P.JSONL", '{"prompt": "one"}'))] == ["one"]
 
@@ -140,7 +145,7 @@ def user(content: object) -> str:
         ('{"prompt": "one', ", line 1: expected JSON, got Unterminated string at column 12"),
         ("[1]\n", ", line 1: .* list"),
         ('{"text": "one", "domain": null}\n', r", line 1: .* text, domain \(null\)"),
-        ('{"prompt": 3}\n', ", line 1: .* fields: prompt"),
+        ('{"prompt": 3}\n', ", line 1: .* prompt .* int"),
         ('{"prompt": "one", "domain": 3}\n', ", line 1: .*domain .* int"),
         ('{"prompt": "one", "id": "\\ud800"}\n', ", line 1: .*id .*ud800"),
         (user("\ud800"), ", line 1: .*surrogate"),

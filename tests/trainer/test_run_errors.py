@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from interrupted_runs import FIT, fresh
 from tiny_run import LAST, assert_same_run
 from zygote import Zygote
+
+from mtp_lightning.trainer.run_errors import quiet_full_disks
 
 KILLED_AT = """
 import os, signal
@@ -89,3 +93,17 @@ def test_a_process_of_several_that_dies(zygote: Zygote, whole: Path, tmp_path: P
     assert (first.code, second.code) == (1, -9)
     assert first.error.startswith("another process of this run has ended")
     assert torch.load(folder / LAST, weights_only=True)["global_step"] == 2
+
+
+def test_a_thread_whose_disk_is_full_prints_nothing(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    quiet_full_disks()
+    for error, is_shown in ((OSError(errno.ENOSPC, "full"), False), (OSError(errno.ENOENT, "missing"), True)):
+
+        def fail(error: OSError = error) -> None:
+            raise error
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        assert ("Traceback" in capsys.readouterr().err) == is_shown

@@ -101,6 +101,9 @@ def test_validate_and_test_leave_the_run_as_it_is(run: Path, capsys) -> None:
     assert {name: after[name] for name in files} == files
     assert set(after) - set(files) == {"validate/metrics.csv", "test/metrics.csv"}
     assert mtp("validate", "--config", "config.yaml", "--ckpt_path", "run") == 0  # the folder of a run: its best checkpoint
+    capsys.readouterr()
+    assert mtp("validate", "--config", "config.yaml") == 0  # the folder of the configuration's run
+    assert "run/checkpoints/best.ckpt" in capsys.readouterr().err
 
 
 def test_a_run_without_a_validation_leaves_its_last_checkpoint(here: Path, capsys) -> None:

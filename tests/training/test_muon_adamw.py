@@ -40,7 +40,7 @@ def test_equals_both_optimizers_of_torch_on_their_own_parameters() -> None:
     ]
     others = [p for p in theirs.parameters() if all(p is not matrix for matrix in matrices)]
     muon = Muon(matrices, lr=0.2, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
-    _run(theirs, [AdamW(others, lr=0.1, betas=(0.9, 0.98), weight_decay=0.3), muon], range(4))
+    _run(theirs, [AdamW(others, lr=0.1, betas=(0.9, 0.98), weight_decay=0.3, fused=True), muon], range(4))
     assert torch.equal(_weights(ours), _weights(theirs))
 
 

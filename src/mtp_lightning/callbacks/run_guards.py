@@ -105,11 +105,13 @@ class RunGuards(Callback):
         values = torch.stack([loss.float() for loss in losses])
         # A loss scaler provokes infinite gradients, and skips them itself.
         scaled = isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None
-        norm = torch.zeros(()) if scaled else gradient_norm(pl_module.parameters())
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.zeros(()) if scaled else gradient_norm(trained)
         bad = torch.stack([(~values.isfinite()).any().float(), (~norm.isfinite()).float().to(values.device)])
         if not all_reduce(bad, "max").any():
             if not scaled:
-                pl_module.log("train/gradient_norm", whole_norm(norm, sharded=cast(Any, pl_module).model.is_sharded))
+                is_sharded = any(hasattr(parameter, "placements") for parameter in trained)  # DTensors
+                pl_module.log("train/gradient_norm", whole_norm(norm, is_sharded))
             return
         bad_batches = (~values.isfinite()).nonzero().flatten().tolist()
         report = {

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from mtp_lightning.data.preparing import sources_of
 from mtp_lightning.decoding.packed_linear import has_bfloat16_products
 from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.training.distributed import run_folder
@@ -119,6 +120,10 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
     found, rows = [], getattr(getattr(trainer, "datamodule", None), "rows", {})
     if "validation" in rows and (few := len(rows["validation"])) < FEW_VALIDATION_ROWS:
         found.append(f"{few} validation rows choose the best checkpoint: better 50 or more (data.validation_fraction)")
+    data: Any = getattr(trainer, "datamodule", None)
+    train, validation = (set(sources_of(getattr(data, split, None) or [])) for split in ("train", "validation"))
+    if both := sorted(train & validation):
+        found.append(f"data.validation names a source of data.train: {', '.join(both)}; take rows that are not trained on")
     if epochs > MANY_EPOCHS:
         again = f"{epochs:.0f} epochs of the same {len(rows.get('train', ())):,} rows"
         found.append(f"{again}: lower trainer.max_epochs, or add data")
@@ -129,6 +134,10 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
     if in_bfloat16 and trainer.strategy.root_device.type == "cpu" and not has_bfloat16_products():
         found.append("bfloat16 is slow on this CPU: use --model.dtype float32 --trainer.precision 32-true")
     steps, interval = planned(trainer)[0], validation_interval(trainer)
+    warmup = max((getattr(each.scheduler, "warmup_steps", 0) for each in trainer.lr_scheduler_configs), default=0)
+    if 0 < steps < 2 * warmup:
+        number = f"{warmup:,} of {steps:,}" if warmup < steps else f"all {steps:,}"
+        found.append(f"the learning rate still rises in {number} steps: lower model.lr_scheduler.init_args.warmup_steps")
     if interval is not None and 2 * interval > steps > 0:
         number = "one" if steps >= interval else "no"
         found.append(f"{number} validation in {steps:,} steps: lower trainer.val_check_interval, to choose among more")

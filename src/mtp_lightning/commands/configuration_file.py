@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import yaml
@@ -16,10 +15,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """A dict; a ConstructorError for a key given twice."""
-        counts = Counter(key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
-        for key, count in counts.items():
-            if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is given twice", node.start_mark)
+        found = set[str]()
+        for key, _ in node.value:
+            if key.value in found and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is given twice", key.start_mark)
+            found.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from mtp_lightning.commands.run_costs import MEASURED_STEPS, Costs, measured
+from mtp_lightning.data.chat import read_template
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.data.reading import open_sources
 from mtp_lightning.decoding.packed_linear import has_bfloat16_products
@@ -88,8 +89,10 @@ def run_init(options: Any) -> None:
     if output.exists() and not options.overwrite:
         raise UsageError(f"{options.output!r} exists: choose another --output, or replace it with --overwrite.")
     check_writable(output.absolute().parent, output)
-    facts = facts_of(options.base_model, options.revision, train)
+    facts = facts_of(options.base_model, options.revision, train, options["data.chat_template"])
     config = chosen(facts, options.base_model, options.revision, train)
+    if options["data.chat_template"] is not None:
+        config["data"]["chat_template"] = options["data.chat_template"]
     machine = torch.cuda.get_device_name() if facts.cuda else f"a CPU, {torch.get_num_threads()} threads"
     template = "chat template" if facts.has_template else "no chat template"
     note(
@@ -106,14 +109,15 @@ def run_init(options: Any) -> None:
     note("\n".join(summary(config, facts, costs, evaluation, hours, options.output)))
 
 
-def facts_of(base_model: str, revision: str | None, train: str) -> Facts:
+def facts_of(base_model: str, revision: str | None, train: str, chat_template: str | None) -> Facts:
     """Look at the base's configuration, the tokenizer, and a sample of the rows; no weights are read."""
     full = load_config(base_model, revision)
     context, tokenizer = context_length(full.get_text_config(decoder=True)), load_tokenizer(base_model, revision)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(full).num_parameters()
     count = sum(part.count() for parts in open_sources([train], "data.train").values() for part in parts)
-    sample = prepare(train, tokenizer, max_length=context, max_rows=SAMPLE_ROWS)[0]
+    template = None if chat_template is None else read_template(chat_template, "data.chat_template")
+    sample = prepare(train, tokenizer, max_length=context, max_rows=SAMPLE_ROWS, chat_template=template)[0]
     note(f"data.train, a sample: {sample.report}")
     usual = int(np.quantile(sample.rows.lengths, 0.95))
     return Facts(parameters, context, bool(tokenizer.chat_template), count, usual, torch.cuda.is_available())

@@ -45,7 +45,7 @@ from mtp_lightning.trainer.earlier_run import (
     last_checkpoint,
     results_of_run,
 )
-from mtp_lightning.trainer.run_errors import run_error, unwritable_message
+from mtp_lightning.trainer.run_errors import quiet_full_disks, run_error, unwritable_message
 from mtp_lightning.trainer.wrong_settings import (
     check_training_state,
     check_validation_interval,
@@ -249,11 +249,23 @@ class MTPCLI(LightningCLI):
             raise UsageError(f"ckpt_path must be the path of a .ckpt file, last or auto, got {path!r}.")
         if path == "last" or may_begin:
             path = last_checkpoint(self.trainer, self._run_folder, may_begin)
-        elif path and self.subcommand != "fit" and (best := run_checkpoint(Path(path))) is not None:
-            path = str(best)
+        elif self.subcommand != "fit" and (path or self.model.init_from is None):
+            path = self._trained(path)
         for config in (self.config, self.config_init):
             config[self.subcommand].ckpt_path = path
         return path
+
+    def _trained(self, path: str | None) -> str:
+        """What is evaluated: a file as it is, or the best checkpoint of a run's folder, by default the configuration's."""
+        best = run_checkpoint(self._run_folder if path is None else Path(path))
+        if best is None and path is None:
+            raise UsageError(
+                f"--ckpt_path is needed: there is no run in {str(self._run_folder)!r}. Give a .ckpt file or the folder of a"
+                " run, or set model.init_from to a saved adapter."
+            )
+        if path is None and self.trainer.is_global_zero:
+            note(f"checkpoint {best}")
+        return str(best or path)
 
     def _check_checkpoint(self, path: str) -> bool:
         """Refuse a checkpoint that does not fit; returns whether metrics.csv is continued."""
@@ -322,4 +334,5 @@ class SettingsCLI(MTPCLI):
 
 def run_trainer(words: list[str]) -> None:
     """``mtp fit | validate | test``, with the command as the first word."""
+    quiet_full_disks()
     MTPCLI(words)

@@ -14,12 +14,11 @@ from mtp_lightning.commands.parser import CommandParser
 from mtp_lightning.decoding.options import Decoding
 from mtp_lightning.distill.options import AnswerOptions, EndpointOptions
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.paths import check_writable
+from mtp_lightning.paths import SMOLLM2, check_writable
 from mtp_lightning.saving.export_options import ExportOptions
 from mtp_lightning.text.prompt_source import check_source
 
 MODEL = "run folder (its best checkpoint), saved folder, checkpoint file or hub id"
-BASE_FOLDER = "bases/smollm2-135m"
 MAX_CHAT_TOKENS = 1024
 NOT_OF_CHAT = {"batch_size", "raw"}
 """Options of decoding that a conversation has no use for."""
@@ -35,7 +34,7 @@ def base_parser() -> CommandParser:
         " folder. Does nothing if the folder is there.",
     )
     parser.add_argument("name", type=Literal["smollm2"], help="the model: smollm2")
-    parser.add_argument("--output", type=str, default=BASE_FOLDER, help="folder to write")
+    parser.add_argument("--output", type=str, default=SMOLLM2, help="folder to write")
     return parser
 
 
@@ -169,6 +168,9 @@ def init_parser() -> CommandParser:
     )
     parser.add_argument("--base_model", type=str, required=True, help="folder, GGUF file or hub id of the base")
     parser.add_argument("--data.train", type=str, required=True, help="the rows to train on: a file, glob, folder or hub id")
+    parser.add_argument(
+        "--data.chat_template", type=str | None, default=None, help="a jinja file, for a base that has no chat template"
+    )
     parser.add_argument("--revision", type=str | None, default=None, help="hub revision of the base")
     parser.add_argument("--hours", type=PositiveFloat | None, default=None, help="the longest run. Default: 1, on a GPU 12")
     parser.add_argument("--output", type=str, default="mtp.yaml", help="the YAML file to write")

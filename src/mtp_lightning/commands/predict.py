@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jsonargparse import ArgumentParser
 
 from mtp_lightning.commands.arguments import DecodingArguments
@@ -11,7 +13,7 @@ from mtp_lightning.commands.lightning_cli import SettingsCLI
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
 from mtp_lightning.saving.checkpoint import SETTINGS, check_settings, checkpoint_parts, part_settings, read_checkpoint
-from mtp_lightning.saving.load import build_network
+from mtp_lightning.saving.load import build_network, run_checkpoint
 from mtp_lightning.text.prompt_source import check_source
 from mtp_lightning.text.prompts import read_prompts
 
@@ -56,7 +58,8 @@ def run_predict(words: list[str]) -> None:
     cli = PredictCLI(args)
     config = cli.config
     if config.ckpt_path == "last":
-        raise UsageError("--ckpt_path must be the path of a .ckpt file, got 'last'.")
+        raise UsageError("--ckpt_path must be a .ckpt file or the folder of a run, got 'last'.")
+    config.ckpt_path = str(run_checkpoint(Path(config.ckpt_path)) or config.ckpt_path)
     arguments = DecodingArguments.from_config(config)
     source = config.prompts or config.data.test
     if not isinstance(source, str) or not source:

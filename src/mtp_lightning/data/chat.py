@@ -165,7 +165,10 @@ def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
-        raise UsageError("rows with messages need a chat template: set data.chat_template to a jinja file.") from error
+        raise UsageError(
+            "rows of messages, or of a question and its answer, need a chat template, and the base has none: set"
+            " data.chat_template to a jinja file."
+        ) from error
 
 
 def render(

@@ -23,7 +23,7 @@ from mtp_lightning.data.encoding import EncodedRow, encode_row
 from mtp_lightning.data.formats import Part, Row
 from mtp_lightning.data.messages import NullContent
 from mtp_lightning.data.tokenizing import is_utf8
-from mtp_lightning.errors import RunError, one_line
+from mtp_lightning.errors import RunError, UsageError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -159,8 +159,8 @@ def encode_batch(rows: Sequence[Row], first: int, name: str, unit: str, encoder:
             outcomes[index], notes[index] = REFUSED, f"{where}: {error}".encode(errors="replace").decode()
         except NullContent:
             outcomes[index] = NULL
-        except RunError as error:
-            raise RunError(f"{where}: {error}") from error
+        except (RunError, UsageError) as error:
+            raise type(error)(f"{where}: {error}") from error
         encoded.append(result or EncodedRow([], [], splittable=False))
     tokens = Tokens(
         ids=np.concatenate([np.asarray(row.input_ids, np.int64) for row in encoded]),

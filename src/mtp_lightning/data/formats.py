@@ -138,14 +138,17 @@ class JsonFile(File):
 
     unit = "line"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, text_field: str | None = None) -> None:
         super().__init__(path)
+        self._text_field = text_field  # the field that a row of text alone stands for; None: it is refused
         self._has_lines: bool | None = None  # None: not looked at yet
 
     def rows(self, start: int = 0, wanted: np.ndarray | None = None) -> Iterator[Row]:
         """See ``Part``."""
         for _, (place, raw) in select_rows(self._values(), start, wanted):
             value = read_json(self._decoded(raw, place), self.name, place) if isinstance(raw, bytes) else raw
+            if self._text_field is not None and isinstance(value, str):
+                value = {self._text_field: value}
             if not isinstance(value, dict):
                 where = f"{self.name}, {self.unit} {place}"
                 raise RunError(f"{where}: expected an object ({ROW_TYPES}), got {type(value).__name__}.")

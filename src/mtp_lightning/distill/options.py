@@ -7,8 +7,9 @@ import hashlib
 import urllib.parse
 from dataclasses import dataclass
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from mtp_lightning.decoding.options import MIN_TEMPERATURE
 from mtp_lightning.errors import UsageError
 
 
@@ -27,10 +28,14 @@ class AnswerOptions:
     max_new_tokens: PositiveInt = 1024
     temperature: NonNegativeFloat = 0.0
     top_k: PositiveInt | None = None
-    top_p: ClosedUnitInterval | None = None
+    top_p: PositiveFloat | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.top_p is not None and self.top_p > 1:
+            raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise UsageError(f"temperature must be 0 or from {MIN_TEMPERATURE:g} on, got {self.temperature:g}.")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
             raise UsageError("top_k and top_p need a temperature above 0: set --temperature 1.")
 

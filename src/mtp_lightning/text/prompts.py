@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtp_lightning.data.chat import render_chat_prompt
-from mtp_lightning.data.formats import CsvFile, JsonFile
+from mtp_lightning.data.formats import CsvFile, File, JsonFile
 from mtp_lightning.data.messages import (
     Chat,
     NullContent,
@@ -108,8 +108,7 @@ def read_prompt_rows(source: str, raw: bool = False) -> list[PromptRow]:
     """
     suffix = check_source(source)
     if suffix in (".json", ".ndjson", ".csv", ".parquet"):
-        name, path, more = source, Path(resolve(source)), ("id", "category", "raw", "turns", "instances")
-        part = CsvFile(path) if suffix == ".csv" else ParquetFile(path, more) if suffix == ".parquet" else JsonFile(path)
+        name, part = source, _file(Path(resolve(source)), suffix)
         rows = [_parse_fields(row.fields, f"{source}, {part.unit} {row.place}", row.place) for row in part.rows()]
     else:
         name, text, is_json = _read_text(source)
@@ -119,6 +118,15 @@ def read_prompt_rows(source: str, raw: bool = False) -> list[PromptRow]:
     if not rows:
         raise RunError(f"{name}: expected at least one prompt, it is empty.")
     return [row._replace(raw=raw or row.raw) for row in rows]
+
+
+def _file(path: Path, suffix: str) -> File:
+    """The reader of a file that is not read line by line."""
+    if suffix == ".csv":
+        return CsvFile(path)
+    if suffix == ".parquet":
+        return ParquetFile(path, ("id", "category", "raw", "turns", "instances"))
+    return JsonFile(path, text_field="prompt")
 
 
 def round_robin(domains: Sequence[str]) -> list[int]:
@@ -163,7 +171,8 @@ def _parse_line(source: str, number: int, line: str, is_json: bool) -> PromptRow
     location = f"{source}, line {number}"
     if not is_json:
         return PromptRow(location, line.rstrip("\r"), "", number)
-    return _parse_fields(read_json(line, source, number), location, number)
+    value = read_json(line, source, number)
+    return _parse_fields({"prompt": value} if isinstance(value, str) else value, location, number)
 
 
 def _parse_fields(value: Any, location: str, number: int) -> PromptRow:
@@ -230,6 +239,8 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
         raise RunError(f"{location}: {error}") from error
     if any(name in value for name in _FIELDS) and all(value.get(name) is None for name in _FIELDS):
         return "", None
+    if (name := next((name for name in _FIELDS if value.get(name) is not None), None)) is not None:
+        raise RunError(f"{location}: expected {name} as text, got {type(value[name]).__name__}.")
     fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
     raise RunError(f"{location}: expected one of {', '.join(_FIELDS)}, got the fields: {fields}.")
 
@@ -292,7 +303,7 @@ def encode_prompt_row(row: PromptRow, tokenizer: Any) -> Prompt:
     """
     row = as_turn(row, tokenizer)
     if not row.content:
-        raise UnusablePrompt(f"{row.location}: expected a prompt, it is null or empty.")
+        raise UnusablePrompt(f"{row.location}: expected a prompt, it is null, empty or without a user's turn.")
     text = row.content if isinstance(row.content, str) else _render(row, tokenizer)
     if not is_utf8(text):
         raise UnusablePrompt(f"{row.location}: expected UTF-8 text, the prompt contains an unpaired surrogate.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from pathlib import Path
 
 from mtp_lightning.errors import RunError, one_line
@@ -12,7 +13,7 @@ from mtp_lightning.paths import why_unwritable
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the operating system reports when nothing can be written any more."""
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was abort")
-RESUME_HINT = " Resume with --ckpt_path last."
+RESUME_HINT = " Resume with --ckpt_path auto."
 
 
 def run_error(error: BaseException) -> RunError | None:
@@ -26,6 +27,17 @@ def run_error(error: BaseException) -> RunError | None:
         name = "a file" if error.filename is None else repr(str(error.filename))
         return RunError(f"{name} could not be written: {error.strerror}. Make room or give another folder.{RESUME_HINT}")
     return None
+
+
+def quiet_full_disks() -> None:
+    """Print no traceback of a thread whose disk is full, as TensorBoard's writer: the main thread meets the same error."""
+    show = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_ERRORS):
+            show(args)
+
+    threading.excepthook = hook
 
 
 def memory_message(reason: str, step: int | None = None, remedy: str | None = None) -> str:

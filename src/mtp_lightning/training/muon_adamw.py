@@ -41,7 +41,8 @@ class MuonAdamW(Optimizer):
         for name, parameter in params:
             is_matrix_of_head = parameter.ndim == 2 and "sampler_head" in name
             (for_muon if is_matrix_of_head else for_adamw).append((name, parameter))
-        self._parts: list[Optimizer] = [AdamW(for_adamw, lr=lr, betas=betas, weight_decay=weight_decay)]
+        fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in for_adamw)
+        self._parts: list[Optimizer] = [AdamW(for_adamw, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)]
         if for_muon:  # a model may have no sampler head
             scale = "match_rms_adamw"
             self._parts.append(Muon(for_muon, muon_lr, weight_decay, momentum=momentum, adjust_lr_fn=scale))
