@@ -34,6 +34,7 @@ FILES = {
     "monitor.yaml": "trainer: {callbacks+: [{class_path: EarlyStopping, init_args: {monitor: val/los}}]}\n",
     "term.yaml": "model: {losses: {good: {class_path: BaseCrossEntropy}, mine: {class_path: BaseCrossEntropi}}}\n",
     "term_argument.yaml": "model: {losses: {mine: {class_path: BaseCrossEntropy, init_args: {wait: 2}}}}\n",
+    "term_value.yaml": "model: {losses: {mine: {class_path: AnchorDistillation, init_args: {head: samplr}}}}\n",
     "list.yaml": "trainer: {callbacks: [{class_path: LastCheckpoint}, {class_path: LastCheckpoin}]}\n",
     "argument.yaml": "trainer: {callbacks: [{class_path: mtp_lightning.callbacks.LastCheckpoint, init_args: {every: 3}}]}\n",
     # rows
@@ -97,6 +98,7 @@ FIT = [
     ("--config monitor.yaml", 2, "EarlyStopping.monitor 'val/los'"),
     ("--config term.yaml", 2, "model.losses.mine.class_path: "),
     ("--config term_argument.yaml", 2, "model.losses.mine.init_args.wait: "),
+    ("--config term_value.yaml", 2, "model.losses.mine.init_args.head: "),
     ("--config list.yaml", 2, "trainer.callbacks.1.class_path: "),
     ("--model.sampler_head.class_path GRUHead", 2, "model.sampler_head.class_path: "),
     ("--ckpt_path best", 2, "ckpt_path"),

@@ -243,6 +243,8 @@ def _check_file(path: str) -> None:
 
 _NAMED = re.compile(r"(?:class_path '|no class |Import path |Option ')([\w.]+)")
 """What the parser's messages on a class or one of its arguments name."""
+_WRONG_VALUE = re.compile(r"([\w.]+): (.* got (.+))")
+"""Its messages on the value of a class's argument."""
 
 
 def with_full_key(message: str, words: Sequence[str], classes: Iterable[str]) -> str:
@@ -251,14 +253,21 @@ def with_full_key(message: str, words: Sequence[str], classes: Iterable[str]) ->
     ``model.losses: ...`` becomes ``model.losses.mine.class_path: ...``; of ``classes`` the one with a similar name is added.
     """
     key, _, reason = message.partition(": ")
-    if (named := _NAMED.search(reason)) is None:
+    named, wrong = _NAMED.search(reason), _WRONG_VALUE.fullmatch(reason)
+    if named is None and wrong is None:
         return message
-    name, given = named[1], list[tuple[str, Any]]()
+    given = list[tuple[str, Any]]()
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         value = value if equals else following
         given += _leaves("", read_configuration(value)) if option in ("-c", "--config") else [(option[2:], value)]
-    whole = [at for at, value in given if at.startswith(f"{key}.") and (value == name or at.endswith(f".{name}"))]
+    given = [(at, value) for at, value in given if at.startswith(f"{key}.")]
+    if named is None:
+        assert wrong is not None
+        whole = [at for at, value in given if at.endswith(f".{wrong[1]}") and str(value) == wrong[3]]
+        return f"{whole[-1]}: {wrong[2]}" if whole else message
+    name = named[1]
+    whole = [at for at, value in given if value == name or at.endswith(f".{name}")]
     near = _nearest(name.rpartition(".")[2], classes) if "Option" not in reason and "subclass" not in reason else ""
     return f"{whole[-1] if whole else key}: {reason}{near.rstrip('.')}"
 
