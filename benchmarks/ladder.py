@@ -102,6 +102,7 @@ SCREEN: dict[str, tuple[str, ...]] = {
     "Muon for the head, of 256, normalized": MUON,
     "Muon, head of 512": (*MUON, gru(512)),
     "Muon, muon_lr 0.02": (*MUON, muon(muon_lr=0.02)),
+    "Muon, muon_lr 0.005": (*MUON, muon(muon_lr=0.005)),
     "Muon, lr 6e-3": (*MUON, muon(lr=0.006)),
     "Muon, base loss 0.2, LCM 0.2": (*MUON, losses(anchors("base", 0.2), anchors("sampler"), lcm(0.2))),
     "Muon, masks 2 to 8": (*MUON, "--model.num_masks_schedule={start: 2, end: 8}"),
