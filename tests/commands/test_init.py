@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from command_line import ParseOnly, error_of, mtp, read_metrics, save_base, write_rows
-from toy_tokenizers import word_tokenizer
+from toy_tokenizers import CHATML, word_tokenizer
 
 from mtp_lightning.commands.init import (
     EVALUATION_SHARE,
@@ -91,6 +91,20 @@ def test_a_run_that_is_too_short_says_what_helps() -> None:
     limit_steps(config, few, costs, 10)
     text = expectation(config, few, costs, seconds)
     assert "more rows" in text and "--hours" not in text
+
+
+def test_conversations_with_a_base_without_a_template(here: Path, capsys) -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = None
+    save_base(here / "plain", "llama", tokenizer, torch.bfloat16, max_position_embeddings=32)
+    turns = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three four five six"}]
+    write_rows(here / "chat.jsonl", [{"messages": turns}] * 40)
+    words = ["init", "--base_model", "plain", "--data.train", "chat.jsonl", "--hours", 0.0001]
+    shown = error_of(capsys, 2, *words)
+    assert "data.chat_template" in shown and "chat.jsonl" in shown and "line 1" in shown
+    (here / "chat.jinja").write_text(CHATML)
+    assert mtp(*words, "--data.chat_template", "chat.jinja") == 0
+    assert yaml.safe_load(Path("mtp.yaml").read_text())["data"]["chat_template"] == "chat.jinja"
 
 
 def test_wrong_input(here: Path, capsys) -> None:

@@ -121,7 +121,8 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
     if "validation" in rows and (few := len(rows["validation"])) < FEW_VALIDATION_ROWS:
         found.append(f"{few} validation rows choose the best checkpoint: better 50 or more (data.validation_fraction)")
     data: Any = getattr(trainer, "datamodule", None)
-    train, validation = (set(sources_of(getattr(data, split, None) or [])) for split in ("train", "validation"))
+    sources = [getattr(data, split, None) or [] for split in ("train", "validation")]
+    train, validation = (set(sources_of(each)) if isinstance(each, str | list | dict) else set() for each in sources)
     if both := sorted(train & validation):
         found.append(f"data.validation names a source of data.train: {', '.join(both)}; take rows that are not trained on")
     if epochs > MANY_EPOCHS:
