@@ -146,6 +146,7 @@ def user(content: object) -> str:
         ("[1]\n", ", line 1: .* list"),
         ('{"text": "one", "domain": null}\n', r", line 1: .* text, domain \(null\)"),
         ('{"prompt": 3}\n', ", line 1: .* prompt .* int"),
+        ('{"turns": "one"}\n', ", line 1: .* turns as a list"),
         ('{"prompt": "one", "domain": 3}\n', ", line 1: .*domain .* int"),
         ('{"prompt": "one", "id": "\\ud800"}\n', ", line 1: .*id .*ud800"),
         (user("\ud800"), ", line 1: .*surrogate"),

@@ -95,15 +95,22 @@ def test_a_process_of_several_that_dies(zygote: Zygote, whole: Path, tmp_path: P
     assert torch.load(folder / LAST, weights_only=True)["global_step"] == 2
 
 
-def test_a_thread_whose_disk_is_full_prints_nothing(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+class Writer(threading.Thread):
+    """TensorBoard's."""
+
+    __module__ = "tensorboard.summary.writer"
+
+
+def test_a_writer_whose_disk_is_full_prints_nothing(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     quiet_full_disks()
-    for error, is_shown in ((OSError(errno.ENOSPC, "full"), False), (OSError(errno.ENOENT, "missing"), True)):
+    full, missing = OSError(errno.ENOSPC, "full"), OSError(errno.ENOENT, "missing")
+    for kind, error, is_shown in ((Writer, full, False), (Writer, missing, True), (threading.Thread, full, True)):
 
         def fail(error: OSError = error) -> None:
             raise error
 
-        thread = threading.Thread(target=fail)
+        thread = kind(target=fail)
         thread.start()
         thread.join()
         assert ("Traceback" in capsys.readouterr().err) == is_shown

@@ -102,8 +102,12 @@ def test_validate_and_test_leave_the_run_as_it_is(run: Path, capsys) -> None:
     assert set(after) - set(files) == {"validate/metrics.csv", "test/metrics.csv"}
     assert mtp("validate", "--config", "config.yaml", "--ckpt_path", "run") == 0  # the folder of a run: its best checkpoint
     capsys.readouterr()
-    assert mtp("validate", "--config", "config.yaml") == 0  # the folder of the configuration's run
-    assert "run/checkpoints/best.ckpt" in capsys.readouterr().err
+    begun_from = ["--model.init_from", LAST]  # what the run began with, which its configuration keeps
+    elsewhere = ["--trainer.default_root_dir", "elsewhere"]
+    for words, name in (([], "best.ckpt"), (begun_from, "best.ckpt"), ([*begun_from, *elsewhere], "last.ckpt")):
+        assert mtp("validate", "--config", "config.yaml", *words) == 0
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("weights "))
+        assert line.endswith(f"run/checkpoints/{name}")
 
 
 def test_a_run_without_a_validation_leaves_its_last_checkpoint(here: Path, capsys) -> None:

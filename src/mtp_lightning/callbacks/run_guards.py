@@ -205,6 +205,6 @@ def not_finite(
         last_good = f"The last good checkpoint is {str(newest)!r}, of step {reached}"
     return (
         f"{what} at step {step} (epoch {epoch}, rows {rows} of data.train); no weight was changed by it. {last_good}."
-        " Inspect these rows, lower trainer.gradient_clip_val and resume with --ckpt_path last; or start a new run with a"
+        " Inspect these rows, lower trainer.gradient_clip_val and resume with --ckpt_path auto; or start a new run with a"
         " lower learning rate."
     )

@@ -120,10 +120,7 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
     found, rows = [], getattr(getattr(trainer, "datamodule", None), "rows", {})
     if "validation" in rows and (few := len(rows["validation"])) < FEW_VALIDATION_ROWS:
         found.append(f"{few} validation rows choose the best checkpoint: better 50 or more (data.validation_fraction)")
-    data: Any = getattr(trainer, "datamodule", None)
-    sources = [getattr(data, split, None) or [] for split in ("train", "validation")]
-    train, validation = (set(sources_of(each)) if isinstance(each, str | list | dict) else set() for each in sources)
-    if both := sorted(train & validation):
+    if both := sorted(_source_names(trainer, "train") & _source_names(trainer, "validation")):
         found.append(f"data.validation names a source of data.train: {', '.join(both)}; take rows that are not trained on")
     if epochs > MANY_EPOCHS:
         again = f"{epochs:.0f} epochs of the same {len(rows.get('train', ())):,} rows"
@@ -135,14 +132,22 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
     if in_bfloat16 and trainer.strategy.root_device.type == "cpu" and not has_bfloat16_products():
         found.append("bfloat16 is slow on this CPU: use --model.dtype float32 --trainer.precision 32-true")
     steps, interval = planned(trainer)[0], validation_interval(trainer)
-    warmup = max((getattr(each.scheduler, "warmup_steps", 0) for each in trainer.lr_scheduler_configs), default=0)
-    if 0 < steps < 2 * warmup:
+    warmup = max((getattr(each.scheduler, "warmup_steps", 0) or 0 for each in trainer.lr_scheduler_configs), default=0)
+    is_whole = trainer.global_step == 0 and not getattr(trainer, "fast_dev_run", False)  # a resumed run keeps its schedule
+    if is_whole and 0 < steps < 2 * warmup:
         number = f"{warmup:,} of {steps:,}" if warmup < steps else f"all {steps:,}"
         found.append(f"the learning rate still rises in {number} steps: lower model.lr_scheduler.init_args.warmup_steps")
     if interval is not None and 2 * interval > steps > 0:
         number = "one" if steps >= interval else "no"
         found.append(f"{number} validation in {steps:,} steps: lower trainer.val_check_interval, to choose among more")
     return found
+
+
+def _source_names(trainer: Trainer, split: str) -> set[str]:
+    """The sources of a split; none where a user's own data module keeps something else under that name."""
+    sources = getattr(getattr(trainer, "datamodule", None), split, None)
+    names = sources_of(sources) if isinstance(sources, str | list | dict) else []
+    return {name for name in names if isinstance(name, str)}
 
 
 def ending(trainer: Trainer, folder: Path, checkpoint: Path, which: str) -> list[str]:

@@ -94,7 +94,8 @@ def run_init(options: Any) -> None:
     if options["data.chat_template"] is not None:
         config["data"]["chat_template"] = options["data.chat_template"]
     machine = torch.cuda.get_device_name() if facts.cuda else f"a CPU, {torch.get_num_threads()} threads"
-    template = "chat template" if facts.has_template else "no chat template"
+    given = options["data.chat_template"]
+    template = f"chat template {given}" if given else "chat template" if facts.has_template else "no chat template"
     note(
         f"base      {options.base_model}: {facts.parameters / 1e6:,.1f} M parameters, context {facts.context:,}, {template}"
     )

@@ -242,30 +242,41 @@ class MTPCLI(LightningCLI):
         self.trainer.loggers = [CSVLogger(self._run_folder / str(self.subcommand), name="", version=""), *others]
 
     def _checkpoint_path(self) -> str | None:
-        """``ckpt_path``, with ``last`` and, but in ``fit``, the folder of a run replaced by the file that it stands for."""
+        """``ckpt_path``, with ``last`` and, but in ``fit``, a folder or nothing replaced by the file that it stands for."""
         path: str | None = self._get(self.config, "ckpt_path")
         may_begin = path == "auto" and self.subcommand == "fit"
         if path in ("", "best", "hpc", "registry"):  # Lightning's words, which need a trainer that has trained
-            raise UsageError(f"ckpt_path must be the path of a .ckpt file, last or auto, got {path!r}.")
+            words = "last or auto" if self.subcommand == "fit" else "the folder of a run, or last"
+            raise UsageError(f"ckpt_path must be the path of a .ckpt file, {words}, got {path!r}.")
         if path == "last" or may_begin:
             path = last_checkpoint(self.trainer, self._run_folder, may_begin)
-        elif self.subcommand != "fit" and (path or self.model.init_from is None):
-            path = self._trained(path)
+        elif self.subcommand != "fit":
+            path = self._evaluated(path)
         for config in (self.config, self.config_init):
             config[self.subcommand].ckpt_path = path
         return path
 
-    def _trained(self, path: str | None) -> str:
-        """What is evaluated: a file as it is, or the best checkpoint of a run's folder, by default the configuration's."""
-        best = run_checkpoint(self._run_folder if path is None else Path(path))
-        if best is None and path is None:
+    def _evaluated(self, path: str | None) -> str | None:
+        """The checkpoint to evaluate: a file as it is, of a run's folder the best; by default of the configuration's run.
+
+        None if that has no checkpoint and the configuration names other weights (``model.init_from``), or with
+        ``fast_dev_run``; otherwise a UsageError: an untrained model has no figures.
+        """
+        if path is not None:
+            return str(run_checkpoint(Path(path)) or path)
+        try:
+            best = run_checkpoint(self._run_folder)
+        except RunError:  # a run without a checkpoint yet
+            best = None
+        if best is None and self.model.init_from is None and not getattr(self.trainer, "fast_dev_run", False):
+            folder = str(self._run_folder / "checkpoints")
             raise UsageError(
-                f"--ckpt_path is needed: there is no run in {str(self._run_folder)!r}. Give a .ckpt file or the folder of a"
-                " run, or set model.init_from to a saved adapter."
+                f"--ckpt_path is needed: no checkpoint is in {folder!r}. Give a .ckpt file or the folder of a run, or set"
+                " model.init_from to a saved adapter."
             )
-        if path is None and self.trainer.is_global_zero:
-            note(f"checkpoint {best}")
-        return str(best or path)
+        if self.trainer.is_global_zero:
+            note(f"weights   {best or self.model.init_from or 'untrained'}")
+        return None if best is None else str(best)
 
     def _check_checkpoint(self, path: str) -> bool:
         """Refuse a checkpoint that does not fit; returns whether metrics.csv is continued."""
@@ -303,7 +314,7 @@ class MTPCLI(LightningCLI):
             if is_out_of_memory(error):
                 guards = next(iter(self.callbacks_of(RunGuards)), RunGuards())
                 raise RunError(guards.out_of_memory(self.trainer, one_line(error, 200))) from error
-            known: MTPError | None = run_error(error) or setting_error(error, self._run_folder)
+            known: MTPError | None = run_error(error, resumes=subcommand == "fit") or setting_error(error, self._run_folder)
             if known is None:
                 raise
             raise known from error

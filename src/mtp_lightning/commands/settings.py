@@ -39,7 +39,10 @@ COMMON = {
     "help": "show this text",
 }
 SAVED = {"ckpt_path": "not used; a run's config.yaml has it", "weights_only": "not used; a run's config.yaml has it"}
-TRAINER_OPTIONS = {"ckpt_path": "path of a checkpoint, or last: the newest of the run in the folder", "weights_only": ""}
+TRAINER_OPTIONS = {
+    "ckpt_path": "path of a checkpoint, folder of a run, or last: the newest of this run. Default: this run's best",
+    "weights_only": "",
+}
 FIT_OPTIONS = {
     "ckpt_path": "path of a checkpoint to resume from; last: the newest of the run in the folder; auto: the same, or a new"
     " run where there is none",
@@ -48,7 +51,7 @@ FIT_OPTIONS = {
 }
 VALIDATE_OPTIONS = {**TRAINER_OPTIONS, "verbose": ""}
 PREDICT_OPTIONS = {
-    "ckpt_path": "path of a checkpoint that mtp fit wrote",
+    "ckpt_path": "a checkpoint that mtp fit wrote, or the folder of a run: its best",
     "prompts": "prompts file. Default: data.test",
     "json": "one JSON line per prompt: what it always prints",
     "weights_only": "",

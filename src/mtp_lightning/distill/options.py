@@ -28,11 +28,11 @@ class AnswerOptions:
     max_new_tokens: PositiveInt = 1024
     temperature: NonNegativeFloat = 0.0
     top_k: PositiveInt | None = None
-    top_p: PositiveFloat | None = None
+    top_p: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.top_p is not None and self.top_p > 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise UsageError(f"temperature must be 0 or from {MIN_TEMPERATURE:g} on, got {self.temperature:g}.")

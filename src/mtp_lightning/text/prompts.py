@@ -6,7 +6,7 @@
   ``input``, or self-instruct's ``instances``, of which the first one's ``input`` is read), ``question``, ``messages`` or
   ``conversations`` (rendered with the tokenizer's chat template; an assistant's answer at the end is dropped) or ``turns``
   (MT-bench's list of texts, of which the first is read), and optionally ``system``, ``tools``, ``raw`` and ``domain`` (or
-  ``category``).
+  ``category``); in JSON also a text alone.
 * ``-``: standard input, one of the two: JSON where the first line begins with ``{``.
 
 Where the base has a chat template, a text is a user's turn, unless it is raw.
@@ -240,7 +240,8 @@ def _content(value: dict[str, Any], location: str) -> tuple[str | list[Any], lis
     if any(name in value for name in _FIELDS) and all(value.get(name) is None for name in _FIELDS):
         return "", None
     if (name := next((name for name in _FIELDS if value.get(name) is not None), None)) is not None:
-        raise RunError(f"{location}: expected {name} as text, got {type(value[name]).__name__}.")
+        kind = "a list of texts" if name == "turns" else "text"
+        raise RunError(f"{location}: expected {name} as {kind}, got {type(value[name]).__name__}.")
     fields = ", ".join(f"{name} (null)" if value[name] is None else name for name in value) or "none"
     raise RunError(f"{location}: expected one of {', '.join(_FIELDS)}, got the fields: {fields}.")
 

@@ -16,28 +16,31 @@ LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "NCCL c
 RESUME_HINT = " Resume with --ckpt_path auto."
 
 
-def run_error(error: BaseException) -> RunError | None:
-    """The error to raise instead of one from outside of this program, or None if it is not known."""
-    text = one_line(error, 200)
+def run_error(error: BaseException, resumes: bool = True) -> RunError | None:
+    """The error to raise instead of one from outside of this program, or None if it is not known.
+
+    ``resumes``: the command that failed can resume a run.
+    """
+    text, hint = one_line(error, 200), RESUME_HINT if resumes else ""
     if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return RunError(f"a data loader worker died ({text}): lower data.num_workers; 0 shows its error.{RESUME_HINT}")
+        return RunError(f"a data loader worker died ({text}): lower data.num_workers; 0 shows its error.{hint}")
     if any(words in text for words in LOST_PROCESS):
-        return RunError(f"another process of this run has ended ({text}); its own message is above.{RESUME_HINT}")
+        return RunError(f"another process of this run has ended ({text}); its own message is above.{hint}")
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         name = "a file" if error.filename is None else repr(str(error.filename))
-        return RunError(f"{name} could not be written: {error.strerror}. Make room or give another folder.{RESUME_HINT}")
+        return RunError(f"{name} could not be written: {error.strerror}. Make room or give another folder.{hint}")
     return None
 
 
 def quiet_full_disks() -> None:
-    """Print no traceback of a thread whose disk is full, as TensorBoard's writer: the main thread meets the same error."""
-    show = threading.excepthook
+    """Print no traceback of TensorBoard's writer if its disk is full: the main thread meets the same error."""
+    threading.excepthook = _show_thread_error
 
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_ERRORS):
-            show(args)
 
-    threading.excepthook = hook
+def _show_thread_error(args: threading.ExceptHookArgs) -> None:
+    is_full = isinstance(args.exc_value, OSError) and args.exc_value.errno in DISK_ERRORS
+    if not (is_full and type(args.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(args)
 
 
 def memory_message(reason: str, step: int | None = None, remedy: str | None = None) -> str:

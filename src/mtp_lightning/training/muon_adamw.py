@@ -41,7 +41,7 @@ class MuonAdamW(Optimizer):
         for name, parameter in params:
             is_matrix_of_head = parameter.ndim == 2 and "sampler_head" in name
             (for_muon if is_matrix_of_head else for_adamw).append((name, parameter))
-        fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in for_adamw)
+        fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in for_adamw) or None  # None: torch decides
         self._parts: list[Optimizer] = [AdamW(for_adamw, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)]
         if for_muon:  # a model may have no sampler head
             scale = "match_rms_adamw"
