@@ -88,7 +88,7 @@ FIT = [
     ("--config typo.yaml", 2, "model.num_masks"),
     ("--config empty_group.yaml", 2, "data"),
     ("--config no_group.yaml", 2, "model.lora"),
-    ("--config twice.yaml", 2, 'key data is given twice in "twice.yaml", line 3'),
+    ("--config twice.yaml", 2, '"twice.yaml", line 3'),
     ("--config null.yaml", 2, "model.lora.rank"),
     ("--config mix.yaml", 2, "data.train"),
     ("--config head.yaml", 2, "model.sampler_head"),
