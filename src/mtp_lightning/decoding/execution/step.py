@@ -215,7 +215,7 @@ def _next_block(step: StepInput, accepted: Tensor) -> Tensor:
 
 def take_positions(x: Tensor, index: Tensor) -> Tensor:
     """The positions ``index`` [B, N] of each row of x [B, L, D]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return x[torch.arange(len(x), device=x.device)[:, None], index]  # gather is several times slower
 
 
 def _logits(model: MTPNetwork, step: StepInput, states: Tensor, mask_states: Tensor) -> tuple[Tensor, Tensor | None]:
