@@ -11,6 +11,7 @@ from tiny import CONTEXT, greedy_text, tiny_base, tiny_model, token_row
 
 from mtp_lightning.decoding.limits import end_tokens
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.errors import UsageError
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "linear", "autoregressive"])
@@ -38,6 +39,11 @@ def test_stop_tokens_come_from_the_base_and_may_be_many() -> None:
     model.base.generation_config.eos_token_id = [text[4], text[9]]
     assert end_tokens(model, DecodingOptions()) == {text[4], text[9]}
     assert end_tokens(model, DecodingOptions(eos_token_id=[3, 4])) == {3, 4}
+    for wrong in ("</s>", [3, "</s>"]):
+        model.base.generation_config.eos_token_id = wrong
+        with pytest.raises(UsageError, match="eos_token_id"):
+            end_tokens(model, DecodingOptions())
+    model.base.generation_config.eos_token_id = [text[4], text[9]]
     expected = greedy_text(tiny_base(), prompt, G, eos_token_id=[text[4], text[9]])
     assert new_tokens(model, prompt, max_new_tokens=G) == expected
 

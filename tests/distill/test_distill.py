@@ -74,6 +74,36 @@ def test_progress_within_a_batch(tmp_path: Path, base: str, capsys, monkeypatch:
     assert re.fullmatch(r"\[ +\d+ s\] prompts: 3 of 4, batch of 1 at token 1 of 6, 0:\d\d:\d\d left", lines[7])
 
 
+def test_an_interrupt_keeps_the_rows_and_names_the_file(
+    tmp_path: Path, base: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = distill.base_answers
+
+    def interrupted(*args):
+        yield next(answers(*args))
+        raise KeyboardInterrupt
+
+    write_rows(tmp_path / "q.jsonl", questions(6))
+    output = tmp_path / "a.jsonl"
+    words = [
+        "distill",
+        base,
+        "--prompts",
+        tmp_path / "q.jsonl",
+        "--output",
+        output,
+        "--max_new_tokens",
+        6,
+        "--batch_size",
+        2,
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "base_answers", interrupted)
+        assert mtp(*words) == 130
+    assert f"{output}: 2 of 6 rows" in capsys.readouterr().err and len(read(output)) == 2
+    assert mtp(*words) == 0 and len(read(output)) == 6
+
+
 def test_a_file_that_a_kill_left_is_completed(tmp_path: Path, base: str) -> None:
     """Its last line is torn: at the end the same rows, none twice."""
     write_rows(tmp_path / "q.jsonl", questions(12))

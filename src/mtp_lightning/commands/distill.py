@@ -61,7 +61,11 @@ def run_distill(config: Any) -> None:
         num_done = len(file.done)
         for row_id in file.empty:
             job.left_out.add(EMPTY, row_id)
-        summary = _write(job, file, config)
+        try:
+            summary = _write(job, file, config)
+        except KeyboardInterrupt:
+            note(f"{output}: {len(file.done):,} of {len(job.tasks):,} rows; the same command continues there")
+            raise
         if job.left_out.counts and not file.done:
             raise RunError(f"no row was answered; {job.left_out}.")
     left_out = f"; {job.left_out}" if job.left_out.counts else ""

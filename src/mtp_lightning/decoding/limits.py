@@ -96,7 +96,10 @@ def with_text_ends(model: MTPNetwork, options: DecodingOptions) -> DecodingOptio
 def base_end_tokens(base: PreTrainedModel, tokenizer: Any = None) -> set[int]:
     """The tokens that end a text of the base: those its configuration names, its tokenizer's, its chat template's."""
     chosen = getattr(getattr(base, "generation_config", None), "eos_token_id", None)
-    ends = set(token_list(text_config(base).eos_token_id if chosen is None else chosen))
+    named = text_config(base).eos_token_id if chosen is None else chosen
+    ends: set[Any] = set([named] if isinstance(named, str) else token_list(named))
+    if not all(isinstance(token, int) for token in ends):
+        raise UsageError(f"eos_token_id in the base's configuration must be a token id or several, got {named!r}.")
     if tokenizer is not None:
         ends |= {token for token in (tokenizer.eos_token_id, end_of_turn_token(tokenizer)) if token is not None}
     return ends
