@@ -22,6 +22,7 @@ from mtp_lightning.commands.init import (
     summary,
 )
 from mtp_lightning.commands.run_costs import Costs
+from mtp_lightning.sampler_heads import GRUSamplerHead
 
 WORDS = ("init", "--base_model", "base", "--data.train", "train.jsonl", "--hours", 0.0001)
 
@@ -60,13 +61,20 @@ def test_the_run_is_validated_at_its_end(here: Path) -> None:
 
 
 def test_rows_are_held_out_of_the_largest_data() -> None:
-    facts = Facts(10**9, 4096, True, rows=20_000_000, usual_length=500, cuda=True)
+    facts = Facts(10**9, 2048, 4096, True, rows=20_000_000, usual_length=500, cuda=True)
     assert round(facts.rows * chosen(facts, "base", None, "train")["data"]["validation_fraction"]) == VALIDATION_ROWS
+
+
+@pytest.mark.parametrize(("width", "expected"), [(16, 64), (64, 256), (96, 256), (256, 256), (576, 576)])
+def test_the_head_of_a_small_base_is_wide(width: int, expected: int) -> None:
+    facts = Facts(10**7, width, 512, False, rows=1000, usual_length=100, cuda=False)
+    head = chosen(facts, "base", None, "train")["model"]["sampler_head"]["init_args"]
+    assert GRUSamplerHead(**head).state_size(width) == expected
 
 
 @pytest.mark.parametrize("hours", [0.25, 0.5, 1, 4, 24, 1000])
 def test_the_hours_hold_the_validations(hours: float) -> None:
-    facts, costs = Facts(10**8, 8192, True, rows=20_000, usual_length=300, cuda=False), Costs(8.5, 2.0, 0.5, 0.2)
+    facts, costs = Facts(10**8, 512, 8192, True, rows=20_000, usual_length=300, cuda=False), Costs(8.5, 2.0, 0.5, 0.2)
     config = chosen(facts, "base", None, "train")
     evaluation = limit_steps(config, facts, costs, hours)
     trainer, decoding = config["trainer"], config["trainer"]["callbacks+"][-1]["init_args"]
@@ -80,7 +88,7 @@ def test_the_hours_hold_the_validations(hours: float) -> None:
 
 
 def test_a_run_that_is_too_short_says_what_helps() -> None:
-    facts, costs = Facts(10**8, 8192, True, rows=20_000, usual_length=300, cuda=False), Costs(8.5, 2.0, 0.5, 0.2)
+    facts, costs = Facts(10**8, 512, 8192, True, rows=20_000, usual_length=300, cuda=False), Costs(8.5, 2.0, 0.5, 0.2)
     config = chosen(facts, "base", None, "train")
     seconds = limit_steps(config, facts, costs, 0.2).seconds(costs)
     text = expectation(config, facts, costs, seconds)

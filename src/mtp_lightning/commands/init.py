@@ -22,6 +22,7 @@ from mtp_lightning.files import atomic_file
 from mtp_lightning.modeling.base import load_config, load_tokenizer
 from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import check_writable
+from mtp_lightning.sampler_heads import MAX_SHARE
 
 SAMPLE_ROWS = 1000
 """Rows whose lengths are looked at."""
@@ -31,6 +32,8 @@ EVALUATION_SHARE = 0.2
 """The largest share of a run's time that its validations may take."""
 ENOUGH_STEPS = 1000
 """Steps for which a small data set is repeated, up to ``MAX_EPOCHS`` times."""
+MIN_HEAD_WIDTH = 256
+"""Of a small base's sampler head."""
 MIN_EPOCHS, MAX_EPOCHS = 3, 10
 FIRST_SIGNS = 100
 """Steps within which acceptance begins to rise; a run of twice as many shows something."""
@@ -44,6 +47,7 @@ class Facts(NamedTuple):
     """What the sizes are chosen by."""
 
     parameters: int  # of the base
+    width: int  # hidden size of the base
     context: int  # positions of the base
     has_template: bool  # True if the base has a chat template
     rows: int  # of the data
@@ -113,15 +117,16 @@ def run_init(options: Any) -> None:
 def facts_of(base_model: str, revision: str | None, train: str, chat_template: str | None) -> Facts:
     """Look at the base's configuration, the tokenizer, and a sample of the rows; no weights are read."""
     full = load_config(base_model, revision)
-    context, tokenizer = context_length(full.get_text_config(decoder=True)), load_tokenizer(base_model, revision)
+    text, tokenizer = full.get_text_config(decoder=True), load_tokenizer(base_model, revision)
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(full).num_parameters()
+        parameters, context = AutoModelForCausalLM.from_config(full).num_parameters(), context_length(text)
     count = sum(part.count() for parts in open_sources([train], "data.train").values() for part in parts)
     template = None if chat_template is None else read_template(chat_template, "data.chat_template")
     sample = prepare(train, tokenizer, max_length=context, max_rows=SAMPLE_ROWS, chat_template=template)[0]
     note(f"data.train, a sample: {sample.report}")
     usual = int(np.quantile(sample.rows.lengths, 0.95))
-    return Facts(parameters, context, bool(tokenizer.chat_template), count, usual, torch.cuda.is_available())
+    has_template, cuda = bool(tokenizer.chat_template), torch.cuda.is_available()
+    return Facts(parameters, int(text.hidden_size), context, has_template, count, usual, cuda)
 
 
 def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> dict[str, Any]:
@@ -131,6 +136,8 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
     longest = min(facts.context, 2048 if facts.cuda else 512)
     length = min(longest, 64 * max(1, -(-facts.usual_length // 64)))
     rows = max(1, min(8, (8192 if facts.cuda and small else 1024) // length))
+    # A head of 64 on a base of width 64 stops at a share of reference of 0.76 where one of 256 has 0.88.
+    share = min(MAX_SHARE, max(1.0, MIN_HEAD_WIDTH / facts.width)) if small else 0.5
     losses = {name: {"class_path": "AnchorDistillation", "init_args": {"head": name}} for name in ("base", "sampler")}
     return {
         "seed_everything": 0,
@@ -143,7 +150,7 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
             "lora": {"rank": 32 if small else 64 if facts.parameters < 3_000_000_000 else 128},
             "sampler_head": {
                 "class_path": "GRUSamplerHead",
-                "init_args": {"hidden_size": 1.0 if small else 0.5, "read_hidden": small, "normalize": True},
+                "init_args": {"hidden_size": share, "read_hidden": small, "normalize": True},
             },
             "losses": {**losses, "lcm": {"class_path": "LatentConsistency"}},
             "optimizer": {
