@@ -29,6 +29,18 @@ def test_a_file_that_fails_leaves_the_previous_one(tmp_path: Path, error: BaseEx
     assert path.read_bytes() == b"after" and os.listdir(path.parent) == ["last.ckpt"]
 
 
+def test_several_processes_may_write_a_shared_file(tmp_path: Path) -> None:
+    path = tmp_path / "cached"
+    with atomic_file(path, shared=True) as first, atomic_file(path, shared=True) as second:
+        first.write(b"one")
+        second.write(b"two")
+        second.flush()
+        first.flush()
+    assert path.read_bytes() == b"one" and os.listdir(tmp_path) == ["cached"]  # the second was complete before
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # other users may read what they may read elsewhere
+
+
 def test_the_system_error_behind_torch_saves_own_is_reported(tmp_path: Path) -> None:
     with (
         pytest.raises(RunError, match="could not be written: No space left"),

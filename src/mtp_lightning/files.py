@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,13 +18,14 @@ PART = ".part"
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """Open a binary file for writing that replaces ``path`` once it is complete and on the disk; its folder is created.
 
-    RunError if the operating system could not write it; the previous file, if any, is intact.
+    Several processes may write a ``shared`` one at the same time; the last one's stays. RunError if the operating system
+    could not write it; the previous file, if any, is intact.
     """
     path = Path(path)
-    part = path.with_name(path.name + PART)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}" if shared else path.name + PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:

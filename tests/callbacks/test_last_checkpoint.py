@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from interrupted_runs import ACCUMULATED, FIT, evaluated, fresh
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_run import CONFIG, LAST, assert_same_run, write_config
 from zygote import Zygote
+
+from mtp_lightning.callbacks import LastCheckpoint
+from mtp_lightning.callbacks.last_checkpoint import last_path
 
 TIME_IS_UP = """
 from lightning.pytorch.callbacks import Timer
@@ -82,3 +87,11 @@ def test_a_run_that_is_stopped_at_the_end_of_an_epoch_resumes(zygote: Zygote, wh
     callbacks = [torch.load(at / LAST, weights_only=True)["callbacks"] for at in (uninterrupted, folder)]
     one, other = (state for states in callbacks for name, state in states.items() if "EarlyStopping" in name)
     assert (one["wait_count"], one["best_score"]) == (other["wait_count"], other["best_score"])
+
+
+@pytest.mark.parametrize(("named", "expected"), [(None, LAST), ("kept", "kept/last.ckpt")])
+def test_the_last_checkpoint_is_in_the_runs_folder(named: str | None, expected: str) -> None:
+    """Also where the best one is kept elsewhere: a run's folder stands for its checkpoints."""
+    callbacks = [ModelCheckpoint(dirpath="elsewhere"), LastCheckpoint(dirpath=named)]
+    trainer: Any = SimpleNamespace(callbacks=callbacks, checkpoint_callbacks=callbacks, log_dir="run")
+    assert last_path(trainer) == Path(expected)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from command_line import ParseOnly, mtp, read_metrics
 from tiny_run import write_config, write_run
 
@@ -93,6 +94,12 @@ def test_evaluations_to_come_by_hand() -> None:
     assert evaluation_seconds({10: 6.0}, 95) == 9 * 6
     assert evaluation_seconds({1100: 6.0}, 5000, first_step=1000) == 50 * 6  # the first one of a resumed run
     assert evaluation_seconds({1000: 6.0, 1050: 2.0, 1100: 4.0}, 120) == 2 * 4
+
+
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA L4", 121), ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("GT 1", None)])
+def test_the_peak_by_a_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert Throughput().peak(torch.device("cuda")) == peak
 
 
 def test_a_peak_must_be_a_number_above_0() -> None:

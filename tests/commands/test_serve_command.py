@@ -87,7 +87,8 @@ def test_acceptance_from_metrics() -> None:
 vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 8.0
 vllm:spec_decode_num_drafts_created{engine="0",model_name="m"} 1.7e9
 vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 32.0
-vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 6.0
+vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="/my models/m"} 4.0
+vllm:spec_decode_num_accepted_tokens_total{engine="1",model_name="m"} 2.0
 """
     assert "1.75 tokens" in acceptance(metrics) and "6 of 32" in acceptance(metrics)
     assert "no draft" in acceptance("")

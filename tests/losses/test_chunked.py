@@ -53,6 +53,15 @@ def test_chunked_sum_equals_the_plain_sum(
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # as above
 
 
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_in_evaluation_a_trained_parameter_needs_no_gradient(without_gradients: type[torch.no_grad]) -> None:
+    hidden, scale = torch.randn(5, D, dtype=torch.float64), torch.ones((), dtype=torch.float64, requires_grad=True)
+    with without_gradients():
+        found = chunked_sum(hidden, torch.ones(5), lambda chunk, _: chunk.sum(-1) * scale, V, (scale,))
+    torch.testing.assert_close(found, hidden.sum(), rtol=1e-12, atol=1e-12)  # float64, another order of sums
+    assert not found.requires_grad
+
+
 def test_chunked_sum_of_half_precision_states_is_summed_in_float32() -> None:
     """A mean that is accumulated in bfloat16 is off by 10 % at this size."""
     num, unembed = 2048, RandomUnembedding(torch.bfloat16)

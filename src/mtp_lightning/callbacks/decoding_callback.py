@@ -45,7 +45,7 @@ class DecodingCallback(Callback):
                 raise UsageError(f"{name} of {type(self).__name__} must be 1 or more, got {value}.")
         self.prompts = prompts
         self.num_prompts = num_prompts
-        self.options = self.configured = DecodingOptions(decoding, num_masks, sampler_head, max_new_tokens, max_steps)
+        self.options = DecodingOptions(decoding, num_masks, sampler_head, max_new_tokens, max_steps)
         self.loaded: list[Prompt] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

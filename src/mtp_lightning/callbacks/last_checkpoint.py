@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -35,15 +35,10 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.dirpath = dirpath
         self.last_path: Path | None = None  # what was written last
-        self._folder: Path | None = None
         self._saved_at = 0  # optimizer step of the last write
         self._save_due = False  # a validation came between the batches of an optimizer step: write after the last of them
         self._stop_delayed = False  # a stop was asked for there: stop after the last of them
         self._stopped_at: int | None = None  # optimizer step with which the run is stopped early
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder."""
-        self._folder = Path(self.dirpath) if self.dirpath else checkpoint_folders(trainer)[-1]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset; the step that a run is resumed at was saved."""
@@ -91,10 +86,16 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
-        assert self._folder is not None
-        self.last_path = self._folder / LAST
+        self.last_path = last_path(trainer)
         trainer.save_checkpoint(self.last_path, weights_only=False)
         self._saved_at, self._save_due = trainer.global_step, False
+
+
+def last_path(trainer: Trainer) -> Path:
+    """Where a run's ``last.ckpt`` is. All processes must call it."""
+    callbacks: list[Any] = cast(Any, trainer).callbacks
+    named = next((each.dirpath for each in callbacks if isinstance(each, LastCheckpoint) and each.dirpath), None)
+    return (Path(named) if named else checkpoint_folders(trainer)[-1]) / LAST
 
 
 def is_last_step(trainer: Trainer) -> bool:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
-from transformers.utils import is_gguf_available
 
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.files import atomic_folder
@@ -75,8 +74,6 @@ def _is_complete(folder: Path) -> bool:
 
 def _check_before_download(folder: Path) -> None:
     """Refuse what would fail after the download."""
-    if not is_gguf_available():
-        raise RunError("converting the model needs another package: pip install gguf.")
     check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise RunError(f"{folder} exists and was not written by mtp base. Choose another folder with --output.")

@@ -138,7 +138,8 @@ def measure_servers(config: Any, arguments: DecodingArguments) -> dict[str, Any]
     systems: dict[str, System] = {n: server_system(*at, prompts, options, arguments.stop) for n, at in named.items()}
     with counted("requests" if config.batch_size == 1 else "batches") as progress:
         domains = [prompt.domain for prompt in prompts]
-        compare = (lambda _, expected, tokens: first_difference(expected, tokens)) if options.coupled else None
+        # Servers do not couple: only greedy texts must be equal.
+        compare = (lambda _, expected, tokens: first_difference(expected, tokens)) if options.temperature == 0 else None
         results = measure(systems, domains, config.batch_size, options.max_new_tokens, compare, progress)
     return {
         **described(config, arguments),

@@ -26,7 +26,8 @@ from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.modeling.base import hub_file, load_base, load_config, load_tokenizer, parse_dtype
 from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import check_exists, resolve
-from mtp_lightning.saving.checkpoint import SETTINGS, named_base, read_checkpoint
+from mtp_lightning.saving.checkpoint import named_base, read_checkpoint
+from mtp_lightning.saving.checkpoint_files import SETTINGS
 from mtp_lightning.saving.load import check_device, run_checkpoint
 from mtp_lightning.text.detokenizer import decode_behind
 from mtp_lightning.text.prompts import fields_line, read_prompt_rows

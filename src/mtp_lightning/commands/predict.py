@@ -12,7 +12,8 @@ from mtp_lightning.commands.generate import print_generations
 from mtp_lightning.commands.lightning_cli import SettingsCLI
 from mtp_lightning.errors import UsageError
 from mtp_lightning.model import MTPModel
-from mtp_lightning.saving.checkpoint import SETTINGS, check_settings, checkpoint_parts, part_settings, read_checkpoint
+from mtp_lightning.saving.checkpoint import check_settings, checkpoint_parts, part_settings, read_checkpoint
+from mtp_lightning.saving.checkpoint_files import SETTINGS
 from mtp_lightning.saving.load import build_network, run_checkpoint
 from mtp_lightning.text.prompt_source import check_source
 from mtp_lightning.text.prompts import read_prompts

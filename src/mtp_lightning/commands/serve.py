@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 from mtp_lightning.errors import RunError, UsageError
+from mtp_lightning.integrations.server_metrics import counter_total
 from mtp_lightning.integrations.vllm import ARCHITECTURES, TRIED_VERSION
 from mtp_lightning.integrations.vllm.load_table import parse_loads
 from mtp_lightning.integrations.vllm.settings import CUDA_GRAPHS, KEY, PROPOSER, check_version
@@ -177,7 +177,7 @@ def acceptance_of(address: str) -> str:
 def acceptance(metrics: str) -> str:
     """The acceptance, from the text of vLLM's ``/metrics``."""
     drafts, drafted, accepted = (
-        sum(float(value) for value in re.findall(rf"^vllm:spec_decode_num_{name}_total\S* (\S+)$", metrics, re.MULTILINE))
+        counter_total(metrics, f"vllm:spec_decode_num_{name}_total") or 0.0
         for name in ("drafts", "draft_tokens", "accepted_tokens")
     )
     if not drafts:

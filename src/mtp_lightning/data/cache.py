@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from mtp_lightning.errors import RunError, one_line
+from mtp_lightning.files import atomic_file
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
@@ -41,16 +40,5 @@ def cache_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def cached_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which takes the name ``path`` once it is complete; several processes may write the same one."""
-    with cache_errors():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
+    with cache_errors(), atomic_file(path, shared=True) as file:
+        yield file

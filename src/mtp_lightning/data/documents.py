@@ -53,7 +53,7 @@ class Encoder(NamedTuple):
 class Documents:
     """Encoded documents, given as record batches in memory or the cache files that hold them, one after another.
 
-    The columns are ``input_ids``, ``loss``, ``domain``, ``row`` (index of the row of fields in its part), ``note`` (why the
+    The columns are ``input_ids``, ``loss``, ``domain``, ``row`` (index among the rows that were read), ``note`` (why the
     row was refused, or null) and the counts of ``cutting.Documents``.
     """
 

@@ -70,10 +70,8 @@ def measure(model: MTPNetwork, options: DecodingOptions, num_rows: int) -> dict[
     slows both. Plans after the first one that takes longer than all its drafts could ever save are left out.
     """
     # Both depend on whether steps compile, and these options decide that too.
-    executor_type, plans = (
-        (CompiledExecutor if can_compile(model, options) else EagerExecutor),
-        measured_plans(model, options),
-    )
+    executor_type = CompiledExecutor if can_compile(model, options) else EagerExecutor
+    plans = measured_plans(model, options)
     options = replace(options, logits_processor=None, repetition_penalty=1.0)
     choice = token_choice(model, options, [0] * num_rows)
     executor = executor_type(model, options, choice)
@@ -199,7 +197,7 @@ def step_costs(
                 costs = others  # another process was faster: both go by the same
             else:
                 stored = {"key": key, "seconds": [[*plan, seconds] for plan, seconds in costs.measured.items()]}
-                with suppress(RunError), atomic_file(path) as file:
+                with suppress(RunError), atomic_file(path, shared=True) as file:
                     file.write(json.dumps(stored).encode())
         known[kind] = costs
     return known[kind]

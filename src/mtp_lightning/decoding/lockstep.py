@@ -33,8 +33,11 @@ def in_step(model: MTPNetwork) -> Iterator[None]:
         torch.distributed.all_reduce(count)
         return bool(count.item() > 0)
 
+    def announce(*_: object) -> None:
+        any_busy(True)
+
     # Before the model's own hook, which gathers weights: all processes then do the two in the same order.
-    handle = model.register_forward_pre_hook(lambda *_: (any_busy(True), None)[1], prepend=True)
+    handle = model.register_forward_pre_hook(announce, prepend=True)
     try:
         yield
     finally:

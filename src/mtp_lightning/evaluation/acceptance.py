@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.planner import calibrate
 from mtp_lightning.evaluation.decoded_text import DecodedText, decode_batch
 from mtp_lightning.evaluation.losslessness import Difference, autoregressive, find_difference
 from mtp_lightning.metrics.functional import REPETITION_THRESHOLD, repeated_ngrams, share_of_reference, survival_counts
@@ -76,7 +75,6 @@ def evaluate_prompts(
     domains = [prompt.domain for prompt in prompts]
     mine = range(rank, len(prompts), world_size)
     results = {}
-    calibrate(model, options)
     for done, index in enumerate(mine, 1):
         (text,), seconds = decode_batch(model, [prompts[index]], options)
         checked = domains[:index].count(domains[index]) < num_lossless

@@ -7,7 +7,6 @@ counters, if the server has them.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from mtp_lightning.distill.options import EndpointOptions
 from mtp_lightning.errors import RunError, one_line
 from mtp_lightning.evaluation.benchmark import Batch, System, prompt_seeds
 from mtp_lightning.evaluation.decoded_text import DecodedText
+from mtp_lightning.integrations.server_metrics import counter_total
 from mtp_lightning.text.prompts import Prompt
 
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
@@ -80,5 +80,4 @@ def num_accepted(connection: Any) -> float | None:
         text = connection.get(address, cast_to=str)
     except openai.OpenAIError:
         return None
-    values = re.findall(rf"^{re.escape(ACCEPTED)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-    return sum(map(float, values)) if values else None
+    return counter_total(text, ACCEPTED)

@@ -71,4 +71,5 @@ def chunked_sum(
     """
     if hidden.shape[0] == 0:  # 0, and still part of the graph of everything that is trained
         return sum((p.flatten()[:0].sum() for p in parameters), hidden.sum()).to(compute_dtype(hidden.dtype))
-    return _ChunkedSum.apply(hidden, weights, losses, chunk_size(hidden, vocab_size), *parameters)
+    trained = parameters if torch.is_grad_enabled() else ()  # in evaluation there are no gradients to compute
+    return _ChunkedSum.apply(hidden, weights, losses, chunk_size(hidden, vocab_size), *trained)

@@ -20,7 +20,6 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
 )
-from transformers.utils import is_gguf_available
 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.decoder import check_layer_types
@@ -187,8 +186,6 @@ def _source(base_model: str) -> tuple[str, dict[str, str]]:
     path = Path(resolve(base_model))
     if not path.is_file():
         raise RunError(f"base model {base_model!r} could not be loaded: no such file is there.")
-    if not is_gguf_available():
-        raise RunError(f"{base_model!r} is a GGUF file, which needs another package: pip install gguf.")
     return str(path.parent), {"gguf_file": path.name}
 
 

@@ -16,10 +16,8 @@ from mtp_lightning.modeling.gated_lora import LoRA, adapted_layers
 from mtp_lightning.paths import absolute_name, is_on_disk
 from mtp_lightning.sampler_heads import GRUSamplerHead
 from mtp_lightning.saving.base_identity import hub_commit, layer_shape, warn_if_other_base
+from mtp_lightning.saving.checkpoint_files import SETTINGS
 from mtp_lightning.saving.trained_parts import TrainedParts, build_head, head_settings, shape_mismatch
-
-SETTINGS = "mtp_settings"
-"""A checkpoint's entry with the settings of its trained weights."""
 
 LORA_WEIGHT_SETTINGS = ("rank", "alpha", "target_modules", "gated")
 """Settings of a LoRA that its weights depend on; the dropout may change between runs."""

@@ -18,6 +18,9 @@ LAST = "last.ckpt"
 BEST = "best.ckpt"
 """Name of the checkpoint with the best figures in the complete configurations."""
 
+SETTINGS = "mtp_settings"
+"""A checkpoint's entry with the settings of its trained weights."""
+
 RESUME = "mtp_resume"
 """A checkpoint's entry of what Lightning leaves out; its ``run`` is the run's id."""
 
@@ -59,7 +62,7 @@ def read_complete(path: Path) -> dict[str, Any] | str:
         return f"it can't be read ({error.strerror or one_line(error, 80)})"
     except Exception:  # the unpickler raises anything
         return "it is truncated or not a checkpoint"
-    if not isinstance(checkpoint, dict) or "mtp_settings" not in checkpoint:
+    if not isinstance(checkpoint, dict) or SETTINGS not in checkpoint:
         return "it was not written by mtp fit"
     if "optimizer_states" not in checkpoint:
         return "it holds weights only, without the optimizer's state"

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mtp_lightning.data.formats import COMPRESSED
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.paths import resolve
 
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".csv")
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def check_source(source: str) -> str:
@@ -22,7 +22,7 @@ def check_source(source: str) -> str:
     path = Path(resolve(source))
     if path.is_dir():
         raise RunError(f"{source}: expected a file of prompts, it is a folder.")
-    name = path.with_suffix("") if path.suffix in _COMPRESSED else path
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     suffix = name.suffix.lower()
     if suffix not in SUFFIXES or (name != path and suffix in (".txt", ".parquet")):
         raise UsageError(f"{source}: expected prompts in a file {', '.join(SUFFIXES)}, or - for standard input.")

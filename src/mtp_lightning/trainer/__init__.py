@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs from Lightning's trainer: how files are written, and how weights are sharded. No callbacks, no model."""
+"""What differs from Lightning's trainer: how files are written. No callbacks, no model.
+
+Configurations name ``FullyShardedStrategy`` of ``training`` here.
+"""
 
 from mtp_lightning.trainer.checkpoint_io import AtomicCheckpointIO
 from mtp_lightning.trainer.metrics_writer import MetricsWriter

@@ -56,6 +56,6 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Folders for a run's checkpoints, existing or not; ``last.ckpt`` goes to the first. All processes must call it."""
+    """Folders for a run's checkpoints, existing or not, the run's own at the end. All processes must call it."""
     named = [Path(folder) for callback in trainer.checkpoint_callbacks if (folder := getattr(callback, "dirpath", None))]
     return [*named, run_folder(trainer) / "checkpoints"]

@@ -29,6 +29,7 @@ from mtp_lightning.saving.checkpoint import (
     compare_settings,
     trained_state,
 )
+from mtp_lightning.saving.checkpoint_files import SETTINGS
 from mtp_lightning.saving.load import load_weights, read_parts
 from mtp_lightning.saving.trained_parts import TrainedParts
 from mtp_lightning.schedules import Ramp, WarmupConstant, WarmupCosine
@@ -341,7 +342,7 @@ class MTPModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights only, and record what they belong to."""
         checkpoint["state_dict"] = trained_state(checkpoint["state_dict"])
-        checkpoint["mtp_settings"] = checkpoint_settings(self)
+        checkpoint[SETTINGS] = checkpoint_settings(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base, number of masks or head, and one that lacks a weight."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from hidden import fused, hidden_states
 from tiny import tiny_model, token_row
 
-from mtp_lightning.decoding.execution.decode_cache import decode_cache
+from mtp_lightning.decoding.execution.decode_cache import DecodeCache, decode_cache
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.model import MTPModel
@@ -98,6 +101,20 @@ def test_memory_is_freed_also_between_steps() -> None:
     first = next(suspended)
     model.clear_decode_cache()
     assert [first, *suspended] == expected == drafts(model)
+
+
+def test_threads_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, start_together = tiny_model("llama", 3), threading.Barrier(2)
+    created = DecodeCache.__init__
+    monkeypatch.setattr(DecodeCache, "__init__", lambda self: (time.sleep(0.1), created(self))[1])
+
+    def first_use(_: int) -> DecodeCache:
+        start_together.wait()
+        return decode_cache(model)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(first_use, range(2))
+    assert one is other
 
 
 @torch.inference_mode()

@@ -153,11 +153,15 @@ class DecodeCache:
                 self._caches[num_rows, size] = cache
 
 
+_creating = threading.Lock()
+
+
 def decode_cache(network: MTPNetwork) -> DecodeCache:
     """What decoding keeps for a network between texts; created at the first call."""
-    if network.decode_cache is None:
-        network.decode_cache = DecodeCache()
-    cache: DecodeCache = network.decode_cache
+    with _creating:
+        if network.decode_cache is None:
+            network.decode_cache = DecodeCache()
+        cache: DecodeCache = network.decode_cache
     return cache
 
 
