@@ -127,7 +127,7 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
         found.append(f"{again}: lower trainer.max_epochs, or add data")
     size = model_size(module.model)
     if (share := size.trained_parameters / size.base_parameters) > LARGE_SHARE:
-        found.append(f"trained weights are {share:.0%} of the base's: lower model.lora.rank or the head's hidden_size")
+        found.append(f"trained weights are {share:.0%} of the base's: lower model.lora.rank, then the head's hidden_size")
     in_bfloat16 = module.model.base.dtype == torch.bfloat16 or str(trainer.precision).startswith("bf16")
     if in_bfloat16 and trainer.strategy.root_device.type == "cpu" and not has_bfloat16_products():
         found.append("bfloat16 is slow on this CPU: use --model.dtype float32 --trainer.precision 32-true")
