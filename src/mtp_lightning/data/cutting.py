@@ -26,7 +26,7 @@ class Tokens(NamedTuple):
     splittable: np.ndarray  # rows that may be split into pieces, [n] bool
 
 
-class Documents(NamedTuple):
+class CutDocuments(NamedTuple):
     """Documents as flat arrays."""
 
     ids: np.ndarray  # token ids of all documents, one after another, [T] int
@@ -39,7 +39,7 @@ class Documents(NamedTuple):
     eligible_starts: np.ndarray  # tokens whose next token carries loss, [m] int64
 
 
-def cut_rows(tokens: Tokens, max_length: int) -> Documents:
+def cut_rows(tokens: Tokens, max_length: int) -> CutDocuments:
     """Rows cut into documents, in order; a skipped row stays a document with its outcome, so that it can be counted.
 
     With max_length 4 a text of 9 tokens gives documents of 4 and 4 and loses one token: alone it predicts nothing.
@@ -75,4 +75,4 @@ def cut_rows(tokens: Tokens, max_length: int) -> Documents:
     is_cut = np.diff(whole, prepend=0)[rows] > loss_tokens
     outcomes[(eligible_starts == 0) & is_cut & ~tokens.splittable[rows]] = LOSS_CUT
     outcomes[kept < 2] = SHORT
-    return Documents(ids, loss, kept, rows, outcomes, tokens_lost, loss_tokens, eligible_starts)
+    return CutDocuments(ids, loss, kept, rows, outcomes, tokens_lost, loss_tokens, eligible_starts)

@@ -28,7 +28,7 @@ class Piece(NamedTuple):
     token_ids: list[int]  # the tokens
 
 
-class StepSize(NamedTuple):
+class StepCounts(NamedTuple):
     """What one optimizer step holds on one device."""
 
     rows: int  # rows
@@ -71,9 +71,9 @@ def row_text(batch: MaskedInput, row: int, tokenizer: Any) -> Text:
     return text
 
 
-def step_size(batches: Sequence[MaskedInput]) -> StepSize:
+def step_counts(batches: Sequence[MaskedInput]) -> StepCounts:
     """Sums over the batches that one device accumulates."""
-    return StepSize(
+    return StepCounts(
         rows=sum(len(batch.row_ids) for batch in batches),
         tokens=sum(int((batch.document_ids >= 0).sum()) for batch in batches),
         loss_tokens=sum(int((batch.ntp_labels != IGNORE_INDEX).sum()) for batch in batches),
@@ -92,7 +92,7 @@ def show_rows(batches: Sequence[MaskedInput], tokenizer: Any, console: Console, 
     console.print(legend)
     rows = [(batch, row) for batch in batches for row in range(len(batch.row_ids))]
     for batch, row in rows[:limit]:
-        size = step_size([MaskedInput(*(field[row : row + 1] if field.ndim else field for field in batch))])
+        size = step_counts([MaskedInput(*(field[row : row + 1] if field.ndim else field for field in batch))])
         documents = int(batch.document_ids[row].max()) + 1
         console.print(
             f"\nrow {int(batch.row_ids[row])}: {size.tokens} tokens in {documents} document{'s' * (documents > 1)},"
@@ -105,8 +105,8 @@ def show_rows(batches: Sequence[MaskedInput], tokenizer: Any, console: Console, 
 
 def show_steps(steps: Sequence[Sequence[MaskedInput]], devices: int, steps_in_epoch: int, console: Console) -> None:
     """Print what optimizer steps hold, given the batches of some steps on one device."""
-    sizes = [step_size(batches) for batches in steps]
-    total = StepSize(*(sum(values) for values in zip(*sizes, strict=True)))
+    sizes = [step_counts(batches) for batches in steps]
+    total = StepCounts(*(sum(values) for values in zip(*sizes, strict=True)))
     console.print(
         f"\n{_share(total.loss_tokens, total.tokens)} of the tokens carry loss,"
         f" {_share(total.blocks, total.tokens)} start a block of {steps[0][0].mtp_labels.shape[2]} masks",

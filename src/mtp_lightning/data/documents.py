@@ -54,7 +54,7 @@ class Documents:
     """Encoded documents, given as record batches in memory or the cache files that hold them, one after another.
 
     The columns are ``input_ids``, ``loss``, ``domain``, ``row`` (index among the rows that were read), ``note`` (why the
-    row was refused, or null) and the counts of ``cutting.Documents``.
+    row was refused, or null) and the counts of ``cutting.CutDocuments``.
     """
 
     def __init__(self, sources: Sequence[pa.RecordBatch | Path]) -> None:
@@ -188,7 +188,9 @@ def _check_ids(tokens: Tokens, rows: Sequence[Row], where: str, encoder: Encoder
         )
 
 
-def _record_batch(documents: cutting.Documents, first: int, domains: list[str], notes: list[str | None]) -> pa.RecordBatch:
+def _record_batch(
+    documents: cutting.CutDocuments, first: int, domains: list[str], notes: list[str | None]
+) -> pa.RecordBatch:
     import pyarrow as pa
 
     offsets = pa.array(np.concatenate([[0], np.cumsum(documents.lengths)]).astype(np.int32))

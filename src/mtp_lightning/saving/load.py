@@ -21,7 +21,7 @@ from mtp_lightning.paths import is_gguf, resolve
 from mtp_lightning.saving.base_identity import check_layer_shape, hub_commit, warn_if_other_base
 from mtp_lightning.saving.checkpoint import checkpoint_parts, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import BEST, LAST, newest_checkpoint
-from mtp_lightning.saving.saved_folder import check_head, find_folder, read_folder
+from mtp_lightning.saving.saved_folder import check_head_source, find_folder, read_folder
 from mtp_lightning.saving.trained_parts import TrainedParts, build_head, shape_mismatch
 
 Network = TypeVar("Network", bound=MTPNetwork)
@@ -48,7 +48,7 @@ def read_parts(name: str | Path, trust_remote_code: bool = False) -> TrainedPart
         return checkpoint_parts(read_checkpoint(run), run)
     parts = read_folder(find_folder(name))
     if not trust_remote_code:
-        check_head(parts.sampler_head, path if path.is_dir() else None)
+        check_head_source(parts.sampler_head, path if path.is_dir() else None)
     return parts
 
 

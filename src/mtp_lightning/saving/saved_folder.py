@@ -139,7 +139,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise RunError(f"{file} can't be read: {one_line(error, 100)}. Save or copy the folder again.") from error
 
 
-def check_head(settings: dict[str, Any] | None, local_folder: Path | None) -> None:
+def check_head_source(settings: dict[str, Any] | None, local_folder: Path | None) -> None:
     """Refuse to import a module because a folder names it: importing runs code that the sender may have chosen.
 
     Allowed are this package's own heads, a module that this process has imported already, and, for a folder on this

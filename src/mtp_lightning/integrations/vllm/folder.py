@@ -13,7 +13,7 @@ from torch import Tensor
 from mtp_lightning.errors import RunError, UsageError, one_line
 from mtp_lightning.sampler_heads import SamplerHead
 from mtp_lightning.saving.base_identity import check_layer_shape
-from mtp_lightning.saving.saved_folder import check_head, find_folder, read_folder
+from mtp_lightning.saving.saved_folder import check_head_source, find_folder, read_folder
 from mtp_lightning.saving.trained_parts import TrainedParts, build_head
 
 
@@ -40,7 +40,7 @@ def read_parts(folder: str, base_config: Any, base_name: str, trust_remote_code:
     if parts.mask_tokens != "learned":
         raise UsageError(f"{folder} has mask_tokens: {parts.mask_tokens}, which can't be served yet: only learned can.")
     if not trust_remote_code:
-        check_head(parts.sampler_head, path if Path(folder).is_dir() else None)
+        check_head_source(parts.sampler_head, path if Path(folder).is_dir() else None)
     check_layer_shape(parts.base_shape, base_config, base_name)
     masks = parts.weights["mask_embeddings"]
     return ServedParts(parts.num_masks, _lora(parts), masks, _sampler_head(parts, masks.shape[1]))
