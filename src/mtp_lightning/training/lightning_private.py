@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this package reads from the inside of Lightning's loop; no other file does. (Of ``LightningCLI``: ``lightning_cli.py``.)
+"""What this package reads from the inside of Lightning's loop; no other file does.
 
 Tried with lightning 2.5.0 to 2.6.6. Where a private attribute is missing, each function falls back to a public way that is
 less exact or slower; ``tests/training/test_lightning_private.py`` says which one changed.
