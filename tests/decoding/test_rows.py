@@ -17,7 +17,7 @@ from torch import Tensor
 from mtp_lightning.decoding import row_cache
 from mtp_lightning.decoding.loop import decode, decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
-from mtp_lightning.decoding.packed_linear import has_matrix_units
+from mtp_lightning.decoding.packed_linear import few_rows_differ, has_matrix_units
 from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.model import MTPModel
 from mtp_lightning.sampler_heads import GRUSamplerHead
@@ -182,10 +182,25 @@ def test_reading_whole_chunks_changes_no_text(architecture: str, kind: str, monk
     assert together(model, prompts(), **options) == expected
 
 
-@pytest.mark.skipif(not has_matrix_units(), reason="a CPU without AMX")
+def test_slots_are_read_in_whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_cache, "few_rows_differ", lambda dtype: True)
+    cache = RowCache(tiny_model("llama", 3, dtype=torch.bfloat16).base, 1)
+    ends = {}
+    for length in (0, 31, 150, 191, 192, 350, 383, 384, 511, 512, 703, 704, 800, 2000):
+        cache.lengths = [length]
+        cache.reserve(length + 1, 4000)
+        ends[length + 1] = cache.reach(1)[1]
+        assert ends[length + 1] <= min(cache.capacity, length + 1 + row_cache.READ_AHEAD)
+    assert ends == {
+        **{1: 32, 32: 32, 151: 160, 192: 192, 193: 384, 351: 384, 384: 384, 385: 416, 512: 512, 513: 544, 704: 704},
+        **{705: 896, 801: 896, 2001: 2016},
+    }
+
+
+@pytest.mark.skipif(not (has_matrix_units() or few_rows_differ(torch.bfloat16)), reason="a CPU without bfloat16 products")
 @pytest.mark.parametrize("kind", ["quadratic", "linear"])
-def test_with_matrix_units_bfloat16_text_is_that_of_plain_decoding(kind: str) -> None:
-    """Steps of at most 25 positions; above 32 the products round in another way."""
+def test_bfloat16_text_is_that_of_plain_decoding(kind: str) -> None:
+    """Steps of at most 25 positions; with AMX above 32 the products round in another way."""
     model = tiny_model("llama", 4, GRUSamplerHead(8), dtype=torch.bfloat16).eval()
     for row in prompts(16):
         options = {"max_new_tokens": G, "eos_token_id": []}

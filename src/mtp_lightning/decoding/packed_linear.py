@@ -20,6 +20,11 @@ from torch import Tensor
 TYPICAL_ROWS = 16
 """Rows that the layout is chosen for. Measured from 1 to 81 rows: the best for 16 is the best for all, or nearly."""
 
+MIN_ROWS = 4
+"""Rows from which on products round alike, whatever their number, where ``few_rows_differ``."""
+WHOLE_COLUMNS = 1024
+"""Columns up to which they do so with fewer rows too."""
+
 _ids = itertools.count()
 _by_id: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
 _as_operators = False
@@ -58,6 +63,15 @@ def has_matrix_units() -> bool:
 
 
 @functools.cache
+def few_rows_differ(dtype: torch.dtype) -> bool:
+    """True if products of a few rows sum in another order than those of ``MIN_ROWS`` or more, which are all alike.
+
+    So it is in bfloat16 on a CPU that has instructions for it but no AMX (tried on an AMD EPYC with AVX-512).
+    """
+    return dtype == torch.bfloat16 and has_bfloat16_products() and not has_matrix_units()
+
+
+@functools.cache
 def packed_dtypes() -> frozenset[torch.dtype]:
     """The dtypes in which packing is known to pay on this CPU; in others products are plain ones."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
@@ -86,6 +100,7 @@ class PackedLinear:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), TYPICAL_ROWS)
             if weight.dtype != torch.float32:
                 self.weight = None  # never read again
+        self.pads = weight.shape[1] > WHOLE_COLUMNS and few_rows_differ(weight.dtype)
         self.id = next(_ids)
         _by_id[self.id] = self
 
@@ -99,5 +114,8 @@ class PackedLinear:
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
-        """The products with the packed weight."""
+        """The products with the packed weight; a single row is computed as several are."""
+        if self.pads and x.numel() == x.shape[-1]:
+            rows = x.reshape(1, -1).expand(MIN_ROWS, -1)
+            return self.product(rows)[:1].view(*x.shape[:-1], self.width)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")

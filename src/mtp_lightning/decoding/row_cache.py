@@ -17,10 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mtp_lightning.decoding.packed_linear import few_rows_differ
 from mtp_lightning.modeling.attention import layer_windows
 
 CHUNK = 32
 """Slots are allocated in multiples of this, and in bfloat16 on a CPU read so."""
+BLOCK, PART = 512, 192
+"""Where ``few_rows_differ``, a sum over slots is one of blocks, and a block's one of parts, or of halves below two parts."""
+READ_AHEAD = PART
+"""The most slots that are read after those that a step fills."""
 
 
 class _Place:
@@ -126,6 +131,7 @@ class RowCache(Cache):
         fixed: True if steps read all slots, whatever the lengths of rows, so that their shapes never change.
         exact: positions of each pass if all that it holds was computed by passes of one shape (``ExactExecutor``); else 0.
         whole_chunks: True if steps read slots in multiples of ``CHUNK``, so that steps of other sizes round alike.
+        whole_parts: True if they must also read whole parts of a block for that.
         graphs: graphs of steps over these buffers, by what they feed; dropped when the buffers grow.
         lengths: tokens of each row that count.
         tokens: those tokens, and behind them what the last step fed, [B, capacity] int64.
@@ -139,6 +145,7 @@ class RowCache(Cache):
         self._place.rows = num_rows
         self.fixed = False
         self.whole_chunks = reads_whole_chunks(base)
+        self.whole_parts = few_rows_differ(base.dtype)
         self.exact = 0
         self.graphs: dict[Any, Any] = {}
         self.lengths = [0] * num_rows
@@ -163,7 +170,7 @@ class RowCache(Cache):
             return
         # Grow by a quarter at least, so that all copies together cost little.
         wanted = max(capacity, min(old + old // 4, limit))
-        size = -(-wanted // CHUNK) * CHUNK
+        size = self._whole(-(-wanted // CHUNK) * CHUNK)
         self.graphs.clear()
         self.tokens = _grown(self.tokens, 1, size)
         for layer in self.layers:
@@ -178,7 +185,16 @@ class RowCache(Cache):
         shortest = min(self.lengths)
         first = {window: 0 if window is None else max(0, shortest - window + 1) for window in self.windows}
         end = max(self.lengths) + num_positions
-        return first, -(-end // CHUNK) * CHUNK if self.whole_chunks else end
+        return first, self._whole(end)
+
+    def _whole(self, end: int) -> int:
+        """The slots to read in place of the first ``end``, so that steps of other sizes round alike."""
+        if not self.whole_chunks:
+            return end
+        rest = end % BLOCK
+        if self.whole_parts and PART < rest < 2 * PART:
+            return end - rest + 2 * PART
+        return -(-end // CHUNK) * CHUNK
 
     def begin_step(self, num_positions: int, fed: Tensor, slots: Tensor | None) -> None:
         """Set where the next forward pass, of Q positions, writes, after the tokens that count; record its tokens [B, T].
@@ -235,8 +251,9 @@ class RowCache(Cache):
 def reads_whole_chunks(base: PreTrainedModel) -> bool:
     """True where attention over a multiple of ``CHUNK`` slots rounds alike for every number of them, masked ones included.
 
-    So it is on a CPU in bfloat16, while the kernel sums an odd number of keys in another order. With matrix units (AMX) a
-    row of a product has the same bits with up to 31 other rows too; then plain and speculative text are the same.
+    So it is on a CPU in bfloat16, while the kernel sums an odd number of keys in another order. A row of a product has the
+    same bits with others too: with matrix units (AMX) with up to 31, elsewhere see ``few_rows_differ``. Then plain and
+    speculative text are the same.
     """
     return base.device.type == "cpu" and base.dtype == torch.bfloat16
 

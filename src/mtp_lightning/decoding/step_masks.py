@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mtp_lightning.decoding.row_cache import CHUNK, RowCache
+from mtp_lightning.decoding.row_cache import READ_AHEAD, RowCache
 from mtp_lightning.modeling.attention import GROUPED_SDPA, kernel_mask, per_layer_type
 from mtp_lightning.modeling.masking import AttentionPattern, dense_mask
 from mtp_lightning.modeling.transformers_private import attention_kernel, offload_hook
@@ -129,7 +129,7 @@ class StepMasks:
         """The mask of the layers with a window over slots ``first`` to ``end``, [B or 1, 1, Q, end - first]."""
         Q, longest = layouts[0].size, self._capacity if cache.fixed else max(cache.lengths)
         table = self._table(layouts, window, longest)
-        num_cached = table.shape[-1] - Q - CHUNK
+        num_cached = table.shape[-1] - Q - READ_AHEAD
         if Q == 1 and longest and not cache.fixed:  # a plain step: its mask changes only when rows gain unequally
             table, slots = self._shift(table, window, cache.lengths, slots), None
         elif layout_index is not None:
@@ -149,9 +149,9 @@ class StepMasks:
         return torch.where(mask, *self._additive)
 
     def _shift(self, table: Tensor, window: int | None, lengths: list[int], slots: Tensor | None) -> Tensor:
-        """The table [1, 1, 1, capacity + 1 + CHUNK] of a single position, shifted for each row by how much shorter it is.
+        """The table of a single position, [1, 1, 1, capacity + 1 + READ_AHEAD], shifted by how much shorter each row is.
 
-        The result is [B or 1, 1, 1, capacity + 1 + CHUNK]. It stays valid while all rows gain equally.
+        The result is [B or 1, 1, 1, capacity + 1 + READ_AHEAD]. It stays valid while all rows gain equally.
         """
         longest = max(lengths)
         missing = [0] if slots is None else [longest - length for length in lengths]
@@ -170,7 +170,7 @@ class StepMasks:
         return self._positions[layouts]
 
     def _table(self, layouts: tuple[StepLayout, ...], window: int | None, longest: int) -> Tensor:
-        """What the positions of each layout see, [n, 1, Q, capacity + Q + CHUNK]: cached keys, the step's own, and nothing.
+        """What the positions of each layout see, [n, 1, Q, capacity + Q + READ_AHEAD]: cached keys, own ones, and nothing.
 
         Column c of the cached ones is the key ``capacity - c`` tokens before the step's first token, so that a shorter
         cache is a slice.
@@ -187,7 +187,7 @@ class StepMasks:
             distance = pattern.position_ids[0, :, None] + behind
             context = torch.ones_like(distance, dtype=torch.bool) if window is None else distance < window
             local = dense_mask(pattern, layout.num_tokens, window)[0, 0]
-            nothing = local.new_zeros(layout.size, CHUNK)
+            nothing = local.new_zeros(layout.size, READ_AHEAD)
             made.append(torch.cat([context, local, nothing], dim=1))
         table = kernel_mask(self.base, torch.stack(made)[:, None])
         if longest:

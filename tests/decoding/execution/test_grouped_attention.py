@@ -6,18 +6,21 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import tiny_model, token_row
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtp_lightning.decoding.execution import grouped_attention
 from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
-from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel, supports_grouped_sdpa
+from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel, rows_alike, supports_grouped_sdpa
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
+from mtp_lightning.decoding.packed_linear import few_rows_differ
 from mtp_lightning.modeling.attention import GROUPED_SDPA
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), [("gemma3", torch.float32), ("qwen2", torch.bfloat16)])
 def test_the_same_text(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_attention, "few_rows_differ", lambda dtype: False)
     model = tiny_model(architecture, 4, dtype=dtype)
     model.mask_embeddings.data = model.mask_embeddings.data.to(dtype)
     assert supports_grouped_sdpa(model.base)
@@ -29,7 +32,8 @@ def test_the_same_text(architecture: str, dtype: torch.dtype, monkeypatch: pytes
 
 @pytest.mark.parametrize(("groups", "dtype"), [(2, torch.float64), (3, torch.float32), (4, torch.bfloat16)])
 @torch.inference_mode()
-def test_single_calls(groups: int, dtype: torch.dtype) -> None:
+def test_single_calls(groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_attention, "few_rows_differ", lambda dtype: False)
     generator = torch.Generator().manual_seed(0)
     module = type("Attention", (), {"num_key_value_groups": groups, "is_causal": True})()
     for queries, mask in ((5, True), (1, True), (5, False)):
@@ -42,6 +46,39 @@ def test_single_calls(groups: int, dtype: torch.dtype) -> None:
         expected = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, sees, scaling=0.3, is_causal=False)[0]
         found = grouped_attention.grouped_sdpa(module, query, key, value, sees, scaling=0.3, is_causal=False)[0]
         assert torch.equal(found, expected)
+
+
+def attention_input(queries: int, slots: int, groups: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key, value and an additive mask of two rows, all queries seeing different slots."""
+    generator = torch.Generator().manual_seed(queries)
+    query = torch.randn(2, 3 * groups, queries, 16, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 3, slots, 16, generator=generator, dtype=torch.float64)
+    mask = torch.where(torch.rand(2, 1, queries, slots, generator=generator) < 0.6, 0.0, -torch.inf)
+    mask[..., 0] = 0
+    return [each.to(dtype) for each in (query, key, value, mask)]
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 4, 31, 33, 35, 36, 193])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@torch.inference_mode()
+def test_filled_up_blocks_are_the_same_attention(queries: int, groups: int) -> None:
+    query, key, value, mask = attention_input(queries, 40, groups, torch.float64)
+    weights = (query @ key.repeat_interleave(groups, 1).mT * 0.3 + mask).softmax(-1)
+    found = rows_alike(query, key, value, mask, 0.3)
+    # float64, another order of sums
+    torch.testing.assert_close(found, weights @ value.repeat_interleave(groups, 1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not few_rows_differ(torch.bfloat16), reason="a CPU where bits do not depend on the number of rows so")
+@pytest.mark.parametrize("slots", [96, 192, 384, 512, 544])
+@torch.inference_mode()
+def test_bits_do_not_depend_on_the_other_queries(slots: int) -> None:
+    query, key, value, mask = attention_input(200, slots, 3, torch.bfloat16)
+    whole = rows_alike(query, key, value, mask, 0.3)
+    for size in (1, 2, 3, 4, 9, 25, 33, 34, 81):
+        for at in range(0, 200 - size, size):
+            part = slice(at, at + size)
+            assert torch.equal(rows_alike(query[:, :, part], key, value, mask[:, :, part], 0.3), whole[:, :, part]), size
 
 
 def test_it_is_used_within_steps_only() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped-query attention on a CPU without copies of keys and values.
+"""Attention on a CPU: groups of heads without copies of keys and values, and queries whose bits do not depend on the others.
 
 transformers repeats keys and values for each query head if there is a mask, which suits GPU kernels; on a CPU it copies the
 whole cache in every layer of every step. PyTorch's CPU kernel supports groups of heads with a mask and gives the same bits.
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mtp_lightning.decoding.packed_linear import MIN_ROWS, few_rows_differ
 from mtp_lightning.modeling.attention import GROUPED_SDPA
 from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.modeling.transformers_private import (
@@ -37,29 +39,52 @@ def grouped_sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """An attention function of transformers' interface: query [B, H, Q, d], key and value [B, G, W, d] -> [B, Q, H, d]."""
-    # transformers repeats nothing for a single query or without a mask.
-    plain = attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1]
-    if (
-        plain
-        or dropout
-        or query.device.type != "cpu"
-        or query.requires_grad
-        or any(kwargs.get(name) for name in UNSUPPORTED)
-    ):
+    is_supported = query.device.type == "cpu" and not query.requires_grad and not dropout
+    is_supported = is_supported and attention_mask is not None and not any(kwargs.get(name) for name in UNSUPPORTED)
+    rounds_apart = is_supported and few_rows_differ(query.dtype)
+    # transformers repeats nothing for a single query.
+    if not is_supported or not rounds_apart and (query.shape[2] == 1 or query.shape[1] == key.shape[1]):
         return sdpa_attention()(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2), None
+    assert attention_mask is not None
+    attend = rows_alike if rounds_apart else _attend
+    return attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """PyTorch's kernel, with groups of heads."""
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped)
+
+
+def rows_alike(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Attention in which a query's bits do not depend on the number of the others, [B, H, Q, d], where ``few_rows_differ``.
+
+    The kernel computes queries in blocks of 32, 64 or 256. Few queries of one head are computed with those of the heads
+    that share its keys, and a block of fewer than ``MIN_ROWS`` is filled up.
+    """
+    B, H, Q, d = query.shape
+    G = key.shape[1]
+    if folds := Q < MIN_ROWS:
+        query, mask = query.reshape(B, G, H // G * Q, d), mask.repeat(1, 1, H // G, 1)
+    rows = query.shape[2]
+    block = 256 if rows >= 768 else 64 if rows >= 192 else 32
+    if 0 < rows % block < MIN_ROWS:
+        missing = MIN_ROWS - rows % block
+        query = torch.cat([query, query[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+        mask = torch.cat([mask, mask[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
+    out = _attend(query, key, value, mask, scaling)[:, :, :rows]
+    return out.reshape(B, H, Q, d) if folds else out
 
 
 register_attention(GROUPED_SDPA, grouped_sdpa)
 
 
 def supports_grouped_sdpa(base: PreTrainedModel) -> bool:
-    """True if the base's SDPA attention can be replaced by ``grouped_sdpa``, and gains by it."""
+    """True if the base's SDPA attention can be replaced by ``grouped_sdpa``, and its speed or its bits gain by that."""
     config = text_config(base)
     heads = config.num_attention_heads
-    is_grouped = getattr(config, "num_key_value_heads", heads) != heads
-    return base.device.type == "cpu" and is_grouped and can_switch_attention(base.__class__)
+    gains = getattr(config, "num_key_value_heads", heads) != heads or few_rows_differ(base.dtype)
+    return base.device.type == "cpu" and gains and can_switch_attention(base.__class__)
 
 
 def decoding_kernel(base: PreTrainedModel) -> str | None:
