@@ -55,7 +55,7 @@ def test_two_runs(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert figures["best forced acceptance length"] == float(best["val/forced_acceptance_length"])
     assert figures["validation loss"] == float(best["val/loss"]) and figures["at step"] == int(best["step"]) + 1
     assert found["figures"][second]["speed-up by default"] == 1.25
-    assert found["figures"][second]["training loss, last tenth"] is None  # NaN is not valid JSON
+    assert found["figures"][second]["training loss at the end"] is None  # NaN is not valid JSON
     assert Path("compare.png").read_bytes().startswith(b"\x89PNG")
     assert mtp("compare", "run", "others/run", "others/../run", "--output", "out/three.png") == 0
     out = capsys.readouterr().out
@@ -96,13 +96,13 @@ def test_a_very_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_infinite_loss_is_no_figure() -> None:
     figures = [final_figures(Run(name, {}, [{"step": 1, "train/loss": math.inf}], None)) for name in "ab"]
-    assert figures[0]["training loss, last tenth"] is None and mean_and_deviation(figures) == {"steps": (2, 0)}
+    assert figures[0]["training loss at the end"] is None and mean_and_deviation(figures) == {"steps": (2, 0)}
 
 
 def test_the_training_loss_is_a_mean() -> None:
     for count, latest in ((4, range(4)), (30, range(20, 30)), (200, range(180, 200))):
         lines = [{"step": step, "train/loss": step} for step in range(count)]
-        assert final_figures(Run("a", {}, lines, None))["training loss, last tenth"] == sum(latest) / len(latest)
+        assert final_figures(Run("a", {}, lines, None))["training loss at the end"] == sum(latest) / len(latest)
 
 
 def test_what_a_run_logs(run: Path, here: Path) -> None:

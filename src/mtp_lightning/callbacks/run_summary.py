@@ -138,8 +138,8 @@ def warnings_of(trainer: Trainer, module: Any, epochs: float) -> list[str]:
         number = f"{warmup:,} of {steps:,}" if warmup < steps else f"all {steps:,}"
         found.append(f"the learning rate still rises in {number} steps: lower model.lr_scheduler.init_args.warmup_steps")
     if interval is not None and 2 * interval > steps > 0:
-        number = "one" if steps >= interval else "no"
-        found.append(f"{number} validation in {steps:,} steps: lower trainer.val_check_interval, to choose among more")
+        lacks = "one validation" if steps >= interval else "no validation, so no best checkpoint,"
+        found.append(f"{lacks} in {steps:,} steps: lower trainer.val_check_interval")
     return found
 
 

@@ -191,7 +191,8 @@ def step_costs(
         costs = _read(path, key)
         if costs is None:
             if notify is not None:
-                notify(f"measuring what decoding steps take on this machine, once; kept in {str(path)!r}")
+                kept = f"kept in {str(path)!r} (delete it to measure again)"
+                notify(f"measuring what decoding steps take on this machine, once; {kept}")
             costs = StepCosts(measure(model, options, num_rows))
             if (others := _read(path, key)) is not None:
                 costs = others  # another process was faster: both go by the same

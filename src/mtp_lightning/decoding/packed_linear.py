@@ -66,9 +66,10 @@ def has_matrix_units() -> bool:
 def few_rows_differ(dtype: torch.dtype) -> bool:
     """True if products of a few rows sum in another order than those of ``MIN_ROWS`` or more, which are all alike.
 
-    So it is in bfloat16 on a CPU that has instructions for it but no AMX (tried on an AMD EPYC with AVX-512).
+    So it is in bfloat16 on a CPU with AVX-512 instructions for it but no AMX (tried on an AMD EPYC).
     """
-    return dtype == torch.bfloat16 and has_bfloat16_products() and not has_matrix_units()
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return dtype == torch.bfloat16 and has_avx512 and has_bfloat16_products() and not has_matrix_units()
 
 
 @functools.cache

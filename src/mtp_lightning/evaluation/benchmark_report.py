@@ -60,7 +60,7 @@ def advice(report: dict[str, Any]) -> str:
     best = max(automatic, key=_median, default=best)
     spread = best["overall"]["speed_up"]
     figures = f"{_spread(spread)} plain decoding"
-    if spread["median"] <= 1:
+    if round(spread["median"], 2) <= 1:
         return f"Nothing beats plain decoding here: use --decoding autoregressive. {_options(best)} is {figures}."
     use = f"Use the default here ({_options(best)})" if best["num_masks"] == "auto" else f"Use {_options(best)} here"
     equal, checked = best["overall"]["lossless"]["equal"], best["overall"]["lossless"]["checked"]

@@ -132,7 +132,7 @@ def final_figures(run: Run) -> dict[str, float | None]:
     speed_up = overall.get("speed_up") if is_default else None
     figures = {
         "steps": max(steps, default=None),
-        "training loss, last tenth": mean(latest) if latest else None,
+        "training loss at the end": mean(latest) if latest else None,
         "best forced acceptance length": best.get(BEST),
         "  at step": int(best["step"]) + 1 if "step" in best else None,
         "  share of reference": best.get("val/share_of_reference"),

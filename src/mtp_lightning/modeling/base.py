@@ -160,6 +160,7 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
     """A file of a hub id, in the cache or downloaded; None if it is not there, or the name is no hub id."""
     if "://" in name:
         return None
+    check_exists(name, _ADVICE)  # a missing folder of ours: the hub would be asked for it, again and again
     try:
         cached = try_to_load_from_cache(name, file, revision=revision)
         return Path(cached if isinstance(cached, str) else hf_hub_download(name, file, revision=revision))
