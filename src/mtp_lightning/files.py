@@ -14,7 +14,7 @@ from typing import IO
 from mtp_lightning.errors import RunError, os_reason
 
 PART = ".part"
-"""Suffix of what is being written. A killed process may leave one behind; the next write replaces it."""
+"""Suffix of what is being written. A killed process may leave one behind; the next write replaces it unless it is shared."""
 
 
 @contextmanager

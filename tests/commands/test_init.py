@@ -65,7 +65,7 @@ def test_rows_are_held_out_of_the_largest_data() -> None:
     assert round(facts.rows * chosen(facts, "base", None, "train")["data"]["validation_fraction"]) == VALIDATION_ROWS
 
 
-@pytest.mark.parametrize(("width", "expected"), [(16, 64), (64, 256), (96, 256), (256, 256), (576, 576)])
+@pytest.mark.parametrize(("width", "expected"), [(16, 256), (64, 256), (96, 256), (256, 256), (576, 576)])
 def test_the_head_of_a_small_base_is_wide(width: int, expected: int) -> None:
     facts = Facts(10**7, width, 512, False, rows=1000, usual_length=100, cuda=False)
     head = chosen(facts, "base", None, "train")["model"]["sampler_head"]["init_args"]

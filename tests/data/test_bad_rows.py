@@ -98,6 +98,7 @@ def test_rejected_rows_are_named(tmp_path: Path, data: bytes, named: str, caplog
         ("a.json", b'[{"text": "one"},\n{"text": "two"},', ", line 2: expected JSON"),  # cut off
         ("a.jsonl", '{"text": "one"}'.encode("utf-16"), ": .*UTF-16"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 1000, mtime=0)[:-20], ": .*ended"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n', mtime=0)[:-8] + b"12345678", ": .*CRC"),
         ("a.json", b'[{"text": "fin\xe9"}]', ".*UTF-8"),
     ],
 )

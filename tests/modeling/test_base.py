@@ -55,6 +55,12 @@ def test_wrong_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             open_base(str(path))
 
 
+def test_the_hub_is_not_asked_for_a_folder_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_module, "hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(RunError, match="bases/none"):
+        base_module.hub_file("bases/none", "config.json")
+
+
 def test_a_gguf_file_is_not_quantised_again(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     from gguf_files import write_gguf

@@ -19,8 +19,15 @@ from mtp_lightning.training.run_size import peak_memory, step_size
 from mtp_lightning.training.sizing import ModelSize, StepSize, model_size, step_flops
 
 PEAK_TFLOPS = {
-    **{"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "V100": 125},
-    **{"L40S": 362, "L40": 181, "RTX 4090": 165, "L4": 121},  # the first that fits counts
+    "B200": 2250,
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "V100": 125,
+    "L40S": 362,  # before L40, and that before L4: the first that fits counts
+    "L40": 181,
+    "L4": 121,
+    "RTX 4090": 165,
 }
 """Dense 16-bit peak of a GPU by a part of its name, in 1e12 operations per second; the makers' figures."""
 

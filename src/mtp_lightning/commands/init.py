@@ -22,7 +22,6 @@ from mtp_lightning.files import atomic_file
 from mtp_lightning.modeling.base import load_config, load_tokenizer
 from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import check_writable
-from mtp_lightning.sampler_heads import MAX_SHARE
 
 SAMPLE_ROWS = 1000
 """Rows whose lengths are looked at."""
@@ -136,8 +135,8 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
     longest = min(facts.context, 2048 if facts.cuda else 512)
     length = min(longest, 64 * max(1, -(-facts.usual_length // 64)))
     rows = max(1, min(8, (8192 if facts.cuda and small else 1024) // length))
-    # A head of 64 on a base of width 64 stops at a share of reference of 0.76 where one of 256 has 0.88.
-    share = min(MAX_SHARE, max(1.0, MIN_HEAD_WIDTH / facts.width)) if small else 0.5
+    # On a base of width 64 a head of 64 has a share of reference of 0.71 where one of 256 has 0.82 (docs/reproduction.md).
+    head_width = 0.5 if not small else 1.0 if facts.width >= MIN_HEAD_WIDTH else MIN_HEAD_WIDTH
     losses = {name: {"class_path": "AnchorDistillation", "init_args": {"head": name}} for name in ("base", "sampler")}
     return {
         "seed_everything": 0,
@@ -150,7 +149,7 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
             "lora": {"rank": 32 if small else 64 if facts.parameters < 3_000_000_000 else 128},
             "sampler_head": {
                 "class_path": "GRUSamplerHead",
-                "init_args": {"hidden_size": share, "read_hidden": small, "normalize": True},
+                "init_args": {"hidden_size": head_width, "read_hidden": small, "normalize": True},
             },
             "losses": {**losses, "lcm": {"class_path": "LatentConsistency"}},
             "optimizer": {

@@ -21,9 +21,9 @@ TYPICAL_ROWS = 16
 """Rows that the layout is chosen for. Measured from 1 to 81 rows: the best for 16 is the best for all, or nearly."""
 
 MIN_ROWS = 4
-"""Rows from which on products round alike, whatever their number, where ``few_rows_differ``."""
+"""Rows from which on products and attention round alike, whatever their number, where ``few_rows_differ``."""
 WHOLE_COLUMNS = 1024
-"""Columns up to which they do so with fewer rows too."""
+"""Columns up to which a product of a single row does so too."""
 
 _ids = itertools.count()
 _by_id: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
@@ -64,9 +64,10 @@ def has_matrix_units() -> bool:
 
 @functools.cache
 def few_rows_differ(dtype: torch.dtype) -> bool:
-    """True if products of a few rows sum in another order than those of ``MIN_ROWS`` or more, which are all alike.
+    """True if a product of one row, and attention of one to three queries, sums in another order than one of more.
 
-    So it is in bfloat16 on a CPU with AVX-512 instructions for it but no AMX (tried on an AMD EPYC).
+    All those of ``MIN_ROWS`` or more are alike. So it is in bfloat16 on a CPU with AVX-512 instructions for it but no AMX
+    (tried on an AMD EPYC).
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return dtype == torch.bfloat16 and has_avx512 and has_bfloat16_products() and not has_matrix_units()

@@ -164,7 +164,7 @@ class RowCache(Cache):
         return sum(each.numel() * each.element_size() for each in buffers)
 
     def reserve(self, capacity: int, limit: int) -> None:
-        """Allocate at least ``capacity`` slots, where ``limit`` is the most that will ever be needed."""
+        """Allocate at least ``capacity`` slots and those read ahead; ``limit`` is the most that will ever be needed."""
         old = self.capacity
         if capacity <= old:
             return

@@ -157,7 +157,7 @@ def adapter_of(base_model: str, revision: str | None = None) -> Adapter | None:
 
 
 def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
-    """A file of a hub id, in the cache or downloaded; None if it is not there, or the name is no hub id."""
+    """A file of a hub id, in the cache or downloaded; None if it is not there. RunError for a path of nothing here."""
     if "://" in name:
         return None
     check_exists(name, _ADVICE)  # a missing folder of ours: the hub would be asked for it, again and again

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs from Lightning's trainer: how files are written. No callbacks, no model.
 
-Configurations name ``FullyShardedStrategy`` of ``training`` here.
+``FullyShardedStrategy`` is in ``training``; configurations find it here.
 """
 
 from mtp_lightning.trainer.checkpoint_io import AtomicCheckpointIO

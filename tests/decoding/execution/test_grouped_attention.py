@@ -15,6 +15,7 @@ from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel, 
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.packed_linear import few_rows_differ
+from mtp_lightning.decoding.row_cache import RowCache
 from mtp_lightning.modeling.attention import GROUPED_SDPA
 
 
@@ -69,7 +70,7 @@ def test_filled_up_blocks_are_the_same_attention(queries: int, groups: int) -> N
     torch.testing.assert_close(found, weights @ value.repeat_interleave(groups, 1), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif(not few_rows_differ(torch.bfloat16), reason="a CPU where bits do not depend on the number of rows so")
+@pytest.mark.skipif(not few_rows_differ(torch.bfloat16), reason="tried on an AMD EPYC with AVX-512 alone")
 @pytest.mark.parametrize("slots", [96, 192, 384, 512, 544])
 @torch.inference_mode()
 def test_bits_do_not_depend_on_the_other_queries(slots: int) -> None:
@@ -79,6 +80,22 @@ def test_bits_do_not_depend_on_the_other_queries(slots: int) -> None:
         for at in range(0, 200 - size, size):
             part = slice(at, at + size)
             assert torch.equal(rows_alike(query[:, :, part], key, value, mask[:, :, part], 0.3), whole[:, :, part]), size
+
+
+@pytest.mark.skipif(not few_rows_differ(torch.bfloat16), reason="tried on an AMD EPYC with AVX-512 alone")
+@torch.inference_mode()
+def test_bits_do_not_depend_on_the_slots_that_a_step_reads() -> None:
+    cache = RowCache(tiny_model("llama", 3, dtype=torch.bfloat16).base, 1)
+    query, key, value, _ = attention_input(4, 1200, 3, torch.bfloat16)
+    for length in (31, 150, 190, 191, 200, 300, 380, 511, 700, 702, 890, 1030):
+        cache.lengths = [length]
+        found = []
+        for positions in (1, 9, 25, 81):
+            slots = cache.reach(positions)[1]
+            mask = torch.zeros(1, 1, 4, slots, dtype=torch.bfloat16)
+            mask[..., length:] = -torch.inf
+            found.append(rows_alike(query, key[:, :, :slots], value[:, :, :slots], mask, 0.3))
+        assert all(torch.equal(each, found[0]) for each in found), length
 
 
 def test_it_is_used_within_steps_only() -> None:

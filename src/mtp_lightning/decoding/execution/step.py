@@ -215,7 +215,7 @@ def _next_block(step: StepInput, accepted: Tensor) -> Tensor:
 
 def take_positions(x: Tensor, index: Tensor) -> Tensor:
     """The positions ``index`` [B, N] of each row of x [B, L, D]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]  # gather is several times slower
+    return x[torch.arange(len(x), device=x.device)[:, None], index]  # on a CPU gather is several times slower
 
 
 def _logits(model: MTPNetwork, step: StepInput, states: Tensor, mask_states: Tensor) -> tuple[Tensor, Tensor | None]:
