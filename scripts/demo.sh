@@ -13,6 +13,7 @@ if ! python -c "$fast"; then
   steps=14 precision=(--trainer.precision 32-true --model.dtype float32) # this CPU is slow in bfloat16
 fi
 decode=float32 # near ties, where texts may differ, are rare
+# With AMX a row's bits do not depend on the other rows; without it decoding sees to that on CPUs where few rows differ.
 same='import torch; from mtp_lightning.decoding.packed_linear import few_rows_differ, has_matrix_units
 raise SystemExit(not (has_matrix_units() or few_rows_differ(torch.bfloat16)))'
 if python -c "$same"; then

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mtp_lightning.errors import RunError
-from mtp_lightning.files import atomic_file, atomic_folder
+from mtp_lightning.files import atomic_file, atomic_folder, shared_file
 
 NO_SPACE = OSError(28, "No space left on device")
 
@@ -31,7 +31,7 @@ def test_a_file_that_fails_leaves_the_previous_one(tmp_path: Path, error: BaseEx
 
 def test_several_processes_may_write_a_shared_file(tmp_path: Path) -> None:
     path = tmp_path / "cached"
-    with atomic_file(path, shared=True) as first, atomic_file(path, shared=True) as second:
+    with shared_file(path) as first, shared_file(path) as second:
         first.write(b"one")
         second.write(b"two")
         second.flush()

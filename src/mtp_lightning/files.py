@@ -18,14 +18,33 @@ PART = ".part"
 
 
 @contextmanager
-def atomic_file(path: str | Path, shared: bool = False) -> Iterator[IO[bytes]]:
+def shared_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a binary file for writing that takes the name ``path`` once it is complete; its folder is created.
+
+    Several processes may write the same one; the last one's stays. Errors stay as they are.
+    """
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a binary file for writing that replaces ``path`` once it is complete and on the disk; its folder is created.
 
-    Several processes may write a ``shared`` one at the same time; the last one's stays. RunError if the operating system
-    could not write it; the previous file, if any, is intact.
+    RunError if the operating system could not write it; the previous file, if any, is intact.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}" if shared else path.name + PART)
+    part = path.with_name(path.name + PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:

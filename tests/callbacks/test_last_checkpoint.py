@@ -16,7 +16,7 @@ from tiny_run import CONFIG, LAST, assert_same_run, write_config
 from zygote import Zygote
 
 from mtp_lightning.callbacks import LastCheckpoint
-from mtp_lightning.callbacks.last_checkpoint import last_path
+from mtp_lightning.callbacks.last_checkpoint import last_checkpoint_path
 
 TIME_IS_UP = """
 from lightning.pytorch.callbacks import Timer
@@ -94,4 +94,4 @@ def test_the_last_checkpoint_is_in_the_runs_folder(named: str | None, expected: 
     """Also where the best one is kept elsewhere: a run's folder stands for its checkpoints."""
     callbacks = [ModelCheckpoint(dirpath="elsewhere"), LastCheckpoint(dirpath=named)]
     trainer: Any = SimpleNamespace(callbacks=callbacks, checkpoint_callbacks=callbacks, log_dir="run")
-    assert last_path(trainer) == Path(expected)
+    assert last_checkpoint_path(trainer) == Path(expected)

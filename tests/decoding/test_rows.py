@@ -191,10 +191,7 @@ def test_slots_are_read_in_whole_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         cache.reserve(length + 1, 4000)
         ends[length + 1] = cache.reach(1)[1]
         assert ends[length + 1] <= min(cache.capacity, length + 1 + row_cache.READ_AHEAD)
-    assert ends == {
-        **{1: 32, 32: 32, 151: 160, 192: 192, 193: 384, 351: 384, 384: 384, 385: 416, 512: 512, 513: 544, 704: 704},
-        **{705: 896, 801: 896, 2001: 2016},
-    }
+    assert list(ends.values()) == [32, 32, 160, 192, 384, 384, 384, 416, 512, 544, 704, 896, 896, 2016]
 
 
 @pytest.mark.skipif(

@@ -85,18 +85,8 @@ def test_an_interrupt_keeps_the_rows_and_names_the_file(
 
     write_rows(tmp_path / "q.jsonl", questions(6))
     output = tmp_path / "a.jsonl"
-    words = [
-        "distill",
-        base,
-        "--prompts",
-        tmp_path / "q.jsonl",
-        "--output",
-        output,
-        "--max_new_tokens",
-        6,
-        "--batch_size",
-        2,
-    ]
+    words = ["distill", base, "--prompts", tmp_path / "q.jsonl", "--output", output]
+    words += ["--max_new_tokens", 6, "--batch_size", 2]
     with monkeypatch.context() as patch:
         patch.setattr(distill, "base_answers", interrupted)
         assert mtp(*words) == 130

@@ -86,12 +86,12 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
-        self.last_path = last_path(trainer)
+        self.last_path = last_checkpoint_path(trainer)
         trainer.save_checkpoint(self.last_path, weights_only=False)
         self._saved_at, self._save_due = trainer.global_step, False
 
 
-def last_path(trainer: Trainer) -> Path:
+def last_checkpoint_path(trainer: Trainer) -> Path:
     """Where a run's ``last.ckpt`` is. All processes must call it."""
     callbacks: list[Any] = cast(Any, trainer).callbacks
     named = next((each.dirpath for each in callbacks if isinstance(each, LastCheckpoint) and each.dirpath), None)

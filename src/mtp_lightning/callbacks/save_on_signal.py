@@ -15,7 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from mtp_lightning.callbacks.last_checkpoint import last_path
+from mtp_lightning.callbacks.last_checkpoint import last_checkpoint_path
 from mtp_lightning.training.distributed import all_reduce
 from mtp_lightning.training.lightning_private import cluster_environment, is_accumulating, validation_follows
 
@@ -78,7 +78,7 @@ class SaveOnSignal(Callback):
         # A validation is finished first, except where one is due after every batch: the run would never stop.
         if not received or (validation_follows(trainer) and trainer.val_check_batch != 1):
             return
-        path = last_path(trainer)
+        path = last_checkpoint_path(trainer)
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             requeued = requeue(trainer) if received == slurm_signal(trainer) else ""

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from mtp_lightning.errors import RunError, one_line
-from mtp_lightning.files import PART
+from mtp_lightning.files import shared_file
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
@@ -42,16 +40,5 @@ def cache_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def cached_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, which takes the name ``path`` once it is complete; several processes may write the same one."""
-    with cache_errors():  # other errors stay as they are: what is written is read from a source meanwhile
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
+    with cache_errors(), shared_file(path) as file:
+        yield file

@@ -29,8 +29,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.planning.draft_plan import PLAIN, Plan, block_placement, draft_sizes
 from mtp_lightning.decoding.planning.step_costs import StepCosts, pair
 from mtp_lightning.decoding.state import DecodeState
-from mtp_lightning.errors import RunError
-from mtp_lightning.files import atomic_file
+from mtp_lightning.files import shared_file
 from mtp_lightning.modeling.network import MTPNetwork
 
 FOLDER_VARIABLE = "MTP_CACHE"
@@ -198,7 +197,7 @@ def step_costs(
                 costs = others  # another process was faster: both go by the same
             else:
                 stored = {"key": key, "seconds": [[*plan, seconds] for plan, seconds in costs.measured.items()]}
-                with suppress(RunError), atomic_file(path, shared=True) as file:
+                with suppress(OSError), shared_file(path) as file:
                     file.write(json.dumps(stored).encode())
         known[kind] = costs
     return known[kind]

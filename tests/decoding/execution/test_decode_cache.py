@@ -106,7 +106,12 @@ def test_memory_is_freed_also_between_steps() -> None:
 def test_threads_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model, start_together = tiny_model("llama", 3), threading.Barrier(2)
     created = DecodeCache.__init__
-    monkeypatch.setattr(DecodeCache, "__init__", lambda self: (time.sleep(0.1), created(self))[1])
+
+    def create_slowly(self: DecodeCache) -> None:
+        time.sleep(0.1)
+        created(self)
+
+    monkeypatch.setattr(DecodeCache, "__init__", create_slowly)
 
     def first_use(_: int) -> DecodeCache:
         start_together.wait()
