@@ -52,6 +52,7 @@ def write_gguf(path: Path, context: int = 64) -> PreTrainedModel:
     writer.add_token_list(sorted(tokens, key=tokens.__getitem__))
     writer.add_token_merges(["a b"])
     writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))  # control, normal
+    writer.add_bos_token_id(tokens["<|im_start|>"])
     writer.add_eos_token_id(tokens["<|im_end|>"])
     writer.add_pad_token_id(tokens["<eos>"])
     writer.add_chat_template(CHATML)

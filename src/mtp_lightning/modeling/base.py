@@ -114,6 +114,8 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     # Without files transformers gives many architectures a tokenizer of special tokens alone.
     if not options and Path(source).is_dir() and len(tokenizer) < 100 and not any(file.is_file() for file in files):
         raise _no_tokenizer(base_model)
+    if options and tokenizer.eos_token is not None:  # transformers 5.17 gives GGUF files the begin token as the end token
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(load_config(base_model).eos_token_id)
     return tokenizer
 
 
