@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtp_lightning.decoding.execution import grouped_attention
 from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
-from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel, rows_alike, supports_grouped_sdpa
+from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel, folded, rows_alike, supports_grouped_sdpa
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.packed_linear import few_rows_differ
@@ -62,12 +62,13 @@ def attention_input(queries: int, slots: int, groups: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("queries", [1, 2, 3, 4, 31, 33, 35, 36, 193])
 @pytest.mark.parametrize("groups", [1, 2, 3])
 @torch.inference_mode()
-def test_filled_up_blocks_are_the_same_attention(queries: int, groups: int) -> None:
+def test_folded_and_filled_up_queries_are_the_same_attention(queries: int, groups: int) -> None:
     query, key, value, mask = attention_input(queries, 40, groups, torch.float64)
     weights = (query @ key.repeat_interleave(groups, 1).mT * 0.3 + mask).softmax(-1)
-    found = rows_alike(query, key, value, mask, 0.3)
-    # float64, another order of sums
-    torch.testing.assert_close(found, weights @ value.repeat_interleave(groups, 1), rtol=1e-12, atol=1e-12)
+    expected = weights @ value.repeat_interleave(groups, 1)
+    for attention in (folded, rows_alike):
+        found = attention(query, key, value, mask, 0.3)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # float64, another order of sums
 
 
 @pytest.mark.skipif(not few_rows_differ(torch.bfloat16), reason="tried on an AMD EPYC with AVX-512 alone")

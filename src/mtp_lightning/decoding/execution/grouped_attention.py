@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on a CPU: groups of heads without copies of keys and values, and queries whose bits do not depend on the others.
+"""Attention of a step: groups of heads without copies of keys and values, and on a CPU bits that depend on no other query.
 
-transformers repeats keys and values for each query head if there is a mask, which suits GPU kernels; on a CPU it copies the
-whole cache in every layer of every step. PyTorch's CPU kernel supports groups of heads with a mask and gives the same bits.
+If there is a mask, transformers repeats keys and values for each query head, and so copies the whole cache in every layer
+of every step. PyTorch's CPU kernel supports groups of heads with a mask and gives the same bits. Its GPU kernels do not:
+there the queries of the heads that share keys become the queries of one head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from mtp_lightning.modeling.transformers_private import (
     sdpa_attention,
 )
 
+MAX_FOLDED = 512
+"""Queries of a head that are folded on a GPU; more are a prompt's, computed once, and the mask grows with them."""
 UNSUPPORTED = ("position_bias", "softcap", "cache", "output_attentions")
 """Arguments that only transformers' own function handles."""
 
@@ -39,15 +43,23 @@ def grouped_sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """An attention function of transformers' interface: query [B, H, Q, d], key and value [B, G, W, d] -> [B, Q, H, d]."""
-    is_supported = query.device.type == "cpu" and not query.requires_grad and not dropout
-    is_supported = is_supported and attention_mask is not None and not any(kwargs.get(name) for name in UNSUPPORTED)
-    rounds_apart = is_supported and few_rows_differ(query.dtype)
-    # transformers repeats nothing for a single query.
-    if not is_supported or not rounds_apart and (query.shape[2] == 1 or query.shape[1] == key.shape[1]):
+    attend: Callable[..., Tensor] | None = None
+    supported = attention_mask is not None and not query.requires_grad and not dropout
+    if supported and not any(kwargs.get(name) for name in UNSUPPORTED):
+        attend = _attention(query, key)
+    if attend is None:
         return sdpa_attention()(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    assert attention_mask is not None
-    attend = rows_alike if rounds_apart else _attend
     return attend(query, key, value, attention_mask, scaling).transpose(1, 2), None
+
+
+def _attention(query: Tensor, key: Tensor) -> Callable[..., Tensor] | None:
+    """The function for these shapes and this device; None: transformers' own."""
+    grouped, device = query.shape[1] != key.shape[1], query.device.type
+    if device == "cpu" and few_rows_differ(query.dtype):
+        return rows_alike
+    if device == "cpu" and grouped and query.shape[2] > 1:  # transformers repeats nothing for a single query
+        return _attend
+    return folded if device == "cuda" and grouped and query.shape[2] <= MAX_FOLDED else None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
@@ -56,24 +68,34 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped)
 
 
+def _fold(query: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Queries of the heads that share keys as queries of one head, [B, G, H / G * Q, d], and their mask."""
+    B, H, Q, d = query.shape
+    return query.reshape(B, groups, H // groups * Q, d), mask.repeat(1, 1, H // groups, 1)
+
+
+def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Attention of few queries, [B, H, Q, d], which reads keys and values once for each group of heads."""
+    few, few_mask = _fold(query, mask, key.shape[1])
+    return _attend(few, key, value, few_mask, scaling).reshape(query.shape)
+
+
 def rows_alike(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
     """Attention in which a query's bits do not depend on the number of the others, [B, H, Q, d], where ``few_rows_differ``.
 
     The kernel computes queries in blocks of 32, 64 or 256. Few queries of one head are computed with those of the heads
     that share its keys, and a block of fewer than ``MIN_ROWS`` is filled up.
     """
-    B, H, Q, d = query.shape
-    G = key.shape[1]
-    if folds := Q < MIN_ROWS:
-        query, mask = query.reshape(B, G, H // G * Q, d), mask.repeat(1, 1, H // G, 1)
+    shape = query.shape
+    if shape[2] < MIN_ROWS:
+        query, mask = _fold(query, mask, key.shape[1])
     rows = query.shape[2]
     block = 256 if rows >= 768 else 64 if rows >= 192 else 32
     if 0 < rows % block < MIN_ROWS:
         missing = MIN_ROWS - rows % block
         query = torch.cat([query, query[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
         mask = torch.cat([mask, mask[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
-    out = _attend(query, key, value, mask, scaling)[:, :, :rows]
-    return out.reshape(B, H, Q, d) if folds else out
+    return _attend(query, key, value, mask, scaling)[:, :, :rows].reshape(shape)
 
 
 register_attention(GROUPED_SDPA, grouped_sdpa)
@@ -83,8 +105,9 @@ def supports_grouped_sdpa(base: PreTrainedModel) -> bool:
     """True if the base's SDPA attention can be replaced by ``grouped_sdpa``, and its speed or its bits gain by that."""
     config = text_config(base)
     heads = config.num_attention_heads
-    gains = getattr(config, "num_key_value_heads", heads) != heads or few_rows_differ(base.dtype)
-    return base.device.type == "cpu" and gains and can_switch_attention(base.__class__)
+    gains = getattr(config, "num_key_value_heads", heads) != heads
+    gains = gains or base.device.type == "cpu" and few_rows_differ(base.dtype)
+    return base.device.type in ("cpu", "cuda") and gains and can_switch_attention(base.__class__)
 
 
 def decoding_kernel(base: PreTrainedModel) -> str | None:
