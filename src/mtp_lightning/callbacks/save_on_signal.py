@@ -85,7 +85,7 @@ class SaveOnSignal(Callback):
             name = "Ctrl-C" if received == signal.SIGINT else signal.Signals(received).name
             print(
                 f"mtp: {name}: saved {str(path)!r} after step {trainer.global_step}{requeued}."
-                " Resume with --ckpt_path last.",
+                " Resume with the same command and --ckpt_path last.",
                 file=sys.stderr,
                 flush=True,
             )

@@ -77,7 +77,8 @@ def run_conversation(conversation: Conversation) -> None:
             _run_command(conversation, text)
         elif text.strip():
             num_messages += 1
-            num_unanswered += not _print_answer(conversation, text.removeprefix("/") if text.startswith("//") else text)
+            message = text.removeprefix("/") if text.startswith("//") else text
+            num_unanswered += not _print_answer(conversation, message, first=num_messages == 1)
     if num_unanswered and not terminal:  # a user at a terminal has seen the reasons
         raise RunError(f"{num_unanswered} of {num_messages} messages were not answered, for the reasons above.")
 
@@ -108,8 +109,11 @@ def _run_command(conversation: Conversation, text: str) -> None:
         note(f"There is no command {name}. /help lists them; start with // to send a literal /.")
 
 
-def _print_answer(conversation: Conversation, text: str) -> bool:
-    """Print an answer as it is decoded; True if there is one. Of an answer that Ctrl-C stops the beginning is kept."""
+def _print_answer(conversation: Conversation, text: str, first: bool) -> bool:
+    """Print an answer as it is decoded; True if there is one. Of an answer that Ctrl-C stops the beginning is kept.
+
+    What low precision can change is said below the ``first``.
+    """
     pieces = conversation.say(text)
     empty = True
     try:
@@ -130,5 +134,5 @@ def _print_answer(conversation: Conversation, text: str) -> bool:
     if conversation.dropped:
         note(f"[the {conversation.dropped} oldest messages no longer fit the context and are forgotten]")
     if conversation.generated is not None:
-        note(conversation.generated.summary())
+        note(conversation.generated.summary(near_ties=first))
     return True

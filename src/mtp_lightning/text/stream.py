@@ -90,13 +90,13 @@ class GeneratedText:
             "finish_reason": self.finish_reason,
         }
 
-    def summary(self) -> str:
-        """The counts in one line."""
+    def summary(self, near_ties: bool = True) -> str:
+        """The counts in one line, with what low precision can change unless ``near_ties`` is False."""
         tokens, steps = len(self.token_ids), len(self.accepted_per_step)
         words = f"{tokens} token{'s' * (tokens != 1)} in {steps} step{'s' * (steps != 1)}"
         low = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.model.base.dtype)
-        is_plain = self.options.decoding == "autoregressive" or self.options.exact
-        ties = "" if low is None or is_plain else f"; {low}: near ties may differ from plain decoding, see --exact"
+        same = low is None or self.options.decoding == "autoregressive" or self.options.exact
+        ties = "" if same or not near_ties else f"; {low}: near ties may differ from plain decoding, see --exact"
         return f"[{words}, acceptance length {tokens / steps:.2f}, {tokens / self.seconds:.1f} tokens/s{ties}]"
 
 
