@@ -157,13 +157,13 @@ def test_a_text_is_a_users_turn(run: Path, capsys) -> None:
 
 
 def test_where_the_base_is(trained: Path, run: Path, here: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """The folder of that name, or the one where it was in training, or ``--base_model``; ``~`` is the home folder."""
+    """The folder where it was in training, or the one of that name, or ``--base_model``; ``~`` is the home folder."""
     words = ["--prompt", "one", "--max_new_tokens", 5, "--num_masks", 2, "--json"]
     assert mtp("generate", LAST, *words) == 0
     expected = without_times(json_lines(capsys))
     settings = torch.load(LAST, weights_only=True)["mtp_settings"]
     assert (settings["base_model"], settings["base_folder"]) == ("base", str(trained / "base"))
-    assert named_base(settings) == "base"
+    assert named_base(settings) == str(trained / "base")  # not the one of that name in the current folder
     as_if_trained_here()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(here))

@@ -10,7 +10,7 @@ import pytest
 from toy_tokenizers import CHATML, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from mtp_lightning.data.chat import encode_chat_prompt, end_of_turn
+from mtp_lightning.data.chat import encode_chat_prompt, end_of_turn, render_chat_prompt
 from mtp_lightning.data.encoding import encode_row
 from mtp_lightning.data.preparing import prepare
 from mtp_lightning.errors import RunError
@@ -236,3 +236,13 @@ def test_prompt_answer_and_end_of_turn_make_the_row(family: str) -> None:
     row = encode_row({"messages": ONE}, tokenizer)
     last = len(row.loss) - row.loss[::-1].index(True)
     assert ids + end_of_turn(ONE[:1], tokenizer) == row.input_ids[:last]
+
+
+def test_a_template_of_its_own_for_tools() -> None:
+    tokenizer = byte_tokenizer(["<eos>", "<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML}
+    messages, tools = [{"role": "user", "content": "a"}], [{"type": "function", "function": {"name": "f"}}]
+    for given in (None, tools, []):
+        expected = tokenizer.apply_chat_template(messages, tools=given or None, tokenize=False, add_generation_prompt=True)
+        assert render_chat_prompt(messages, tokenizer, tools=given) == expected
+    assert '"f"' in render_chat_prompt(messages, tokenizer, tools=tools)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 from injected_drafts import RUNS, G, InjectedDrafts, K, N, expected_steps, new_tokens, prompt_and_text, shared_model
 from tiny import CONTEXT, greedy_text, tiny_base, tiny_model, token_row
+from tokenizers import AddedToken
+from toy_tokenizers import byte_tokenizer
 
-from mtp_lightning.decoding.limits import end_tokens
+from mtp_lightning.decoding.limits import end_of_turn_token, end_tokens
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.errors import UsageError
 
@@ -85,3 +87,13 @@ def test_max_steps_counts_the_prompts_step() -> None:
         out = model.generate(prompt[None], max_steps=steps, max_new_tokens=G, num_masks=1)
         new = out.sequences[0, N:].tolist()
         assert out.num_steps.tolist() == [steps] and new == list(text[: len(new)]) and out.finish_reasons == ["length"]
+
+
+def test_a_token_of_line_breaks_ends_no_turn() -> None:
+    tokenizer = byte_tokenizer(["<eos>", "<end>"], "<eos>")
+    tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
+    template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}END{% endfor %}"
+    for end, expected in (("\n\n", None), ("\n\n<end>", "<end>")):
+        tokenizer.chat_template = template.replace("END", end)
+        token = end_of_turn_token(tokenizer)
+        assert (None if token is None else tokenizer.decode([token])) == expected

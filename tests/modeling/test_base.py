@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from command_line import save_base
 from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from saved import hub_snapshot
 from toy_tokenizers import word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -94,6 +96,71 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, monkeypatch: pytest.
     (folder / "mtp_config.json").write_text("{}")  # a saved folder of this package
     with pytest.raises(RunError, match="adapter"):
         load_base(name)
+
+
+IDS = torch.tensor([[3, 4, 5, 6]])
+
+
+def save_adapter(folder: Path, base: Path, new_tokens: int = 0, **options: Any) -> torch.Tensor:
+    """Save a random adapter of a base in ``folder``; returns its logits by PEFT."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    if new_tokens:
+        model.resize_token_embeddings(model.config.vocab_size + new_tokens)
+    torch.manual_seed(1)
+    settings = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **options}
+    peft = get_peft_model(model, LoraConfig(**settings)).eval()
+    peft.save_pretrained(folder)
+    with torch.no_grad():
+        return peft(IDS).logits
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    save_base(tmp_path / "base", "llama", word_tokenizer(), torch.float64, tie_word_embeddings=True)
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_of_two_tied_layers_acts_on_it_alone(tmp_path: Path, base_folder: Path, target: str) -> None:
+    expected = save_adapter(tmp_path / "adapter", base_folder, target_modules=["q_proj", target])
+    with torch.no_grad():
+        # float64; merged, products are summed in another order
+        torch.testing.assert_close(load_base(str(tmp_path / "adapter"))(IDS).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_an_adapter_with_new_tokens(tmp_path: Path, base_folder: Path) -> None:
+    expected = save_adapter(tmp_path / "adapter", base_folder, 2, modules_to_save=["embed_tokens", "lm_head"])
+    (tmp_path / "adapter" / "config.json").write_text("{}")  # which some tools write beside it
+    base = load_base(str(tmp_path / "adapter"))
+    assert base.config.vocab_size == load_config(str(tmp_path / "adapter")).vocab_size == expected.shape[-1]
+    with torch.no_grad():
+        torch.testing.assert_close(base(IDS).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_adapters_that_would_be_left_out(tmp_path: Path, base_folder: Path) -> None:
+    folder = tmp_path / "adapter"
+    save_adapter(folder, base_folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name.replace("layers", "h"): value for name, value in weights.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(RunError, match="does not fit"):
+        load_base(str(folder))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "/not/here"}))
+    with pytest.raises(RunError, match=r"/not/here.*adapter_config\.json"):
+        load_base(str(folder))
+    with pytest.raises(UsageError, match="base_model"):
+        base_of(str(folder), str(base_folder))
+    save_adapter(base_folder, base_folder)  # into the folder of the whole model
+    with pytest.raises(RunError, match="adapter_config.json"):
+        load_base(str(base_folder))
+
+
+def test_a_base_whose_files_lack_weights(base_folder: Path) -> None:
+    weights = load_file(base_folder / "model.safetensors")
+    renamed = {f"_orig_mod.{name}": value for name, value in weights.items()}
+    save_file(renamed, base_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match="lacks .* _orig_mod"):
+        load_base(str(base_folder))
 
 
 def test_an_adapter_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ def test_spaces_and_characters_at_the_borders(is_fast: bool, monkeypatch: pytest
     assert [detokenizer.add(token) for token in as_bytes("€")] == ["", "", "€"] and detokenizer.rest() == ""
 
 
+def test_ids_that_only_the_padded_vocabulary_of_a_base_has() -> None:
+    tokenizer = byte_tokenizer(["<eos>"], "<eos>")
+    ids = [5, tokenizer("é", add_special_tokens=False).input_ids[0]]
+    assert decode_behind(tokenizer, [4], [*ids, len(tokenizer) + 3]) == decode_behind(tokenizer, [4], ids)
+
+
 def test_bytes_of_characters() -> None:
     tokenizer = byte_tokenizer(["<eos>"], "<eos>")
     ids = tokenizer("xé\ufffd")["input_ids"]

@@ -150,7 +150,10 @@ def base_of(model: str, base_model: str | None = None, revision: str | None = No
     # Without mtp_config.json it is a base, or PEFT's adapter, which is a part of it.
     is_trained = (path / "mtp_config.json").is_file() if path.exists() else hub_file(model, "mtp_config.json") is not None
     if not is_trained:
-        return base_model or model, revision
+        if base_model:
+            reason = f"{model} is a base, or a PEFT adapter, whose base its adapter_config.json names"
+            raise UsageError(f"--base_model is for trained models: {reason}.")
+        return model, revision
     adapter = path / "adapter_config.json" if path.exists() else hub_file(model, "adapter_config.json")
     try:
         settings = json.loads((adapter or path).read_text(encoding="utf-8"))

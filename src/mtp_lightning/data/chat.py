@@ -79,7 +79,7 @@ def encode_messages(
     are malformed or the assistant's part cannot be found.
     """
     cleaned = clean_messages(messages)
-    template = _Template(template_of(tokenizer, chat_template), tokenizer, tools)
+    template = _Template(template_of(tokenizer, chat_template, tools), tokenizer, tools)
     check_roles(cleaned, template.source)
     cleaned, emptied = _without_unwritten_calls(cleaned, template.source)
     is_trained = np.array(trained_messages(messages)) & ~np.array(emptied)
@@ -112,7 +112,7 @@ def render_chat_prompt(
     tools: Tools | None = None,
 ) -> str:
     """A conversation that the assistant is to continue as text, generation prompt included."""
-    template = template_of(tokenizer, chat_template)
+    template = template_of(tokenizer, chat_template, tools)
     cleaned, _ = _without_unwritten_calls(clean_messages(messages), template)
     check_roles(cleaned, template)
     return render(cleaned, tokenizer, template, generation_prompt=True, tools=tools)
@@ -158,12 +158,15 @@ def read_template(file: str, key: str) -> str:
         raise RunError(f"{key} {file!r} can't be read: {reason}.") from error
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    """The source of the template: the given one, or the base's own; a UsageError if there is none."""
+def template_of(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, tools: Tools | None = None) -> str:
+    """The source of the template: the given one, or the base's own, which may be another one for tools.
+
+    A UsageError if there is none.
+    """
     if chat_template is not None:
         return chat_template
     try:
-        return tokenizer.get_chat_template()
+        return tokenizer.get_chat_template(tools=tools or None)
     except ValueError as error:
         raise UsageError(
             "rows of messages, or of a question and its answer, need a chat template, and the base has none: set"

@@ -108,14 +108,15 @@ def base_end_tokens(base: PreTrainedModel, tokenizer: Any = None) -> set[int]:
 def end_of_turn_token(tokenizer: Any) -> int | None:
     """The token that the chat template writes after an answer; bases often do not name it as an end token.
 
-    None if there is no template, or it writes plain text there or rewrites the answer.
+    None if there is no template, or it writes plain text there or rewrites the answer. A token of line breaks, which some
+    tokenizers have, ends no turn.
     """
     try:
         ids = end_of_turn([{"role": "user", "content": "question"}], tokenizer)
     except MTPError:
         return None
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
-    return next((token for token in ids if token in added), None)
+    return next((token for token in ids if token in added and tokenizer.decode([token]).strip()), None)
 
 
 def token_list(tokens: Any) -> list[int]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 from mtp_lightning.decoding.limits import end_tokens, with_text_ends
 from mtp_lightning.decoding.options import DecodingOptions
@@ -50,7 +51,7 @@ def _loop(model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions
             "pad_token_id": padding,
             **generate_options,
         }
-        with without_lora(model):
+        with without_lora(model), _own_settings(model.base):
             begin = time.perf_counter()
             texts = model.base.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
             seconds = time.perf_counter() - begin
@@ -58,6 +59,16 @@ def _loop(model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions
         return Batch([DecodedText(text[:length], [], []) for text, length in zip(texts, lengths, strict=True)], seconds)
 
     return decode
+
+
+@contextlib.contextmanager
+def _own_settings(base: PreTrainedModel) -> Iterator[None]:
+    """The base without its generation configuration, which may penalise repetitions or sample."""
+    before, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = before
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import torch
 from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,12 +25,14 @@ from transformers import (
 )
 
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.modeling.decoder import check_layer_types
+from mtp_lightning.modeling.decoder import check_layer_types, text_config
+from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.paths import check_exists, is_gguf, resolve
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "mtp_config.json", "tokenizer_config.json"]
+_EMBEDDINGS = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
 _ADVICE = (
     " Set model.base_model (--base_model) to a folder with config.json and weights, a GGUF file, or a hub id that this"
     " machine can reach."
@@ -46,7 +51,10 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
 def load_config(base_model: str, revision: str | None = None) -> Any:
     """The configuration of a model; no weights are read. RunError if it does not exist or can't be read."""
     if (adapter := adapter_of(base_model, revision)) is not None:
-        return load_config(adapter.base_model, adapter.revision)
+        config = load_config(adapter.base_model, adapter.revision)
+        if (rows := _resized_vocabulary(adapter)) is not None:
+            config.get_text_config(decoder=True).vocab_size = rows
+        return config
     source, options = _source(base_model)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, **options)
@@ -72,8 +80,7 @@ def load_base(
     if (adapter := adapter_of(base_model, revision)) is not None:
         if quantization is not None:
             raise UsageError(f"quantization {quantization!r}: the adapter {base_model!r} can't be merged into such weights.")
-        own_base = load_base(adapter.base_model, adapter.revision, dtype, attention, None, device)
-        return _merged(own_base, adapter, base_model)
+        return _merged(load_base(adapter.base_model, adapter.revision, dtype, attention, None, device), adapter, base_model)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "device_map": device}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -87,11 +94,22 @@ def load_base(
     config = load_config(base_model, revision)
     check_layer_types(config.get_text_config(decoder=True))
     try:
-        base = AutoModelForCausalLM.from_pretrained(source, config=config, revision=revision, **options)
+        base, found = AutoModelForCausalLM.from_pretrained(
+            source, config=config, revision=revision, output_loading_info=True, **options
+        )
     except Exception as error:  # a damaged file makes transformers and safetensors raise anything
         if is_out_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):  # the file is fine
             raise
         raise _load_error(base_model, error) from error
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+        others = f" (it has {min(found['unexpected_keys'])} and the like)" if found["unexpected_keys"] else ""
+        lacks = f"lacks {len(missing)} of its weights, {missing[0]} first{others}"
+        raise RunError(f"base model {base_model!r} {lacks}: save it again with save_pretrained.")
+    if lora_layers(base):  # they would be taken for ours
+        raise RunError(
+            f"base model {base_model!r} has weights and an adapter in one folder, merged already or not: move"
+            " adapter_config.json and adapter_model.safetensors to a folder of their own, or delete them."
+        )
     if gguf:
         base.name_or_path = resolve(base_model)  # transformers names the folder
     return base
@@ -145,7 +163,7 @@ def adapter_of(base_model: str, revision: str | None = None) -> Adapter | None:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise _load_error(base_model, error) from error
     path = folder / "adapter_config.json"
-    if not path.is_file() or (folder / "config.json").is_file():
+    if not path.is_file() or ((folder / "config.json").is_file() and any(map(_is_base_weights, folder.iterdir()))):
         return None
     if (folder / "mtp_config.json").is_file():
         raise RunError(f"{base_model!r} is a trained model, not a base: name the base it was trained on.")
@@ -155,7 +173,23 @@ def adapter_of(base_model: str, revision: str | None = None) -> Adapter | None:
             raise KeyError("base_model_name_or_path")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{str(path)!r} does not name a base_model_name_or_path.") from error
+    check_exists(settings["base_model_name_or_path"], f" {str(path)!r} names it: correct its base_model_name_or_path.")
     return Adapter(folder, settings["base_model_name_or_path"], settings.get("revision"))
+
+
+def _is_base_weights(path: Path) -> bool:
+    """True for a file of a whole model's weights, not of an adapter's."""
+    return path.suffix in (".safetensors", ".bin") and path.name.startswith(("model", "pytorch_model", "consolidated"))
+
+
+def _resized_vocabulary(adapter: Adapter) -> int | None:
+    """The rows of the embeddings that an adapter has for more or fewer tokens than its base; None if it has none."""
+    file = adapter.folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return None
+    with safe_open(str(file), framework="pt") as weights:
+        names = [name for name in weights.keys() if name.endswith(_EMBEDDINGS)]  # noqa: SIM118 # it can't be iterated over
+        return int(weights.get_slice(names[0]).get_shape()[0]) if names else None
 
 
 def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
@@ -172,13 +206,37 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
 
 def _merged(base: PreTrainedModel, adapter: Adapter, name: str) -> PreTrainedModel:
     """The base with the PEFT adapter ``name`` merged into its weights."""
+    if getattr(base, "is_quantized", False):
+        raise RunError(
+            f"the adapter {name!r} can't be merged into its base {adapter.base_model!r}, whose weights are quantised: in its"
+            " adapter_config.json name the base that they were made from."
+        )
     try:
-        merged: Any = PeftModel.from_pretrained(base, str(adapter.folder)).merge_and_unload()
+        rows = _resized_vocabulary(adapter)
+        if rows is not None and rows != base.get_input_embeddings().weight.shape[0]:
+            base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter has them
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            peft: Any = PeftModel.from_pretrained(base, str(adapter.folder))
+        _untie(base)
+        merged = peft.merge_and_unload()
     except Exception as error:  # peft and safetensors raise many types
         raise RunError(f"the adapter {name!r} does not fit its base {adapter.base_model!r}: {_reason(error)}") from error
     print(f"base {adapter.base_model}, with the adapter {name} merged into its weights", file=sys.stderr)
     merged.name_or_path = name
     return merged.eval()
+
+
+def _untie(base: PreTrainedModel) -> None:
+    """Give the output layer its own weights if an adapter acts on it or on the embeddings that it shares them with.
+
+    It acts on one of the two alone, and merged into shared weights it would act on both.
+    """
+    layers: Any = (base.get_input_embeddings(), base.get_output_embeddings())
+    embeddings, head = (getattr(layer, "base_layer", layer) for layer in layers)
+    if (embeddings, head) != layers and getattr(embeddings, "weight", None) is getattr(head, "weight", head):
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        text_config(base).tie_word_embeddings = base.config.tie_word_embeddings = False
 
 
 def _source(base_model: str) -> tuple[str, dict[str, str]]:
@@ -214,7 +272,7 @@ def _load_error(base_model: str, error: Exception) -> RunError:
 def _reason(error: Exception) -> str:
     """One sentence of a library's error, which may run over pages."""
     lines = str(error).strip().splitlines()
-    text = lines[0].rstrip(" .:!") if lines else ""
+    text = textwrap.shorten(lines[0].rstrip(" .:!"), 300, placeholder=" ...") if lines else ""
     if "ignore_mismatched_sizes" in text:
         return "the shapes of its weights are not those that its config.json says."
     # An expected error explains itself; the message of a KeyError is a single word, so its class is named as well.

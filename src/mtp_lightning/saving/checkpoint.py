@@ -54,9 +54,13 @@ def part_settings(module: Any) -> dict[str, Any]:
 
 
 def named_base(settings: dict[str, Any]) -> str:
-    """The base of a checkpoint: its name as given if that is on this disk, else the absolute path it had in training."""
+    """The base of a checkpoint: the folder or file that was trained on, if it is still there, else its name as given.
+
+    A relative name may be that of another folder by now; the absolute path is given only where the name leads elsewhere.
+    """
     name: str = settings["base_model"]
-    return name if is_on_disk(name) else settings.get("base_folder", name)
+    folder: str = settings.get("base_folder", name)
+    return folder if absolute_name(name) != folder and (is_on_disk(folder) or not is_on_disk(name)) else name
 
 
 def check_settings(

@@ -60,7 +60,8 @@ class Detokenizer:
 
     def _is_real(self, token_ids: list[int]) -> bool:
         """True if the tokens end with U+FFFD itself."""
-        return "".join(self.tokenizer.convert_ids_to_tokens(token_ids[-3:])).endswith(_REAL)
+        tokens = self.tokenizer.convert_ids_to_tokens(token_ids[-3:])
+        return "".join(token or "" for token in tokens).endswith(_REAL)  # None: a row that pads the base's vocabulary
 
     def _tail(self, end: int | None = None) -> str:
         """The text of the tokens held back, or of those before ``end``."""
