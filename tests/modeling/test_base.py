@@ -150,6 +150,11 @@ def test_adapters_that_would_be_left_out(tmp_path: Path, base_folder: Path) -> N
         load_base(str(folder))
     with pytest.raises(UsageError, match="base_model"):
         base_of(str(folder), str(base_folder))
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match="adapter_model.safetensors"):
+        load_base(str(folder))
+    with pytest.raises(RunError, match="adapter"):  # the folder of a training run: its checkpoints are in it
+        load_config(str(tmp_path))
     save_adapter(base_folder, base_folder)  # into the folder of the whole model
     with pytest.raises(RunError, match="adapter_config.json"):
         load_base(str(base_folder))

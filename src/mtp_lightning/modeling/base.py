@@ -32,6 +32,7 @@ from mtp_lightning.paths import check_exists, is_gguf, resolve
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "mtp_config.json", "tokenizer_config.json"]
+_CONFIGS = ("config.json", "adapter_config.json")
 _EMBEDDINGS = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
 _ADVICE = (
     " Set model.base_model (--base_model) to a folder with config.json and weights, a GGUF file, or a hub id that this"
@@ -56,6 +57,11 @@ def load_config(base_model: str, revision: str | None = None) -> Any:
             config.get_text_config(decoder=True).vocab_size = rows
         return config
     source, options = _source(base_model)
+    folder = Path(source)
+    if folder.is_dir() and not options and not (folder / "config.json").is_file():
+        models = [path for path in sorted(folder.iterdir()) if any((path / name).is_file() for name in _CONFIGS)]
+        inside = f", but in {', '.join(map(str, models[-3:]))}" if models else ""  # checkpoints of a training run
+        raise RunError(f"base model {base_model!r} could not be loaded: no config.json is there{inside}.{_ADVICE}")
     try:
         return AutoConfig.from_pretrained(source, revision=revision, **options)
     except Exception as error:  # a damaged file makes transformers raise anything
@@ -173,6 +179,8 @@ def adapter_of(base_model: str, revision: str | None = None) -> Adapter | None:
             raise KeyError("base_model_name_or_path")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{str(path)!r} does not name a base_model_name_or_path.") from error
+    if not any(folder.glob("adapter_model.*")):
+        raise RunError(f"the adapter {base_model!r} has no weights: no adapter_model.safetensors is there.")
     check_exists(settings["base_model_name_or_path"], f" {str(path)!r} names it: correct its base_model_name_or_path.")
     return Adapter(folder, settings["base_model_name_or_path"], settings.get("revision"))
 
