@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_lightning.commands.distill import base_of
 from mtp_lightning.errors import RunError, UsageError
-from mtp_lightning.modeling import base as base_module
+from mtp_lightning.modeling import base_adapter, base_source
 from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer
 
 
@@ -58,9 +58,9 @@ def test_wrong_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_hub_is_not_asked_for_a_folder_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_module, "hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(base_source, "hf_hub_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(RunError, match="bases/none"):
-        base_module.hub_file("bases/none", "config.json")
+        base_source.hub_file("bases/none", "config.json")
 
 
 def test_a_gguf_file_is_not_quantised_again(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_an_adapter_that_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, tmp_pa
         assert not any(fnmatch("checkpoint-500/optimizer.pt", pattern) for pattern in allow_patterns)
         raise LocalEntryNotFoundError("out of reach")
 
-    monkeypatch.setattr(base_module, "hub_file", lambda name, file, revision: tmp_path if "adapter" in file else None)
-    monkeypatch.setattr(base_module, "snapshot_download", refuse)
+    monkeypatch.setattr(base_adapter, "hub_file", lambda name, file, revision: tmp_path if "adapter" in file else None)
+    monkeypatch.setattr(base_adapter, "snapshot_download", refuse)
     with pytest.raises(RunError, match="owner/adapter"):
         load_config("owner/adapter")
 

@@ -23,7 +23,8 @@ from mtp_lightning.distill.reply_tokens import reply_tokens
 from mtp_lightning.distill.tasks import LeftOut, Task, check_ids, tasks_of
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.evaluation.reporting import note
-from mtp_lightning.modeling.base import hub_file, load_base, load_config, load_tokenizer, parse_dtype
+from mtp_lightning.modeling.base import load_base, load_config, load_tokenizer, parse_dtype
+from mtp_lightning.modeling.base_source import hub_file
 from mtp_lightning.modeling.decoder import context_length
 from mtp_lightning.paths import check_exists, resolve
 from mtp_lightning.saving.checkpoint import named_base, read_checkpoint
