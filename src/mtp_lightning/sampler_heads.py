@@ -68,6 +68,8 @@ def check_head(head: SamplerHead, width: int) -> None:
     ``forward`` then sees no later token either. A copy with random weights is tried: heads often start at zero.
     """
     name = f"sampler head {type(head).__name__}"
+    if next(head.parameters(), None) is None:
+        raise UsageError(f"{name} has no parameters, so there is nothing to train: leave it out (model.sampler_head: null).")
     trial = copy.deepcopy(head).cpu().double().eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -275,7 +275,20 @@ def test_what_a_users_loss_returns_is_checked(returned: Callable[[Tensor], Any])
         term(random_states(batch), batch, UNEMBED)
 
 
-@pytest.mark.parametrize("returned", [torch.tensor(1.0), LossSum(torch.tensor(1.0), MTP), [LossSum(torch.ones(2), MTP)]])
+ONE: Any = torch.tensor(1.0)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        ONE,
+        LossSum(ONE, MTP),
+        [LossSum(torch.ones(2), MTP)],
+        [],
+        [LossSum(cast(Any, 1.0), MTP)],
+        *([LossSum(ONE, cast(Any, count))] for count in (3, -1, (), (MTP, 7), ONE)),
+    ],
+)
 def test_a_term_returns_sums(returned: Any) -> None:
     class Own(LossTerm):
         def forward(self, states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Any:

@@ -140,6 +140,14 @@ class Sum(SamplerHead):
         return (output[..., :3] if self.mistake == "step" else output), total
 
 
+def test_a_head_without_parameters_is_refused() -> None:
+    class Free(SamplerHead):
+        forward = step = build = lambda self, *inputs: inputs[0]
+
+    with pytest.raises(UsageError, match="Free"):
+        check_head(Free(), 8)
+
+
 @pytest.mark.parametrize("mistake", ["later", "state", "shape", "step"])
 def test_a_users_head_is_tried(mistake: str) -> None:
     head = Sum(mistake)

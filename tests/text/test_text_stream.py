@@ -92,7 +92,8 @@ def test_leaving_early(model: MTPModel) -> None:
     first = next(stream)
     assert stream.finish_reason is None and stream.text == first and text.startswith(first)
     assert tokens[: len(stream.token_ids)] == stream.token_ids and 0 < len(stream.token_ids) < 24
-    del stream
+    stream.close()
+    assert list(stream) == [] and stream.text == first
     assert text_of(model, PROMPT)[0] == text  # nothing is left open
 
 
@@ -114,6 +115,10 @@ def test_wrong_stream_arguments(model: MTPModel) -> None:
         model.stream("one", num_masks=4)  # before the first piece is asked for
     with pytest.raises(UsageError, match="streaming text needs a tokenizer"):
         tiny_model().stream("one")
+    with pytest.raises(UsageError, match=r"\[2, 3\]"):
+        model.stream(torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(UsageError, match="logits_processor"):
+        model.stream("one", logits_processor=len)
     with pytest.raises(UsageError, match="token ids .* got 999"):
         list(model.stream([999]))
     bare = worded_model()

@@ -56,3 +56,11 @@ def test_schedules_that_make_no_sense_are_refused() -> None:
     }.items():
         with pytest.raises(UsageError, match=key):
             MTPModule("nowhere", **options)  # type: ignore[arg-type]
+
+
+def test_a_stop_iteration_of_a_users_part_ends_the_run() -> None:
+    module = MTPModule("nowhere")
+    module.trainer = Mock(accumulate_grad_batches=1, world_size=1)
+    module.model = Mock(side_effect=StopIteration)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        module.training_step(tiny_batch(4), 0)

@@ -151,6 +151,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_k": (lambda value: value is None or _is_positive(value), "1 or more"),
     "top_p": (lambda value: value is None or _is_number(value) and 0 < value <= 1, "above 0 and at most 1"),
     "repetition_penalty": (lambda value: _is_number(value) and 0 < value <= LARGEST, "a number above 0"),
+    "logits_processor": (lambda value: value is None or isinstance(value, list | tuple), "a list of processors"),
     "seed": _INTS,
     "draft_candidates": (lambda value: value == "all" or _is_positive(value), "all, or a number from 1 on"),
     "prompt_lookup": _SWITCH,

@@ -26,7 +26,7 @@ from mtp_lightning.losses.anchor_loss import AnchorLoss, Divergences
 from mtp_lightning.losses.base import LossTerm, TokenLoss, Unembedding
 from mtp_lightning.losses.cross_entropy import BaseCrossEntropy, SamplerCrossEntropy
 from mtp_lightning.losses.tiles import LogSumExp, Overlap
-from mtp_lightning.types import IGNORE_INDEX, MTP, HiddenStates, LossSum, MaskedInput, compute_dtype
+from mtp_lightning.types import ANCHOR, IGNORE_INDEX, MTP, NTP, HiddenStates, LossSum, MaskedInput, compute_dtype
 
 
 def loss_sums(
@@ -51,9 +51,20 @@ def loss_sums(
 def _own_sums(term: LossTerm, states: HiddenStates, batch: MaskedInput, unembed: Unembedding) -> Sequence[LossSum]:
     """The sums that the term itself computes; UsageError if they are something else."""
     sums: Any = term(states, batch, unembed)
-    if not isinstance(sums, Sequence) or not all(isinstance(each, LossSum) and each.total.ndim == 0 for each in sums):
-        raise UsageError(f"{type(term).__name__}.forward must return a list of LossSum, each with a scalar as its total.")
+    if not isinstance(sums, Sequence) or not sums or not all(map(_is_sum, sums)):
+        raise UsageError(
+            f"{type(term).__name__}.forward must return a list of LossSum, each with a scalar tensor as its total and"
+            " NTP, MTP or ANCHOR, or a tuple of these, as its denominator."
+        )
     return sums
+
+
+def _is_sum(value: Any) -> bool:
+    """True for a well-formed LossSum."""
+    if not isinstance(value, LossSum) or not isinstance(value.total, Tensor) or value.total.ndim:
+        return False
+    counts = value.denominator if isinstance(value.denominator, tuple) else (value.denominator,)
+    return len(counts) > 0 and all(type(each) is int and each in (NTP, MTP, ANCHOR) for each in counts)
 
 
 def _has_closed_form(term: TokenLoss, states: HiddenStates) -> bool:

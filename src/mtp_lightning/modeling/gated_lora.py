@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,15 +62,18 @@ class LoRA:
         return 2 * self.rank if self.alpha is None else self.alpha
 
 
-class Gate:
+class Gate(threading.local):
     """The number of positions at the end of every row that the adapters act on; one object shared by all layers.
 
-    A plain attribute, not a context variable: torch.compile traces it without a graph break. None outside a forward pass of
+    Each thread has its own, so that the base may be called in one while another decodes. None outside a forward pass of
     ``MTPModel``.
     """
 
     def __init__(self) -> None:
         self.num_mtp: int | None = None
+
+    def __reduce__(self) -> Any:
+        return Gate, ()
 
     @contextlib.contextmanager
     def over_last(self, num_mtp: int | None) -> Iterator[None]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,7 +124,11 @@ class TextStream(GeneratedText):
     def __next__(self) -> str:
         return next(self._iterator)
 
-    def _run(self, cache: RowCache | None) -> Iterator[str]:
+    def close(self) -> None:
+        """Free the keys and values of a text that is not read to its end at once, not at Python's next collection."""
+        self._iterator.close()
+
+    def _run(self, cache: RowCache | None) -> Generator[str, None, None]:
         calibrate(self.model, self.options)
         for _ in decode_texts([self], cache):
             if self.pieces[-1]:
@@ -178,6 +182,8 @@ def _encode(prompt: str | Sequence[int] | Tensor | Sequence[dict[str, Any]], tok
         return encode_prompt(prompt, tokenizer, raw)
     if not isinstance(prompt, Tensor) and len(prompt) and isinstance(prompt[0], dict):
         return render_messages(list(prompt), tokenizer)
+    if isinstance(prompt, Tensor) and (prompt.ndim == 0 or prompt.numel() != prompt.shape[-1]):
+        raise UsageError(f"expected the ids of one prompt, got {list(prompt.shape)}: give the rows one by one.")
     ids: list[Any] = prompt.reshape(-1).tolist() if isinstance(prompt, Tensor) else list(prompt)
     return Prompt(tokenizer.decode(ids), ids, "")
 

@@ -260,7 +260,10 @@ class MTPModule(LightningModule):
         # Ranks and accumulated batches are averaged by Lightning; each term divides by the count over all of them.
         num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         counts = all_reduce(batch.counts.clone(), "sum")
-        output: ForwardOutput = self.model(batch, self.terms)
+        try:
+            output: ForwardOutput = self.model(batch, self.terms)
+        except StopIteration as error:  # Lightning would take it for the end of the data, and begin again, for ever
+            raise RuntimeError("a loss term or sampler head raised StopIteration.") from error
         values = {name: term_value(sums, counts) * num_parts for name, sums in output.sums.items()}
         loss = self.weighted(values, self.schedules.factors(self.global_step))
         self._log_training(torch.stack([loss, *values.values()]).detach())

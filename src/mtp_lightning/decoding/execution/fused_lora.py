@@ -78,7 +78,7 @@ def _separate_forward(layer: Any, gate: Gate, pack: bool) -> Forward:
     up_product = PackedLinear((up.detach() * layer.scaling[ADAPTER]).to(weight.dtype), None, pack)
 
     def forward(x: Tensor) -> Tensor:
-        if x.ndim != 3 or torch.is_grad_enabled():  # PEFT reports a wrong shape, and computes gradients
+        if not _in_step(x, gate):
             return type(layer).forward(layer, x)
         out = base_product(x)
         if gate.num_mtp:
@@ -87,6 +87,11 @@ def _separate_forward(layer: Any, gate: Gate, pack: bool) -> Forward:
         return out
 
     return forward
+
+
+def _in_step(x: Tensor, gate: Gate) -> bool:
+    """True for the input of a decoding step. Not for another thread's call of the base, which has no gate."""
+    return gate.num_mtp is not None and x.ndim == 3 and not torch.is_grad_enabled()  # else PEFT reports and computes
 
 
 class _JoinedLayers:
@@ -127,9 +132,7 @@ class _JoinedLayers:
         """The forward pass of each layer."""
 
         def forward(index: int, layer: Any, x: Tensor) -> Tensor:
-            if x.ndim != 3 or torch.is_grad_enabled():
-                return type(layer).forward(layer, x)
-            return self.output(index, x)
+            return self.output(index, x) if _in_step(x, self.gate) else type(layer).forward(layer, x)
 
         return [(layer, functools.partial(forward, index, layer)) for index, layer in enumerate(self.layers)]
 
