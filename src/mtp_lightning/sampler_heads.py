@@ -69,7 +69,7 @@ def check_head(head: SamplerHead, width: int) -> None:
     """
     name = f"sampler head {type(head).__name__}"
     if next(head.parameters(), None) is None:
-        raise UsageError(f"{name} has no parameters, so there is nothing to train: leave it out (model.sampler_head: null).")
+        raise UsageError(f"{name} has no parameters: give it some, or set model.sampler_head: false.")
     trial = copy.deepcopy(head).cpu().double().eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -20,6 +20,7 @@ from mtp_lightning import MTPModel
 
 
 def test_a_checkpoint_becomes_a_folder(run: Path, here: Path, capsys) -> None:
+    as_if_trained_here()
     assert mtp("export", "--ckpt_path", LAST, "--output", "saved") == 0
     out, err = capsys.readouterr()
     assert out == "saved to saved\n" and "--base_name" in err
@@ -108,6 +109,7 @@ def test_wrong_command_lines(run: Path, here: Path, capsys, words: str, code: in
 
 
 def test_a_public_name_a_benchmark_and_an_upload(run: Path, here: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_if_trained_here()
     (here / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
     words = ["--prompts", "prompts.jsonl", "--max_new_tokens", 6, "--dtype", "float64"]
     assert mtp("benchmark", LAST, *words) == 0

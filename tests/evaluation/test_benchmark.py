@@ -86,7 +86,7 @@ def test_systems_write_the_same_text(batch_size: int, monkeypatch: pytest.Monkey
     prompts = [Prompt("", [9, 10, 11], ""), Prompt("", [5, 6, 7, 8, 9], "")][:batch_size]
     expected = [greedy_text(model.base, torch.tensor(prompt.input_ids), 20) for prompt in prompts]
     assert 1 < len(expected[0]) < 20  # an end token ends it
-    monkeypatch.setattr(model.base.generation_config, "repetition_penalty", 1.7)  # which is for generate alone
+    monkeypatch.setattr(model.base.generation_config, "suppress_tokens", [expected[0][0]])  # which is for generate alone
     settings = settings_grid(model, ["quadratic", "linear"], [True, False], [1, 3, "auto"])
     assert len(set(settings)) == 12
     systems = {s.label: decoding_system(model, prompts, replace(OPTIONS, **s._asdict())) for s in settings}

@@ -58,9 +58,10 @@ def test_schedules_that_make_no_sense_are_refused() -> None:
             MTPModule("nowhere", **options)  # type: ignore[arg-type]
 
 
-def test_a_stop_iteration_of_a_users_part_ends_the_run() -> None:
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_a_stop_iteration_of_a_users_part_ends_the_run(step: str) -> None:
     module = MTPModule("nowhere")
     module.trainer = Mock(accumulate_grad_batches=1, world_size=1)
     module.model = Mock(side_effect=StopIteration)
     with pytest.raises(RuntimeError, match="StopIteration"):
-        module.training_step(tiny_batch(4), 0)
+        getattr(module, step)(tiny_batch(4), 0)

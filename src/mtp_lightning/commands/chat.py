@@ -76,9 +76,10 @@ def run_conversation(conversation: Conversation) -> None:
         if text.startswith("/") and not text.startswith("//"):
             _run_command(conversation, text)
         elif text.strip():
+            first = num_messages == num_unanswered  # none was answered yet
             num_messages += 1
             message = text.removeprefix("/") if text.startswith("//") else text
-            num_unanswered += not _print_answer(conversation, message, first=num_messages == 1)
+            num_unanswered += not _print_answer(conversation, message, first)
     if num_unanswered and not terminal:  # a user at a terminal has seen the reasons
         raise RunError(f"{num_unanswered} of {num_messages} messages were not answered, for the reasons above.")
 

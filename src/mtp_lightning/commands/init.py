@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.files import atomic_file
 from mtp_lightning.modeling.base import load_config, load_tokenizer
 from mtp_lightning.modeling.decoder import context_length
-from mtp_lightning.paths import absolute_name, check_writable
+from mtp_lightning.paths import check_writable, resolve
 
 SAMPLE_ROWS = 1000
 """Rows whose lengths are looked at."""
@@ -177,7 +178,7 @@ def chosen(facts: Facts, base_model: str, revision: str | None, train: str) -> d
             "gradient_clip_val": 1.0,
             "check_val_every_n_epoch": None,
             "log_every_n_steps": 10,
-            "default_root_dir": f"runs/{Path(absolute_name(base_model)).name.removesuffix('.gguf')}",
+            "default_root_dir": f"runs/{Path(os.path.abspath(resolve(base_model))).name.removesuffix('.gguf')}",
             "callbacks+": _callbacks(),
         },
     }

@@ -51,7 +51,7 @@ def _loop(model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions
             "pad_token_id": padding,
             **generate_options,
         }
-        with without_lora(model), _own_settings(model.base):
+        with without_lora(model), _without_generation_config(model.base):
             begin = time.perf_counter()
             texts = model.base.generate(ids, attention_mask=mask, **settings)[:, longest:].tolist()
             seconds = time.perf_counter() - begin
@@ -62,7 +62,7 @@ def _loop(model: MTPNetwork, prompts: Sequence[Prompt], options: DecodingOptions
 
 
 @contextlib.contextmanager
-def _own_settings(base: PreTrainedModel) -> Iterator[None]:
+def _without_generation_config(base: PreTrainedModel) -> Iterator[None]:
     """The base without its generation configuration, which may penalise repetitions or sample."""
     before, base.generation_config = base.generation_config, GenerationConfig()
     try:

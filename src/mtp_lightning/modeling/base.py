@@ -96,14 +96,14 @@ def load_base(
         if is_out_of_memory(error) or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):  # the file is fine
             raise
         raise load_error(base_model, error) from error
-    if missing := sorted(found["missing_keys"]):  # transformers fills them with random numbers
+    # transformers fills them with random numbers; buffers it computes.
+    if missing := sorted(found["missing_keys"] & {name for name, _ in base.named_parameters()}):
         others = f" (it has {min(found['unexpected_keys'])} and the like)" if found["unexpected_keys"] else ""
         lacks = f"lacks {len(missing)} of its weights, {missing[0]} first{others}"
-        raise RunError(f"base model {base_model!r} {lacks}: save it again with save_pretrained.")
+        raise RunError(f"base model {base_model!r} {lacks}: save it with save_pretrained, as a causal language model.")
     if lora_layers(base):  # they would be taken for ours
         raise RunError(
-            f"base model {base_model!r} has weights and an adapter in one folder, merged already or not: move"
-            " adapter_config.json and adapter_model.safetensors to a folder of their own, or delete them."
+            f"base model {base_model!r} comes with an adapter: download both, and name the folder of the adapter alone."
         )
     if gguf:
         base.name_or_path = resolve(base_model)  # transformers names the folder
@@ -127,8 +127,10 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> Any:
     # Without files transformers gives many architectures a tokenizer of special tokens alone.
     if not options and Path(source).is_dir() and len(tokenizer) < 100 and not any(file.is_file() for file in files):
         raise _no_tokenizer(base_model)
-    if options and tokenizer.eos_token is not None:  # transformers 5.17 gives GGUF files the begin token as the end token
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(load_config(base_model).eos_token_id)
+    if options and tokenizer.eos_token is not None and tokenizer.eos_token == tokenizer.bos_token:
+        # transformers 5.17 takes the begin token of GGUF files for the end token.
+        end = load_config(base_model).eos_token_id
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end) if isinstance(end, int) else tokenizer.eos_token
     return tokenizer
 
 

@@ -18,11 +18,15 @@ from transformers import PreTrainedModel
 
 from mtp_lightning.errors import RunError
 from mtp_lightning.modeling.base_source import hub_file, load_error, reason_of
-from mtp_lightning.modeling.decoder import text_config
 from mtp_lightning.paths import check_exists, is_gguf, resolve
 
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "mtp_config.json", "tokenizer_config.json"]
-_EMBEDDINGS = ("embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight", "lm_head.base_layer.weight")
+# Other architectures' names of the embeddings do not matter: transformers saves them as lm_head too.
+_EMBEDDINGS = tuple(
+    f"{layer}{wrapper}.weight"
+    for layer in ("embed_tokens", "lm_head")
+    for wrapper in ("", ".base_layer", ".token_adapter.base_layer")
+)
 
 
 class Adapter(NamedTuple):
@@ -45,8 +49,13 @@ def adapter_of(base_model: str, revision: str | None = None) -> Adapter | None:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise load_error(base_model, error) from error
     path = folder / "adapter_config.json"
-    if not path.is_file() or ((folder / "config.json").is_file() and any(map(_is_base_weights, folder.iterdir()))):
+    if not path.is_file():
         return None
+    if (folder / "config.json").is_file() and any(map(_is_base_weights, folder.iterdir())):
+        raise RunError(
+            f"{base_model!r} has a whole model and an adapter in one folder, merged already or not: move adapter_config.json"
+            " and adapter_model.safetensors to a folder of their own, or delete them."
+        )
     if (folder / "mtp_config.json").is_file():
         raise RunError(f"{base_model!r} is a trained model, not a base: name the base it was trained on.")
     try:
@@ -100,12 +109,8 @@ def merge_adapter(base: PreTrainedModel, adapter: Adapter, name: str) -> PreTrai
 
 
 def _untie(base: PreTrainedModel) -> None:
-    """Give the output layer its own weights if an adapter acts on it or on the embeddings that it shares them with.
-
-    It acts on one of the two alone, and merged into shared weights it would act on both.
-    """
+    """Give the output layer a copy of its weights if they are the embeddings' too and an adapter acts on either."""
     layers: Any = (base.get_input_embeddings(), base.get_output_embeddings())
     embeddings, head = (getattr(layer, "base_layer", layer) for layer in layers)
     if (embeddings, head) != layers and getattr(embeddings, "weight", None) is getattr(head, "weight", head):
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        text_config(base).tie_word_embeddings = base.config.tie_word_embeddings = False

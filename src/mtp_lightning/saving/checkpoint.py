@@ -56,7 +56,7 @@ def part_settings(module: Any) -> dict[str, Any]:
 def named_base(settings: dict[str, Any]) -> str:
     """The base of a checkpoint: the folder or file that was trained on, if it is still there, else its name as given.
 
-    A relative name may be that of another folder by now; the absolute path is given only where the name leads elsewhere.
+    By now a relative name may lead to another folder.
     """
     name: str = settings["base_model"]
     folder: str = settings.get("base_folder", name)

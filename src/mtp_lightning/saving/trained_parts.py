@@ -72,6 +72,6 @@ def build_head(settings: dict[str, Any] | None) -> SamplerHead | None:
             raise TypeError("it is not a SamplerHead")
         head: SamplerHead = head_class(**settings["init_args"])
     except (ImportError, AttributeError, ValueError, KeyError, TypeError) as error:
-        advice = " Start in the folder of that module." if isinstance(error, ImportError) else ""
+        advice = " Start in the folder of that module, or set PYTHONPATH." if isinstance(error, ImportError) else ""
         raise RunError(f"sampler head {settings} can't be built: {one_line(error)}.{advice}") from error
     return head

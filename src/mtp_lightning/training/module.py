@@ -260,14 +260,19 @@ class MTPModule(LightningModule):
         # Ranks and accumulated batches are averaged by Lightning; each term divides by the count over all of them.
         num_parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         counts = all_reduce(batch.counts.clone(), "sum")
-        try:
-            output: ForwardOutput = self.model(batch, self.terms)
-        except StopIteration as error:  # Lightning would take it for the end of the data, and begin again, for ever
-            raise RuntimeError("a loss term or sampler head raised StopIteration.") from error
+        output = self._run(batch)
         values = {name: term_value(sums, counts) * num_parts for name, sums in output.sums.items()}
         loss = self.weighted(values, self.schedules.factors(self.global_step))
         self._log_training(torch.stack([loss, *values.values()]).detach())
         return loss
+
+    def _run(self, batch: MaskedInput, **options: Any) -> ForwardOutput:
+        """The forward pass with the loss terms."""
+        try:
+            output: ForwardOutput = self.model(batch, self.terms, **options)
+        except StopIteration as error:  # Lightning would take it for the end of the data, and begin again, for ever
+            raise RuntimeError("a loss term or sampler head raised StopIteration.") from error
+        return output
 
     def _log_training(self, values: Tensor) -> None:
         """Log the loss and its terms, [1 + terms], once an optimizer step: the mean over its batches and all processes."""
@@ -289,7 +294,7 @@ class MTPModule(LightningModule):
 
     def evaluation_step(self, batch: MaskedInput) -> None:
         """Update the metrics with one teacher-forced batch."""
-        output: ForwardOutput = self.model(batch, self.terms, with_measurement=True)
+        output = self._run(batch, with_measurement=True)
         for name, sums in output.sums.items():
             self.term_means[name].update(sums, batch.counts)
         measured = output.measurement

@@ -127,6 +127,9 @@ def test_the_base_may_be_called_while_another_thread_decodes(dtype: torch.dtype,
     model = tiny_model("llama", 3, sampler_head=GRUSamplerHead(), dtype=dtype)
     ids, found = torch.arange(3, 9)[None], []
     call = torch.no_grad()(lambda: found.append(model.base(ids).logits))
+    layer, by_peft = lora_layers(model.base)[-1], []
+    as_peft = type(layer).forward
+    monkeypatch.setattr(type(layer), "forward", lambda self, *x, **kw: (by_peft.append(self), as_peft(self, *x, **kw))[1])
     expected_drafts = drafts(model)
     call()
     block = model.base.get_decoder().layers[1]
@@ -140,7 +143,9 @@ def test_the_base_may_be_called_while_another_thread_decodes(dtype: torch.dtype,
         return forward(*args, **options)
 
     monkeypatch.setattr(block, "forward", between)
+    by_peft.clear()
     assert drafts(model) == expected_drafts and len(found) > 5
+    assert by_peft.count(layer) == len(found) - 1  # none by what joined layers share
     for logits in found[1:]:
         # Of bfloat16 the output layer may be packed, which sums in another order: one rounding of logits below 1.
         torch.testing.assert_close(logits, found[0], rtol=0, atol=0 if dtype == torch.float64 else 2**-7)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_model, token_row
@@ -11,7 +13,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mtp_lightning.decoding.execution import grouped_attention
 from mtp_lightning.decoding.execution.decoding_mode import DecodingMode
-from mtp_lightning.decoding.execution.grouped_attention import decoding_kernel, folded, rows_alike, supports_grouped_sdpa
+from mtp_lightning.decoding.execution.grouped_attention import (
+    MAX_FOLDED,
+    decoding_kernel,
+    folded,
+    rows_alike,
+    supports_grouped_sdpa,
+)
 from mtp_lightning.decoding.loop import decode
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.decoding.packed_linear import few_rows_differ
@@ -69,6 +77,23 @@ def test_folded_and_filled_up_queries_are_the_same_attention(queries: int, group
     for attention in (folded, rows_alike):
         found = attention(query, key, value, mask, 0.3)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # float64, another order of sums
+
+
+@torch.inference_mode()
+def test_one_mask_for_all_rows_folds_too() -> None:
+    query, key, value, mask = attention_input(5, 40, 2, torch.float64)
+    for one in (mask[:1], mask[:1] == 0):
+        expected = torch.cat([folded(*(x[b : b + 1] for x in (query, key, value)), one, 0.3) for b in range(2)])
+        torch.testing.assert_close(folded(query, key, value, one, 0.3), expected, rtol=1e-12, atol=1e-12)  # as above
+
+
+@pytest.mark.parametrize(
+    ("heads", "queries", "folds"), [(8, 81, True), (8, MAX_FOLDED, True), (8, 600, False), (2, 81, False)]
+)
+def test_few_grouped_queries_fold_on_a_gpu(heads: int, queries: int, folds: bool) -> None:
+    on_gpu = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
+    query, key = (SimpleNamespace(shape=(2, n, q, 16), **on_gpu) for n, q in ((heads, queries), (2, 700)))
+    assert (grouped_attention._attention(query, key) is folded) is folds
 
 
 @pytest.mark.skipif(not few_rows_differ(torch.bfloat16), reason="tried on an AMD EPYC with AVX-512 alone")

@@ -90,8 +90,12 @@ def _separate_forward(layer: Any, gate: Gate, pack: bool) -> Forward:
 
 
 def _in_step(x: Tensor, gate: Gate) -> bool:
-    """True for the input of a decoding step. Not for another thread's call of the base, which has no gate."""
-    return gate.num_mtp is not None and x.ndim == 3 and not torch.is_grad_enabled()  # else PEFT reports and computes
+    """True within a decoding step of this thread.
+
+    Any other call takes PEFT's forward pass, which computes gradients, names a wrong shape, and leaves alone what joined
+    layers share within a step of another thread.
+    """
+    return gate.num_mtp is not None and x.ndim == 3 and not torch.is_grad_enabled()
 
 
 class _JoinedLayers:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of a step: groups of heads without copies of keys and values, and on a CPU bits that depend on no other query.
+"""Attention of a step: groups of heads without copies of keys and values; on a CPU, a query's bits whatever the others are.
 
 If there is a mask, transformers repeats keys and values for each query head, and so copies the whole cache in every layer
-of every step. PyTorch's CPU kernel supports groups of heads with a mask and gives the same bits. Its GPU kernels do not:
-there the queries of the heads that share keys become the queries of one head.
+of every step. PyTorch's CPU kernel supports groups of heads with a mask and gives the same bits. Its usual GPU kernel for
+masks does not: there the queries of the heads that share keys become the queries of one head.
 """
 
 from __future__ import annotations
