@@ -33,7 +33,7 @@ from mtp_lightning.evaluation.reporting import new_figure, save_figure
 from mtp_lightning.losses import AnchorDistillation, LatentConsistency, LossTerm
 from mtp_lightning.losses.base import term_value
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.base import is_out_of_memory
+from mtp_lightning.modeling.base_source import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import build_masked_input
 from mtp_lightning.sampler_heads import GRUSamplerHead

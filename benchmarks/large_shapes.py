@@ -29,7 +29,7 @@ from mtp_lightning.decoding.loop import decode_rows
 from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation.reporting import markdown_table, new_figure, save_figure
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.base import is_out_of_memory
+from mtp_lightning.modeling.base_source import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.transformers_private import cache_keyword
 from mtp_lightning.sampler_heads import GRUSamplerHead

@@ -165,7 +165,7 @@ def test_adapters_that_would_be_left_out(tmp_path: Path, base_folder: Path) -> N
     save_adapter(folder, base_folder)
     weights = load_file(folder / "adapter_model.safetensors")
     save_file({name.replace("layers", "h"): value for name, value in weights.items()}, folder / "adapter_model.safetensors")
-    with pytest.raises(RunError, match="does not fit"):
+    with pytest.raises(RunError, match=re.escape(str(folder))):
         load_base(str(folder))
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "/not/here"}))
@@ -187,7 +187,7 @@ def test_a_base_whose_files_lack_weights(base_folder: Path) -> None:
     weights = load_file(base_folder / "model.safetensors")
     renamed = {f"_orig_mod.{name}": value for name, value in weights.items()}
     save_file(renamed, base_folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RunError, match="lacks .* _orig_mod"):
+    with pytest.raises(RunError, match="_orig_mod"):
         load_base(str(base_folder))
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mtp_lightning.losses import BaseCrossEntropy, SamplerCrossEntropy
 from mtp_lightning.model import MTPModel
-from mtp_lightning.modeling.base import is_out_of_memory
+from mtp_lightning.modeling.base_source import is_out_of_memory
 from mtp_lightning.modeling.gated_lora import LoRA
 from mtp_lightning.modeling.masking import BLOCK_MULTIPLE, ROW_MULTIPLE, build_masked_input
 from mtp_lightning.sampler_heads import GRUSamplerHead

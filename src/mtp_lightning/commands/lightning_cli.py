@@ -32,7 +32,7 @@ from mtp_lightning.data import MTPDataModule
 from mtp_lightning.errors import MTPError, RunError, UsageError, one_line
 from mtp_lightning.evaluation.reporting import note
 from mtp_lightning.evaluation.run_comparison import flat_settings
-from mtp_lightning.modeling.base import is_out_of_memory
+from mtp_lightning.modeling.base_source import is_out_of_memory
 from mtp_lightning.paths import check_writable
 from mtp_lightning.saving.checkpoint import check_settings, checkpoint_settings, read_checkpoint
 from mtp_lightning.saving.checkpoint_files import run_of

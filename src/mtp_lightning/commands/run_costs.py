@@ -23,7 +23,7 @@ from mtp_lightning.decoding.options import DecodingOptions
 from mtp_lightning.evaluation.decoded_text import decode_batch
 from mtp_lightning.evaluation.losslessness import autoregressive
 from mtp_lightning.evaluation.reporting import note
-from mtp_lightning.modeling.base import is_out_of_memory
+from mtp_lightning.modeling.base_source import is_out_of_memory
 
 MEASURED_STEPS, MEASURED_SECONDS = 8, 20.0
 """The most steps that are measured, and the time after which none begins."""

@@ -18,7 +18,7 @@ from transformers import (
 
 from mtp_lightning.errors import RunError, UsageError
 from mtp_lightning.modeling.base_adapter import adapter_of, merge_adapter, resized_vocabulary
-from mtp_lightning.modeling.base_source import ADVICE, find_source, load_error, reason_of
+from mtp_lightning.modeling.base_source import ADVICE, find_source, is_out_of_memory, load_error, reason_of
 from mtp_lightning.modeling.decoder import check_layer_types
 from mtp_lightning.modeling.peft_private import lora_layers
 from mtp_lightning.paths import resolve
@@ -73,9 +73,8 @@ def load_base(
     if (adapter := adapter_of(base_model, revision)) is not None:
         if quantization is not None:
             raise UsageError(f"quantization {quantization!r}: the adapter {base_model!r} can't be merged into such weights.")
-        return merge_adapter(
-            load_base(adapter.base_model, adapter.revision, dtype, attention, None, device), adapter, base_model
-        )
+        own_base = load_base(adapter.base_model, adapter.revision, dtype, attention, None, device)
+        return merge_adapter(own_base, adapter, base_model)
     options: dict[str, Any] = {"dtype": parse_dtype(dtype), "device_map": device}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -102,9 +101,7 @@ def load_base(
         lacks = f"lacks {len(missing)} of its weights, {missing[0]} first{others}"
         raise RunError(f"base model {base_model!r} {lacks}: save it with save_pretrained, as a causal language model.")
     if lora_layers(base):  # they would be taken for ours
-        raise RunError(
-            f"base model {base_model!r} comes with an adapter: download both, and name the folder of the adapter alone."
-        )
+        raise RunError(f"base model {base_model!r} comes with an adapter: download it to a folder, and name that.")
     if gguf:
         base.name_or_path = resolve(base_model)  # transformers names the folder
     return base
@@ -138,13 +135,6 @@ def _no_tokenizer(base_model: str) -> RunError:
     return RunError(
         f"{base_model} has no tokenizer (tokenizer.json, tokenizer_config.json): copy the files of its tokenizer there."
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True if an error says that memory ran out, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _quantization_config(name: str) -> BitsAndBytesConfig:

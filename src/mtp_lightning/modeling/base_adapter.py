@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from mtp_lightning.errors import RunError
-from mtp_lightning.modeling.base_source import hub_file, load_error, reason_of
+from mtp_lightning.modeling.base_source import hub_file, is_out_of_memory, load_error, reason_of
 from mtp_lightning.paths import check_exists, is_gguf, resolve
 
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.*", "mtp_config.json", "tokenizer_config.json"]
@@ -102,6 +102,8 @@ def merge_adapter(base: PreTrainedModel, adapter: Adapter, name: str) -> PreTrai
         _untie(base)
         merged = peft.merge_and_unload()
     except Exception as error:  # peft and safetensors raise many types
+        if is_out_of_memory(error):
+            raise
         raise RunError(f"the adapter {name!r} does not fit its base {adapter.base_model!r}: {reason_of(error)}") from error
     print(f"base {adapter.base_model}, with the adapter {name} merged into its weights", file=sys.stderr)
     merged.name_or_path = name

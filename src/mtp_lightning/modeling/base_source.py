@@ -6,6 +6,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
@@ -39,6 +40,13 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
         return Path(cached if isinstance(cached, str) else hf_hub_download(name, file, revision=revision))
     except (HFValidationError, EntryNotFoundError, OSError):  # or out of reach: what loads the base reports it
         return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def load_error(base_model: str, error: Exception) -> RunError:
